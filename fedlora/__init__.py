@@ -1,0 +1,3 @@
+"""fedlora: federated fine-tuning of low-rank adapters."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,389 @@
+"""The run configuration: frozen dataclasses, the one source of defaults, types and ranges.
+
+Flower hands over flat, untyped values (``train.batch-size = 16``); :meth:`Config.from_flat` turns them into a
+:class:`Config` or raises a :class:`ConfigError` that names the dotted key. The table
+``[tool.flwr.app.config]`` in ``pyproject.toml`` is generated from the defaults here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self, get_type_hints
+
+from fedlora.registry import closest
+
+Scalar = bool | int | float | str
+
+
+class ConfigError(ValueError):
+    """The configuration cannot work; the message names the key, the value and the cure."""
+
+
+def _require(condition: bool, key: str, value: Scalar, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key} = {value!r}: {rule}")
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    _require(value >= low, key, value, f"must be at least {low}.")
+
+
+def _positive(key: str, value: float) -> None:
+    _require(value > 0, key, value, "must be greater than 0.")
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    _require(value in known, key, value, f"must be one of {', '.join(known)}.{closest(value, known)}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run's folder goes."""
+
+    dir: str = "runs"
+    """Parent folder of run folders."""
+    name: str = ""
+    """Name of this run's folder; empty: a time stamp."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _require(self.dir != "", "run.dir", self.dir, "must name a folder.")
+        _require(
+            "/" not in self.name and "\\" not in self.name and self.name not in (".", ".."),
+            "run.name",
+            self.name,
+            "must be a plain folder name; set run.dir for the path.",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    name: str = "minilm"
+    """``minilm`` (bundled, offline), a local folder, or a Hugging Face hub name."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _require(self.name.strip() != "", "model.name", self.name, "must name a model.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data and how they are dealt to clients."""
+
+    name: str = "docstrings"
+    """``docstrings`` (built in), or ``file`` for ``data.path``."""
+    path: str = ""
+    """Training file (csv, tsv, jsonl, parquet), with ``data.name = 'file'``."""
+    test_path: str = ""
+    """Test file of the same kind; empty: a fifth of the training file, drawn from the seed."""
+    text_column: str = "text"
+    """Name of the text column; its number, from 0, where the file has no header."""
+    label_column: str = "label"
+    """Name of the label column; its number, from 0, where the file has no header."""
+    header: bool = True
+    """Whether the first line of a csv or tsv names the columns."""
+    partition: str = "dirichlet"
+    """``iid``, or ``dirichlet``: label shares drawn from Dirichlet(alpha)."""
+    alpha: float = 0.5
+    """Concentration of the Dirichlet partition; smaller is more uneven."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _one_of("data.partition", self.partition, ("iid", "dirichlet"))
+        _positive("data.alpha", self.alpha)
+        if self.name == "file":
+            _require(self.path != "", "data.path", self.path, "must name a file with data.name = 'file'.")
+        else:
+            for key, value in (("data.path", self.path), ("data.test-path", self.test_path)):
+                _require(value == "", key, value, f"is only read with data.name = 'file', not {self.name!r}.")
+        if not self.header:
+            for key, value in (("data.text-column", self.text_column), ("data.label-column", self.label_column)):
+                _require(value.isdecimal(), key, value, "must be a column number from 0 with data.header = false.")
+        _require(
+            self.text_column != self.label_column,
+            "data.label-column",
+            self.label_column,
+            "is the text column; name the column that holds the labels.",
+        )
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part."""
+
+    num_clients: int = 10
+    """Number of clients; 0: one per SuperNode."""
+    clients_per_round: int = 0
+    """Clients sampled each round; 0: all."""
+    failure_threshold: float = 0.5
+    """The run stops when more than this share of a round's clients fails or is refused."""
+    timeout: float = 3600.0
+    """Seconds that a round waits for its clients."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _at_least("federation.num-clients", self.num_clients, 0)
+        _at_least("federation.clients-per-round", self.clients_per_round, 0)
+        _require(
+            self.num_clients == 0 or self.clients_per_round <= self.num_clients,
+            "federation.clients-per-round",
+            self.clients_per_round,
+            f"must be at most federation.num-clients = {self.num_clients}.",
+        )
+        _require(
+            0.0 <= self.failure_threshold < 1.0,
+            "federation.failure-threshold",
+            self.failure_threshold,
+            "must be at least 0 and below 1.",
+        )
+        _positive("federation.timeout", self.timeout)
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """How the server combines what clients send."""
+
+    name: str = "fedavg"
+    """Aggregation strategy: ``fedavg``, ``ffa-lora``."""
+    weights: str = "examples"
+    """``examples``: a client counts by its number of training examples; ``equal``: all alike."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _one_of("strategy.weights", self.weights, ("examples", "equal"))
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The low-rank method and the head."""
+
+    name: str = "auto"
+    """Low-rank method; ``auto``: the strategy's own."""
+    rank: int = 8
+    """Inner dimension r."""
+    alpha: float = 16.0
+    """Numerator of the scale alpha / r."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (rsLoRA)."""
+    target_modules: str = "auto"
+    """Comma-separated module names as in PEFT, ``all-linear``, or ``auto``: PEFT's choice for the model."""
+    head: str = "shared"
+    """``shared``: trained and averaged; ``private``: trained and kept by the client; ``frozen``: as seeded."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _at_least("method.rank", self.rank, 1)
+        _positive("method.alpha", self.alpha)
+        _one_of("method.head", self.head, ("shared", "private", "frozen"))
+        _require(
+            all(part.strip() for part in self.target_modules.split(",")),
+            "method.target-modules",
+            self.target_modules,
+            "must be module names separated by commas.",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Local training of one client in one round. The optimizer starts anew each round."""
+
+    batch_size: int = 16
+    """Examples a step."""
+    local_steps: int = 0
+    """Optimizer steps a round; 0: by epochs."""
+    local_epochs: int = 1
+    """Passes over the client's examples a round, where local-steps is 0."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    optimizer: str = "adamw"
+    """``adamw`` or ``sgd``."""
+    weight_decay: float = 0.0
+    """Decoupled with adamw, L2 with sgd, as in PyTorch."""
+    momentum: float = 0.0
+    """Momentum of sgd."""
+    schedule: str = "constant"
+    """``constant``, or ``linear``: down to 0 over the client's own steps of the round."""
+    clip_norm: float = 0.0
+    """Bound on the L2 norm of each client's gradient; 0: none."""
+    max_length: int = 64
+    """Tokens a text is cut to."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _at_least("train.batch-size", self.batch_size, 1)
+        _at_least("train.local-steps", self.local_steps, 0)
+        _at_least("train.local-epochs", self.local_epochs, 1)
+        _positive("train.learning-rate", self.learning_rate)
+        _one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
+        _at_least("train.weight-decay", self.weight_decay, 0)
+        _require(0.0 <= self.momentum < 1.0, "train.momentum", self.momentum, "must be at least 0 and below 1.")
+        _require(
+            self.momentum == 0.0 or self.optimizer == "sgd",
+            "train.momentum",
+            self.momentum,
+            "is read by train.optimizer = 'sgd' only.",
+        )
+        _one_of("train.schedule", self.schedule, ("constant", "linear"))
+        _at_least("train.clip-norm", self.clip_norm, 0)
+        _at_least("train.max-length", self.max_length, 4)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How training is computed; changes the result by rounding only."""
+
+    dtype: str = "float32"
+    """``float32``, ``bfloat16`` (base model; adapters stay float32) or ``float64``."""
+    pack: int = 0
+    """Clients trained together; 0: automatic."""
+    trainers: int = 0
+    """Trainer processes; 0: chosen from the machine."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _one_of("engine.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+        _at_least("engine.pack", self.pack, 0)
+        _at_least("engine.trainers", self.trainers, 0)
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy."""
+
+    mode: str = "none"
+    """Only ``none`` for now: this run gives no formal privacy guarantee."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _one_of("privacy.mode", self.mode, ("none",))
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    """Seed of everything but privacy."""
+    rounds: int = 3
+    """Communication rounds."""
+    task: str = "classification"
+    """What is learned: ``classification`` of texts."""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _at_least("seed", self.seed, 0)
+        _at_least("rounds", self.rounds, 1)
+
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, Any]) -> Self:
+        """Build a configuration from dotted keys; keys left out keep their defaults.
+
+        Raises:
+            ConfigError: An unknown key, a value of the wrong type or out of range, or values that cannot
+                work together.
+        """
+        known = dict(_leaves(cls))
+        for key in flat:
+            if key not in known:
+                raise ConfigError(f"unknown key {key!r}.{closest(str(key), known)} Known: {', '.join(sorted(known))}.")
+        values = {key: _coerce(key, value, known[key]) for key, value in flat.items()}
+        top = {key: value for key, value in values.items() if "." not in key}
+        hints = get_type_hints(cls)
+        sections = {
+            name: section(
+                **{
+                    _field(key): value
+                    for key, value in values.items()
+                    if "." in key and key.split(".", 1)[0] == name
+                }
+            )
+            for name, section in hints.items()
+            if name not in _SCALARS
+        }
+        return cls(**top, **sections)
+
+    def to_flat(self) -> dict[str, Scalar]:
+        """Return every key with its value, in the order of declaration."""
+        flat: dict[str, Scalar] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in _SCALARS:
+                flat[item.name] = value
+            else:
+                flat |= {_key(item.name, leaf.name): getattr(value, leaf.name) for leaf in fields(value)}
+        return flat
+
+
+_SCALARS = ("seed", "rounds", "task")
+
+
+def _key(section: str, name: str) -> str:
+    return f"{section}.{name.replace('_', '-')}"
+
+
+def _field(key: str) -> str:
+    return key.split(".", 1)[1].replace("-", "_")
+
+
+def _leaves(cls: type) -> list[tuple[str, type]]:
+    """Return (dotted key, type) of every scalar of a configuration."""
+    leaves: list[tuple[str, type]] = []
+    for name, hint in get_type_hints(cls).items():
+        if name in _SCALARS:
+            leaves.append((name, hint))
+        else:
+            leaves += [(_key(name, leaf), kind) for leaf, kind in get_type_hints(hint).items()]
+    return leaves
+
+
+def _coerce(key: str, value: Any, kind: type) -> Scalar:
+    """Return ``value`` as ``kind``; only a whole number may stand for a float."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 2**53 else math.inf
+    if type(value) is not kind:
+        shown = value if isinstance(value, Scalar) else f"a {type(value).__name__}"
+        raise ConfigError(f"{key} = {shown!r}: must be {_KINDS[kind]}, not {type(value).__name__}.")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{key} = {value!r}: must be a finite number.")
+    if kind is int and abs(value) >= 2**53:
+        raise ConfigError(f"{key} = {value!r}: is too large.")
+    assert isinstance(value, Scalar)
+    return value
+
+
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+}
+
+
+def to_toml(flat: Mapping[str, Scalar]) -> str:
+    """Return dotted keys as TOML lines that ``--run-config`` reads."""
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in flat.items())
+
+
+def _toml_value(value: Scalar) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = "".join(
+            f"\\u{ord(char):04x}" if ord(char) < 32 or ord(char) == 127 else {"\\": "\\\\", '"': '\\"'}.get(char, char)
+            for char in value
+        )
+        return f'"{escaped}"'
+    return repr(value)

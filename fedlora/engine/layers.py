@@ -1,0 +1,123 @@
+"""Grouped layers: one base layer for all rows of a batch, each row with its own client's factors.
+
+Shapes: rows are sequences. `N` rows of a batch, `G` groups (clients of a pack), `S` row slots a group,
+`T` positions, `d` features, `r` rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.methods import Dense, Factor, LowRank
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of a batch sit among the groups of a pack.
+
+    Attributes:
+        groups: G.
+        slots: S, the largest number of rows of a group.
+        index_n: For each row its place ``group * S + slot``; None when rows are sorted by group and every
+            group has exactly S (then places are row numbers).
+    """
+
+    groups: int
+    slots: int
+    index_n: Tensor | None
+
+    @classmethod
+    def of(cls, group_n: Tensor, groups: int) -> Layout:
+        """Return the layout of rows that belong to the groups ``group_n`` ([N], int64)."""
+        counts = torch.bincount(group_n, minlength=groups)
+        slots = int(counts.max())
+        order = torch.argsort(group_n, stable=True)
+        starts = torch.cumsum(counts, 0) - counts
+        slot_n = torch.empty_like(group_n)
+        slot_n[order] = torch.arange(len(group_n), device=group_n.device) - starts[group_n[order]]
+        index_n = group_n * slots + slot_n
+        if len(index_n) == groups * slots and bool((index_n == torch.arange(len(index_n), device=index_n.device)).all()):
+            return cls(groups, slots, None)
+        return cls(groups, slots, index_n)
+
+    def to_groups(self, x_n: Tensor) -> Tensor:
+        """Turn [N, ..., d] into [G, S * ..., d]; places without a row are zero."""
+        if self.index_n is not None:
+            empty = x_n.new_zeros((self.groups * self.slots, *x_n.shape[1:]))
+            x_n = empty.index_copy(0, self.index_n, x_n)
+        return x_n.reshape(self.groups, -1, x_n.shape[-1])
+
+    def to_rows(self, x_g: Tensor, like: Tensor) -> Tensor:
+        """Turn [G, S * ..., d] back into [N, ..., d], with the middle dimensions of ``like``."""
+        x_n = x_g.reshape(self.groups * self.slots, *like.shape[1:-1], x_g.shape[-1])
+        return x_n if self.index_n is None else x_n.index_select(0, self.index_n)
+
+
+@final
+class GroupedLayer(nn.Module):
+    """A base layer that adds what its factor says for each row's group.
+
+    It calls the base layer and never reads its weight, so any kind of base layer works.
+
+    Args:
+        base: The wrapped layer.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.factor: Factor | None = None
+        self.layout: Layout | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for ``x`` [N, ..., d_in]; without a factor, the base layer's."""
+        if self.factor is None:
+            return self.base(x)  # type: ignore[no-any-return]
+        assert self.layout is not None, "a factor without a layout"
+        x_g = self.layout.to_groups(x)
+        if isinstance(self.factor, LowRank):
+            y_g = (x_g @ self.factor.A.to(x.dtype).mT) @ (self.factor.B.to(x.dtype).mT * self.factor.scale)
+            return self.base(x) + self.layout.to_rows(y_g, x)  # type: ignore[no-any-return]
+        return self.layout.to_rows(_dense(x_g, self.factor), x)
+
+
+def _dense(x_g: Tensor, factor: Dense) -> Tensor:
+    y_g = x_g @ factor.weight.to(x_g.dtype).mT
+    return y_g if factor.bias is None else y_g + factor.bias.to(x_g.dtype).unsqueeze(-2)
+
+
+class GroupedModel:
+    """A base model whose adapted layers and head are grouped layers.
+
+    Args:
+        model: The base model; its layers are wrapped in place.
+        layers: Names of the layers to wrap.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[str]) -> None:
+        self.model = model
+        self._slots: dict[str, GroupedLayer] = {}
+        for name in layers:
+            parent_name, _, attribute = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            self._slots[name] = GroupedLayer(model.get_submodule(name))
+            setattr(parent, attribute, self._slots[name])
+
+    @contextmanager
+    def placed(self, factors: Mapping[str, Factor], layout: Layout) -> Iterator[nn.Module]:
+        """Put ``factors`` in place for one batch; the backward pass must run inside, too."""
+        assert factors.keys() == self._slots.keys(), "factors for other layers than the wrapped ones"
+        for name, slot in self._slots.items():
+            slot.factor, slot.layout = factors[name], layout
+        try:
+            yield self.model
+        finally:
+            for slot in self._slots.values():
+                slot.factor, slot.layout = None, None

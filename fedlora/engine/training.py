@@ -1,0 +1,197 @@
+"""Local training of a pack: K clients in one forward and backward pass, each as if it were alone.
+
+The loss is the sum over clients of the mean of that client's row losses, and every trained tensor carries
+a client axis, so no gradient crosses from one client to another. Clients may differ in rows, batch sizes,
+lengths and numbers of steps; one that has finished drops out of the batches and is not moved any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlora.config import TrainConfig
+from fedlora.engine.core import Arrays, Engine
+from fedlora.engine.layers import Layout
+from fedlora.engine.optimizers import build_optimizer
+from fedlora.methods import TensorSpec
+from fedlora.seeded import Seeded
+from fedlora.tasks import Examples
+
+
+@dataclass(frozen=True)
+class ClientWork:
+    """What one client does in one round.
+
+    Attributes:
+        client: Its number.
+        examples: Its rows.
+        batches: Row numbers of each step's batch, in order; none is empty.
+        start: Its trained tensors before the first step.
+    """
+
+    client: int
+    examples: Examples
+    batches: Sequence[NDArray[np.int64]]
+    start: Arrays
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What came of it.
+
+    Attributes:
+        client: Its number.
+        tensors: Its trained tensors after the last step.
+        examples: Number of rows of its own that it trained on.
+        steps: Optimizer steps taken.
+        loss: Mean over the steps of the batch's mean loss, each before its step.
+        error: Why the result must not be used; empty when it may.
+    """
+
+    client: int
+    tensors: dict[str, NDArray[np.floating]]
+    examples: int
+    steps: int
+    loss: float
+    error: str
+
+
+def plan_batches(
+    seeded: Seeded, round_number: int, client: int, rows: NDArray[np.int64], config: TrainConfig
+) -> list[NDArray[np.int64]]:
+    """Return the batches of a client's round: epoch after epoch in a fresh order, the last batch short.
+
+    The order is keyed by seed, round, client and epoch: nothing else can change it.
+    """
+    batches: list[NDArray[np.int64]] = []
+    per_epoch = -(-len(rows) // config.batch_size)
+    steps = config.local_steps or config.local_epochs * per_epoch
+    while len(rows) and len(batches) < steps:
+        epoch = len(batches) // per_epoch
+        order = rows[seeded.permutation("batches", round_number, client, epoch, size=len(rows))]
+        batches += [order[at : at + config.batch_size] for at in range(0, len(order), config.batch_size)]
+    return batches[:steps]
+
+
+def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, config: TrainConfig) -> list[ClientResult]:
+    """Train the clients of a pack together.
+
+    Args:
+        engine: The engine.
+        works: One entry a client; all start with the same tensor names. A client without rows takes no step.
+        common: The tensors that are not trained, the same for all clients.
+        config: Local training.
+
+    Returns:
+        One result for each entry of ``works``, in order. A client whose tensors did not train, or are not
+        finite, has an ``error``.
+    """
+    trained = {
+        name: torch.stack([engine.tensor(work.start[name]) for work in works]).requires_grad_()
+        for name in works[0].start
+    }
+    before = {name: value.detach().clone() for name, value in trained.items()}
+    fixed = {name: engine.tensor(array) for name, array in common.items()}
+    steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
+    optimizer = build_optimizer(trained, config, steps_g)
+    loss_g = torch.zeros(len(works), dtype=torch.float64, device=engine.device)
+    watch = _Watch(trained)
+    for step in range(int(steps_g.max()) if works else 0):
+        loss_g += _backward(engine, works, step, trained, fixed)
+        grads = {
+            name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()
+        }
+        watch.look(grads)
+        with torch.no_grad():
+            optimizer.step(grads, step < steps_g)
+        for value in trained.values():
+            value.grad = None
+    errors = watch.errors(engine.method.specs(), before, trained, [len(work.batches) for work in works])
+    arrays = {name: value.detach().cpu().numpy() for name, value in trained.items()}
+    return [
+        ClientResult(
+            client=work.client,
+            tensors={name: value[g] for name, value in arrays.items()},
+            examples=len(np.unique(np.concatenate(work.batches))) if work.batches else 0,
+            steps=len(work.batches),
+            loss=float(loss_g[g]) / max(1, len(work.batches)),
+            error=errors[g],
+        )
+        for g, work in enumerate(works)
+    ]
+
+
+def _backward(
+    engine: Engine, works: Sequence[ClientWork], step: int, trained: Mapping[str, Tensor], fixed: Mapping[str, Tensor]
+) -> Tensor:
+    """Add the gradients of one step to ``trained`` and return each client's mean row loss, [G]."""
+    places = [(g, int(row)) for g, work in enumerate(works) if step < len(work.batches) for row in work.batches[step]]
+    lengths = np.array([len(works[g].examples.tokens[row]) for g, row in places], dtype=np.int64)
+    size_g = np.array([len(work.batches[step]) if step < len(work.batches) else 1 for work in works])
+    loss_g = torch.zeros(len(works), dtype=torch.float64, device=engine.device)
+    for chosen in engine.micro_batches(lengths):
+        here = sorted((places[at] for at in chosen), key=lambda place: place[0])
+        rows = Examples(
+            tuple(works[g].examples.tokens[row] for g, row in here),
+            np.array([works[g].examples.targets[row] for g, row in here], dtype=np.int64),
+        )
+        batch = engine.task.collate(rows, range(len(here)), engine.device)
+        group_n = torch.tensor([g for g, _ in here], device=engine.device)
+        weight_n = torch.tensor([1.0 / size_g[g] for g, _ in here], dtype=engine.dtype, device=engine.device)
+        factors = engine.method.factors({**fixed, **trained})
+        with engine.grouped.placed(factors, Layout.of(group_n, len(works))) as model:
+            weighted_n = engine.task.row_losses(model, batch) * weight_n
+            if weighted_n.requires_grad:  # what does not is reported by the watch, with names
+                weighted_n.sum().backward()  # type: ignore[no-untyped-call]
+        loss_g.index_add_(0, group_n, weighted_n.detach().double())
+    return loss_g
+
+
+class _Watch:
+    """Sees to it that what should train does.
+
+    An adapter that is detached, or whose optimizer holds stale tensors, still gives a falling loss (the head
+    learns) and a well-formed update. Two facts are recorded for every client and trained tensor: whether a
+    gradient other than zero ever came, and whether the tensor moved.
+    """
+
+    def __init__(self, trained: Mapping[str, Tensor]) -> None:
+        self._seen = {name: torch.zeros(len(value), dtype=torch.bool) for name, value in trained.items()}
+
+    def look(self, grads: Mapping[str, Tensor]) -> None:
+        """Record which groups have a gradient."""
+        for name, grad in grads.items():
+            self._seen[name] |= (grad.detach().flatten(1) != 0).any(1).cpu()
+
+    def errors(
+        self,
+        specs: Mapping[str, TensorSpec],
+        before: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        steps: Sequence[int],
+    ) -> list[str]:
+        """Return, for each group, what is wrong with it, or ``""``."""
+        return [self._error(g, specs, before, after, steps[g]) if steps[g] else "" for g in range(len(steps))]
+
+    def _error(
+        self, g: int, specs: Mapping[str, TensorSpec], before: Mapping[str, Tensor], after: Mapping[str, Tensor], n: int
+    ) -> str:
+        for name, value in after.items():
+            if not bool(torch.isfinite(value[g]).all()):
+                return f"{name} is not finite after {n} steps; lower train.learning-rate or set train.clip-norm"
+            if not bool(self._seen[name][g]):
+                # In a first step the tensor it is multiplied with may still be zero and hide its gradient.
+                partners = [
+                    other for other in after if other != name and set(specs[other].factors) & set(specs[name].factors)
+                ]
+                if n > 1 or not any(bool(self._seen[other][g]) for other in partners):
+                    return f"{name} never had a gradient in {n} steps: it is not connected to the loss"
+            elif bool((value[g] == before[name][g]).all()):
+                return f"{name} has a gradient but did not move in {n} steps: train.learning-rate is too small for it"
+        return ""

@@ -1,0 +1,84 @@
+"""Weighted sums that do not depend on the order in which their terms arrive.
+
+Floating-point addition is not associative, so a mean folded in order of arrival changes its last bits
+from run to run. Here every term is split into a coarse and a fine part on two fixed grids
+(pre-rounding, Demmel & Nguyen, ARITH 2013). Sums of grid points are exact in float64 as long as they stay
+below 2**53 grid steps, so they commute, and partial sums made on different machines may be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tensors = Mapping[str, NDArray[np.floating]]
+
+_COARSE = 2.0**-16
+_FINE = 2.0**-50  # a mean with weights >= 1 is off by at most 2**-51
+_LIMIT = 2.0**36
+_MAX_TERMS = 2**18
+
+
+def _round_to(x: NDArray[np.float64], step: float) -> NDArray[np.float64]:
+    """Return ``x`` rounded to multiples of ``step`` (a power of two, so both products are exact)."""
+    return np.rint(x / step) * step
+
+
+@dataclass
+class ExactSum:
+    """A sum of ``weight * tensors`` over clients, together with the sum of the weights.
+
+    Attributes:
+        coarse: Name to float64 array on the coarse grid.
+        fine: Name to float64 array on the fine grid.
+        weight: Sum of the weights (whole numbers).
+        terms: How many clients' tensors are inside.
+    """
+
+    coarse: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    fine: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    weight: int = 0
+    terms: int = 0
+
+    def add(self, tensors: Tensors, weight: int) -> None:
+        """Add one client's ``tensors``, ``weight`` (1 or more, e.g. its number of examples) times."""
+        assert weight >= 1, "a client without weight is left out, not added"
+        coarse: dict[str, NDArray[np.float64]] = {}
+        fine: dict[str, NDArray[np.float64]] = {}
+        for name, value in tensors.items():
+            term = np.asarray(value, dtype=np.float64) * float(weight)
+            coarse[name] = _round_to(term, _COARSE)
+            fine[name] = _round_to(term - coarse[name], _FINE)
+        self.merge(ExactSum(coarse, fine, weight, 1))
+
+    def merge(self, other: ExactSum) -> None:
+        """Add the partial sum ``other``.
+
+        Raises:
+            OverflowError: The sum left the range in which it is exact; nothing was added.
+        """
+        if self.terms + other.terms > _MAX_TERMS:
+            raise OverflowError(f"more than {_MAX_TERMS} clients in one sum")
+        if self.terms == 0:
+            merged = {name: (other.coarse[name], other.fine[name]) for name in other.coarse}
+        else:
+            assert self.coarse.keys() == other.coarse.keys(), "sums of different tensors"
+            merged = {
+                name: (self.coarse[name] + other.coarse[name], self.fine[name] + other.fine[name])
+                for name in self.coarse
+            }
+        for name, (coarse, _) in merged.items():
+            if coarse.size and not np.max(np.abs(coarse)) < _LIMIT:
+                raise OverflowError(f"the weighted sum of {name} passed {_LIMIT:.0f}: updates of this size diverge")
+        self.coarse = {name: coarse for name, (coarse, _) in merged.items()}
+        self.fine = {name: fine for name, (_, fine) in merged.items()}
+        self.weight += other.weight
+        self.terms += other.terms
+
+    def mean(self) -> dict[str, NDArray[np.float64]]:
+        """Return the weighted mean of every tensor, in float64."""
+        assert self.weight > 0, "the mean of nothing"
+        return {name: (self.coarse[name] + self.fine[name]) / self.weight for name in self.coarse}

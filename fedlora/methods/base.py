@@ -1,0 +1,99 @@
+"""What a low-rank method is: named tensors, and the function that makes layers' updates from them.
+
+A method knows nothing of clients, servers, privacy or Flower. Shapes are written with `*` for "nothing,
+or the axis G of groups (clients of a pack)"; only negative dimensions are used, so the same code serves
+one client and a pack of many.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.seeded import Seeded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of the base model.
+
+    Attributes:
+        name: Its full module name.
+        d_in: Number of input features.
+        d_out: Number of output features.
+        bias: Whether it has a bias.
+        fan_in_fan_out: Whether its weight is stored as [d_in, d_out] (GPT-2's Conv1D).
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    bias: bool
+    fan_in_fan_out: bool
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that a method owns.
+
+    Attributes:
+        shape: Its shape, without a group axis.
+        kind: What strategies call it by when they give it a role: ``"A"``, ``"B"``, ``"head"`` ...
+        factors: Names of the products it is a factor of. Tensors of one product may hide each other's
+            gradient (A has none while B is 0); tensors of different products may not.
+        bound: It starts uniform on [-bound, bound); 0 means it starts at zero.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    factors: tuple[str, ...]
+    bound: float
+
+
+class LowRank(NamedTuple):
+    """What a layer adds to its base: ``y = W x + scale * B A x``."""
+
+    A: Tensor  # [*, r, d_in]
+    B: Tensor  # [*, d_out, r]
+    scale: float
+
+
+class Dense(NamedTuple):
+    """A layer that is replaced: ``y = weight x + bias``."""
+
+    weight: Tensor  # [*, d_out, d_in]
+    bias: Tensor | None  # [*, d_out]
+
+
+Factor = LowRank | Dense
+
+
+class Method(ABC):
+    """A low-rank parametrisation of a set of layers, or a head."""
+
+    @abstractmethod
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the method's tensors by name."""
+
+    @abstractmethod
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
+        """Return, by layer name, what each layer computes from ``tensors`` (a pure function)."""
+
+
+def initial_tensors(specs: Mapping[str, TensorSpec], seeded: Seeded) -> dict[str, NDArray[np.float64]]:
+    """Return the tensors as every machine with the same seed starts them, in float64, no group axis.
+
+    Each is keyed by its own name, so layers of one shape still start differently.
+    """
+    return {
+        name: seeded.uniform("init", name, shape=spec.shape, bound=spec.bound) if spec.bound else np.zeros(spec.shape)
+        for name, spec in specs.items()
+    }

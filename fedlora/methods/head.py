@@ -1,0 +1,48 @@
+"""The head: the linear layers that a task puts on top of the base model, trained in full.
+
+Weights start uniform on +-1/sqrt(d_in) (PyTorch's default for a linear layer) and biases at zero, from the
+run's seed on every machine, also when the head is never trained: a head drawn by each client for itself
+would make the clients' metrics incomparable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, final
+
+from fedlora.methods.base import Dense, Factor, Layer, Method, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@final
+class Head(Method):
+    """Dense layers, joined to a method as one.
+
+    Args:
+        method: The low-rank method whose tensors and factors stand beside the head's.
+        layers: The head's layers.
+    """
+
+    def __init__(self, method: Method, layers: Sequence[Layer]) -> None:
+        self.method = method
+        self.layers = tuple(layers)
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the method's tensors, then ``<layer>.weight`` [d_out, d_in] and ``<layer>.bias`` [d_out]."""
+        specs = self.method.specs()
+        for layer in self.layers:
+            bound = 1.0 / math.sqrt(layer.d_in)
+            specs[f"{layer.name}.weight"] = TensorSpec((layer.d_out, layer.d_in), "head", (layer.name,), bound)
+            if layer.bias:
+                specs[f"{layer.name}.bias"] = TensorSpec((layer.d_out,), "head", (f"{layer.name}.bias",), 0.0)
+        return specs
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
+        """Return the method's factors and the head's dense layers."""
+        factors = self.method.factors(tensors)
+        for layer in self.layers:
+            factors[layer.name] = Dense(tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias"))
+        return factors

@@ -1,0 +1,77 @@
+"""Classification of texts: one class a sequence, cross-entropy, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.data import Table
+from fedlora.tasks.base import Batch, Examples, Task
+
+
+@final
+class Classification(Task):
+    """Predicts the class of a text from the model's pooled output.
+
+    Args:
+        pad_token_id: The token that fills short rows up; no real token may be equal to it, because decoder
+            models find the end of a text by it.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
+        """Tokenize; a text that spells a special token, such as ``[PAD]``, is read as plain text.
+
+        Raises:
+            ValueError: A text has no token, or holds the padding token.
+        """
+        if not table.texts:
+            return Examples((), np.zeros(0, dtype=np.int64))
+        encoded = tokenizer(list(table.texts), truncation=True, max_length=max_length, split_special_tokens=True)
+        rows = tuple(np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"])
+        for row, text in zip(rows, table.texts, strict=True):
+            if len(row) == 0:
+                raise ValueError(f"the text {text[:60]!r} has no tokens; remove such rows from the data.")
+            if (row == self.pad_token_id).any():
+                raise ValueError(
+                    f"the text {text[:60]!r} holds the padding token (number {self.pad_token_id}), by which the model "
+                    "would find its end in the wrong place; choose a model whose tokenizer has a pad token of its own."
+                )
+        return Examples(rows, np.asarray(table.labels, dtype=np.int64))
+
+    def collate(self, examples: Examples, rows: Sequence[int], device: torch.device) -> Batch:
+        """Return ``input_ids`` and ``attention_mask`` [N, T] and ``labels`` [N]."""
+        longest = max(len(examples.tokens[row]) for row in rows)
+        ids = np.full((len(rows), longest), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for place, row in enumerate(rows):
+            tokens = examples.tokens[row]
+            ids[place, : len(tokens)] = tokens
+            mask[place, : len(tokens)] = 1
+        arrays = {"input_ids": ids, "attention_mask": mask, "labels": examples.targets[list(rows)]}
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+    def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the cross-entropy of each row, [N], in float32 or wider."""
+        logits = _logits(model, batch)
+        return functional.cross_entropy(logits, batch["labels"], reduction="none")
+
+    def row_metrics(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return ``loss`` and ``accuracy`` (1 where the likeliest class is right) of each row."""
+        logits = _logits(model, batch)
+        return {
+            "loss": functional.cross_entropy(logits, batch["labels"], reduction="none"),
+            "accuracy": (logits.argmax(-1) == batch["labels"]).to(logits.dtype),
+        }
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits if logits.dtype == torch.float64 else logits.float()
