@@ -249,6 +249,11 @@ class EngineConfig:
         _at_least("engine.pack", self.pack, 0)
         _at_least("engine.trainers", self.trainers, 0)
 
+    @property
+    def tensor_dtype(self) -> str:
+        """The dtype in which adapters are trained and sent."""
+        return "float64" if self.dtype == "float64" else "float32"
+
 
 @dataclass(frozen=True)
 class PrivacyConfig:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedlora.config import MethodConfig
-from fedlora.methods.base import Dense, Factor, Layer, LowRank, Method, TensorSpec, initial_tensors
+from fedlora.methods.base import (
+    Dense,
+    Factor,
+    Layer,
+    LowRank,
+    Method,
+    TensorSpec,
+    initial_tensors,
+    tensors_digest,
+)
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
 from fedlora.registry import Registry
@@ -35,4 +44,5 @@ __all__ = [
     "TensorSpec",
     "build_method",
     "initial_tensors",
+    "tensors_digest",
 ]

@@ -7,6 +7,7 @@ one client and a pack of many.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,12 +89,24 @@ class Method(ABC):
         """Return, by layer name, what each layer computes from ``tensors`` (a pure function)."""
 
 
-def initial_tensors(specs: Mapping[str, TensorSpec], seeded: Seeded) -> dict[str, NDArray[np.float64]]:
-    """Return the tensors as every machine with the same seed starts them, in float64, no group axis.
+def initial_tensors(
+    specs: Mapping[str, TensorSpec], seeded: Seeded, dtype: str = "float64"
+) -> dict[str, NDArray[np.floating]]:
+    """Return the tensors as every machine with the same seed starts them, without a group axis.
 
     Each is keyed by its own name, so layers of one shape still start differently.
     """
     return {
-        name: seeded.uniform("init", name, shape=spec.shape, bound=spec.bound) if spec.bound else np.zeros(spec.shape)
+        name: (
+            seeded.uniform("init", name, shape=spec.shape, bound=spec.bound) if spec.bound else np.zeros(spec.shape)
+        ).astype(dtype)
         for name, spec in specs.items()
     }
+
+
+def tensors_digest(tensors: Mapping[str, NDArray[np.floating]]) -> str:
+    """Return a SHA-256 digest of tensors with their names, shapes and dtypes."""
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name}{value.shape}{value.dtype}".encode() + np.ascontiguousarray(value).tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,1 @@
+"""Clients: the thin Flower app, and the trainers that do the work."""

@@ -1,0 +1,93 @@
+"""The Flower ClientApp: decodes a message, hands it to trainers, encodes the answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from clients.pool import TrainerPool, split_packs
+from clients.trainer import Request
+from fedlora.config import Config
+from fedlora.exact_sum import ExactSum
+from fedlora.fingerprint import code_fingerprint
+from fedlora.wire import Instruction, Reply
+
+if TYPE_CHECKING:
+    from fedlora.engine import ClientResult
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the clients that this node stands for."""
+    instruction = _instruction(message)
+    reply = Reply(total=ExactSum())
+    for clients, outcome in _call("train", instruction, context):
+        if isinstance(outcome, Exception):
+            _refuse(reply, clients, outcome)
+            continue
+        for result in outcome:
+            error = result.error or ("" if result.steps else "it has no training rows") or _fold(reply, instruction, result)
+            facts = {"examples": result.examples, "steps": result.steps, "metrics": {"loss": result.loss}}
+            reply.add(result.client, error=error, **facts)
+    return Message(reply.to_content(), reply_to=message)
+
+
+def _fold(reply: Reply, instruction: Instruction, result: ClientResult) -> str:
+    """Take a client's update into the reply, where it is last seen alone; return why not, or ""."""
+    if len(instruction.clients) == 1:
+        reply.update = result.tensors
+        return ""
+    assert reply.total is not None, "made by train"
+    try:
+        reply.total.add(result.tensors, result.examples if instruction.weights == "examples" else 1)
+    except OverflowError as error:
+        return str(error)
+    return ""
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate each client's own model on the rows that it held out."""
+    reply = Reply()
+    for clients, outcome in _call("evaluate_personal", _instruction(message), context):
+        if isinstance(outcome, Exception):
+            _refuse(reply, clients, outcome)
+            continue
+        for client, sums in zip(clients, outcome, strict=True):
+            examples = int(sums.pop("examples"))
+            reply.add(client, examples=examples, metrics=sums)
+    return Message(reply.to_content(), reply_to=message)
+
+
+def _instruction(message: Message) -> Instruction:
+    """Read the instruction, and refuse it where this process runs other code than the server."""
+    instruction = Instruction.from_content(message.content)
+    own, folders = code_fingerprint()
+    if instruction.fingerprint != own:
+        raise RuntimeError(
+            f"this client runs other code than the server: it was imported from {folders}. A SuperLink that was "
+            "started in another checkout lends its working directory to the clients; end it (pkill -f "
+            "flower-superlink) and start the run again from here."
+        )
+    return instruction
+
+
+def _call(method: str, instruction: Instruction, context: Context) -> list[tuple[tuple[int, ...], Any]]:
+    """Cut the clients into packs, have the trainers work on all of them, return (pack, outcome) pairs."""
+    pool = TrainerPool.connect(context.run_id)
+    pack = Config.from_flat(context.run_config).engine.pack
+    packs = split_packs(instruction.clients, pack, len(pool))
+    requests = [(Request(instruction.round, clients, instruction.roles, instruction.tensors),) for clients in packs]
+    node = int(context.node_config.get("partition-id", 0))
+    return list(zip(packs, pool.call(method, requests, first=node), strict=True))
+
+
+def _refuse(reply: Reply, clients: tuple[int, ...], error: Exception) -> None:
+    """Enter a pack that failed as a whole."""
+    lines = str(error).strip().splitlines()
+    for client in clients:
+        reply.add(client, error=f"{type(error).__name__}: {lines[0] if lines else 'no message'}")

@@ -1,0 +1,1 @@
+"""Run folder, export and report."""

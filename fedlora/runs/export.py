@@ -1,0 +1,68 @@
+"""Export to PEFT: an adapter folder that ``peft.PeftModel.from_pretrained`` loads on the untouched base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, TaskType
+from safetensors.torch import save_file
+
+from fedlora.config import Config
+from fedlora.engine import Engine
+from fedlora.methods import Dense, LowRank
+
+
+def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], config: Config) -> dict[str, bytes]:
+    """Return a PEFT adapter's files by name: configuration, weights, tokenizer and model card.
+
+    The scale is folded into B, with alpha equal to the rank, so PEFT's own scale is 1 whatever the method.
+
+    Args:
+        engine: The engine whose method made the tensors.
+        tensors: All of the method's tensors.
+        config: The run's configuration.
+    """
+    factors = engine.method.factors({name: engine.tensor(array) for name, array in tensors.items()})
+    layers = {layer.name: layer for layer in engine.base.structure.adapted}
+    weights: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    heads: set[str] = set()
+    for name, factor in factors.items():
+        key = f"base_model.model.{name}"
+        if isinstance(factor, LowRank):
+            weights[f"{key}.lora_A.weight"] = factor.A
+            weights[f"{key}.lora_B.weight"] = factor.B * factor.scale
+            ranks[name] = factor.A.shape[-2]
+        else:
+            assert isinstance(factor, Dense), "a factor of a third kind"
+            heads.add(name.split(".", 1)[0])
+            weights[f"{key}.weight"] = factor.weight
+            if factor.bias is not None:
+                weights[f"{key}.bias"] = factor.bias
+    common = max(ranks.values(), key=list(ranks.values()).count)
+    pattern = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != common}
+    adapter = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        base_model_name_or_path=config.model.name,
+        r=common,
+        lora_alpha=common,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=sorted(ranks),
+        modules_to_save=sorted(heads),
+        fan_in_fan_out=any(layers[name].fan_in_fan_out for name in ranks),
+        inference_mode=True,
+    )
+    with TemporaryDirectory() as folder:
+        adapter.save_pretrained(folder)
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, f"{folder}/adapter_model.safetensors")
+        if engine.base.tokenizer is not None:
+            engine.base.tokenizer.save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+    return files

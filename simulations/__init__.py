@@ -1,0 +1,1 @@
+"""Simulations: the server app, planning, and the command line."""

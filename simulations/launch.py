@@ -1,0 +1,153 @@
+"""Runs the app under Flower in a world of its own, and tells the truth about how it ended.
+
+``flwr run --stream`` exits 0 when the run failed, leaves a SuperLink behind for good, and takes client code
+from the directory in which that SuperLink happened to be started. Here every run has its own Flower home
+and ports; whatever was started with that home is ended when the run is over, however it is over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import psutil
+from rich.console import Console
+
+from fedlora.config import Scalar, to_toml
+
+# What Flower does by itself at start-up and a run must not: install [project].dependencies anew (torch among
+# them) into an environment of its own, and call home.
+FLOWER_ENVIRONMENT = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+_GRACE_S = 10.0
+
+
+def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[str], console: Console) -> int:
+    """Run ``flwr run --stream`` on ``app``.
+
+    Args:
+        app: Folder of the app.
+        config: The whole run configuration.
+        federation_config: Options of ``--federation-config``.
+        console: Where the verdict goes.
+
+    Returns:
+        0 when the run completed, 1 when it did not.
+    """
+    with _home() as (home, environment):
+        file = home / "run-config.toml"
+        file.write_text(to_toml(config), encoding="utf-8")
+        command = [_flwr(), "run", str(app), "--stream", "--run-config", str(file)]
+        for option in federation_config:
+            command += ["--federation-config", option]
+        started = subprocess.run(command, env=environment, cwd=app, check=False)
+        if started.returncode != 0:
+            console.print("fedlora: the run could not be started; Flower says why above.", markup=False)
+            return 1
+        return _verdict(environment, home, console)
+
+
+def _verdict(environment: Mapping[str, str], home: Path, console: Console) -> int:
+    """Ask Flower how the one run of this home ended."""
+    answer = subprocess.run(
+        [_flwr(), "ls", "--format", "json"], env=environment, capture_output=True, text=True, check=False
+    )
+    try:
+        run = json.loads(answer.stdout)["runs"][0]
+        status, details = str(run["status"]), str(run.get("status-details", ""))
+    except (json.JSONDecodeError, KeyError, IndexError, TypeError):
+        status, details = "unknown", answer.stderr.strip() or answer.stdout.strip()
+    if status == "finished:completed":
+        return 0
+    lines = [line for line in details.strip().splitlines() if line.strip()]
+    console.print(f"fedlora: the run failed ({status}): {lines[-1] if lines else 'no details'}", markup=False)
+    log = home / "local-superlink" / "superlink.log"
+    if log.is_file() and not lines:
+        console.print(log.read_text(encoding="utf-8", errors="replace")[-2000:], markup=False)
+    return 1
+
+
+@contextmanager
+def _home() -> Iterator[tuple[Path, dict[str, str]]]:
+    """Provide a Flower home for one run, and end every process that was started with it."""
+    home = Path(tempfile.mkdtemp(prefix="fedlora-"))
+    http, control = _free_ports(2)
+    environment = {
+        **os.environ,
+        **FLOWER_ENVIRONMENT,
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(control),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield home, environment
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        _end_processes(home)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_processes(home: Path) -> None:
+    """End every process whose environment has ``home`` as its Flower home."""
+    found = _processes(home)
+    for process in found:
+        _signal(process, signal.SIGTERM)
+    _, alive = psutil.wait_procs(found, timeout=_GRACE_S)
+    for process in {*alive, *_processes(home)}:
+        _signal(process, signal.SIGKILL)
+
+
+def _signal(process: psutil.Process, number: int) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def _processes(home: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home):
+                found.append(process)
+        except psutil.Error:  # gone, or somebody else's
+            continue
+    return found
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports of the loopback address that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def _flwr() -> str:
+    """Return the path of the ``flwr`` command beside this Python."""
+    return str(Path(sys.executable).parent / "flwr")

@@ -1,0 +1,71 @@
+"""From a flat configuration to everything a run is made of, checked before anything loads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from clients.pool import Shard
+from fedlora.config import Config, ConfigError
+from fedlora.data import CORPORA
+from fedlora.methods import METHODS, TensorSpec
+from fedlora.roles import Role
+from fedlora.tasks import TASKS
+from strategies import STRATEGIES, RoleStrategy, Setting
+
+_THREADS = 4  # threads of one trainer beyond which small models gain little on a CPU
+
+
+def resolve(flat: Mapping[str, Any]) -> Config:
+    """Return the configuration with every ``auto`` and default name filled in.
+
+    Raises:
+        ConfigError: A value is of the wrong type, out of range or unknown, or values cannot work together.
+    """
+    config = Config.from_flat(flat)
+    try:
+        strategy = STRATEGIES[config.strategy.name]
+        method = strategy.methods[0] if config.method.name == "auto" else config.method.name
+        METHODS[method]
+        TASKS[config.task]
+        CORPORA[config.data.name]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if method not in strategy.methods:
+        raise ConfigError(
+            f"method.name = {method!r}: strategy {strategy.name!r} works with {', '.join(strategy.methods)}; "
+            "choose one of them, or method.name = 'auto'."
+        )
+    name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy.name}"
+    return replace(config, method=replace(config.method, name=method), run=replace(config.run, name=name))
+
+
+def build_strategy(config: Config, specs: Mapping[str, TensorSpec]) -> RoleStrategy:
+    """Return the strategy that ``config`` names, for these tensors."""
+    return STRATEGIES[config.strategy.name](
+        Setting(
+            specs=specs,
+            num_clients=config.federation.num_clients,
+            seed=config.seed,
+            clients_per_round=config.federation.clients_per_round,
+            weights="examples" if config.strategy.weights == "examples" else "equal",
+            head=Role(config.method.head),
+            failure_threshold=config.federation.failure_threshold,
+            dtype=config.engine.tensor_dtype,
+        )
+    )
+
+
+def plan_shards(resources: Mapping[str, float], wanted: int) -> list[Shard]:
+    """Cut a machine into shards, one for each trainer.
+
+    Args:
+        resources: ``CPU`` and ``GPU`` counts, as Ray reports them.
+        wanted: ``engine.trainers``; 0: one a GPU, or on a CPU one for every four cores.
+    """
+    cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
+    trainers = wanted or gpus or max(1, cpus // _THREADS)
+    share = min(1.0, gpus / trainers) if gpus else 0.0
+    return [Shard(threads=max(1, cpus // trainers), gpus=share)] * trainers

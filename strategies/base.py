@@ -1,0 +1,411 @@
+"""What all strategies share: the round loop, sampling, the streaming fold of replies.
+
+A strategy is a real :class:`flwr.serverapp.strategy.Strategy`: its four hooks work under Flower's own loop in
+any ServerApp. :meth:`RoleStrategy.start` adds what that loop lacks: replies are folded as they arrive and
+dropped (the server's memory does not grow with the number of clients), a reply that is wrong is refused
+and named, and too many of them stop the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from numpy.typing import NDArray
+
+from fedlora.exact_sum import ExactSum
+from fedlora.fingerprint import code_fingerprint
+from fedlora.methods import TensorSpec
+from fedlora.roles import Role, Roles, with_role
+from fedlora.seeded import Seeded
+from fedlora.wire import (
+    Instruction,
+    Reply,
+    WireError,
+    check_tensors,
+    from_named_arrays,
+    message_bytes,
+    named_arrays,
+    payload_bytes,
+)
+
+Tensors = Mapping[str, NDArray[np.floating]]
+_POLL_S = 0.1
+_logger = logging.getLogger(__name__)
+
+
+class FederationError(RuntimeError):
+    """Too many clients failed for the round to mean anything."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a strategy needs to know of the run.
+
+    Attributes:
+        specs: The method's tensors.
+        num_clients: Number of clients.
+        seed: Seed of the sampling.
+        clients_per_round: Clients sampled each round; 0: all.
+        weights: Whether a client counts by its examples, or all count alike.
+        head: Role of the head.
+        failure_threshold: Share of a round's clients that may fail.
+        dtype: Of the tensors.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    num_clients: int
+    seed: int = 0
+    clients_per_round: int = 0
+    weights: Literal["examples", "equal"] = "examples"
+    head: Role = Role.SHARED
+    failure_threshold: float = 0.5
+    dtype: str = "float32"
+
+
+@dataclass
+class Tally:
+    """What a round has brought so far.
+
+    Attributes:
+        round: The round.
+        pending: Clients not heard of yet, by the node that stands for them.
+        expected: The tensors that a reply must hold.
+        total: The exact sum of the updates.
+        facts: One record for each client that was heard of.
+        refused: Why, by client.
+        bytes_up: Payload that clients sent, each counted alone.
+        bytes_down: Payload that was sent to clients, each counted alone.
+        message_bytes_up: What Flower carried to the server.
+        message_bytes_down: What Flower carried to the nodes.
+    """
+
+    round: int
+    pending: dict[int, tuple[int, ...]]
+    expected: Mapping[str, TensorSpec]
+    total: ExactSum = field(default_factory=ExactSum)
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    message_bytes_up: int = 0
+    message_bytes_down: int = 0
+
+    def refuse(self, clients: Iterable[int], reason: str) -> None:
+        """Leave clients out of the round, and say so."""
+        for client in clients:
+            self.refused[client] = reason
+            _logger.warning("round %d: client %d is left out: %s", self.round, client, reason)
+
+
+class RoleStrategy(Strategy):
+    """A strategy that is told by its roles and its rule.
+
+    Args:
+        setting: What it needs to know of the run.
+    """
+
+    name: ClassVar[str]
+    """Its name in ``strategy.name``."""
+    methods: ClassVar[tuple[str, ...]]
+    """Methods it works with; the first is what ``method.name = 'auto'`` stands for."""
+    exact: ClassVar[bool]
+    """Whether the server's mean of tensors is the mean of the clients' updates B A."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.tally: Tally | None = None
+        self._server: dict[str, NDArray[np.floating]] = {}
+
+    # -- what a strategy is -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
+        """Return the role of each kind of the method's tensors in a round; the head's comes from the setting."""
+
+    def combine(self, server: Tensors, mean: Tensors, server_round: int) -> Tensors:
+        """Return the server's new tensors, given the clients' mean; by default the mean itself."""
+        return {**server, **mean}
+
+    # -- rounds -------------------------------------------------------------------------------------------
+
+    def all_roles(self, server_round: int) -> dict[str, Role]:
+        """Return the role of every kind, head included."""
+        kinds = list(dict.fromkeys(spec.kind for spec in self.setting.specs.values()))
+        roles = dict(self.roles([kind for kind in kinds if kind != "head"], server_round))
+        return {kind: self.setting.head if kind == "head" else roles[kind] for kind in kinds}
+
+    def exchanged(self, server_round: int, *wanted: Role) -> dict[str, TensorSpec]:
+        """Return the tensors that cross the wire in a round, or those with the ``wanted`` roles."""
+        return with_role(self.setting.specs, self.all_roles(server_round), *(wanted or (Role.SHARED, Role.BROADCAST)))
+
+    def sample(self, server_round: int) -> list[int]:
+        """Return the round's clients, ascending; they depend on the seed and the round alone."""
+        count = self.setting.clients_per_round or self.setting.num_clients
+        order = Seeded(self.setting.seed).permutation("sample", server_round, size=self.setting.num_clients)
+        return sorted(int(client) for client in order[:count])
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients, deal them to the nodes, and address one message to each node."""
+        self._server = from_named_arrays(arrays)
+        sent = self.exchanged(server_round)
+        missing = sorted(set(sent) - set(self._server))
+        if missing:
+            raise ValueError(f"the initial arrays lack {missing[0]} and {len(missing) - 1} more of the exchanged tensors")
+        dealt = deal(self.sample(server_round), list(grid.get_node_ids()))
+        self.tally = Tally(server_round, dealt, self.exchanged(server_round, Role.SHARED))
+        self.tally.bytes_down = payload_bytes(sent, self.setting.dtype) * sum(len(clients) for clients in dealt.values())
+        return self._messages(MessageType.TRAIN, server_round, {name: self._server[name] for name in sent}, dealt)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the replies, one after another, and combine their mean with what the server holds.
+
+        Raises:
+            FederationError: More clients failed than the threshold allows.
+        """
+        assert self.tally is not None, "aggregate_train before configure_train"
+        tally = self.tally
+        for reply in replies:
+            self._accept(tally, reply)
+        for clients in tally.pending.values():
+            tally.refuse(clients, "no reply arrived in time")
+        sampled = len(tally.facts) + sum(len(clients) for clients in tally.pending.values())
+        self._check_failures(tally, sampled)
+        mean = {name: value.astype(self.setting.dtype) for name, value in tally.total.mean().items()}
+        self._server = {name: np.asarray(value) for name, value in self.combine(self._server, mean, server_round).items()}
+        losses = [fact["loss"] for client, fact in tally.facts.items() if client not in tally.refused]
+        metrics = MetricRecord(
+            {
+                "train_loss": float(np.mean(losses)),
+                "clients_ok": tally.total.terms,
+                "clients_refused": len(tally.refused),
+                "bytes_up": tally.bytes_up,
+                "bytes_down": tally.bytes_down,
+                "message_bytes_up": tally.message_bytes_up,
+                "message_bytes_down": tally.message_bytes_down,
+            }
+        )
+        return named_arrays(self._server), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask clients to evaluate themselves, where they keep tensors that the server cannot evaluate."""
+        if Role.PRIVATE not in self.all_roles(server_round).values():
+            return []
+        server = from_named_arrays(arrays)
+        sent = {name: server[name] for name in self.exchanged(server_round)}
+        dealt = deal(list(range(self.setting.num_clients)), list(grid.get_node_ids()))
+        if self.tally is not None:
+            clients = sum(len(clients) for clients in dealt.values())
+            self.tally.bytes_down += payload_bytes(self.exchanged(server_round), self.setting.dtype) * clients
+        # A client evaluates what it will start the next round with.
+        return self._messages(MessageType.EVALUATE, server_round + 1, sent, dealt)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return each metric's mean over the clients' own rows, as ``personal_<metric>``."""
+        sums: dict[str, float] = {}
+        examples = clients = 0
+        for message in replies:
+            try:
+                reply = _read(message)
+            except WireError as error:
+                _logger.warning("round %d: an evaluation is left out: %s", server_round, error)
+                continue
+            if self.tally is not None:
+                self.tally.message_bytes_up += message_bytes(message.content)
+            for place, error in enumerate(reply.errors):
+                if error:
+                    _logger.warning("round %d: client %d's evaluation is left out: %s", server_round, reply.clients[place], error)
+                    continue
+                examples += reply.examples[place]
+                clients += 1
+                for name, values in reply.metrics.items():
+                    sums[name] = sums.get(name, 0.0) + values[place]
+        if not examples:
+            return None
+        means = {f"personal_{name}": value / examples for name, value in sums.items()}
+        return MetricRecord({**means, "personal_examples": examples, "personal_clients": clients})
+
+    def summary(self) -> None:
+        """Log what the strategy exchanges."""
+        roles = self.all_roles(1)
+        sent = payload_bytes(self.exchanged(1), self.setting.dtype)
+        _logger.info("%s: %s; %d bytes to a client", self.name, ", ".join(f"{k} {r}" for k, r in roles.items()), sent)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        on_round: Callable[[int, ArrayRecord, Result], None] | None = None,
+    ) -> Result:
+        """Run the rounds.
+
+        Args:
+            grid: The way to the nodes.
+            initial_arrays: The shared and broadcast tensors before the first round, by name.
+            num_rounds: Number of rounds.
+            timeout: Seconds that a round waits for its clients.
+            train_config: Unused; kept for Flower's signature.
+            evaluate_config: Unused; kept for Flower's signature.
+            evaluate_fn: Evaluates the server's tensors, before the first round (0) and after each.
+            on_round: Called with the round's number, the server's tensors and the results so far.
+
+        Returns:
+            Flower's result object.
+
+        Raises:
+            FederationError: More clients of a round failed than the threshold allows.
+        """
+        train_config = train_config or ConfigRecord()
+        evaluate_config = evaluate_config or ConfigRecord()
+        result = Result()
+        result.arrays = initial_arrays
+        self.summary()
+        for server_round in range(num_rounds + 1):
+            if server_round:
+                instructions = self.configure_train(server_round, result.arrays, train_config, grid)
+                arrays, metrics = self.aggregate_train(server_round, arriving(grid, instructions, timeout))
+                assert arrays is not None, "a round without a result raises"
+                assert metrics is not None, "a round without a result raises"
+                result.arrays = arrays
+                questions = list(self.configure_evaluate(server_round, arrays, evaluate_config, grid))
+                personal = self.aggregate_evaluate(server_round, arriving(grid, questions, timeout)) if questions else None
+                if personal is not None:
+                    result.evaluate_metrics_clientapp[server_round] = personal
+                result.train_metrics_clientapp[server_round] = metrics
+            if evaluate_fn is not None:
+                evaluated = evaluate_fn(server_round, result.arrays)
+                if evaluated is not None:
+                    result.evaluate_metrics_serverapp[server_round] = evaluated
+            if on_round is not None:
+                on_round(server_round, result.arrays, result)
+        return result
+
+    # -- helpers ------------------------------------------------------------------------------------------
+
+    def _messages(
+        self, message_type: str, server_round: int, tensors: Tensors, dealt: Mapping[int, tuple[int, ...]]
+    ) -> Iterator[Message]:
+        """Yield one message a node, made when it is asked for."""
+        for node, clients in dealt.items():
+            instruction = Instruction(
+                round=server_round,
+                clients=clients,
+                roles=self.all_roles(server_round),
+                weights=self.setting.weights,
+                tensors=dict(tensors),
+                fingerprint=code_fingerprint()[0],
+            )
+            content = instruction.to_content()
+            if self.tally is not None:
+                self.tally.message_bytes_down += message_bytes(content)
+            yield Message(content, dst_node_id=node, message_type=message_type, group_id=str(server_round))
+
+    def _accept(self, tally: Tally, message: Message) -> None:
+        """Fold one reply, or refuse it with its clients' names."""
+        clients = tally.pending.pop(message.metadata.src_node_id, ())
+        try:
+            reply = _read(message)
+            if sorted(reply.clients) != list(clients):
+                raise WireError(f"it answers for clients {reply.clients[:5]}, not {list(clients[:5])}")
+            tally.message_bytes_up += message_bytes(message.content)
+            facts = {
+                client: {
+                    "examples": reply.examples[place],
+                    "steps": reply.steps[place],
+                    **{name: values[place] for name, values in reply.metrics.items()},
+                }
+                for place, client in enumerate(reply.clients)
+            }
+            good = [client for client, error in zip(reply.clients, reply.errors, strict=True) if not error]
+            tally.bytes_up += payload_bytes(tally.expected, self.setting.dtype) * len(good)
+            if good:
+                self._fold(tally, reply, good, facts)
+        except (WireError, OverflowError) as error:
+            tally.facts |= {client: _NO_FACTS for client in clients}
+            tally.refuse(clients, str(error))
+            return
+        tally.facts |= facts
+        for client, reason in zip(reply.clients, reply.errors, strict=True):
+            if reason:
+                tally.refuse([client], reason)
+
+    def _fold(self, tally: Tally, reply: Reply, good: list[int], facts: Mapping[int, Mapping[str, Any]]) -> None:
+        """Check a reply's tensors and add them to the round's sum."""
+        by_examples = self.setting.weights == "examples"
+        if any(facts[client]["examples"] < 1 or not np.isfinite(facts[client].get("loss", np.nan)) for client in good):
+            raise WireError("it reports no training examples, or no finite loss")
+        weight = sum(facts[client]["examples"] if by_examples else 1 for client in good)
+        if reply.update is not None and len(good) == 1:
+            check_tensors(reply.update, tally.expected, self.setting.dtype)
+            tally.total.add(reply.update, weight)
+            return
+        if reply.total is None:
+            raise WireError("it holds no update")
+        check_tensors(reply.total.coarse, tally.expected, "float64")
+        check_tensors(reply.total.fine, tally.expected, "float64")
+        if (reply.total.weight, reply.total.terms) != (weight, len(good)):
+            raise WireError("the weight of its sum is not that of its clients")
+        tally.total.merge(reply.total)
+
+    def _check_failures(self, tally: Tally, sampled: int) -> None:
+        failed = len(tally.refused)
+        if tally.total.terms and failed <= self.setting.failure_threshold * sampled:
+            return
+        reasons = [f"client {client}: {reason}" for client, reason in sorted(tally.refused.items())[:3]]
+        raise FederationError(
+            f"round {tally.round}: {failed} of {sampled} clients failed, more than federation.failure-threshold = "
+            f"{self.setting.failure_threshold} allows. {'; '.join(reasons)}{'; ...' if failed > 3 else ''}"
+        )
+
+
+_NO_FACTS: dict[str, Any] = {"examples": 0, "steps": 0, "loss": float("nan")}
+
+
+def deal(clients: Sequence[int], nodes: Sequence[int]) -> dict[int, tuple[int, ...]]:
+    """Return, by node, a run of clients each; sizes differ by one at most and no entry is empty.
+
+    Raises:
+        FederationError: There is no node.
+    """
+    if not nodes:
+        raise FederationError("no SuperNode is connected")
+    ordered = sorted(nodes)[: len(clients)]
+    bounds = np.linspace(0, len(clients), len(ordered) + 1).round().astype(int)
+    return {node: tuple(clients[bounds[i] : bounds[i + 1]]) for i, node in enumerate(ordered)}
+
+
+def arriving(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+    """Send messages and yield each reply as it arrives, until all are there or ``timeout`` seconds passed."""
+    waiting = set(grid.push_messages(messages))
+    end = time.monotonic() + timeout
+    while waiting and time.monotonic() < end:
+        for reply in grid.pull_messages(waiting):
+            waiting.discard(reply.metadata.reply_to_message_id)
+            yield reply
+        if waiting:
+            time.sleep(_POLL_S)
+
+
+def _read(message: Message) -> Reply:
+    if message.has_error():
+        raise WireError(f"its node failed: {message.error.reason}")
+    return Reply.from_content(message.content)
