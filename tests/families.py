@@ -1,0 +1,85 @@
+"""Small classifiers of five families, made from their configurations, for tests in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from fedlora.models import Base, inspect, prepare_base
+from fedlora.tasks import Classification, Examples
+
+PAD = 0
+VOCABULARY = 60
+CLASSES = 3
+_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+_COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "num_labels": CLASSES, "pad_token_id": PAD}
+
+CONFIGS: dict[str, Any] = {
+    "bert": lambda: transformers.BertConfig(**_SIZES, **_COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "roberta": lambda: transformers.RobertaConfig(
+        **_SIZES, **_COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=40
+    ),
+    "distilbert": lambda: transformers.DistilBertConfig(
+        **_COMMON, dim=16, n_layers=2, n_heads=2, hidden_dim=24, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0
+    ),
+    "llama": lambda: transformers.LlamaConfig(**_SIZES, **_COMMON, num_key_value_heads=1, max_position_embeddings=64),
+    "gpt2": lambda: transformers.GPT2Config(
+        **_COMMON, n_embd=16, n_layer=2, n_head=2, n_inner=24, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+}
+
+
+def small_model(family: str, seed: int = 0) -> Any:
+    """Return a small classifier in float64, every weight random (biases and norms, too)."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForSequenceClassification.from_config(CONFIGS[family]()).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def small_base(family: str, target_modules: str = "auto", seed: int = 0) -> Base:
+    """Return :func:`small_model` prepared as a base."""
+    return prepare_base(small_model(family, seed), None, target_modules, device=torch.device("cpu"))
+
+
+def small_structure(family: str, target_modules: str) -> Any:
+    """Return the structure of a small model."""
+    return inspect(small_model(family), target_modules)
+
+
+def small_task() -> Classification:
+    """Return the task of the small models."""
+    return Classification(PAD)
+
+
+def random_examples(rows: int, seed: int, longest: int = 12) -> Examples:
+    """Return rows of random lengths, tokens and classes."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(2, longest + 1, size=rows)
+    tokens = tuple(generator.integers(2, VOCABULARY, size=int(n)).astype(np.int64) for n in lengths)
+    return Examples(tokens, generator.integers(0, CLASSES, size=rows).astype(np.int64))
+
+
+class _DoubleNorm(torch.nn.Module):
+    """Llama's RMSNorm without its detour through float32, which costs 5e-7 of any comparison."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon)
+
+
+def without_float32(model: Any) -> Any:
+    """Replace Llama's norms by ones that compute in the dtype of their input."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], _DoubleNorm(module))
+    return model
