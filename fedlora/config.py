@@ -147,7 +147,7 @@ class FederationConfig:
 class StrategyConfig:
     """How the server combines what clients send."""
 
-    name: str = "fedavg"
+    name: str = "ffa-lora"
     """Aggregation strategy: ``fedavg``, ``ffa-lora``."""
     weights: str = "examples"
     """``examples``: a client counts by its number of training examples; ``equal``: all alike."""
@@ -191,13 +191,13 @@ class MethodConfig:
 class TrainConfig:
     """Local training of one client in one round. The optimizer starts anew each round."""
 
-    batch_size: int = 16
+    batch_size: int = 8
     """Examples a step."""
-    local_steps: int = 0
+    local_steps: int = 20
     """Optimizer steps a round; 0: by epochs."""
     local_epochs: int = 1
     """Passes over the client's examples a round, where local-steps is 0."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.01
     """Peak learning rate."""
     optimizer: str = "adamw"
     """``adamw`` or ``sgd``."""
@@ -209,7 +209,7 @@ class TrainConfig:
     """``constant``, or ``linear``: down to 0 over the client's own steps of the round."""
     clip_norm: float = 0.0
     """Bound on the L2 norm of each client's gradient; 0: none."""
-    max_length: int = 64
+    max_length: int = 48
     """Tokens a text is cut to."""
 
     def __post_init__(self) -> None:
@@ -273,7 +273,7 @@ class Config:
 
     seed: int = 0
     """Seed of everything but privacy."""
-    rounds: int = 3
+    rounds: int = 5
     """Communication rounds."""
     task: str = "classification"
     """What is learned: ``classification`` of texts."""
