@@ -193,7 +193,7 @@ class TrainConfig:
 
     batch_size: int = 8
     """Examples a step."""
-    local_steps: int = 20
+    local_steps: int = 16
     """Optimizer steps a round; 0: by epochs."""
     local_epochs: int = 1
     """Passes over the client's examples a round, where local-steps is 0."""
@@ -273,7 +273,7 @@ class Config:
 
     seed: int = 0
     """Seed of everything but privacy."""
-    rounds: int = 5
+    rounds: int = 4
     """Communication rounds."""
     task: str = "classification"
     """What is learned: ``classification`` of texts."""

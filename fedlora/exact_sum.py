@@ -27,6 +27,11 @@ def _round_to(x: NDArray[np.float64], step: float) -> NDArray[np.float64]:
     return np.rint(x / step) * step
 
 
+def _check_range(name: str, x: NDArray[np.float64]) -> None:
+    if x.size and not np.max(np.abs(x)) < _LIMIT:  # NaN is not below it either
+        raise OverflowError(f"the weighted sum of {name} passed {_LIMIT:.0f}: updates of this size diverge")
+
+
 @dataclass
 class ExactSum:
     """A sum of ``weight * tensors`` over clients, together with the sum of the weights.
@@ -44,12 +49,17 @@ class ExactSum:
     terms: int = 0
 
     def add(self, tensors: Tensors, weight: int) -> None:
-        """Add one client's ``tensors``, ``weight`` (1 or more, e.g. its number of examples) times."""
+        """Add one client's ``tensors``, ``weight`` (1 or more, e.g. its number of examples) times.
+
+        Raises:
+            OverflowError: A number is too large for the sum to stay exact, or not finite; nothing was added.
+        """
         assert weight >= 1, "a client without weight is left out, not added"
         coarse: dict[str, NDArray[np.float64]] = {}
         fine: dict[str, NDArray[np.float64]] = {}
         for name, value in tensors.items():
             term = np.asarray(value, dtype=np.float64) * float(weight)
+            _check_range(name, term)
             coarse[name] = _round_to(term, _COARSE)
             fine[name] = _round_to(term - coarse[name], _FINE)
         self.merge(ExactSum(coarse, fine, weight, 1))
@@ -71,8 +81,7 @@ class ExactSum:
                 for name in self.coarse
             }
         for name, (coarse, _) in merged.items():
-            if coarse.size and not np.max(np.abs(coarse)) < _LIMIT:
-                raise OverflowError(f"the weighted sum of {name} passed {_LIMIT:.0f}: updates of this size diverge")
+            _check_range(name, coarse)
         self.coarse = {name: coarse for name, (coarse, _) in merged.items()}
         self.fine = {name: fine for name, (_, fine) in merged.items()}
         self.weight += other.weight

@@ -19,7 +19,7 @@ Arrays = Mapping[str, NDArray[np.floating]]
 
 # Tokens, padding included, that go through the model at once. It bounds the memory of activations; results
 # change by rounding only. A CPU gains nothing from more, a GPU is filled by about this much.
-_TOKENS_CPU = 2048
+_TOKENS_CPU = 1024
 _TOKENS_GPU = 32768
 
 

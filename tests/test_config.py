@@ -1,0 +1,106 @@
+"""Configuration: types, ranges, names, and that garbage never gets past it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.config import Config, ConfigError, to_toml
+from fedlora.runs.report import _flatten
+from simulations.app_config import with_defaults
+from simulations.setup import resolve
+
+ROOT = Path(__file__).parents[1]
+KEYS = sorted(Config().to_flat())
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"train.batchsize": 8}, r"unknown key 'train.batchsize'. Did you mean 'train.batch-size'"),
+        ({"seed": True}, r"seed = True: must be a whole number, not bool"),
+        ({"seed": -1}, r"seed = -1: must be at least 0"),
+        ({"rounds": 1.0}, r"rounds = 1.0: must be a whole number"),
+        ({"rounds": 0}, r"rounds = 0: must be at least 1"),
+        ({"train.learning-rate": "0.1"}, r"train.learning-rate = '0.1': must be a number, not str"),
+        ({"train.learning-rate": 0}, r"train.learning-rate = 0.0: must be greater than 0"),
+        ({"train.learning-rate": float("nan")}, r"train.learning-rate = nan: must be a finite number"),
+        ({"data.partition": "irid"}, r"data.partition = 'irid': must be one of iid, dirichlet. Did you mean 'iid'"),
+        ({"data.header": "yes"}, r"data.header = 'yes': must be true or false"),
+        ({"data.name": "file"}, r"data.path = '': must name a file"),
+        ({"data.path": "x.csv"}, r"data.path = 'x.csv': is only read with data.name = 'file'"),
+        ({"data.name": "file", "data.path": "x.tsv", "data.header": False}, r"data.text-column = 'text': must be a column"),
+        ({"federation.clients-per-round": 11}, r"federation.clients-per-round = 11: must be at most .* = 10"),
+        ({"run.name": "a/b"}, r"run.name = 'a/b': must be a plain folder name"),
+        ({"privacy.mode": "dp"}, r"privacy.mode = 'dp': must be one of none"),
+        ({"method.head": "shard"}, r"method.head = 'shard': .* Did you mean 'shared'"),
+        ({"train.momentum": 0.9}, r"train.momentum = 0.9: is read by train.optimizer = 'sgd' only"),
+        ({"method.target-modules": "query,,value"}, r"method.target-modules = 'query,,value': must be module names"),
+        ({"strategy.name": "fedavgg"}, r"strategy.name: unknown name 'fedavgg'. Did you mean 'fedavg'"),
+        ({"method.name": "lorra"}, r"method.name: unknown name 'lorra'. Did you mean 'lora'"),
+        ({"task": "classify"}, r"task: unknown name 'classify'. Did you mean 'classification'"),
+        ({"data.name": "docstring"}, r"data.name: unknown name 'docstring'. Did you mean 'docstrings'"),
+    ],
+)
+def test_errors_name_key_value_and_cure(flat: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(flat)
+
+
+scalars = st.one_of(st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.none(), st.lists(st.integers()))
+
+
+@given(st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=20)), scalars, max_size=5))
+def test_garbage_is_refused_with_our_own_error(flat: dict[str, Any]) -> None:
+    """Whatever comes in: a valid configuration, or a ConfigError; never a traceback from deep inside."""
+    try:
+        config = resolve(flat)
+    except ConfigError:
+        return
+    for key, value in flat.items():
+        if key not in ("method.name", "run.name"):  # filled in
+            assert config.to_flat()[key] == value
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@given(st.fixed_dictionaries({}, optional={"model.name": texts, "data.alpha": st.floats(1e-6, 1e6), "seed": st.integers(0, 2**40)}))
+def test_toml_round_trip(flat: dict[str, Any]) -> None:
+    """``config.toml`` of a run folder configures the same run again."""
+    try:
+        config = Config.from_flat(flat)
+    except ConfigError:
+        return  # a model name of white space
+    assert Config.from_flat(_flatten(tomllib.loads(to_toml(config.to_flat())))) == config
+
+
+def test_app_table_is_generated_from_the_defaults() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert with_defaults(text) == text, "run `make config`"
+
+
+def test_recipes_are_configurations() -> None:
+    recipes = sorted((ROOT / "simulations" / "recipes").glob("*.toml"))
+    assert recipes
+    for recipe in recipes:
+        flat = _flatten(tomllib.loads(recipe.read_text(encoding="utf-8")))
+        assert set(flat) <= set(KEYS)
+        resolve(flat)
+
+
+def test_auto_names_are_filled_in() -> None:
+    config = resolve({"strategy.name": "ffa-lora"})
+    assert config.method.name == "lora"
+    assert config.run.name.endswith("-ffa-lora")
+
+
+def test_version_is_written_once_more_only_in_pyproject() -> None:
+    from fedlora import __version__
+
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"] == __version__

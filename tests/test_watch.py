@@ -1,0 +1,124 @@
+"""An adapter that does not train is an error: bugs are planted, each must be caught."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedlora.config import TrainConfig
+from fedlora.engine import ClientWork, Engine, optimizers, train_pack
+from fedlora.engine import training as training_module
+from fedlora.methods import Factor, Head, LowRank, TensorSpec
+from fedlora.methods.base import Method
+from tests.test_packing import make_engine, make_works
+
+TRAIN = TrainConfig(learning_rate=0.01)
+
+
+class Planted(Method):
+    """The engine's method with something done to its low-rank factors."""
+
+    def __init__(self, method: Method, **detach: bool) -> None:
+        self.method = method
+        self.detach = detach
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return self.method.specs()
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
+        factors = self.method.factors(tensors)
+        for name, factor in factors.items():
+            if isinstance(factor, LowRank):
+                factors[name] = factor._replace(**{side: getattr(factor, side).detach() for side in self.detach})
+        return factors
+
+
+def works_of(engine: Engine, steps: int) -> list[ClientWork]:
+    return [replace(w, batches=[w.batches[0]] * steps) for w in make_works(engine, 5, TRAIN) if w.batches][:3]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_sound_training_passes(steps: int) -> None:
+    engine = make_engine("bert")
+    assert [r.error for r in train_pack(engine, works_of(engine, steps), {}, TRAIN)] == ["", "", ""]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_detached_adapter(steps: int) -> None:
+    """The head learns, the loss falls, the adapter is not connected."""
+    engine = make_engine("bert")
+    planted = replace(engine, method=Planted(engine.method, A=True, B=True))
+    errors = [r.error for r in train_pack(planted, works_of(engine, steps), {}, TRAIN)]
+    assert all("lora_A never had a gradient" in error for error in errors)
+
+
+def test_detached_adapter_with_a_frozen_head() -> None:
+    """Nothing at all is connected: not torch's error, ours."""
+    engine = make_engine("bert")
+    planted = replace(engine, method=Planted(engine.method, A=True, B=True))
+    specs = engine.method.specs()
+    works = works_of(engine, 2)
+    common = {n: v for n, v in works[0].start.items() if specs[n].kind == "head"}
+    works = [replace(w, start={n: v for n, v in w.start.items() if n not in common}) for w in works]
+    assert all("never had a gradient" in r.error for r in train_pack(planted, works, common, TRAIN))
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_one_side_detached(side: str) -> None:
+    """A frozen B leaves A without a gradient, too; a detached A shows once B has moved."""
+    engine = make_engine("bert")
+    planted = replace(engine, method=Planted(engine.method, **{side: True}))
+    errors = [r.error for r in train_pack(planted, works_of(engine, 3), {}, TRAIN)]
+    assert all("never had a gradient in 3 steps" in error for error in errors)
+
+
+def test_b_frozen_at_zero_by_its_role() -> None:
+    """Roles can kill all gradients: B fixed at zero, A trained."""
+    engine = make_engine("bert")
+    works = works_of(engine, 3)
+    frozen = {n: v for n, v in works[0].start.items() if n.endswith("lora_B")}
+    works = [replace(w, start={n: v for n, v in w.start.items() if n not in frozen}) for w in works]
+    assert all("lora_A never had a gradient" in r.error for r in train_pack(engine, works, frozen, TRAIN))
+
+
+def test_stale_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer holds copies made before the tensors went into the layers: gradients come, nothing moves."""
+    build = optimizers.build_optimizer
+
+    def stale(parameters: Mapping[str, Tensor], *rest: Any) -> Any:
+        return build({name: value.detach().clone() for name, value in parameters.items()}, *rest)
+
+    monkeypatch.setattr(training_module, "build_optimizer", stale)
+    engine = make_engine("bert")
+    errors = [r.error for r in train_pack(engine, works_of(engine, 3), {}, TRAIN)]
+    assert all("has a gradient but did not move" in error for error in errors)
+
+
+def test_learning_rate_that_rounding_swallows() -> None:
+    engine = make_engine("bert")
+    config = TrainConfig(optimizer="sgd", learning_rate=1e-300)
+    errors = [r.error for r in train_pack(engine, works_of(engine, 3), {}, config)]
+    assert all("train.learning-rate is too small" in error for error in errors)
+
+
+def test_head_that_is_not_used() -> None:
+    """A layer of the head whose output goes nowhere is noticed by name."""
+    engine = make_engine("bert")
+
+    class Unused(Head):  # type: ignore[misc]
+        def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
+            factors = super().factors(tensors)
+            dense = factors["classifier"]
+            factors["classifier"] = dense._replace(weight=torch.zeros_like(dense[0]) + dense[0].detach())
+            return factors
+
+    method = engine.method
+    assert isinstance(method, Head)
+    planted = replace(engine, method=Unused(method.method, method.layers))
+    errors = [r.error for r in train_pack(planted, works_of(engine, 2), {}, TRAIN)]
+    assert all("classifier.weight never had a gradient" in error for error in errors)

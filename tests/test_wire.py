@@ -1,0 +1,177 @@
+"""The codec: what goes in comes out, and garbage is refused with our own error."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from fedlora.methods import TensorSpec
+from fedlora.roles import Role
+from fedlora.wire import (
+    Instruction,
+    Reply,
+    WireError,
+    check_tensors,
+    decode,
+    encode,
+    from_named_arrays,
+    message_bytes,
+    named_arrays,
+)
+
+arrays = st.one_of(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)),
+    hnp.arrays(np.float64, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)),
+)
+tensors = st.dictionaries(st.text(max_size=12), arrays, max_size=4)
+
+
+@given(tensors)
+def test_round_trip(value: dict[str, NDArray[Any]]) -> None:
+    for back in (decode(encode(value)), from_named_arrays(named_arrays(value))):
+        assert list(back) == list(value)
+        for name, array in value.items():
+            assert back[name].dtype == array.dtype
+            assert back[name].shape == array.shape
+            assert back[name].tobytes() == array.tobytes()
+
+
+def record(manifest: bytes, data: bytes, codec: str = "fedlora.raw") -> ArrayRecord:
+    return ArrayRecord(
+        {
+            "manifest": Array("uint8", (len(manifest),), codec, manifest),
+            "data": Array("uint8", (len(data),), codec, data),
+        }
+    )
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(st.one_of(st.binary(max_size=64), json_values.map(lambda v: zlib.compress(json.dumps(v).encode()))), st.binary(max_size=64))
+def test_garbage_is_refused_with_our_own_error(manifest: bytes, data: bytes) -> None:
+    """Any bytes at all: tensors, or a WireError; never a traceback from deep inside."""
+    try:
+        value = decode(record(manifest, data))
+    except WireError:
+        return
+    assert sum(array.nbytes for array in value.values()) == len(data)
+
+
+@given(st.integers(0, 200), st.integers(0, 255))
+def test_damage_is_noticed_or_changes_numbers_only(at: int, byte: int) -> None:
+    """One byte of the manifest changed: refused, or still tensors of the right total size."""
+    whole = encode({"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float64)})
+    manifest = bytearray(whole["manifest"].data)
+    manifest[at % len(manifest)] = byte
+    try:
+        value = decode(record(bytes(manifest), whole["data"].data))
+    except WireError:
+        return
+    assert sum(array.nbytes for array in value.values()) == 2 * 3 * 4 + 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("manifest", "data", "message"),
+    [
+        ([["a", "float16", [2]]], 4, "a has dtype 'float16'"),
+        ([["a", "float32", [2]]], 4, "the data end before a"),
+        ([["a", "float32", [1]]], 8, "4 bytes follow the last tensor"),
+        ([["a", "float32", [1]], ["a", "float32", [1]]], 8, "a is there twice"),
+        ([["a", "float32", [-1]]], 4, "not .name, dtype, shape."),
+        ([["a", "float32", [True]]], 4, "not .name, dtype, shape."),
+        ([["a", "float32", [2**50]]], 4, "not .name, dtype, shape."),
+        ({"a": 1}, 0, "not a list"),
+    ],
+)
+def test_each_fault_has_its_message(manifest: Any, data: int, message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        decode(record(zlib.compress(json.dumps(manifest).encode()), bytes(data)))
+
+
+def test_a_bomb_is_not_inflated() -> None:
+    bomb = zlib.compress(b"[" + b" " * (1 << 28) + b"]", 9)
+    with pytest.raises(WireError, match="cut short"):
+        decode(record(bomb, b""))
+
+
+def test_other_codecs_and_records_are_refused() -> None:
+    with pytest.raises(WireError, match="not encoded as"):
+        decode(record(b"", b"", codec="numpy.ndarray"))
+    with pytest.raises(WireError, match="not a record of tensors"):
+        decode(ConfigRecord({"a": 1}))
+    with pytest.raises(WireError, match="not a record of tensors"):
+        decode(None)
+
+
+def test_check_tensors_names_the_first_fault() -> None:
+    specs = {"a": TensorSpec((2, 2), "A", ("l",), 0.0)}
+    check_tensors({"a": np.zeros((2, 2), np.float32)}, specs, "float32")
+    for value, message in (
+        ({}, "a is missing"),
+        ({"a": np.zeros((2, 2), np.float32), "b": np.zeros(1, np.float32)}, "b is not expected"),
+        ({"a": np.zeros((4,), np.float32)}, r"a has shape \[4\], not \[2, 2\]"),
+        ({"a": np.zeros((2, 2), np.float64)}, "a has dtype float64, not float32"),
+        ({"a": np.full((2, 2), np.nan, np.float32)}, "a holds NaN or infinity"),
+    ):
+        with pytest.raises(WireError, match=message):
+            check_tensors(value, specs, "float32")
+
+
+def test_messages_round_trip() -> None:
+    instruction = Instruction(
+        round=3,
+        clients=(1, 4),
+        roles={"A": Role.FROZEN, "head": Role.PRIVATE},
+        weights="equal",
+        tensors={"x": np.ones(3, np.float32)},
+        fingerprint="f",
+    )
+    back = Instruction.from_content(instruction.to_content())
+    assert (back.round, back.clients, back.roles, back.weights, back.fingerprint) == (3, (1, 4), instruction.roles, "equal", "f")
+    assert np.array_equal(back.tensors["x"], np.ones(3))
+    reply = Reply()
+    reply.add(1, examples=5, steps=2, metrics={"loss": 0.5})
+    reply.add(4, error="broken")
+    again = Reply.from_content(reply.to_content())
+    assert again == reply
+    assert again.metrics == {"loss": [0.5, 0.0]}
+
+
+@pytest.mark.parametrize("kind", [Instruction, Reply])
+@given(
+    st.dictionaries(
+        st.sampled_from(["round", "clients", "kinds", "roles", "weights", "fingerprint", "examples", "steps", "metrics", "errors"]),
+        st.one_of(st.integers(-5, 5), st.text(max_size=4), st.floats(), st.lists(st.integers(0, 3)), st.lists(st.text(max_size=3))),
+    )
+)
+def test_garbage_messages_are_refused(kind: Any, head: dict[str, Any]) -> None:
+    name = "instruction" if kind is Instruction else "reply"
+    for content in (RecordDict({name: ConfigRecord(head)}), RecordDict({name: ConfigRecord(head), "tensors": encode({})})):
+        try:
+            kind.from_content(content)
+        except WireError:
+            continue
+
+
+def test_the_envelope_is_small() -> None:
+    """24 tensors of a real model: the envelope stays under 1 KiB."""
+    names = {f"bert.encoder.layer.{n}.attention.self.{p}.lora_{m}": 8 * 384 for n in range(6) for p in ("query", "value") for m in "AB"}
+    value = {name: np.zeros(size, np.float32) for name, size in names.items()}
+    payload = sum(array.nbytes for array in value.values())
+    reply = Reply(update=value)
+    reply.add(0, examples=100, steps=7, metrics={"loss": 1.0})
+    assert payload < message_bytes(reply.to_content()) < payload + 1024
