@@ -8,7 +8,6 @@ imported when a trainer starts, not when this module is: Flower's processes neve
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +212,8 @@ def _load(config: Config, data: FederatedData, threads: int) -> _Loaded:
     )
     method = build_method(config.method, base.structure.adapted, base.structure.head)
     task = TASKS[config.task](base.tokenizer.pad_token_id)
-    longest = _longest(base.model, config.train.max_length)
+    longest = config.train.max_length
+    _check_length(base.model, longest)
     return _Loaded(
         Engine.build(base, method, task),
         task.encode(data.corpus.train, base.tokenizer, longest),
@@ -221,11 +221,10 @@ def _load(config: Config, data: FederatedData, threads: int) -> _Loaded:
     )
 
 
-def _longest(model: Any, wanted: int) -> int:
-    """Return the longest text that the model takes, warning where the configuration asks for more."""
+def _check_length(model: Any, wanted: int) -> None:
+    """Refuse texts longer than the model has positions for."""
     limit = int(getattr(model.config, "max_position_embeddings", wanted))
     if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):  # positions start after the padding's
         limit -= 2
     if wanted > limit:
-        warnings.warn(f"train.max-length = {wanted}: the model takes {limit} tokens; texts are cut there.", stacklevel=2)
-    return min(wanted, limit)
+        raise ValueError(f"train.max-length = {wanted}: the model takes {limit} tokens at most; lower it to that.")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -149,7 +149,7 @@ def inspect(model: nn.Module, target_modules: str) -> Structure:
     prefix = str(getattr(model, "base_model_prefix", "")) + "."
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     head = [name for name in linear if not name.startswith(prefix)]
-    targets = _resolve_targets(model, target_modules, [name for name in linear if name not in head])
+    targets = _resolve_targets(model, target_modules, [name for name in linear if name not in head], head)
     config: Any = model.config
     return Structure(
         family=str(config.model_type),
@@ -166,7 +166,7 @@ def _layer(name: str, module: nn.Linear | Conv1D) -> Layer:
     return Layer(name, module.in_features, module.out_features, bias=module.bias is not None, fan_in_fan_out=False)
 
 
-def _resolve_targets(model: nn.Module, target_modules: str, candidates: list[str]) -> list[str]:
+def _resolve_targets(model: nn.Module, target_modules: str, candidates: list[str], head: list[str]) -> list[str]:
     names = [part.strip() for part in target_modules.split(",")]
     wanted: str | list[str] | None = names
     if target_modules in ("auto", "all-linear"):
@@ -175,7 +175,7 @@ def _resolve_targets(model: nn.Module, target_modules: str, candidates: list[str
     with torch.device("meta"), _quiet():
         skeleton = type(model)(config)
         try:
-            peft_config = LoraConfig(task_type=TaskType.SEQ_CLS, r=1, target_modules=wanted)
+            peft_config = LoraConfig(r=1, target_modules=wanted, exclude_modules=head)
             adapted = get_peft_model(skeleton, peft_config)
         except ValueError as error:
             suffixes = sorted({name.rsplit(".", 1)[-1] for name in candidates})

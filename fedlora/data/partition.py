@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import warnings
 
 import numpy as np
 from datasets import Dataset
@@ -41,7 +42,8 @@ def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, per
     dataset = Dataset.from_dict({"row": np.arange(len(corpus.train)), "label": list(corpus.train.labels)})
     partitioner = _partitioner(config, num_clients, seed, fewest)
     partitioner.dataset = dataset
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a partition that is drawn again; the last word is ours
         try:
             clients = tuple(
                 np.sort(np.asarray(partitioner.load_partition(client)["row"], dtype=np.int64))

@@ -185,13 +185,13 @@ class _Watch:
         for name, value in after.items():
             if not bool(torch.isfinite(value[g]).all()):
                 return f"{name} is not finite after {n} steps; lower train.learning-rate or set train.clip-norm"
-            if not bool(self._seen[name][g]):
-                # In a first step the tensor it is multiplied with may still be zero and hide its gradient.
-                partners = [
-                    other for other in after if other != name and set(specs[other].factors) & set(specs[name].factors)
-                ]
-                if n > 1 or not any(bool(self._seen[other][g]) for other in partners):
-                    return f"{name} never had a gradient in {n} steps: it is not connected to the loss"
-            elif bool((value[g] == before[name][g]).all()):
+        seen = {name: bool(flags[g]) for name, flags in self._seen.items()}
+        for name, value in after.items():
+            if seen[name] and bool((value[g] == before[name][g]).all()):
                 return f"{name} has a gradient but did not move in {n} steps: train.learning-rate is too small for it"
+        for name in after:
+            # In a first step the tensor it is multiplied with may still be zero and hide its gradient.
+            partners = [p for p in after if p != name and set(specs[p].factors) & set(specs[name].factors)]
+            if not seen[name] and (n > 1 or not any(seen[partner] for partner in partners)):
+                return f"{name} never had a gradient in {n} steps: it is not connected to the loss"
         return ""

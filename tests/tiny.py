@@ -1,0 +1,51 @@
+"""A tiny model with a tokenizer, and a small file of texts, on disk: for runs that take seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+WORDS = [f"w{n}" for n in range(40)]
+
+
+def save_tiny_model(folder: Path, seed: int = 0) -> str:
+    """Save a BERT of 2 layers and 16 features with a word tokenizer; return the folder."""
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+def save_texts(path: Path, rows: int = 120, seed: int = 0) -> str:
+    """Write a csv of texts whose class shows in their words; return its path."""
+    generator = np.random.default_rng(seed)
+    lines = ["text,label"]
+    for _ in range(rows):
+        label = int(generator.integers(0, 2))
+        words = generator.choice(WORDS[:24] if label else WORDS[16:], size=int(generator.integers(2, 12)))
+        lines.append(f"{' '.join(words)},{'good' if label else 'bad'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
