@@ -30,7 +30,9 @@ def train(message: Message, context: Context) -> Message:
             _refuse(reply, clients, outcome)
             continue
         for result in outcome:
-            error = result.error or ("" if result.steps else "it has no training rows") or _fold(reply, instruction, result)
+            error = (
+                result.error or ("" if result.steps else "it has no training rows") or _fold(reply, instruction, result)
+            )
             facts = {"examples": result.examples, "steps": result.steps, "metrics": {"loss": result.loss}}
             reply.add(result.client, error=error, **facts)
     return Message(reply.to_content(), reply_to=message)

@@ -304,21 +304,13 @@ class Config:
         for key in flat:
             if key not in known:
                 raise ConfigError(f"unknown key {key!r}.{closest(str(key), known)} Known: {', '.join(sorted(known))}.")
-        values = {key: _coerce(key, value, known[key]) for key, value in flat.items()}
-        top = {key: value for key, value in values.items() if "." not in key}
+        grouped: dict[str, dict[str, Any]] = {}
+        for key, value in flat.items():
+            section, _, name = key.rpartition(".")
+            grouped.setdefault(section, {})[name.replace("-", "_")] = _coerce(key, value, known[key])
         hints = get_type_hints(cls)
-        sections = {
-            name: section(
-                **{
-                    _field(key): value
-                    for key, value in values.items()
-                    if "." in key and key.split(".", 1)[0] == name
-                }
-            )
-            for name, section in hints.items()
-            if name not in _SCALARS
-        }
-        return cls(**top, **sections)
+        sections = {name: hints[name](**values) for name, values in grouped.items() if name}
+        return cls(**grouped.get("", {}), **sections)
 
     def to_flat(self) -> dict[str, Scalar]:
         """Return every key with its value, in the order of declaration."""
@@ -339,10 +331,6 @@ def _key(section: str, name: str) -> str:
     return f"{section}.{name.replace('_', '-')}"
 
 
-def _field(key: str) -> str:
-    return key.split(".", 1)[1].replace("-", "_")
-
-
 def _leaves(cls: type) -> list[tuple[str, type]]:
     """Return (dotted key, type) of every scalar of a configuration."""
     leaves: list[tuple[str, type]] = []
@@ -356,16 +344,14 @@ def _leaves(cls: type) -> list[tuple[str, type]]:
 
 def _coerce(key: str, value: Any, kind: type) -> Scalar:
     """Return ``value`` as ``kind``; only a whole number may stand for a float."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**53 else math.inf
-    if type(value) is not kind:
-        shown = value if isinstance(value, Scalar) else f"a {type(value).__name__}"
-        raise ConfigError(f"{key} = {shown!r}: must be {_KINDS[kind]}, not {type(value).__name__}.")
-    if kind is float and not math.isfinite(value):
+    if type(value) is not kind or not isinstance(value, Scalar):
+        raise ConfigError(f"{key} = {value!r}: must be {_KINDS[kind]}, not {type(value).__name__}.")
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} = {value!r}: must be a finite number.")
-    if kind is int and abs(value) >= 2**53:
+    if isinstance(value, int) and abs(value) >= 2**53:
         raise ConfigError(f"{key} = {value!r}: is too large.")
-    assert isinstance(value, Scalar)
     return value
 
 

@@ -239,8 +239,8 @@ def prepare_base(
     lost = sorted(key for key in missing or set() if key.rsplit(".", 1)[0] not in head)
     if lost:
         raise ValueError(
-            f"model.name = {name!r}: the checkpoint has no weights for {lost[0]} ({len(lost)} tensors are missing). They "
-            "would start at random, differently on each machine; choose a checkpoint that holds the whole base model."
+            f"model.name = {name!r}: the checkpoint has no weights for {lost[0]} ({len(lost)} tensors are missing). "
+            "They would start at random, differently on each machine; choose a checkpoint that holds the whole base."
         )
     active = [key for key, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
     if active:

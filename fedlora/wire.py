@@ -41,7 +41,9 @@ def encode(tensors: Tensors) -> ArrayRecord:
     manifest = [[name, str(value.dtype), list(value.shape)] for name, value in tensors.items()]
     assert all(dtype in _DTYPES for _, dtype, _ in manifest), "only float32 and float64 travel"
     packed = zlib.compress(json.dumps(manifest, separators=(",", ":")).encode(), 9)
-    data = b"".join(np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<")).tobytes() for value in tensors.values())
+    data = b"".join(
+        np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<")).tobytes() for value in tensors.values()
+    )
     return ArrayRecord(
         {
             "manifest": Array(dtype="uint8", shape=(len(packed),), stype=_CODEC, data=packed),
@@ -221,7 +223,13 @@ class Reply:
     total: ExactSum | None = None
 
     def add(
-        self, client: int, *, examples: int = 0, steps: int = 0, metrics: Mapping[str, float] | None = None, error: str = ""
+        self,
+        client: int,
+        *,
+        examples: int = 0,
+        steps: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        error: str = "",
     ) -> None:
         """Enter one client's facts; metrics that it lacks are 0."""
         for name in metrics or {}:
@@ -266,7 +274,7 @@ class Reply:
             metrics={name: head.list(f"metric.{name}", float) for name in head.list("metrics", str)},
             errors=head.list("errors", str),
         )
-        lists = (reply.examples, reply.steps, reply.errors, *reply.metrics.values())
+        lists: list[list[Any]] = [reply.examples, reply.steps, reply.errors, *reply.metrics.values()]
         if any(len(values) != len(reply.clients) for values in lists):
             raise WireError("the reply's lists differ in length")
         if "update" in content:

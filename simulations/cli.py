@@ -31,10 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = Console(width=100, highlight=False, soft_wrap=True)
     try:
-        if options.command == "report":
-            code = _report(options.run, console)
-        else:
-            code = _configured(options, console)
+        code = _report(options.run, console) if options.command == "report" else _configured(options, console)
     except ValueError as error:
         console.print(f"fedlora: error: {error}", markup=False, style="bold red")
         code = 2
@@ -112,15 +109,18 @@ def _plan(config: Config, console: Console) -> int:
     specs = build_method(config.method, structure.adapted, structure.head).specs()
     strategy = build_strategy(config, specs)
     roles = strategy.all_roles(1)
-    table = RichTable(title=f"{config.strategy.name} / {config.method.name} on {config.model.name} ({structure.family})")
+    table = RichTable(
+        title=f"{config.strategy.name} / {config.method.name} on {config.model.name} ({structure.family})"
+    )
     for column in ("kind", "role", "tensors", "parameters", "bytes up", "bytes down"):
         table.add_column(column, justify="left" if column in ("kind", "role") else "right")
     dtype = config.engine.tensor_dtype
     up_total = down_total = 0
+    personal = Role.PRIVATE in roles.values()  # then tensors go down twice: to train, and to evaluate
     for kind, role in roles.items():
         own = {name: spec for name, spec in specs.items() if spec.kind == kind}
         up = payload_bytes(with_role(own, roles, Role.SHARED), dtype)
-        down = payload_bytes(with_role(own, roles, Role.SHARED, Role.BROADCAST), dtype)
+        down = payload_bytes(with_role(own, roles, Role.SHARED, Role.BROADCAST), dtype) * (2 if personal else 1)
         up_total, down_total = up_total + up, down_total + down
         parameters = payload_bytes(own, "float32") // 4
         table.add_row(kind, str(role), str(len(own)), f"{parameters:,}", f"{up:,}", f"{down:,}")
@@ -137,8 +137,9 @@ def _plan(config: Config, console: Console) -> int:
         + ("the clients' personal accuracy" if config.method.head == "private" else "the global model's test accuracy"),
         f"rounds: {config.rounds} of {sampled} of {num_clients} clients; {min(steps)} to {max(steps)} local steps of "
         f"{config.train.batch_size} examples",
-        f"bytes a client a round: {human_bytes(up_total)} up, {human_bytes(down_total)} down; whole run: "
-        f"{human_bytes(up_total * sampled * config.rounds)} up, {human_bytes(down_total * sampled * config.rounds)} down",
+        f"bytes a client a round: {human_bytes(up_total)} up, {human_bytes(down_total)} down",
+        f"bytes of the whole run: {human_bytes(up_total * sampled * config.rounds)} up, "
+        f"{human_bytes(down_total * sampled * config.rounds)} down",
         "server mean of updates: " + ("exact" if strategy.exact else "not exact (means of A and B, not of B A)"),
         "privacy: none",
     ]

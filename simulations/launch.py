@@ -87,7 +87,7 @@ def _verdict(environment: Mapping[str, str], home: Path, console: Console) -> in
 def _home() -> Iterator[tuple[Path, dict[str, str]]]:
     """Provide a Flower home for one run, and end every process that was started with it."""
     home = Path(tempfile.mkdtemp(prefix="fedlora-"))
-    http, control = _free_ports(2)
+    http, control = free_ports(2)
     environment = {
         **os.environ,
         **FLOWER_ENVIRONMENT,
@@ -101,7 +101,7 @@ def _home() -> Iterator[tuple[Path, dict[str, str]]]:
         yield home, environment
     finally:
         signal.signal(signal.SIGTERM, previous)
-        _end_processes(home)
+        end_processes(home)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -109,7 +109,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _end_processes(home: Path) -> None:
+def end_processes(home: Path) -> None:
     """End every process whose environment has ``home`` as its Flower home."""
     found = _processes(home)
     for process in found:
@@ -137,7 +137,7 @@ def _processes(home: Path) -> list[psutil.Process]:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports of the loopback address that nobody listens on."""
     sockets = [socket.socket() for _ in range(count)]
     try:

@@ -82,7 +82,13 @@ class Simulation:
     """
 
     def __init__(
-        self, config: Config, data: FederatedData, folder: RunFolder, pool: TrainerPool, console: Console, started: float
+        self,
+        config: Config,
+        data: FederatedData,
+        folder: RunFolder,
+        pool: TrainerPool,
+        console: Console,
+        started: float,
     ) -> None:
         self.config = config
         self.data = data
@@ -125,8 +131,8 @@ class Simulation:
             digest, elsewhere = other.fingerprint
             if digest != own:
                 raise ValueError(
-                    f"the server runs the code in {folders}, but the trainers imported {elsewhere}: a SuperLink that was "
-                    "started in another checkout lends them its working directory. End it (pkill -f "
+                    f"the server runs the code in {folders}, but the trainers imported {elsewhere}: a SuperLink that "
+                    "was started in another checkout lends them its working directory. End it (pkill -f "
                     "flower-superlink) and start the run again from here."
                 )
             if other.digest != first.digest or other.initial_digest != tensors_digest(initial):
@@ -165,8 +171,8 @@ class Simulation:
         now = time.monotonic()
         tally = strategy.tally
         assert tally is not None, "a round leaves a tally"
-        test = result.evaluate_metrics_serverapp.get(server_round, {})
-        personal = result.evaluate_metrics_clientapp.get(server_round, {})
+        test = result.evaluate_metrics_serverapp.get(server_round, MetricRecord())
+        personal = result.evaluate_metrics_clientapp.get(server_round, MetricRecord())
         train = result.train_metrics_clientapp[server_round]
         line: dict[str, Any] = {
             "round": server_round,
@@ -232,7 +238,9 @@ class Simulation:
             "bytes_down": int(np.sum([line["bytes_down"] for line in self.metrics])),
             "seconds": time.monotonic() - self.started,
         }
-        card = model_card(self.config, self.data.corpus.classes, [f"- {key}: {value}" for key, value in outcome.items()])
+        card = model_card(
+            self.config, self.data.corpus.classes, [f"- {key}: {value}" for key, value in outcome.items()]
+        )
         for name, content in {**files, "README.md": card.encode()}.items():
             self.folder.write_bytes(f"adapter/{name}", content)
         trainers = [asdict(described) for described in self._call("describe", [()] * len(self.pool))]

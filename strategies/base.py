@@ -161,10 +161,14 @@ class RoleStrategy(Strategy):
         sent = self.exchanged(server_round)
         missing = sorted(set(sent) - set(self._server))
         if missing:
-            raise ValueError(f"the initial arrays lack {missing[0]} and {len(missing) - 1} more of the exchanged tensors")
+            raise ValueError(
+                f"the initial arrays lack {missing[0]} and {len(missing) - 1} more of the exchanged tensors"
+            )
         dealt = deal(self.sample(server_round), list(grid.get_node_ids()))
         self.tally = Tally(server_round, dealt, self.exchanged(server_round, Role.SHARED))
-        self.tally.bytes_down = payload_bytes(sent, self.setting.dtype) * sum(len(clients) for clients in dealt.values())
+        self.tally.bytes_down = payload_bytes(sent, self.setting.dtype) * sum(
+            len(clients) for clients in dealt.values()
+        )
         return self._messages(MessageType.TRAIN, server_round, {name: self._server[name] for name in sent}, dealt)
 
     def aggregate_train(
@@ -184,7 +188,9 @@ class RoleStrategy(Strategy):
         sampled = len(tally.facts) + sum(len(clients) for clients in tally.pending.values())
         self._check_failures(tally, sampled)
         mean = {name: value.astype(self.setting.dtype) for name, value in tally.total.mean().items()}
-        self._server = {name: np.asarray(value) for name, value in self.combine(self._server, mean, server_round).items()}
+        self._server = {
+            name: np.asarray(value) for name, value in self.combine(self._server, mean, server_round).items()
+        }
         losses = [fact["loss"] for client, fact in tally.facts.items() if client not in tally.refused]
         metrics = MetricRecord(
             {
@@ -226,9 +232,10 @@ class RoleStrategy(Strategy):
                 continue
             if self.tally is not None:
                 self.tally.message_bytes_up += message_bytes(message.content)
-            for place, error in enumerate(reply.errors):
-                if error:
-                    _logger.warning("round %d: client %d's evaluation is left out: %s", server_round, reply.clients[place], error)
+            for place, reason in enumerate(reply.errors):
+                if reason:
+                    client = reply.clients[place]
+                    _logger.warning("round %d: client %d's evaluation is left out: %s", server_round, client, reason)
                     continue
                 examples += reply.examples[place]
                 clients += 1
@@ -287,7 +294,9 @@ class RoleStrategy(Strategy):
                 assert metrics is not None, "a round without a result raises"
                 result.arrays = arrays
                 questions = list(self.configure_evaluate(server_round, arrays, evaluate_config, grid))
-                personal = self.aggregate_evaluate(server_round, arriving(grid, questions, timeout)) if questions else None
+                personal = (
+                    self.aggregate_evaluate(server_round, arriving(grid, questions, timeout)) if questions else None
+                )
                 if personal is not None:
                     result.evaluate_metrics_clientapp[server_round] = personal
                 result.train_metrics_clientapp[server_round] = metrics
@@ -340,7 +349,7 @@ class RoleStrategy(Strategy):
             if good:
                 self._fold(tally, reply, good, facts)
         except (WireError, OverflowError) as error:
-            tally.facts |= {client: _NO_FACTS for client in clients}
+            tally.facts |= dict.fromkeys(clients, _NO_FACTS)
             tally.refuse(clients, str(error))
             return
         tally.facts |= facts

@@ -18,12 +18,21 @@ _SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "num_labels": CLASSES, "pad_token_id": PAD}
 
 CONFIGS: dict[str, Any] = {
-    "bert": lambda: transformers.BertConfig(**_SIZES, **_COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "bert": lambda: transformers.BertConfig(
+        **_SIZES, **_COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    ),
     "roberta": lambda: transformers.RobertaConfig(
         **_SIZES, **_COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=40
     ),
     "distilbert": lambda: transformers.DistilBertConfig(
-        **_COMMON, dim=16, n_layers=2, n_heads=2, hidden_dim=24, dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0
+        **_COMMON,
+        dim=16,
+        n_layers=2,
+        n_heads=2,
+        hidden_dim=24,
+        dropout=0.0,
+        attention_dropout=0.0,
+        seq_classif_dropout=0.0,
     ),
     "llama": lambda: transformers.LlamaConfig(**_SIZES, **_COMMON, num_key_value_heads=1, max_position_embeddings=64),
     "gpt2": lambda: transformers.GPT2Config(

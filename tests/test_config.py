@@ -34,7 +34,10 @@ KEYS = sorted(Config().to_flat())
         ({"data.header": "yes"}, r"data.header = 'yes': must be true or false"),
         ({"data.name": "file"}, r"data.path = '': must name a file"),
         ({"data.path": "x.csv"}, r"data.path = 'x.csv': is only read with data.name = 'file'"),
-        ({"data.name": "file", "data.path": "x.tsv", "data.header": False}, r"data.text-column = 'text': must be a column"),
+        (
+            {"data.name": "file", "data.path": "x.tsv", "data.header": False},
+            r"data.text-column = 'text': must be a column",
+        ),
         ({"federation.clients-per-round": 11}, r"federation.clients-per-round = 11: must be at most .* = 10"),
         ({"run.name": "a/b"}, r"run.name = 'a/b': must be a plain folder name"),
         ({"privacy.mode": "dp"}, r"privacy.mode = 'dp': must be one of none"),
@@ -70,7 +73,11 @@ def test_garbage_is_refused_with_our_own_error(flat: dict[str, Any]) -> None:
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 
 
-@given(st.fixed_dictionaries({}, optional={"model.name": texts, "data.alpha": st.floats(1e-6, 1e6), "seed": st.integers(0, 2**40)}))
+@given(
+    st.fixed_dictionaries(
+        {}, optional={"model.name": texts, "data.alpha": st.floats(1e-6, 1e6), "seed": st.integers(0, 2**40)}
+    )
+)
 def test_toml_round_trip(flat: dict[str, Any]) -> None:
     """``config.toml`` of a run folder configures the same run again."""
     try:

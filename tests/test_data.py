@@ -18,7 +18,13 @@ from fedlora.data.files import load_file_corpus
 from fedlora.data.partition import deal
 from fedlora.data.table import Corpus, Table
 
-ROWS = [("one fine film", "good"), ("a \"quoted\", odd one", "bad"), ("NA", "good"), ("null", "bad"), ("naïve café", "good")] * 4
+ROWS = [
+    ("one fine film", "good"),
+    ('a "quoted", odd one', "bad"),
+    ("NA", "good"),
+    ("null", "bad"),
+    ("naïve café", "good"),
+] * 4
 
 
 def write(path: Path, rows: list[tuple[str, Any]] = ROWS, header: bool = True) -> str:
@@ -46,7 +52,9 @@ def test_every_kind_of_file_gives_the_same_rows(suffix: str, tmp_path: Path) -> 
     path = write(tmp_path / f"train{suffix}")
     corpus = load_file_corpus(config(path, test_path=path), seed=0)
     assert corpus.classes == ("bad", "good")
-    assert [(text, corpus.classes[label]) for text, label in zip(corpus.train.texts, corpus.train.labels, strict=True)] == ROWS
+    assert [
+        (text, corpus.classes[label]) for text, label in zip(corpus.train.texts, corpus.train.labels, strict=True)
+    ] == ROWS
     assert corpus.test == corpus.train
 
 
@@ -69,7 +77,12 @@ def test_a_seeded_split_is_a_split(tmp_path: Path) -> None:
 
 
 def test_numbers_as_labels_sort_by_value(tmp_path: Path) -> None:
-    for suffix, values in ((".csv", [2, 10, 1]), (".parquet", [2, 10, 1]), (".parquet", [2.0, 10.0, 1.0]), (".jsonl", [2, 10, 1])):
+    for suffix, values in (
+        (".csv", [2, 10, 1]),
+        (".parquet", [2, 10, 1]),
+        (".parquet", [2.0, 10.0, 1.0]),
+        (".jsonl", [2, 10, 1]),
+    ):
         path = write(tmp_path / f"train{suffix}", [(f"text {n}", values[n % 3]) for n in range(12)])
         assert load_file_corpus(config(path, test_path=path), seed=0).classes == ("1", "2", "10")
 

@@ -44,7 +44,10 @@ def test_targets_are_peft_names() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ("qery", r"method.target-modules = 'qery': PEFT cannot adapt a bert model so: .* called: dense, key, query, value"),
+        (
+            "qery",
+            r"method.target-modules = 'qery': PEFT cannot adapt a bert model so: .* called: dense, key, query, value",
+        ),
         ("query,qery", r"method.target-modules: 'qery' names no layer of this bert model"),
         ("classifier", r"method.target-modules = 'classifier': "),
         ("word_embeddings", r"bert.embeddings.word_embeddings is not a linear layer"),
@@ -57,7 +60,9 @@ def test_targets_that_cannot_be_adapted(targets: str, message: str) -> None:
 
 def test_a_model_that_is_not_there_names_both_cures() -> None:
     for load in (lambda: load_config("no-such/model", 2), lambda: load_tokenizer("no-such/model")):
-        with pytest.raises(ValueError, match=r"model.name = 'no-such/model': cannot be loaded .*local folder.*connect to the network"):
+        with pytest.raises(
+            ValueError, match=r"model.name = 'no-such/model': cannot be loaded .*local folder.*connect to the network"
+        ):
             load()
 
 
@@ -96,7 +101,9 @@ def test_a_checkpoint_without_base_weights_is_refused(tmp_path: Path) -> None:
 def test_every_dropout_is_switched_off(family: str, tmp_path: Path) -> None:
     """Whatever a family calls it."""
     config = CONFIGS[family]()
-    defaults = type(config)(**{key: value for key, value in config.to_dict().items() if "drop" not in key and key != "dtype"})
+    defaults = type(config)(
+        **{key: value for key, value in config.to_dict().items() if "drop" not in key and key != "dtype"}
+    )
     defaults.save_pretrained(tmp_path)
     loaded = load_config(str(tmp_path), 3)
     model = transformers.AutoModelForSequenceClassification.from_config(loaded)

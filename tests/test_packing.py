@@ -56,7 +56,11 @@ def peft_alone(
     targets = targets or TARGETS.get(family, "auto")
     wanted: Any = {"auto": None}.get(targets, targets if targets == "all-linear" else targets.split(","))
     peft_config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=method.rank, lora_alpha=method.alpha, target_modules=wanted, use_rslora=method.rslora
+        task_type=TaskType.SEQ_CLS,
+        r=method.rank,
+        lora_alpha=method.alpha,
+        target_modules=wanted,
+        use_rslora=method.rslora,
     )
     adapted = get_peft_model(model, peft_config).double().eval()
     named = {}
@@ -136,7 +140,9 @@ def test_optimizers_clipping_and_schedule_are_per_client(train: TrainConfig) -> 
     assert largest_difference(results, works, references) < 1e-10
 
 
-@pytest.mark.parametrize(("family", "targets"), [("bert", "all-linear"), ("gpt2", "c_attn,c_proj,c_fc"), ("llama", "all-linear")])
+@pytest.mark.parametrize(
+    ("family", "targets"), [("bert", "all-linear"), ("gpt2", "c_attn,c_proj,c_fc"), ("llama", "all-linear")]
+)
 def test_other_targets_and_rslora(family: str, targets: str) -> None:
     """Every linear layer, non-square ones and Conv1D among them, with rsLoRA's scale."""
     method = MethodConfig(name="lora", rank=4, alpha=6.0, rslora=True)
@@ -189,11 +195,15 @@ def test_other_packs_and_micro_batches_agree() -> None:
     tiny = train_pack(replace(engine, tokens=13), works, {}, ADAMW)
     for other in (apart, tiny):
         difference = max(
-            float(np.abs(a.tensors[n] - b.tensors[n]).max()) for a, b in zip(together, other, strict=True) for n in a.tensors
+            float(np.abs(a.tensors[n] - b.tensors[n]).max())
+            for a, b in zip(together, other, strict=True)
+            for n in a.tensors
         )
         assert difference < 1e-10
     again = train_pack(engine, works, {}, ADAMW)
-    assert all(np.array_equal(a.tensors[n], b.tensors[n]) for a, b in zip(together, again, strict=True) for n in a.tensors)
+    assert all(
+        np.array_equal(a.tensors[n], b.tensors[n]) for a, b in zip(together, again, strict=True) for n in a.tensors
+    )
 
 
 def test_frozen_tensors_are_used_and_not_trained() -> None:

@@ -129,7 +129,7 @@ def test_head_policies(head: Role) -> None:
 def test_same_bits_in_any_order_and_for_any_dealing() -> None:
     """Order of replies, and how clients are dealt to nodes, change no bit of the sum."""
     results = []
-    for nodes in ({1: 0}, {1: 0, 2: 0, 3: 0}, {k: 0 for k in range(10, 17)}):
+    for nodes in ({1: 0}, {1: 0, 2: 0, 3: 0}, dict.fromkeys(range(10, 17), 0)):
         for order in (list, lambda replies: replies[::-1]):
             strategy = FedAvg(setting(7, dtype="float32"))
             results.append(one_round(strategy, LoopGrid({node: honest(strategy) for node in nodes}, order)))
@@ -151,7 +151,9 @@ def test_runs_under_flowers_own_loop() -> None:
     """A plain Strategy: Flower's own ``start`` gives what ours gives."""
     ours, theirs = FedAvg(setting()), FedAvg(setting())
     expected = one_round(ours, LoopGrid({1: honest(ours), 2: honest(ours)}))
-    result = Strategy.start(theirs, LoopGrid({1: honest(theirs), 2: honest(theirs)}), start_arrays(theirs), num_rounds=1)
+    result = Strategy.start(
+        theirs, LoopGrid({1: honest(theirs), 2: honest(theirs)}), start_arrays(theirs), num_rounds=1
+    )
     assert result.arrays is not None
     arrays = from_named_arrays(result.arrays)
     assert all(np.array_equal(arrays[name], expected[name]) for name in expected)
@@ -268,7 +270,9 @@ def test_a_reply_that_is_no_answer_is_refused(field: str) -> None:
     assert strategy.tally.total.terms == 3
 
 
-@pytest.mark.parametrize(("node", "reason"), [(failing, "its node failed: out of memory"), (silent, "no reply arrived in time")])
+@pytest.mark.parametrize(
+    ("node", "reason"), [(failing, "its node failed: out of memory"), (silent, "no reply arrived in time")]
+)
 def test_a_node_that_fails_or_never_answers(node: Node, reason: str) -> None:
     strategy = FFALora(setting())
     one_round(strategy, LoopGrid({**{k: honest(strategy) for k in range(1, 5)}, 4: node}))
@@ -353,5 +357,5 @@ def test_dealing() -> None:
 
 def test_initial_arrays_must_be_whole() -> None:
     strategy = FedAvg(setting())
-    with pytest.raises(ValueError, match="the initial arrays lack a.lora_A and 5 more"):
+    with pytest.raises(ValueError, match=r"the initial arrays lack a\.lora_A and 5 more"):
         strategy.start(LoopGrid({1: honest(strategy)}), ArrayRecord(), num_rounds=1)

@@ -61,7 +61,10 @@ json_values = st.recursive(
 )
 
 
-@given(st.one_of(st.binary(max_size=64), json_values.map(lambda v: zlib.compress(json.dumps(v).encode()))), st.binary(max_size=64))
+@given(
+    st.one_of(st.binary(max_size=64), json_values.map(lambda v: zlib.compress(json.dumps(v).encode()))),
+    st.binary(max_size=64),
+)
 def test_garbage_is_refused_with_our_own_error(manifest: bytes, data: bytes) -> None:
     """Any bytes at all: tensors, or a WireError; never a traceback from deep inside."""
     try:
@@ -141,7 +144,13 @@ def test_messages_round_trip() -> None:
         fingerprint="f",
     )
     back = Instruction.from_content(instruction.to_content())
-    assert (back.round, back.clients, back.roles, back.weights, back.fingerprint) == (3, (1, 4), instruction.roles, "equal", "f")
+    assert (back.round, back.clients, back.roles, back.weights, back.fingerprint) == (
+        3,
+        (1, 4),
+        instruction.roles,
+        "equal",
+        "f",
+    )
     assert np.array_equal(back.tensors["x"], np.ones(3))
     reply = Reply()
     reply.add(1, examples=5, steps=2, metrics={"loss": 0.5})
@@ -154,13 +163,24 @@ def test_messages_round_trip() -> None:
 @pytest.mark.parametrize("kind", [Instruction, Reply])
 @given(
     st.dictionaries(
-        st.sampled_from(["round", "clients", "kinds", "roles", "weights", "fingerprint", "examples", "steps", "metrics", "errors"]),
-        st.one_of(st.integers(-5, 5), st.text(max_size=4), st.floats(), st.lists(st.integers(0, 3)), st.lists(st.text(max_size=3))),
+        st.sampled_from(
+            ["round", "clients", "kinds", "roles", "weights", "fingerprint", "examples", "steps", "metrics", "errors"]
+        ),
+        st.one_of(
+            st.integers(-5, 5),
+            st.text(max_size=4),
+            st.floats(),
+            st.lists(st.integers(0, 3)),
+            st.lists(st.text(max_size=3)),
+        ),
     )
 )
 def test_garbage_messages_are_refused(kind: Any, head: dict[str, Any]) -> None:
     name = "instruction" if kind is Instruction else "reply"
-    for content in (RecordDict({name: ConfigRecord(head)}), RecordDict({name: ConfigRecord(head), "tensors": encode({})})):
+    for content in (
+        RecordDict({name: ConfigRecord(head)}),
+        RecordDict({name: ConfigRecord(head), "tensors": encode({})}),
+    ):
         try:
             kind.from_content(content)
         except WireError:
@@ -169,7 +189,12 @@ def test_garbage_messages_are_refused(kind: Any, head: dict[str, Any]) -> None:
 
 def test_the_envelope_is_small() -> None:
     """24 tensors of a real model: the envelope stays under 1 KiB."""
-    names = {f"bert.encoder.layer.{n}.attention.self.{p}.lora_{m}": 8 * 384 for n in range(6) for p in ("query", "value") for m in "AB"}
+    names = {
+        f"bert.encoder.layer.{n}.attention.self.{p}.lora_{m}": 8 * 384
+        for n in range(6)
+        for p in ("query", "value")
+        for m in "AB"
+    }
     value = {name: np.zeros(size, np.float32) for name, size in names.items()}
     payload = sum(array.nbytes for array in value.values())
     reply = Reply(update=value)

@@ -121,7 +121,8 @@ def _column(key: str, path: Path, frame: pd.DataFrame, which: str, config: DataC
     if path.suffix.lower() in (".csv", ".tsv") and not config.header:
         if int(wanted) not in frame.columns:
             raise ValueError(
-                f"data.{which}-column = {wanted!r}: {key} = {str(path)!r} has {len(frame.columns)} columns, counted from 0."
+                f"data.{which}-column = {wanted!r}: {key} = {str(path)!r} has {len(frame.columns)} columns, "
+                "counted from 0."
             )
         return int(wanted)
     if wanted not in frame.columns:

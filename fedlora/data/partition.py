@@ -51,8 +51,9 @@ def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, per
             )
         except ValueError as error:
             raise ValueError(
-                f"data.partition = {config.partition!r} with data.alpha = {config.alpha} leaves a client with fewer than "
-                f"{fewest} of {len(corpus.train)} rows: raise data.alpha, or lower federation.num-clients = {num_clients}."
+                f"data.partition = {config.partition!r} with data.alpha = {config.alpha} leaves a client with fewer "
+                f"than {fewest} of {len(corpus.train)} rows: raise data.alpha, or lower "
+                f"federation.num-clients = {num_clients}."
             ) from error
     covered = np.sort(np.concatenate(clients))
     assert np.array_equal(covered, np.arange(len(corpus.train))), "the partitioner lost or doubled rows"

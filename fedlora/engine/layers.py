@@ -13,7 +13,6 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedlora.methods import Dense, Factor, LowRank
 
@@ -43,7 +42,9 @@ class Layout:
         slot_n = torch.empty_like(group_n)
         slot_n[order] = torch.arange(len(group_n), device=group_n.device) - starts[group_n[order]]
         index_n = group_n * slots + slot_n
-        if len(index_n) == groups * slots and bool((index_n == torch.arange(len(index_n), device=index_n.device)).all()):
+        if len(index_n) == groups * slots and bool(
+            (index_n == torch.arange(len(index_n), device=index_n.device)).all()
+        ):
             return cls(groups, slots, None)
         return cls(groups, slots, index_n)
 

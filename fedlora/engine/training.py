@@ -104,9 +104,7 @@ def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, conf
     watch = _Watch(trained)
     for step in range(int(steps_g.max()) if works else 0):
         loss_g += _backward(engine, works, step, trained, fixed)
-        grads = {
-            name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()
-        }
+        grads = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()}
         watch.look(grads)
         with torch.no_grad():
             optimizer.step(grads, step < steps_g)

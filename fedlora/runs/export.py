@@ -61,7 +61,10 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     )
     with TemporaryDirectory() as folder:
         adapter.save_pretrained(folder)
-        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, f"{folder}/adapter_model.safetensors")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in weights.items()},
+            f"{folder}/adapter_model.safetensors",
+        )
         if engine.base.tokenizer is not None:
             engine.base.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}

@@ -72,7 +72,9 @@ class RunFolder:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def checkpoint(self, round_number: int, tensors: Mapping[str, NDArray[np.floating]], state: Mapping[str, Any]) -> None:
+    def checkpoint(
+        self, round_number: int, tensors: Mapping[str, NDArray[np.floating]], state: Mapping[str, Any]
+    ) -> None:
         """Write what the server holds after a round; the previous checkpoint stays until this one is whole."""
         folder = self.path / "checkpoint"
         folder.mkdir(exist_ok=True)

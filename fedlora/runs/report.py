@@ -154,7 +154,9 @@ def plot_accuracy(run: Run) -> None:
     """Draw accuracy by round into ``accuracy.png``."""
     figure, axes = _figure()
     points = [(line["round"], line[run.measure]) for line in run.metrics if line[run.measure] is not None]
-    axes.plot([x for x, _ in points], [y for _, y in points], marker="o", color="#1f5f8b", label=run.config.strategy.name)
+    axes.plot(
+        [x for x, _ in points], [y for _, y in points], marker="o", color="#1f5f8b", label=run.config.strategy.name
+    )
     majority = (run.result or {}).get("majority_share")
     if majority is not None and run.measure == "test_accuracy":
         axes.axhline(majority, color="#999999", linestyle="--", label="always the commonest class")

@@ -1,0 +1,328 @@
+"""Whole runs through real Flower processes, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.numpy import load_file
+
+from fedlora.config import Config, to_toml
+from fedlora.data import load_federated
+from fedlora.runs.folder import read_lines
+from fedlora.runs.report import _flatten
+from simulations.launch import FLOWER_ENVIRONMENT, end_processes, free_ports
+from tests.test_trainer import tiny_flat
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.e2e
+
+
+@dataclass
+class Finished:
+    """A run that is over: its exit code, output, folder, and what it left running."""
+
+    code: int
+    output: str
+    folder: Path
+    left: list[str]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def checkpoint(self) -> dict[str, Any]:
+        state = json.loads((self.folder / "checkpoint" / "state.json").read_text())
+        return load_file(self.folder / "checkpoint" / state["tensors"])
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes that descend from a run, by a variable in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FEDLORA_TEST") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def fedlora_run(folder: Path, options: list[str] | None = None, kill_trainer: bool = False, **changes: Any) -> Finished:
+    """``fedlora run`` on the tiny model; with ``kill_trainer``, kill -9 one trainer after the first round."""
+    flat = tiny_flat(folder, **{"run.dir": str(folder / "runs"), "run.name": "run", **changes})
+    config = folder / "config.toml"
+    config.write_text(to_toml(flat), encoding="utf-8")
+    mark = uuid.uuid4().hex
+    lines = []
+    with subprocess.Popen(
+        [str(BIN / "fedlora"), "run", "-c", str(config), *(options or [])],
+        cwd=ROOT,
+        env={**os.environ, "FEDLORA_TEST": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if kill_trainer and line.startswith("round 1/"):
+                trainers = [p for p in marked(mark) if "".join(p.cmdline()).startswith("ray::Trainer")]
+                assert trainers, "no trainer found to kill"
+                trainers[0].send_signal(signal.SIGKILL)
+    code = process.returncode
+    left = [" ".join(p.cmdline()) for p in marked(mark)]
+    return Finished(code, "".join(lines), folder / "runs" / "run", left)
+
+
+PACKED: dict[str, Any] = {
+    "rounds": 4,
+    "engine.pack": 2,
+    "strategy.name": "fedavg",
+    "train.local-steps": 8,
+    "train.learning-rate": 0.05,
+}
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Four clients on two SuperNodes, in packs of two, one trainer."""
+    return fedlora_run(tmp_path_factory.mktemp("packed"), **PACKED)
+
+
+def test_a_run_completes_and_leaves_nothing_running(packed: Finished) -> None:
+    assert packed.code == 0, packed.output
+    assert packed.left == []
+    assert all(f"round {n}/4" in packed.output for n in range(1, 5))
+    assert f"run folder: {packed.folder}" in packed.output
+    assert "next: fedlora report" in packed.output
+
+
+def test_the_run_folder_is_complete(packed: Finished) -> None:
+    names = {path.relative_to(packed.folder).as_posix() for path in packed.folder.rglob("*") if path.is_file()}
+    assert names >= {
+        "config.toml",
+        "metrics.jsonl",
+        "clients.jsonl",
+        "privacy.json",
+        "environment.json",
+        "trainers.json",
+        "partition.json",
+        "partition.png",
+        "accuracy.png",
+        "result.json",
+        "summary.md",
+        "checkpoint/state.json",
+        "checkpoint/round-4.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/README.md",
+        "adapter/tokenizer.json",
+    }
+    assert not [name for name in names if name.endswith(".partial")]
+    keys = {"round", "test_accuracy", "test_loss", "clients_ok", "clients_refused", "bytes_up", "bytes_down"}
+    keys |= {"message_bytes_up", "message_bytes_down", "seconds", "personal_accuracy", "head"}
+    assert [line["round"] for line in packed.metrics] == [1, 2, 3, 4]
+    assert all(
+        keys <= set(line) and line["clients_ok"] == 4 and line["personal_accuracy"] is None for line in packed.metrics
+    )
+    clients = read_lines(packed.folder / "clients.jsonl")
+    assert [(line["round"], line["client"]) for line in clients] == [(r, c) for r in range(1, 5) for c in range(4)]
+    summary = (packed.folder / "summary.md").read_text()
+    assert "accuracy.png" in summary
+    assert "partition.png" in summary
+    assert json.loads((packed.folder / "environment.json").read_text())["libraries"]["flwr"]
+
+
+def test_the_base_model_is_loaded_once(packed: Finished) -> None:
+    trainers = json.loads((packed.folder / "trainers.json").read_text())
+    assert [trainer["base_loads"] for trainer in trainers] == [1]
+
+
+def test_peft_reproduces_the_final_accuracy(packed: Finished) -> None:
+    """The adapter folder, on the untouched base, in plain PEFT and transformers: the same number, exactly."""
+    config = Config.from_flat(_flatten(tomllib.loads((packed.folder / "config.toml").read_text())))
+    corpus = load_federated(config, config.federation.num_clients).corpus
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2).double()
+    model = PeftModel.from_pretrained(base, str(packed.folder / "adapter")).double().eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(packed.folder / "adapter")
+    right, loss = 0, 0.0
+    with torch.no_grad():
+        for text, label in zip(corpus.test.texts, corpus.test.labels, strict=True):
+            encoded = tokenizer(text, return_tensors="pt", truncation=True, max_length=config.train.max_length)
+            logits = model(**encoded).logits
+            right += int(logits.argmax() == label)
+            loss += float(torch.nn.functional.cross_entropy(logits, torch.tensor([label])))
+    final = packed.metrics[-1]["test_accuracy"]
+    assert right / len(corpus.test) == final
+    assert json.loads((packed.folder / "result.json").read_text())["test_accuracy"] == final
+    assert loss / len(corpus.test) == pytest.approx(packed.metrics[-1]["test_loss"], abs=1e-10)
+    assert packed.metrics[-1]["train_loss"] < packed.metrics[0]["train_loss"] - 0.01, (
+        "control: the run learned something"
+    )
+
+
+def test_report_of_a_run(packed: Finished) -> None:
+    (packed.folder / "summary.md").unlink()
+    done = subprocess.run(
+        [str(BIN / "fedlora"), "report", str(packed.folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    assert (packed.folder / "summary.md").is_file()
+    wrong = subprocess.run([str(BIN / "fedlora"), "report", str(ROOT)], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "is not a run folder" in wrong.stdout
+
+
+def test_a_killed_trainer_is_restarted_and_its_pack_repeated(packed: Finished, tmp_path: Path) -> None:
+    """Two trainers instead of one, one of them killed: the same packs give the same tensors, no client is lost."""
+    run = fedlora_run(tmp_path, kill_trainer=True, **{**PACKED, "engine.trainers": 2})
+    assert run.code == 0, run.output
+    assert run.left == []
+    assert [line["clients_refused"] for line in run.metrics] == [0, 0, 0, 0]
+    expected, tensors = packed.checkpoint(), run.checkpoint()
+    assert tensors.keys() == expected.keys()
+    assert max(float(np.abs(tensors[name] - expected[name]).max()) for name in expected) < 1e-10
+    trainers = json.loads((run.folder / "trainers.json").read_text())
+    assert [trainer["base_loads"] for trainer in trainers] == [1, 1], "once in each process, the new one included"
+
+
+def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
+    """Every client diverges: the run stops with their names, and the exit code is not 0."""
+    run = fedlora_run(tmp_path, **{"train.optimizer": "sgd", "train.learning-rate": 1e300})
+    assert run.code == 1
+    assert run.left == []
+    assert "fedlora: the run failed (finished:failed)" in run.output
+    assert "4 of 4 clients failed" in run.output
+    assert "is not finite after 3 steps; lower train.learning-rate" in run.output
+
+
+def test_bad_input_stops_before_anything_starts(tmp_path: Path) -> None:
+    started = time.monotonic()
+    run = fedlora_run(tmp_path, **{"strategy.name": "fedavgg"})
+    assert run.code == 2
+    assert "fedlora: error: strategy.name: unknown name 'fedavgg'. Did you mean 'fedavg'?" in run.output
+    assert not run.folder.exists()
+    assert time.monotonic() - started < 20
+
+
+def test_repeated_options_all_count(tmp_path: Path) -> None:
+    """Flower itself would keep only the last option of a section; garbage must not be dropped silently."""
+    from simulations.cli import read_overrides
+
+    flat = read_overrides(ROOT, ["train.batch-size=3", "train.learning-rate=0.5 seed=4"])
+    assert (flat["train.batch-size"], flat["train.learning-rate"], flat["seed"]) == (3, 0.5, 4)
+    with pytest.raises(ValueError, match="sets nothing"):
+        read_overrides(ROOT, ["rounds 3"])
+
+
+def test_plan_says_what_a_run_will_send(packed: Finished) -> None:
+    """The plan's bytes are those that the run measured."""
+    done = subprocess.run(
+        [str(BIN / "fedlora"), "plan", "-c", str(packed.folder / "config.toml")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = packed.metrics[0]
+    assert line["bytes_up"] == line["bytes_down"] == 4 * 8 * (2 * 2 * 2 * 2 * 16 + 2 * 16 + 2)
+    assert f"{line['bytes_up'] // 4 / 1000:.2f} kB up" in done.stdout
+    assert "server mean of updates: not exact" in done.stdout
+
+
+# -- plain Flower -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a Flower of its own; whatever it starts is ended afterwards."""
+    home = tmp_path / "flower"
+    home.mkdir()
+    http, control = free_ports(2)
+    yield {
+        **os.environ,
+        **FLOWER_ENVIRONMENT,
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(control),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    end_processes(home)
+
+
+def flwr(environment: dict[str, str], cwd: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [str(BIN / "flwr"), *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.stdout + done.stderr
+
+
+def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path: Path) -> None:
+    """Three SuperNodes, one client each, private heads: personal accuracy only, and bytes that agree."""
+    flat = tiny_flat(
+        tmp_path,
+        **{
+            "run.dir": str(tmp_path / "runs"),
+            "run.name": "run",
+            "federation.num-clients": 0,
+            "strategy.name": "ffa-lora",
+            "method.head": "private",
+            "engine.dtype": "float32",
+        },
+    )
+    config = tmp_path / "config.toml"
+    config.write_text(to_toml(flat), encoding="utf-8")
+    nodes = "num-supernodes=3 client-resources-num-cpus=1"
+    output = flwr(flower, ROOT, "run", ".", "--stream", "--run-config", str(config), "--federation-config", nodes)
+    folder = tmp_path / "runs" / "run"
+    assert (folder / "result.json").is_file(), output
+    assert "Installing application dependencies" not in output, "torch would be installed again"
+    payload = 2 * 2 * 2 * 16 * 4  # layers, q and v, rank, features, bytes
+    for line in read_lines(folder / "metrics.jsonl"):
+        assert line["clients_ok"] == 3
+        assert line["test_accuracy"] is None
+        assert 0.0 <= line["personal_accuracy"] <= 1.0
+        assert line["bytes_up"] == 3 * payload
+        assert line["bytes_down"] == 2 * 3 * payload, "sent to train, and again to evaluate"
+        for way, messages in (("up", 6), ("down", 6)):
+            assert line[f"bytes_{way}"] < line[f"message_bytes_{way}"] <= line[f"bytes_{way}"] * 1.02 + messages * 1024
+    assert json.loads((folder / "result.json").read_text())["head"] == "private"
+    assert (folder / "private" / "client-0" / "round-3.safetensors").is_file()
+
+
+def test_client_code_of_another_checkout_is_refused(flower: dict[str, str], tmp_path: Path) -> None:
+    """A SuperLink started elsewhere lends its directory to Ray's workers: both sides compare their code."""
+    other = tmp_path / "other"
+    for name in ("fedlora", "clients", "strategies", "simulations"):
+        shutil.copytree(ROOT / name, other / name, ignore=shutil.ignore_patterns("__pycache__"))
+    changed = other / "fedlora" / "seeded.py"
+    changed.write_text(changed.read_text() + "# another version\n")
+    flwr(flower, other, "ls")
+    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "run.name": "run"})
+    config = tmp_path / "config.toml"
+    config.write_text(to_toml(flat), encoding="utf-8")
+    output = flwr(flower, ROOT, "run", ".", "--stream", "--run-config", str(config))
+    assert "fedlora: error: the server runs the code in" in output
+    assert str(other / "clients") in output
+    assert not (tmp_path / "runs" / "run" / "metrics.jsonl").exists()
