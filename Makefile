@@ -34,7 +34,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 config: setup
-	$(BIN)/python -m simulations.app_config pyproject.toml
+	$(BIN)/python -m simulations.app_config .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedlora.config import Config, ConfigError, to_toml
 from fedlora.runs.report import _flatten
-from simulations.app_config import with_defaults
+from simulations.app_config import reference, with_defaults
 from simulations.setup import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +90,12 @@ def test_toml_round_trip(flat: dict[str, Any]) -> None:
 def test_app_table_is_generated_from_the_defaults() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert with_defaults(text) == text, "run `make config`"
+
+
+def test_reference_is_generated_from_the_docstrings() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert reference() == text, "run `make config`"
+    assert text.count("\n| `") == len(KEYS)
 
 
 def test_recipes_are_configurations() -> None:
