@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         console.print(f"fedlora: error: {error}", markup=False, style="bold red")
         code = 2
+    except KeyboardInterrupt:
+        console.print("fedlora: interrupted; nothing was left running", markup=False)
+        code = 130
     sys.exit(code)
 
 

@@ -54,6 +54,7 @@ def simulate(grid: Grid, context: Context, console: Console) -> None:
     config = resolve(context.run_config)
     nodes = _wait_for_nodes(grid)
     if config.federation.num_clients == 0:
+        # Checks federation.clients-per-round against the number of nodes, too.
         config = replace(config, federation=replace(config.federation, num_clients=nodes))
     data = load_federated(config, config.federation.num_clients)
     folder = RunFolder.create(config)

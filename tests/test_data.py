@@ -183,6 +183,15 @@ def test_every_row_goes_to_one_client(partition: str) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(data.clients, again.clients, strict=True))
 
 
+def test_iid_is_iid_even_where_the_file_is_sorted_by_label() -> None:
+    """Flower's IidPartitioner cuts contiguous runs: unshuffled, each client would have one class."""
+    table = some_corpus().train
+    by_label = table.take(np.argsort(table.labels, kind="stable"))
+    corpus = Corpus(by_label, by_label.take(np.arange(5)), ("a", "b", "c"))
+    counts = deal(corpus, DataConfig(partition="iid"), num_clients=3, seed=0, personal=False).label_counts()
+    assert counts.min() > 20
+
+
 def test_alpha_and_seed_matter() -> None:
     def spread(alpha: float, seed: int = 0) -> float:
         data = deal(some_corpus(), DataConfig(alpha=alpha), num_clients=5, seed=seed, personal=False)

@@ -42,9 +42,10 @@ def load_file_corpus(config: DataConfig, seed: int) -> Corpus:
         )
     unknown = sorted(set(test_labels) - set(classes))
     if unknown:
+        source = "data.test-path" if config.test_path else "data.path, of which a fifth is split off for testing"
         raise ValueError(
-            f"data.test-path: the label {unknown[0]!r} of the test rows is not among the {len(classes)} training "
-            f"labels ({', '.join(classes[:10])}); it could never be predicted."
+            f"{source}: the label {unknown[0]!r} of the test rows is not among the {len(classes)} training labels "
+            f"({', '.join(classes[:10])}); it could never be predicted. Remove its rows, or add some to training."
         )
     number = {name: at for at, name in enumerate(classes)}
     return Corpus(

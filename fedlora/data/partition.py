@@ -39,7 +39,9 @@ def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, per
             f"federation.num-clients = {num_clients}: {len(corpus.train)} training rows cannot give each client "
             f"{fewest} or more; lower it or add data."
         )
-    dataset = Dataset.from_dict({"row": np.arange(len(corpus.train)), "label": list(corpus.train.labels)})
+    # Partitioners cut what they are given in its order, and files are often sorted by label.
+    order = Seeded(seed).permutation("partition", size=len(corpus.train))
+    dataset = Dataset.from_dict({"row": order, "label": [corpus.train.labels[row] for row in order]})
     partitioner = _partitioner(config, num_clients, seed, fewest)
     partitioner.dataset = dataset
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
