@@ -72,8 +72,8 @@ def _instruction(message: Message) -> Instruction:
     if instruction.fingerprint != own:
         raise RuntimeError(
             f"this client runs other code than the server: it was imported from {folders}. A SuperLink that was "
-            "started in another checkout lends its working directory to the clients; end it (pkill -f "
-            "flower-superlink) and start the run again from here."
+            "started in another checkout lends its working directory to the clients; end that flower-superlink process "
+            "and start the run again from here."
         )
     return instruction
 

@@ -44,6 +44,10 @@ def split_packs(clients: Sequence[int], pack: int, trainers: int) -> list[tuple[
     return [tuple(ordered[at : at + size]) for at in range(0, len(ordered), size)]
 
 
+class TrainerLostError(RuntimeError):
+    """A trainer is gone, or never came."""
+
+
 class TrainerPool:
     """Named Ray actors, one a shard.
 
@@ -54,8 +58,9 @@ class TrainerPool:
         actors: Handles of :class:`clients.trainer.Trainer` actors, in order of their names.
     """
 
-    def __init__(self, actors: Sequence[Any]) -> None:
+    def __init__(self, actors: Sequence[Any], data: Any = None) -> None:
         self.actors = list(actors)
+        self._data = data  # Ray frees what nobody refers to, and a restarted trainer needs it again
 
     @classmethod
     def start(
@@ -65,7 +70,8 @@ class TrainerPool:
         stored = ray.put(data)
         remote = ray.remote(Trainer)
         return cls(
-            [
+            data=stored,
+            actors=[
                 remote.options(
                     name=f"{run_id}/trainer-{number:04d}",
                     namespace=_NAMESPACE,
@@ -75,7 +81,7 @@ class TrainerPool:
                     max_task_retries=_RESTARTS,
                 ).remote(dict(flat), stored, shard.threads, private_folder)
                 for number, shard in enumerate(shards)
-            ]
+            ],
         )
 
     @classmethod
@@ -98,22 +104,34 @@ class TrainerPool:
         """Return the number of trainers."""
         return len(self.actors)
 
-    def call(self, method: str, arguments: Sequence[Any], *, first: int = 0) -> list[Any]:
+    def call(
+        self, method: str, arguments: Sequence[tuple[Any, ...]], *, first: int = 0, timeout: float | None = None
+    ) -> list[Any]:
         """Call a trainer's method once for each of ``arguments``, side by side.
 
         Args:
             method: Name of a method of :class:`clients.trainer.Trainer`.
             arguments: Tuples of positional arguments.
             first: The trainer that gets the first of them.
+            timeout: Seconds to wait for all of them; None: as long as it takes.
 
         Returns:
-            For each argument the result, or the exception that it ended with.
+            For each argument the result, or the exception that it ended with. What a trainer could not do because
+            it died for good is done by another.
         """
-        calls = [
-            getattr(self.actors[(first + number) % len(self.actors)], method).remote(*argument)
-            for number, argument in enumerate(arguments)
-        ]
-        return [_outcome(call) for call in calls]
+        count = len(self.actors)
+        places = [(first + number) % count for number in range(len(arguments))]
+        calls = [self._submit(place, method, argument) for place, argument in zip(places, arguments, strict=True)]
+        outcomes = [_outcome(call, timeout) for call in calls]
+        for number, place in enumerate(places):
+            for other in range(place + 1, place + count):
+                if not isinstance(outcomes[number], TrainerLostError):
+                    break
+                outcomes[number] = _outcome(self._submit(other % count, method, arguments[number]), timeout)
+        return outcomes
+
+    def _submit(self, place: int, method: str, argument: tuple[Any, ...]) -> Any:
+        return getattr(self.actors[place], method).remote(*argument)
 
     def stop(self) -> None:
         """End the trainers; on a cluster that outlives the run they would stay otherwise."""
@@ -124,10 +142,16 @@ class TrainerPool:
                 logging.getLogger(__name__).debug("a trainer was gone already: %s", error)
 
 
-def _outcome(call: Any) -> Any:
+def _outcome(call: Any, timeout: float | None) -> Any:
     try:
-        return ray.get(call)
+        return ray.get(call, timeout=timeout)
     except ray.exceptions.RayTaskError as error:
         return error.cause
+    except ray.exceptions.GetTimeoutError:
+        return TrainerLostError(
+            f"a trainer did not start within {timeout:.0f} s: its share of a GPU may be taken. engine.trainers must "
+            "fit the GPUs, and --federation-config must leave them alone: Flower's own actors need none."
+        )
     except ray.exceptions.RayError as error:
-        return RuntimeError(f"the trainer died {_RESTARTS + 1} times ({type(error).__name__})")
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return TrainerLostError(f"a trainer died and was not to be restarted: {first}")

@@ -141,7 +141,7 @@ class Trainer:
             state = self._state(request, client)
             rows = self.data.training_rows(client)
             batches = plan_batches(seeded, request.round, client, rows, self.config.train)
-            works.append(ClientWork(client, examples, batches, {name: state[name] for name in trained}))
+            works.append(ClientWork(client, examples, len(rows), batches, {name: state[name] for name in trained}))
         common = {name: value for name, value in self._common(request).items() if name not in trained}
         results = train_pack(engine, works, common, self.config.train)
         for result in results:

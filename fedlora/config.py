@@ -193,7 +193,7 @@ class TrainConfig:
 
     batch_size: int = 8
     """Examples a step."""
-    local_steps: int = 16
+    local_steps: int = 0
     """Optimizer steps a round; 0: by epochs."""
     local_epochs: int = 1
     """Passes over the client's examples a round, where local-steps is 0."""
@@ -217,6 +217,12 @@ class TrainConfig:
         _at_least("train.batch-size", self.batch_size, 1)
         _at_least("train.local-steps", self.local_steps, 0)
         _at_least("train.local-epochs", self.local_epochs, 1)
+        _require(
+            self.local_steps == 0 or self.local_epochs == 1,
+            "train.local-epochs",
+            self.local_epochs,
+            f"is only read with train.local-steps = 0, not {self.local_steps}; set one of the two.",
+        )
         _positive("train.learning-rate", self.learning_rate)
         _one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
         _at_least("train.weight-decay", self.weight_decay, 0)

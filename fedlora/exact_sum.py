@@ -87,6 +87,15 @@ class ExactSum:
         self.weight += other.weight
         self.terms += other.terms
 
+    def is_sound(self) -> bool:
+        """Whether both parts are what sums of this many terms can be (another machine may have sent them)."""
+        bound = self.terms * _COARSE / 2
+        return 1 <= self.terms <= min(self.weight, _MAX_TERMS) and all(
+            np.array_equal(_round_to(value, step), value) and np.all(np.abs(value) <= limit)
+            for parts, step, limit in ((self.coarse, _COARSE, _LIMIT), (self.fine, _FINE, bound))
+            for value in parts.values()
+        )
+
     def mean(self) -> dict[str, NDArray[np.float64]]:
         """Return the weighted mean of every tensor, in float64."""
         assert self.weight > 0, "the mean of nothing"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -82,7 +83,7 @@ def _found(name: str) -> Iterator[None]:
     """Turn the many errors of a model that is not there into one that names both cures."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"model.name = {name!r}: cannot be loaded ({first}). Either set model.name to a local folder that holds "
@@ -168,6 +169,8 @@ def _layer(name: str, module: nn.Linear | Conv1D) -> Layer:
 
 def _resolve_targets(model: nn.Module, target_modules: str, candidates: list[str], head: list[str]) -> list[str]:
     names = [part.strip() for part in target_modules.split(",")]
+    if len(names) > 1 and {"auto", "all-linear"} & set(names):
+        raise ValueError(f"method.target-modules = {target_modules!r}: auto and all-linear stand alone.")
     wanted: str | list[str] | None = names
     if target_modules in ("auto", "all-linear"):
         wanted = None if target_modules == "auto" else "all-linear"
@@ -190,7 +193,7 @@ def _resolve_targets(model: nn.Module, target_modules: str, candidates: list[str
             f"method.target-modules = {target_modules!r}: {refused[0]} is not a linear layer of the base model; "
             "name attention or feed-forward layers (the head has its own key, method.head)."
         )
-    unused = [] if wanted is None else [n for n in names if not _matches(n, resolved) and n != "all-linear"]
+    unused = [name for name in names if isinstance(wanted, list) and not _matches(name, resolved)]
     if unused:
         raise ValueError(f"method.target-modules: {unused[0]!r} names no layer of this {config.model_type} model.")
     return sorted(resolved, key=candidates.index)
@@ -221,7 +224,9 @@ def load_base(name: str, num_labels: int, target_modules: str, *, dtype: torch.d
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
             model_path(name), config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    return prepare_base(model, tokenizer, target_modules, device=device, missing=report["missing_keys"], name=name)
+    # The head may be of another shape, it is seeded anyway; nothing else may be lacking.
+    lacking = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
+    return prepare_base(model, tokenizer, target_modules, device=device, missing=lacking, name=name)
 
 
 def prepare_base(
@@ -257,7 +262,7 @@ def _digest(model: nn.Module, tokenizer: Any, head: set[str]) -> str:
     for key, value in sorted(model.state_dict().items()):
         if key.rsplit(".", 1)[0] not in head:
             sha.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     if tokenizer is not None:
         vocabulary = sorted(tokenizer.get_vocab().items())
         sha.update(re.sub(r"\s", "", str(vocabulary)).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from rich.table import Table as RichTable
 
 from fedlora.config import Config, ConfigError, Scalar
 from simulations.setup import build_strategy, resolve
+
+_PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")  # what Flower finds in an option; the rest it drops
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
         command.add_argument("-c", "--run-config", action="append", default=[], help='"key=value ..." or a .toml file')
     run.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
+    run.add_argument("superlink", nargs="?", help=argparse.SUPPRESS)
+    run.add_argument("--federation", help=argparse.SUPPRESS)
     run.add_argument("--stream", action="store_true", help="accepted as for `flwr run`; always on")
     report = commands.add_parser("report", help="table and plots of a finished run")
     report.add_argument("run", type=Path, help="a run folder")
@@ -42,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _configured(options: argparse.Namespace, console: Console) -> int:
+    if options.command == "run" and (options.superlink or options.federation):
+        raise ConfigError(
+            "fedlora run starts a simulation on this machine, with a SuperLink of its own; for another one use "
+            f"`flwr run {options.app} {options.superlink or ''} --stream`."
+        )
     app = Path(options.app).expanduser().resolve()
     overrides = absolute_paths(read_overrides(app, options.run_config))
     config = resolve(overrides)
@@ -73,8 +83,12 @@ def read_overrides(app: Path, run_config: Sequence[str]) -> dict[str, Scalar]:
         except (click.ClickException, OSError, ValueError) as error:
             reason = error.message if isinstance(error, click.ClickException) else str(error)
             raise ConfigError(f"--run-config {option!r} cannot be read: {reason}") from error
-        if not found:
-            raise ConfigError(f"--run-config {option!r} sets nothing; write key=value, texts in quotes: key='text'.")
+        unread = "" if option.endswith(".toml") else _PAIR.sub("", option).strip()
+        if unread or not found:
+            raise ConfigError(
+                f"--run-config {option!r}: cannot read {unread or 'anything'!r}; write key=value without spaces around "
+                "the sign, and texts in quotes: key='text'."
+            )
         overrides |= found
     try:
         defaults = get_fused_config_from_dir(app, {})
@@ -119,15 +133,15 @@ def _plan(config: Config, console: Console) -> int:
         table.add_column(column, justify="left" if column in ("kind", "role") else "right")
     dtype = config.engine.tensor_dtype
     up_total = down_total = 0
-    personal = Role.PRIVATE in roles.values()  # then tensors go down twice: to train, and to evaluate
     for kind, role in roles.items():
         own = {name: spec for name, spec in specs.items() if spec.kind == kind}
         up = payload_bytes(with_role(own, roles, Role.SHARED), dtype)
-        down = payload_bytes(with_role(own, roles, Role.SHARED, Role.BROADCAST), dtype) * (2 if personal else 1)
+        down = payload_bytes(with_role(own, roles, Role.SHARED, Role.BROADCAST), dtype)
         up_total, down_total = up_total + up, down_total + down
         parameters = payload_bytes(own, "float32") // 4
         table.add_row(kind, str(role), str(len(own)), f"{parameters:,}", f"{up:,}", f"{down:,}")
     console.print(table)
+    personal = Role.PRIVATE in roles.values()
     sampled = config.federation.clients_per_round or num_clients
     rows = [len(data.training_rows(client)) for client in range(num_clients)]
     per_epoch = [-(-count // config.train.batch_size) for count in rows]
@@ -143,6 +157,11 @@ def _plan(config: Config, console: Console) -> int:
         f"bytes a client a round: {human_bytes(up_total)} up, {human_bytes(down_total)} down",
         f"bytes of the whole run: {human_bytes(up_total * sampled * config.rounds)} up, "
         f"{human_bytes(down_total * sampled * config.rounds)} down",
+        *(
+            ["and down once more a round to every client that has trained, to evaluate its own head"]
+            if personal
+            else []
+        ),
         "server mean of updates: " + ("exact" if strategy.exact else "not exact (means of A and B, not of B A)"),
         "privacy: none",
     ]

@@ -96,13 +96,17 @@ def _home() -> Iterator[tuple[Path, dict[str, str]]]:
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield home, environment
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        previous[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+        for number in previous:  # nothing may cut the cleaning short
+            signal.signal(number, signal.SIG_IGN)
         end_processes(home)
         shutil.rmtree(home, ignore_errors=True)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -115,8 +119,10 @@ def end_processes(home: Path) -> None:
     for process in found:
         _signal(process, signal.SIGTERM)
     _, alive = psutil.wait_procs(found, timeout=_GRACE_S)
-    for process in {*alive, *_processes(home)}:
+    rest = [*{*alive, *_processes(home)}]
+    for process in rest:
         _signal(process, signal.SIGKILL)
+    psutil.wait_procs(rest, timeout=_GRACE_S)
 
 
 def _signal(process: psutil.Process, number: int) -> None:

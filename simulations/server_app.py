@@ -13,7 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result
 from rich.console import Console
 
-from clients.pool import TrainerPool
+from clients.pool import TrainerLostError, TrainerPool
 from clients.trainer import Description
 from fedlora.config import Config
 from fedlora.data import FederatedData, load_federated
@@ -21,14 +21,14 @@ from fedlora.data.docstrings import majority_share
 from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
 from fedlora.methods import initial_tensors, tensors_digest
 from fedlora.runs.card import model_card
-from fedlora.runs.folder import RunFolder, environment
-from fedlora.runs.report import Run, clients_table, human_bytes, metrics_table, write_report
+from fedlora.runs.folder import RunFolder, environment, run_path
+from fedlora.runs.report import Run, clients_table, human_bytes, metrics_table, plot_partition, write_report
 from fedlora.seeded import Seeded
 from fedlora.wire import from_named_arrays, named_arrays
 from simulations.setup import build_strategy, plan_shards, resolve
 from strategies import FederationError, RoleStrategy
 
-_START_TIMEOUT_S = 120.0
+_START_TIMEOUT_S = 600.0  # a large base model takes minutes to load
 app = ServerApp()
 
 
@@ -38,7 +38,7 @@ def main(grid: Grid, context: Context) -> None:
     console = Console(width=100, highlight=False, soft_wrap=True)
     try:
         simulate(grid, context, console)
-    except (ValueError, FederationError) as error:
+    except (ValueError, FederationError, TrainerLostError) as error:
         console.print(f"fedlora: error: {error}", markup=False, style="bold red")
         raise
 
@@ -57,17 +57,54 @@ def simulate(grid: Grid, context: Context, console: Console) -> None:
         # Checks federation.clients-per-round against the number of nodes, too.
         config = replace(config, federation=replace(config.federation, num_clients=nodes))
     data = load_federated(config, config.federation.num_clients)
-    folder = RunFolder.create(config)
-    counts = data.label_counts().tolist()
-    folder.write_json("partition.json", {"classes": list(data.corpus.classes), "counts": counts})
-    console.print(clients_table(list(data.corpus.classes), counts))
+    console.print(clients_table(list(data.corpus.classes), data.label_counts().tolist()))
 
     shards = plan_shards(ray.cluster_resources(), config.engine.trainers)
-    pool = TrainerPool.start(context.run_id, shards, config.to_flat(), data, str(folder.path / "private"))
+    pool = TrainerPool.start(context.run_id, shards, config.to_flat(), data, str(run_path(config) / "private"))
     try:
-        Simulation(config, data, folder, pool, console, started).run(grid)
+        description = check_trainers(pool, config)
+        folder = RunFolder.create(config)  # not before: a model that is not there should not take the run's name
+        Simulation(config, data, folder, pool, console, started).run(grid, description)
     finally:
         pool.stop()
+
+
+def check_trainers(pool: TrainerPool, config: Config) -> Description:
+    """Return a trainer's description, having compared all of them with each other and the server.
+
+    Raises:
+        ValueError: The model cannot be loaded or adapted, or the trainers run other code or hold other tensors.
+        TrainerLostError: A trainer did not start.
+    """
+    described: list[Description] = call_all(pool, "describe", [()] * len(pool), timeout=_START_TIMEOUT_S)
+    own, folders = code_fingerprint()
+    first = described[0]
+    initial = initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype)
+    for other in described:
+        digest, elsewhere = other.fingerprint
+        if digest != own:
+            raise ValueError(
+                f"the server runs the code in {folders}, but the trainers imported {elsewhere}: a SuperLink that was "
+                "started in another checkout lends them its working directory. End that flower-superlink process and "
+                "start the run again from here."
+            )
+        if other.digest != first.digest or other.initial_digest != tensors_digest(initial):
+            raise ValueError(
+                "the trainers do not hold the same base model, tokenizer or seeded tensors as the server: "
+                f"model.name = {config.model.name!r} must be the same files on every machine."
+            )
+    return first
+
+
+def call_all(
+    pool: TrainerPool, method: str, arguments: list[tuple[Any, ...]], *, timeout: float | None = None
+) -> list[Any]:
+    """Call trainers and raise the first exception among their outcomes."""
+    outcomes = pool.call(method, arguments, timeout=timeout)
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return outcomes
 
 
 class Simulation:
@@ -100,9 +137,8 @@ class Simulation:
         self.round_started = started
         self.metrics: list[dict[str, Any]] = []
 
-    def run(self, grid: Grid) -> None:
+    def run(self, grid: Grid, description: Description) -> None:
         """Run the rounds and write the run's files."""
-        description = self._check_trainers()
         strategy = build_strategy(self.config, description.specs)
         self._write_start(strategy, description)
         initial = initial_tensors(description.specs, Seeded(self.config.seed), self.config.engine.tensor_dtype)
@@ -122,34 +158,8 @@ class Simulation:
         )
         self._finish(result)
 
-    def _check_trainers(self) -> Description:
-        """Return a trainer's description, having compared all of them with each other and the server."""
-        described = self._call("describe", [()] * len(self.pool))
-        own, folders = code_fingerprint()
-        first: Description = described[0]
-        initial = initial_tensors(first.specs, Seeded(self.config.seed), self.config.engine.tensor_dtype)
-        for other in described:
-            digest, elsewhere = other.fingerprint
-            if digest != own:
-                raise ValueError(
-                    f"the server runs the code in {folders}, but the trainers imported {elsewhere}: a SuperLink that "
-                    "was started in another checkout lends them its working directory. End it (pkill -f "
-                    "flower-superlink) and start the run again from here."
-                )
-            if other.digest != first.digest or other.initial_digest != tensors_digest(initial):
-                raise ValueError(
-                    "the trainers do not hold the same base model, tokenizer or seeded tensors as the server: "
-                    f"model.name = {self.config.model.name!r} must be the same files on every machine."
-                )
-        return first
-
     def _call(self, method: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-        """Call trainers and raise the first exception among their outcomes."""
-        outcomes = self.pool.call(method, arguments)
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
-        return outcomes
+        return call_all(self.pool, method, arguments)
 
     def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate the server's tensors on the test rows, all trainers side by side."""
@@ -181,6 +191,7 @@ class Simulation:
             "test_loss": test.get("test_loss"),
             "personal_accuracy": personal.get("personal_accuracy"),
             "personal_loss": personal.get("personal_loss"),
+            "personal_clients": personal.get("personal_clients"),
             "head": self.config.method.head,
             "train_loss": train["train_loss"],
             "clients_ok": train["clients_ok"],
@@ -212,6 +223,9 @@ class Simulation:
     def _write_start(self, strategy: RoleStrategy, description: Description) -> None:
         """Write what is known before the first round."""
         roles = strategy.all_roles(1)
+        counts = self.data.label_counts().tolist()
+        self.folder.write_json("partition.json", {"classes": list(self.data.corpus.classes), "counts": counts})
+        plot_partition(Run.read(self.folder.path))
         self.folder.write_json(
             "privacy.json",
             {"mode": "none", "guarantee": "none: what clients send is not protected by differential privacy"},
@@ -258,7 +272,7 @@ class Simulation:
 
 
 def _wait_for_nodes(grid: Grid) -> int:
-    """Wait until Ray runs and all SuperNodes are there; return their number."""
+    """Wait until Ray runs; return the number of SuperNodes, which Flower registers, all of them, before."""
     end = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < end:
         nodes = len(list(grid.get_node_ids()))

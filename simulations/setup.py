@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -67,5 +68,6 @@ def plan_shards(resources: Mapping[str, float], wanted: int) -> list[Shard]:
     """
     cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
     trainers = wanted or gpus or max(1, cpus // _THREADS)
-    share = min(1.0, gpus / trainers) if gpus else 0.0
+    # A share must fit on one GPU, and rounding must not make the last one too large.
+    share = math.floor(1e4 / -(-trainers // gpus)) / 1e4 if gpus else 0.0
     return [Shard(threads=max(1, cpus // trainers), gpus=share)] * trainers

@@ -123,6 +123,8 @@ class RoleStrategy(Strategy):
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.tally: Tally | None = None
+        self._asked: dict[int, tuple[int, ...]] = {}
+        self._have_trained: set[int] = set()
         self._server: dict[str, NDArray[np.floating]] = {}
 
     # -- what a strategy is -------------------------------------------------------------------------------
@@ -184,9 +186,11 @@ class RoleStrategy(Strategy):
         for reply in replies:
             self._accept(tally, reply)
         for clients in tally.pending.values():
+            tally.facts |= dict.fromkeys(clients, _NO_FACTS)
             tally.refuse(clients, "no reply arrived in time")
-        sampled = len(tally.facts) + sum(len(clients) for clients in tally.pending.values())
-        self._check_failures(tally, sampled)
+        sampled = len(tally.facts)
+        self._check_failures(tally, sampled, good=tally.total.terms)
+        self._have_trained |= tally.facts.keys() - tally.refused.keys()
         mean = {name: value.astype(self.setting.dtype) for name, value in tally.total.mean().items()}
         self._server = {
             name: np.asarray(value) for name, value in self.combine(self._server, mean, server_round).items()
@@ -208,43 +212,55 @@ class RoleStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask clients to evaluate themselves, where they keep tensors that the server cannot evaluate."""
-        if Role.PRIVATE not in self.all_roles(server_round).values():
+        """Ask clients to evaluate themselves, where they keep tensors that the server cannot evaluate.
+
+        Those are asked that have trained so far: another's private tensors are still the seed's.
+        """
+        if Role.PRIVATE not in self.all_roles(server_round).values() or not self._have_trained:
             return []
         server = from_named_arrays(arrays)
         sent = {name: server[name] for name in self.exchanged(server_round)}
-        dealt = deal(list(range(self.setting.num_clients)), list(grid.get_node_ids()))
+        self._asked = deal(sorted(self._have_trained), list(grid.get_node_ids()))
         if self.tally is not None:
-            clients = sum(len(clients) for clients in dealt.values())
-            self.tally.bytes_down += payload_bytes(self.exchanged(server_round), self.setting.dtype) * clients
+            payload = payload_bytes(self.exchanged(server_round), self.setting.dtype)
+            self.tally.bytes_down += payload * len(self._have_trained)
         # A client evaluates what it will start the next round with.
-        return self._messages(MessageType.EVALUATE, server_round + 1, sent, dealt)
+        return self._messages(MessageType.EVALUATE, server_round + 1, sent, self._asked)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return each metric's mean over the clients' own rows, as ``personal_<metric>``."""
+        """Return each metric's mean over the clients' own rows, as ``personal_<metric>``; None if none was asked.
+
+        Raises:
+            FederationError: More clients failed than the threshold allows.
+        """
+        asked, self._asked = self._asked, {}
+        if not asked:
+            return None
+        tally = Tally(server_round, dict(asked), {})
         sums: dict[str, float] = {}
-        examples = clients = 0
+        examples = 0
         for message in replies:
+            clients = tally.pending.pop(message.metadata.src_node_id, ())
             try:
-                reply = _read(message)
+                reply = _read(message, clients)
             except WireError as error:
-                _logger.warning("round %d: an evaluation is left out: %s", server_round, error)
+                tally.refuse(clients, f"evaluation: {error}")
                 continue
             if self.tally is not None:
                 self.tally.message_bytes_up += message_bytes(message.content)
-            for place, reason in enumerate(reply.errors):
-                if reason:
-                    client = reply.clients[place]
-                    _logger.warning("round %d: client %d's evaluation is left out: %s", server_round, client, reason)
+            for place, client in enumerate(reply.clients):
+                values = {name: column[place] for name, column in reply.metrics.items()}
+                if reply.errors[place] or reply.examples[place] < 1 or not np.isfinite(list(values.values())).all():
+                    tally.refuse([client], f"evaluation: {reply.errors[place] or 'not a finite number a row'}")
                     continue
                 examples += reply.examples[place]
-                clients += 1
-                for name, values in reply.metrics.items():
-                    sums[name] = sums.get(name, 0.0) + values[place]
-        if not examples:
-            return None
+                sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+        for clients in tally.pending.values():
+            tally.refuse(clients, "evaluation: no reply arrived in time")
+        total = sum(len(clients) for clients in asked.values())
+        self._check_failures(tally, total, good=total - len(tally.refused))
         means = {f"personal_{name}": value / examples for name, value in sums.items()}
-        return MetricRecord({**means, "personal_examples": examples, "personal_clients": clients})
+        return MetricRecord({**means, "personal_clients": total - len(tally.refused)})
 
     def summary(self) -> None:
         """Log what the strategy exchanges."""
@@ -332,9 +348,7 @@ class RoleStrategy(Strategy):
         """Fold one reply, or refuse it with its clients' names."""
         clients = tally.pending.pop(message.metadata.src_node_id, ())
         try:
-            reply = _read(message)
-            if sorted(reply.clients) != list(clients):
-                raise WireError(f"it answers for clients {reply.clients[:5]}, not {list(clients[:5])}")
+            reply = _read(message, clients)
             tally.message_bytes_up += message_bytes(message.content)
             facts = {
                 client: {
@@ -373,11 +387,13 @@ class RoleStrategy(Strategy):
         check_tensors(reply.total.fine, tally.expected, "float64")
         if (reply.total.weight, reply.total.terms) != (weight, len(good)):
             raise WireError("the weight of its sum is not that of its clients")
+        if not reply.total.is_sound():
+            raise WireError("its sum cannot come from that many updates")
         tally.total.merge(reply.total)
 
-    def _check_failures(self, tally: Tally, sampled: int) -> None:
+    def _check_failures(self, tally: Tally, sampled: int, *, good: int) -> None:
         failed = len(tally.refused)
-        if tally.total.terms and failed <= self.setting.failure_threshold * sampled:
+        if good and failed <= self.setting.failure_threshold * sampled:
             return
         reasons = [f"client {client}: {reason}" for client, reason in sorted(tally.refused.items())[:3]]
         raise FederationError(
@@ -386,7 +402,7 @@ class RoleStrategy(Strategy):
         )
 
 
-_NO_FACTS: dict[str, Any] = {"examples": 0, "steps": 0, "loss": float("nan")}
+_NO_FACTS: dict[str, Any] = {"examples": 0, "steps": 0, "loss": None}
 
 
 def deal(clients: Sequence[int], nodes: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -414,7 +430,11 @@ def arriving(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterato
             time.sleep(_POLL_S)
 
 
-def _read(message: Message) -> Reply:
+def _read(message: Message, clients: Sequence[int]) -> Reply:
+    """Return a node's reply about ``clients``, ascending, in whatever order it names them."""
     if message.has_error():
         raise WireError(f"its node failed: {message.error.reason}")
-    return Reply.from_content(message.content)
+    reply = Reply.from_content(message.content)
+    if sorted(reply.clients) != list(clients):
+        raise WireError(f"it answers for clients {reply.clients[:5]}, not {list(clients[:5])}")
+    return reply

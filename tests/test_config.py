@@ -43,6 +43,10 @@ KEYS = sorted(Config().to_flat())
         ({"privacy.mode": "dp"}, r"privacy.mode = 'dp': must be one of none"),
         ({"method.head": "shard"}, r"method.head = 'shard': .* Did you mean 'shared'"),
         ({"train.momentum": 0.9}, r"train.momentum = 0.9: is read by train.optimizer = 'sgd' only"),
+        (
+            {"train.local-epochs": 2, "train.local-steps": 5},
+            r"train.local-epochs = 2: is only read with train.local-steps = 0",
+        ),
         ({"method.target-modules": "query,,value"}, r"method.target-modules = 'query,,value': must be module names"),
         ({"strategy.name": "fedavgg"}, r"strategy.name: unknown name 'fedavgg'. Did you mean 'fedavg'"),
         ({"method.name": "lorra"}, r"method.name: unknown name 'lorra'. Did you mean 'lora'"),

@@ -94,6 +94,7 @@ def test_numbers_as_labels_sort_by_value(tmp_path: Path) -> None:
         (ROWS, {"label_column": "label"}, r"data.label-column = 'label': no such column .* review, verdict"),
         ([("a b", "x"), ("", "y"), (" ", "x")], {}, r"2 rows have no text or no label, the first is row 1"),
         ([("a b", "x"), ("c d", "x")] * 3, {}, r"all \d+ training rows have the one label x"),
+        ([("a b", "x"), ("c d", ""), ("e f", "y")], {}, r"1 rows have no text or no label, the first is row 1"),
         ([], {}, r"the file has no rows"),
     ],
 )
@@ -101,6 +102,17 @@ def test_bad_files_are_refused(rows: Any, changes: Any, message: str, tmp_path: 
     path = write(tmp_path / "train.csv", rows)
     with pytest.raises(ValueError, match=message):
         load_file_corpus(config(path, **changes), seed=0)
+
+
+def test_rows_with_more_fields_than_the_header(tmp_path: Path) -> None:
+    """pandas would take the first field for an index and read the wrong columns."""
+    path = tmp_path / "train.csv"
+    path.write_text("review,verdict\nhello, world,pos\ngood, film,neg\n")
+    with pytest.raises(ValueError, match="more fields than its header names columns"):
+        load_file_corpus(config(str(path)), seed=0)
+    path.write_text("review,verdict\nhello,pos\ngood, film,neg\n")
+    with pytest.raises(ValueError, match="cannot be read as csv"):
+        load_file_corpus(config(str(path)), seed=0)
 
 
 def test_files_that_are_not_there_or_not_readable(tmp_path: Path) -> None:
@@ -137,9 +149,9 @@ def corpus() -> Corpus:
 
 def test_docstrings_are_balanced_and_apart(corpus: Corpus) -> None:
     assert corpus.classes == tuple(LIBRARIES)
-    assert np.bincount(corpus.train.labels).tolist() == [600] * 8
+    assert np.bincount(corpus.train.labels).tolist() == [200] * 8
     assert np.bincount(corpus.test.labels).tolist() == [100] * 8
-    assert len(set(corpus.train.texts + corpus.test.texts)) == 5600
+    assert len(set(corpus.train.texts + corpus.test.texts)) == 2400
     assert docstrings.majority_share(corpus) == 0.125
 
 

@@ -39,7 +39,7 @@ def make_works(engine: Engine, clients: int, train: TrainConfig, seed: int = 0) 
         steps = 0 if client == 2 else int(generator.integers(1, 5))
         batches = [generator.permutation(12)[: int(generator.integers(1, 6))] for _ in range(steps)]
         start = initial_tensors(engine.method.specs(), Seeded(7))
-        works.append(ClientWork(client, examples, batches, start))
+        works.append(ClientWork(client, examples, 12, batches, start))
     return works
 
 

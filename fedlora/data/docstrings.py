@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import re
 import tempfile
@@ -36,32 +37,48 @@ LIBRARIES: dict[str, tuple[str, str]] = {
     "ray": ("ray", r"ray|ray_\w+|\w+_ray|(?-i:Ray[A-Z]\w*)|\w*rllib\w*|\w*anyscale\w*"),
     "sqlalchemy": ("SQLAlchemy", r"\w*sqlalchemy\w*"),
 }
-_TRAIN_EACH = 600
+_TRAIN_EACH = 200
 _TEST_EACH = 100
-_ENOUGH = 900  # usable texts of a library after which no further file is read
+_ENOUGH = 500  # usable texts of a library after which no further file is read
 _SPLIT_SEED = 0  # part of the data set's definition: the same test texts whatever the run's seed
 _MIN_WORDS = 8
 _MAX_CHARACTERS = 400
-_FORMAT = 2  # raise when harvesting changes, so that old cache files are not read
+_FORMAT = 3  # raise when harvesting changes, so that old cache files are not read
 
 
 def load_docstrings() -> Corpus:
-    """Return the corpus: 600 training and 100 test texts of each of eight libraries.
+    """Return the corpus: 200 training and 100 test texts of each of eight libraries.
 
     Raises:
         ValueError: A library is not installed.
     """
-    path = _cache_file()
-    if path.is_file():
-        texts = json.loads(path.read_text(encoding="utf-8"))
-    else:
+    texts = _read_cache()
+    if texts is None:
         texts = harvest()
+        _write_cache(texts)
+    return _split(texts)
+
+
+def _read_cache() -> dict[str, list[str]] | None:
+    """Return the cached texts; None where there are none, or they cannot be read."""
+    try:
+        texts: dict[str, list[str]] = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return texts
+
+
+def _write_cache(texts: dict[str, list[str]]) -> None:
+    """Keep the texts for the next run; a folder that cannot be written costs seconds, not the run."""
+    path = _cache_file()
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(texts, file)
         Path(name).replace(path)  # another process may be writing the same texts
-    return _split(texts)
+    except OSError as error:
+        logging.getLogger(__name__).warning("the texts cannot be cached in %s: %s", path.parent, error)
 
 
 def harvest() -> dict[str, list[str]]:
@@ -97,7 +114,7 @@ def versions() -> dict[str, str]:
 
 
 def _cache_file() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
     key = json.dumps([_FORMAT, _MIN_WORDS, _MAX_CHARACTERS, sorted(versions().items())])
     return root / "fedlora" / f"docstrings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
@@ -107,6 +124,11 @@ def _split(texts: dict[str, list[str]]) -> Corpus:
     rows: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
     seeded = Seeded(_SPLIT_SEED)
     for label, (library, found) in enumerate(texts.items()):
+        if len(found) < _TRAIN_EACH + _TEST_EACH:
+            raise ValueError(
+                f"data.name = 'docstrings': {library} {versions()[library]} has {len(found)} usable docstrings, fewer "
+                f"than the {_TRAIN_EACH + _TEST_EACH} that are needed; install another version."
+            )
         order = seeded.permutation("docstrings", library, size=len(found))
         rows["test"] += [(found[at], label) for at in order[:_TEST_EACH]]
         rows["train"] += [(found[at], label) for at in order[_TEST_EACH : _TEST_EACH + _TRAIN_EACH]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,10 @@ def load_file_corpus(config: DataConfig, seed: int) -> Corpus:
 def _natural(label: str) -> tuple[int, float, str]:
     """Sort numbers by value, before texts."""
     try:
-        return (0, float(label), label)
+        number = float(label)
     except ValueError:
         return (1, 0.0, label)
+    return (0, number, label) if math.isfinite(number) else (1, 0.0, label)  # "nan" is a language, too
 
 
 def _read(key: str, name: str, config: DataConfig) -> tuple[list[str], list[str]]:
@@ -71,16 +73,21 @@ def _read(key: str, name: str, config: DataConfig) -> tuple[list[str], list[str]
         raise ValueError(f"{key} = {name!r}: no such file ({path.resolve()}).{hint}")
     frame = _frame(key, path, config)
     columns = [_column(key, path, frame, which, config) for which in ("text", "label")]
-    missing = frame[columns].isna().any(axis=1).to_numpy().nonzero()[0]
-    blank = [row for row in range(len(frame)) if not str(frame[columns[0]].iloc[row]).strip()]
-    bad = sorted({*missing.tolist(), *blank})
-    if bad:
+    if frame.empty:
+        raise ValueError(f"{key} = {name!r}: the file has no rows.")
+    cells = frame[columns]
+    empty = cells.isna() | cells.map(lambda cell: not str(cell).strip())
+    bad = empty.any(axis=1).to_numpy().nonzero()[0]
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError(
+            f"{key} = {name!r}: its rows have more fields than its header names columns; put texts that hold the "
+            "separator in quotes (csv), or use jsonl."
+        )
+    if len(bad):
         raise ValueError(
             f"{key} = {name!r}: {len(bad)} rows have no text or no label, the first is row {bad[0]} (from 0, without "
             "the header); remove or complete them."
         )
-    if frame.empty:
-        raise ValueError(f"{key} = {name!r}: the file has no rows.")
     return [str(text) for text in frame[columns[0]]], [_label(value) for value in frame[columns[1]]]
 
 

@@ -48,6 +48,11 @@ class Layout:
             return cls(groups, slots, None)
         return cls(groups, slots, index_n)
 
+    @property
+    def rows(self) -> int:
+        """N, the number of rows."""
+        return self.groups * self.slots if self.index_n is None else len(self.index_n)
+
     def to_groups(self, x_n: Tensor) -> Tensor:
         """Turn [N, ..., d] into [G, S * ..., d]; places without a row are zero."""
         if self.index_n is not None:
@@ -69,19 +74,30 @@ class GroupedLayer(nn.Module):
 
     Args:
         base: The wrapped layer.
+        name: Its full module name, for errors.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, name: str) -> None:
         super().__init__()
         self.base = base
+        self.name = name
         self.factor: Factor | None = None
         self.layout: Layout | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output for ``x`` [N, ..., d_in]; without a factor, the base layer's."""
+        """Return the layer's output for ``x`` [N, ..., d_in]; without a factor, the base layer's.
+
+        Raises:
+            ValueError: The model calls the layer on something else than the batch's rows.
+        """
         if self.factor is None:
             return self.base(x)  # type: ignore[no-any-return]
         assert self.layout is not None, "a factor without a layout"
+        if x.shape[0] != self.layout.rows:
+            raise ValueError(
+                f"method.target-modules: the model calls {self.name} on {x.shape[0]} rows of its own, not on the "
+                f"{self.layout.rows} of the batch, so clients cannot be told apart there; name other layers."
+            )
         x_g = self.layout.to_groups(x)
         if isinstance(self.factor, LowRank):
             y_g = (x_g @ self.factor.A.to(x.dtype).mT) @ (self.factor.B.to(x.dtype).mT * self.factor.scale)
@@ -108,7 +124,7 @@ class GroupedModel:
         for name in layers:
             parent_name, _, attribute = name.rpartition(".")
             parent = model.get_submodule(parent_name)
-            self._slots[name] = GroupedLayer(model.get_submodule(name))
+            self._slots[name] = GroupedLayer(model.get_submodule(name), name)
             setattr(parent, attribute, self._slots[name])
 
     @contextmanager

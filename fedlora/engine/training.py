@@ -31,12 +31,14 @@ class ClientWork:
     Attributes:
         client: Its number.
         examples: Its rows.
+        num_examples: How many rows it trains on, its weight in an average by examples.
         batches: Row numbers of each step's batch, in order; none is empty.
         start: Its trained tensors before the first step.
     """
 
     client: int
     examples: Examples
+    num_examples: int
     batches: Sequence[NDArray[np.int64]]
     start: Arrays
 
@@ -48,7 +50,7 @@ class ClientResult:
     Attributes:
         client: Its number.
         tensors: Its trained tensors after the last step.
-        examples: Number of rows of its own that it trained on.
+        examples: Its ``num_examples``.
         steps: Optimizer steps taken.
         loss: Mean over the steps of the batch's mean loss, each before its step.
         error: Why the result must not be used; empty when it may.
@@ -116,7 +118,7 @@ def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, conf
         ClientResult(
             client=work.client,
             tensors={name: value[g] for name, value in arrays.items()},
-            examples=len(np.unique(np.concatenate(work.batches))) if work.batches else 0,
+            examples=work.num_examples,
             steps=len(work.batches),
             loss=float(loss_g[g]) / max(1, len(work.batches)),
             error=errors[g],
@@ -140,14 +142,19 @@ def _backward(
             np.array([works[g].examples.targets[row] for g, row in here], dtype=np.int64),
         )
         batch = engine.task.collate(rows, range(len(here)), engine.device)
-        group_n = torch.tensor([g for g, _ in here], device=engine.device)
+        # Only the clients of this batch take part in it: late in a round they may be few of many.
+        present = sorted({g for g, _ in here})
+        slot_of = {g: slot for slot, g in enumerate(present)}
+        group_n = torch.tensor([slot_of[g] for g, _ in here], device=engine.device)
         weight_n = torch.tensor([1.0 / size_g[g] for g, _ in here], dtype=engine.dtype, device=engine.device)
-        factors = engine.method.factors({**fixed, **trained})
-        with engine.grouped.placed(factors, Layout.of(group_n, len(works))) as model:
+        groups = torch.tensor(present, device=engine.device)
+        own = trained if len(present) == len(works) else {name: value[groups] for name, value in trained.items()}
+        factors = engine.method.factors({**fixed, **own})
+        with engine.grouped.placed(factors, Layout.of(group_n, len(present))) as model:
             weighted_n = engine.task.row_losses(model, batch) * weight_n
             if weighted_n.requires_grad:  # what does not is reported by the watch, with names
                 weighted_n.sum().backward()  # type: ignore[no-untyped-call]
-        loss_g.index_add_(0, group_n, weighted_n.detach().double())
+        loss_g.index_add_(0, groups[group_n], weighted_n.detach().double())
     return loss_g
 
 
@@ -160,12 +167,12 @@ class _Watch:
     """
 
     def __init__(self, trained: Mapping[str, Tensor]) -> None:
-        self._seen = {name: torch.zeros(len(value), dtype=torch.bool) for name, value in trained.items()}
+        self._seen = {name: torch.zeros(len(v), dtype=torch.bool, device=v.device) for name, v in trained.items()}
 
     def look(self, grads: Mapping[str, Tensor]) -> None:
         """Record which groups have a gradient."""
         for name, grad in grads.items():
-            self._seen[name] |= (grad.detach().flatten(1) != 0).any(1).cpu()
+            self._seen[name] |= (grad.detach().flatten(1) != 0).any(1)
 
     def errors(
         self,

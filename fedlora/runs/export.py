@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.methods import Dense, LowRank
+from fedlora.models import model_path
 
 
 def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], config: Config) -> dict[str, bytes]:
@@ -49,7 +50,7 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     pattern = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != common}
     adapter = LoraConfig(
         task_type=TaskType.SEQ_CLS,
-        base_model_name_or_path=config.model.name,
+        base_model_name_or_path=model_path(config.model.name),
         r=common,
         lora_alpha=common,
         rank_pattern=pattern,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -40,11 +41,13 @@ class RunFolder:
         Raises:
             ValueError: The folder holds a run already, or cannot be made.
         """
-        path = (Path(config.run.dir).expanduser() / config.run.name).resolve()
-        if (path / "config.toml").exists():
-            raise ValueError(f"run.name = {config.run.name!r}: {path} holds a run already; choose another name.")
+        path = run_path(config)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True)
+        except FileExistsError as error:
+            raise ValueError(
+                f"run.name = {config.run.name!r}: {path} is there already; choose another name."
+            ) from error
         except OSError as error:
             raise ValueError(f"run.dir = {config.run.dir!r}: the folder {path} cannot be made ({error}).") from error
         folder = cls(path)
@@ -68,9 +71,10 @@ class RunFolder:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Append a line of JSON."""
+        """Append a line of JSON; numbers that are not finite become null, JSON has none."""
+        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
 
     def checkpoint(
         self, round_number: int, tensors: Mapping[str, NDArray[np.floating]], state: Mapping[str, Any]
@@ -86,6 +90,11 @@ class RunFolder:
         for other in folder.glob("round-*.safetensors"):
             if other.name != name:
                 other.unlink()
+
+
+def run_path(config: Config) -> Path:
+    """Return the run's folder, whether or not it exists."""
+    return (Path(config.run.dir).expanduser() / config.run.name).resolve()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from fedlora.config import Config, ConfigError
@@ -80,7 +81,7 @@ def clients_table(classes: list[str], counts: list[list[int]], limit: int = 20) 
     table.add_column("client", justify="right")
     table.add_column("rows", justify="right")
     for name in shown:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for client, row in enumerate(counts[:limit]):
         table.add_row(str(client), str(sum(row)), *[str(count) for count in row[: len(shown)]])
     if len(counts) > limit:
@@ -172,6 +173,8 @@ def plot_partition(run: Run) -> None:
     counts = np.asarray(run.partition["counts"])
     bottom = np.zeros(len(counts))
     for label, name in enumerate(run.partition["classes"]):
+        # matplotlib reads $...$ as mathematics and leaves out names that begin with an underscore
+        name = f" {name}".replace("$", r"\$")
         axes.bar(np.arange(len(counts)), counts[:, label], bottom=bottom, label=name if label < 20 else None, width=0.9)
         bottom += counts[:, label]
     axes.set(xlabel="client", ylabel="training rows")
