@@ -279,7 +279,7 @@ class Config:
 
     seed: int = 0
     """Seed of everything but privacy."""
-    rounds: int = 4
+    rounds: int = 3
     """Communication rounds."""
     task: str = "classification"
     """What is learned: ``classification`` of texts."""
