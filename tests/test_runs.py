@@ -231,8 +231,13 @@ def test_repeated_options_all_count(tmp_path: Path) -> None:
 
     flat = read_overrides(ROOT, ["train.batch-size=3", "train.learning-rate=0.5 seed=4"])
     assert (flat["train.batch-size"], flat["train.learning-rate"], flat["seed"]) == (3, 0.5, 4)
-    with pytest.raises(ValueError, match="sets nothing"):
-        read_overrides(ROOT, ["rounds 3"])
+    for option, unread in (
+        ("rounds 3", "rounds 3"),
+        ("train.learning-rate = 0.1 rounds=2", "train.learning-rate ="),
+        ("", ""),
+    ):
+        with pytest.raises(ValueError, match=f"cannot read '?{unread}"):
+            read_overrides(ROOT, [option])
 
 
 def test_plan_says_what_a_run_will_send(packed: Finished) -> None:
@@ -326,3 +331,99 @@ def test_client_code_of_another_checkout_is_refused(flower: dict[str, str], tmp_
     assert "fedlora: error: the server runs the code in" in output
     assert str(other / "clients") in output
     assert not (tmp_path / "runs" / "run" / "metrics.jsonl").exists()
+
+
+PLAIN_PYPROJECT = """
+[project]
+name = "plain"
+version = "1.0.0"
+
+[tool.flwr.app]
+publisher = "tests"
+
+[tool.flwr.app.components]
+serverapp = "plain.server:app"
+clientapp = "plain.client:app"
+
+[tool.flwr.app.config]
+result = ""
+"""
+
+PLAIN_SERVER = """
+import json
+
+from flwr.serverapp import ServerApp
+
+from fedlora.methods import Lora, initial_tensors
+from fedlora.methods.base import Layer
+from fedlora.seeded import Seeded
+from fedlora.wire import from_named_arrays, named_arrays
+from strategies import FFALora, Setting
+
+SPECS = Lora([Layer("layer", 4, 6, True, False)], rank=2, alpha=2.0, rslora=False).specs()
+app = ServerApp()
+
+
+@app.main()
+def main(grid, context):
+    import time
+
+    while len(list(grid.get_node_ids())) < 4:
+        time.sleep(0.1)
+    strategy = FFALora(Setting(specs=SPECS, num_clients=4))
+    initial = initial_tensors(SPECS, Seeded(0), "float32")
+    arrays = named_arrays({name: initial[name] for name in strategy.exchanged(1)})
+    result = strategy.start(grid, arrays, num_rounds=2)
+    outcome = {
+        "metrics": {number: dict(record) for number, record in result.train_metrics_clientapp.items()},
+        "refused": strategy.tally.refused,
+        "B": from_named_arrays(result.arrays)["layer.lora_B"].tolist(),
+    }
+    with open(context.run_config["result"], "w") as file:
+        json.dump(outcome, file)
+"""
+
+PLAIN_CLIENT = """
+import numpy as np
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+
+from fedlora.wire import Instruction, Reply
+
+app = ClientApp()
+
+
+@app.train()
+def train(message, context):
+    instruction = Instruction.from_content(message.content)
+    (client,) = instruction.clients
+    update = {name: value + client for name, value in instruction.tensors.items()}
+    if client == 3:
+        update["layer.lora_B"][0, 0] = np.nan
+    reply = Reply(update=update)
+    reply.add(client, examples=client + 1, steps=1, metrics={"loss": 1.0})
+    return Message(reply.to_content(), reply_to=message)
+"""
+
+
+def test_a_plain_server_app_drives_a_strategy(flower: dict[str, str], tmp_path: Path) -> None:
+    """Somebody else's ServerApp and ClientApp, no trainers: a Flower strategy like any other.
+
+    Client k, of weight k + 1, adds k to the server's B; client 3 sends NaN and is left out of both rounds.
+    """
+    app = tmp_path / "app"
+    (app / "plain").mkdir(parents=True)
+    (app / "plain" / "__init__.py").write_text("")
+    (app / "plain" / "server.py").write_text(PLAIN_SERVER)
+    (app / "plain" / "client.py").write_text(PLAIN_CLIENT)
+    (app / "pyproject.toml").write_text(PLAIN_PYPROJECT)
+    path = tmp_path / "result.json"
+    nodes = "num-supernodes=4 client-resources-num-cpus=1"
+    output = flwr(flower, app, "run", ".", "--stream", "--run-config", f"result='{path}'", "--federation-config", nodes)
+    assert path.is_file(), output
+    outcome = json.loads(path.read_text())
+    for record in outcome["metrics"].values():
+        assert (record["clients_ok"], record["clients_refused"]) == (3, 1)
+    assert outcome["refused"] == {"3": "layer.lora_B holds NaN or infinity"}
+    step = (0 * 1 + 1 * 2 + 2 * 3) / 6
+    assert np.allclose(outcome["B"], 2 * step, rtol=1e-6)
