@@ -359,3 +359,59 @@ def test_initial_arrays_must_be_whole() -> None:
     strategy = FedAvg(setting())
     with pytest.raises(ValueError, match=r"the initial arrays lack a\.lora_A and 5 more"):
         strategy.start(LoopGrid({1: honest(strategy)}), ArrayRecord(), num_rounds=1)
+
+
+@pytest.mark.parametrize("part", ["fine", "coarse"])
+def test_a_sum_that_cannot_be_one_is_refused(part: str) -> None:
+    """A node for two clients sends parts that are off their grids: finite, of the right shape, and wrong."""
+    strategy = FFALora(setting(4))
+    node = honest(strategy)
+
+    def forged(message: Message) -> RecordDict:
+        reply = Reply.from_content(node(message))  # type: ignore[arg-type]
+        assert reply.total is not None
+        getattr(reply.total, part)["a.lora_B"][0, 0] = 1e10 + 1e-5 if part == "coarse" else 1e30
+        return reply.to_content()
+
+    one_round(strategy, LoopGrid({1: honest(strategy), 2: forged}))
+    assert strategy.tally is not None
+    assert set(strategy.tally.refused) == {2, 3}
+    assert all("cannot come from that many updates" in reason for reason in strategy.tally.refused.values())
+
+
+def personal(strategy: RoleStrategy, answer: Node | None = None) -> Node:
+    """A node that trains, and evaluates its clients on 10 rows each."""
+
+    def node(message: Message) -> Any:
+        if message.metadata.message_type == "train":
+            return honest(strategy)(message)
+        if answer is not None:
+            return answer(message)
+        reply = Reply()
+        for client in Instruction.from_content(message.content).clients:
+            reply.add(client, examples=10, metrics={"accuracy": float(client), "loss": 5.0})
+        return reply.to_content()
+
+    return node
+
+
+def test_personal_evaluation_asks_who_has_trained_and_counts_who_fails() -> None:
+    """Two of four clients are sampled a round; one node fails to evaluate."""
+    strategy = FFALora(setting(4, head=Role.PRIVATE, clients_per_round=2))
+    result = strategy.start(LoopGrid({1: personal(strategy)}), start_arrays(strategy), num_rounds=1, timeout=1.0)
+    metrics = result.evaluate_metrics_clientapp[1]
+    sampled = strategy.sample(1)
+    assert metrics["personal_clients"] == 2
+    assert metrics["personal_accuracy"] == pytest.approx(sum(sampled) / 20)
+    assert metrics["personal_loss"] == pytest.approx(0.5)
+    strategy = FFALora(setting(4, head=Role.PRIVATE))
+    nodes = {k: personal(strategy, failing if k == 4 else None) for k in range(1, 5)}
+    result = strategy.start(LoopGrid(nodes), start_arrays(strategy), num_rounds=1, timeout=1.0)
+    assert result.evaluate_metrics_clientapp[1]["personal_clients"] == 3
+
+
+def test_a_run_whose_evaluations_all_fail_stops() -> None:
+    strategy = FFALora(setting(4, head=Role.PRIVATE))
+    nodes = {k: personal(strategy, silent if k == 1 else failing) for k in range(1, 5)}
+    with pytest.raises(FederationError, match=r"4 of 4 clients failed.*evaluation: no reply arrived in time"):
+        strategy.start(LoopGrid(nodes), start_arrays(strategy), num_rounds=1, timeout=1.0)

@@ -163,7 +163,7 @@ def plot_accuracy(run: Run) -> None:
         axes.axhline(majority, color="#999999", linestyle="--", label="always the commonest class")
     axes.set(xlabel="round", ylabel=run.measure.replace("_", " "), ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False)  # matplotlib finds the emptiest corner
     figure.savefig(run.path / "accuracy.png", dpi=120)
 
 

@@ -1,0 +1,72 @@
+"""Trainers on a real Ray: restarted with their data, replaced where they are lost, compared before a run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from clients.pool import Shard, TrainerLostError, TrainerPool
+from clients.trainer import Trainer
+from fedlora.data import load_federated
+from simulations.server_app import check_trainers
+from simulations.setup import resolve
+from tests.test_trainer import tiny_flat, tiny_trainer
+from tests.tiny import save_texts, save_tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[TrainerPool]:
+    """Two trainers over more data than Ray passes inline, whose loss would keep a trainer from restarting."""
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    try:
+        flat = tiny_flat(tmp_path, **{"data.path": save_texts(tmp_path / "many.csv", rows=4000)})
+        config = resolve(flat)
+        data = load_federated(config, 4)
+        shards = [Shard(threads=1, gpus=0.0)] * 2
+        yield TrainerPool.start(7, shards, config.to_flat(), data, str(tmp_path / "private"))
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.e2e
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_trainer_is_restarted_and_a_lost_one_is_replaced(pool: TrainerPool) -> None:
+    before = [described.pid for described in pool.call("describe", [(), ()])]
+    os.kill(before[0], signal.SIGKILL)
+    after = pool.call("describe", [(), ()])
+    assert [described.base_loads for described in after] == [1, 1]
+    assert after[0].pid != before[0]
+    assert after[1].pid == before[1]
+    ray.kill(pool.actors[0], no_restart=True)
+    assert [described.pid for described in pool.call("describe", [(), (), ()])] == [before[1]] * 3
+    assert len(TrainerPool.connect(7)) in (1, 2), "Ray forgets the dead one in its own time"
+    with pytest.raises(RuntimeError, match="run 8 has no trainers"):
+        TrainerPool.connect(8)
+    ray.kill(pool.actors[1], no_restart=True)
+    assert all(isinstance(outcome, TrainerLostError) for outcome in pool.call("describe", [()]))
+
+
+class InProcess(TrainerPool):
+    """Real trainers in this process, called in turn."""
+
+    def call(self, method: str, arguments: Any, *, first: int = 0, timeout: float | None = None) -> list[Any]:
+        return [getattr(actor, method)(*argument) for actor, argument in zip(self.actors, arguments, strict=True)]
+
+
+def test_trainers_that_differ_are_refused(tmp_path: Path) -> None:
+    """Another base model, or other seeded tensors, on one of the machines."""
+    one = tiny_trainer(tmp_path / "one")
+    assert check_trainers(InProcess([one, one]), one.config).specs
+    other_model = tiny_trainer(tmp_path / "two", **{"model.name": save_tiny_model(tmp_path / "other", seed=1)})
+    other_seed = Trainer({**one.config.to_flat(), "seed": 1}, one.data, 1, str(tmp_path / "private"))
+    for other in (other_model, other_seed):
+        with pytest.raises(ValueError, match="do not hold the same base model, tokenizer or seeded tensors"):
+            check_trainers(InProcess([one, other]), one.config)
