@@ -38,6 +38,9 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     _require(value in known, key, value, f"must be one of {', '.join(known)}.{closest(value, known)}")
 
 
+_DEFAULT_COLUMNS = {"data.text-column": "text", "data.label-column": "label"}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where the run's folder goes."""
@@ -81,9 +84,9 @@ class DataConfig:
     test_path: str = ""
     """Test file of the same kind; empty: a fifth of the training file, drawn from the seed."""
     text_column: str = "text"
-    """Name of the text column; its number, from 0, where the file has no header."""
+    """Name of the text column; where the file has no header its number, from 0 (``text`` stands for 0)."""
     label_column: str = "label"
-    """Name of the label column; its number, from 0, where the file has no header."""
+    """Name of the label column; where the file has no header its number, from 0 (``label`` stands for 1)."""
     header: bool = True
     """Whether the first line of a csv or tsv names the columns."""
     partition: str = "dirichlet"
@@ -102,7 +105,12 @@ class DataConfig:
                 _require(value == "", key, value, f"is only read with data.name = 'file', not {self.name!r}.")
         if not self.header:
             for key, value in (("data.text-column", self.text_column), ("data.label-column", self.label_column)):
-                _require(value.isdecimal(), key, value, "must be a column number from 0 with data.header = false.")
+                _require(
+                    value.isdecimal() or value == _DEFAULT_COLUMNS[key],
+                    key,
+                    value,
+                    "must be a column number from 0 with data.header = false.",
+                )
         _require(
             self.text_column != self.label_column,
             "data.label-column",
@@ -350,6 +358,8 @@ def _leaves(cls: type) -> list[tuple[str, type]]:
 
 def _coerce(key: str, value: Any, kind: type) -> Scalar:
     """Return ``value`` as ``kind``; only a whole number may stand for a float."""
+    if key in _DEFAULT_COLUMNS and type(value) is int:
+        value = str(value)  # the number of a column
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**53 else math.inf
     if type(value) is not kind or not isinstance(value, Scalar):

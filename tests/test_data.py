@@ -64,6 +64,17 @@ def test_without_header(suffix: str, tmp_path: Path) -> None:
     corpus = load_file_corpus(config(path, test_path=path, header=False, text_column="0", label_column="1"), seed=0)
     assert len(corpus.train) == len(ROWS)
     assert corpus.train.texts[2] == "NA"
+    flat = {"data.name": "file", "data.path": path, "data.test-path": path, "data.header": False}
+    for columns in ({}, {"data.text-column": 0, "data.label-column": 1}):
+        assert load_file_corpus(Config.from_flat({**flat, **columns}).data, seed=0) == corpus
+
+
+def test_texts_taken_for_labels_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.csv", [(f"text number {n}", f"label {n % 2}") for n in range(60)])
+    with pytest.raises(
+        ValueError, match=r"different labels in 48 training rows; this is not the column of the classes"
+    ):
+        load_file_corpus(config(path, text_column="verdict", label_column="review"), seed=0)
 
 
 def test_a_seeded_split_is_a_split(tmp_path: Path) -> None:

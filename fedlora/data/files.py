@@ -41,6 +41,11 @@ def load_file_corpus(config: DataConfig, seed: int) -> Corpus:
             f"data.label-column = {config.label_column!r}: all {len(labels)} training rows have the one label "
             f"{', '.join(classes)}; classification needs two classes or more."
         )
+    if len(classes) > max(20, len(labels) // 2):
+        raise ValueError(
+            f"data.label-column = {config.label_column!r}: {len(classes)} different labels in {len(labels)} training "
+            "rows; this is not the column of the classes."
+        )
     unknown = sorted(set(test_labels) - set(classes))
     if unknown:
         source = "data.test-path" if config.test_path else "data.path, of which a fifth is split off for testing"
@@ -127,12 +132,13 @@ def _column(key: str, path: Path, frame: pd.DataFrame, which: str, config: DataC
     """Return the label by which the frame knows the text or label column."""
     wanted = config.text_column if which == "text" else config.label_column
     if path.suffix.lower() in (".csv", ".tsv") and not config.header:
-        if int(wanted) not in frame.columns:
+        number = {"text": 0, "label": 1}[wanted] if wanted in ("text", "label") else int(wanted)
+        if number not in frame.columns:
             raise ValueError(
                 f"data.{which}-column = {wanted!r}: {key} = {str(path)!r} has {len(frame.columns)} columns, "
                 "counted from 0."
             )
-        return int(wanted)
+        return number
     if wanted not in frame.columns:
         names = [str(column) for column in frame.columns]
         raise ValueError(
