@@ -133,14 +133,19 @@ def _signal(process: psutil.Process, number: int) -> None:
 
 
 def _processes(home: Path) -> list[psutil.Process]:
-    found = []
+    """Return the processes started with ``home``, and their children.
+
+    Ray's agents write their titles over their environment, so only their parents tell whose they are.
+    """
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home):
-                found.append(process)
+            if process.environ().get("FLWR_HOME") == str(home):
+                found |= {one.pid: one for one in (process, *process.children(recursive=True))}
         except psutil.Error:  # gone, or somebody else's
             continue
-    return found
+    found.pop(os.getpid(), None)
+    return list(found.values())
 
 
 def free_ports(count: int) -> list[int]:

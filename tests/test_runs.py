@@ -66,12 +66,22 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
+def workers() -> dict[int, str]:
+    """Every process of Flower or Ray on this machine, by number (some of Ray's hide their environment)."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(w in command for w in ("ray::", "raylet", "flower-")):
+            found[process.pid] = command
+    return found
+
+
 def fedlora_run(folder: Path, options: list[str] | None = None, kill_trainer: bool = False, **changes: Any) -> Finished:
     """``fedlora run`` on the tiny model; with ``kill_trainer``, kill -9 one trainer after the first round."""
     flat = tiny_flat(folder, **{"run.dir": str(folder / "runs"), "run.name": "run", **changes})
     config = folder / "config.toml"
     config.write_text(to_toml(flat), encoding="utf-8")
-    mark = uuid.uuid4().hex
+    mark, others = uuid.uuid4().hex, workers()
     lines = []
     with subprocess.Popen(
         [str(BIN / "fedlora"), "run", "-c", str(config), *(options or [])],
@@ -89,8 +99,7 @@ def fedlora_run(folder: Path, options: list[str] | None = None, kill_trainer: bo
                 assert trainers, "no trainer found to kill"
                 trainers[0].send_signal(signal.SIGKILL)
     code = process.returncode
-    left = [" ".join(p.cmdline()) for p in marked(mark)]
-    return Finished(code, "".join(lines), folder / "runs" / "run", left)
+    return Finished(code, "".join(lines), folder / "runs" / "run", [c for p, c in workers().items() if p not in others])
 
 
 PACKED: dict[str, Any] = {
@@ -214,6 +223,33 @@ def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
     assert "fedlora: the run failed (finished:failed)" in run.output
     assert "4 of 4 clients failed" in run.output
     assert "is not finite after 3 steps; lower train.learning-rate" in run.output
+
+
+def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
+    """Ctrl-C in the first round: everything that Flower and Ray started is ended, the agents of Ray included."""
+    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path), "run.name": "run", "rounds": 1000})
+    config = tmp_path / "config.toml"
+    config.write_text(to_toml(flat), encoding="utf-8")
+    others = workers()
+    with subprocess.Popen(
+        [str(BIN / "fedlora"), "run", "-c", str(config)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # type: ignore[arg-type, return-value]
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("round 1/"):
+                assert len(set(workers()) - set(others)) >= 5
+                os.killpg(process.pid, signal.SIGINT)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 130
+    assert "fedlora: interrupted; nothing was left running" in rest
+    assert set(workers()) <= set(others)
 
 
 def test_bad_input_stops_before_anything_starts(tmp_path: Path) -> None:
