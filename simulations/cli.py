@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from fedlora.config import Config, ConfigError, Scalar
+from fedlora.data import CORPORA
 from simulations.setup import build_strategy, resolve
 
 _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")  # what Flower finds in an option; the rest it drops
@@ -59,6 +60,7 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         return _plan(config, console)
     from simulations.launch import launch
 
+    CORPORA[config.data.name](config.data, config.seed)  # what is wrong with the data, before Flower starts
     return launch(app, overrides, options.federation_config, console)
 
 

@@ -254,11 +254,16 @@ def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
 
 def test_bad_input_stops_before_anything_starts(tmp_path: Path) -> None:
     started = time.monotonic()
-    run = fedlora_run(tmp_path, **{"strategy.name": "fedavgg"})
-    assert run.code == 2
-    assert "fedlora: error: strategy.name: unknown name 'fedavgg'. Did you mean 'fedavg'?" in run.output
-    assert not run.folder.exists()
-    assert time.monotonic() - started < 20
+    for changes, message in (
+        ({"strategy.name": "fedavgg"}, "strategy.name: unknown name 'fedavgg'. Did you mean 'fedavg'?"),
+        ({"data.label-column": "lable"}, "data.label-column = 'lable': no such column"),
+    ):
+        run = fedlora_run(tmp_path, **changes)
+        assert run.code == 2
+        assert f"fedlora: error: {message}" in run.output
+        assert "SuperLink" not in run.output
+        assert not run.folder.exists()
+    assert time.monotonic() - started < 40
 
 
 def test_repeated_options_all_count(tmp_path: Path) -> None:
