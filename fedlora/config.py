@@ -8,6 +8,7 @@ Flower hands over flat, untyped values (``train.batch-size = 16``); :meth:`Confi
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, get_type_hints
@@ -193,6 +194,11 @@ class MethodConfig:
             self.target_modules,
             "must be module names separated by commas.",
         )
+
+    @property
+    def measure(self) -> str:
+        """The accuracy that a run reports: the global model's, or the clients' own where they keep their heads."""
+        return "personal_accuracy" if self.head == "private" else "test_accuracy"
 
 
 @dataclass(frozen=True)
@@ -382,6 +388,22 @@ _KINDS: dict[type, str] = {
 def to_toml(flat: Mapping[str, Scalar]) -> str:
     """Return dotted keys as TOML lines that ``--run-config`` reads."""
     return "".join(f"{key} = {_toml_value(value)}\n" for key, value in flat.items())
+
+
+def from_toml(text: str) -> dict[str, Any]:
+    """Return the dotted keys of a TOML text, the inverse of :func:`to_toml`.
+
+    Raises:
+        tomllib.TOMLDecodeError: The text is not TOML.
+    """
+    return _flatten(tomllib.loads(text))
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _toml_value(value: Scalar) -> str:

@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedlora.exact_sum import ExactSum
-from fedlora.methods import TensorSpec
+from fedlora.methods import TensorSpec, count_parameters
 from fedlora.roles import Role
 
 Tensors = Mapping[str, NDArray[np.floating]]
@@ -123,7 +123,7 @@ def check_tensors(tensors: Tensors, expected: Mapping[str, TensorSpec], dtype: s
 
 def payload_bytes(specs: Mapping[str, TensorSpec], dtype: str) -> int:
     """Return the bytes of these tensors in the codec, without the envelope."""
-    return sum(math.prod(spec.shape) for spec in specs.values()) * np.dtype(dtype).itemsize
+    return count_parameters(specs) * np.dtype(dtype).itemsize
 
 
 def message_bytes(content: RecordDict) -> int:

@@ -115,7 +115,7 @@ def absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
 def _plan(config: Config, console: Console) -> int:
     """Print what a run would do and send."""
     from fedlora.data import load_federated
-    from fedlora.methods import build_method
+    from fedlora.methods import build_method, count_parameters
     from fedlora.models import inspect_by_name
     from fedlora.roles import Role, with_role
     from fedlora.runs.report import clients_table, human_bytes
@@ -140,7 +140,7 @@ def _plan(config: Config, console: Console) -> int:
         up = payload_bytes(with_role(own, roles, Role.SHARED), dtype)
         down = payload_bytes(with_role(own, roles, Role.SHARED, Role.BROADCAST), dtype)
         up_total, down_total = up_total + up, down_total + down
-        parameters = payload_bytes(own, "float32") // 4
+        parameters = count_parameters(own)
         table.add_row(kind, str(role), str(len(own)), f"{parameters:,}", f"{up:,}", f"{down:,}")
     console.print(table)
     personal = Role.PRIVATE in roles.values()
@@ -148,7 +148,7 @@ def _plan(config: Config, console: Console) -> int:
     rows = [len(data.training_rows(client)) for client in range(num_clients)]
     per_epoch = [-(-count // config.train.batch_size) for count in rows]
     steps = [config.train.local_steps or config.train.local_epochs * count for count in per_epoch]
-    trained = sum(payload_bytes(with_role(specs, roles, role), "float32") // 4 for role in (Role.SHARED, Role.PRIVATE))
+    trained = count_parameters(with_role(specs, roles, Role.SHARED, Role.PRIVATE))
     lines = [
         f"base model: {structure.num_parameters:,} parameters, {len(structure.adapted)} adapted layers, "
         f"{trained:,} trained parameters a client",

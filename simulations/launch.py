@@ -27,7 +27,7 @@ from fedlora.config import Scalar, to_toml
 
 # What Flower does by itself at start-up and a run must not: install [project].dependencies anew (torch among
 # them) into an environment of its own, and call home.
-FLOWER_ENVIRONMENT = {
+_FLOWER_ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -83,19 +83,24 @@ def _verdict(environment: Mapping[str, str], home: Path, console: Console) -> in
     return 1
 
 
-@contextmanager
-def _home() -> Iterator[tuple[Path, dict[str, str]]]:
-    """Provide a Flower home for one run, and end every process that was started with it."""
-    home = Path(tempfile.mkdtemp(prefix="fedlora-"))
-    http, control = free_ports(2)
-    environment = {
+def flower_environment(home: Path) -> dict[str, str]:
+    """Return the environment of a Flower whose files are in ``home`` and whose ports nobody else uses."""
+    http, control = _free_ports(2)
+    return {
         **os.environ,
-        **FLOWER_ENVIRONMENT,
+        **_FLOWER_ENVIRONMENT,
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
+
+
+@contextmanager
+def _home() -> Iterator[tuple[Path, dict[str, str]]]:
+    """Provide a Flower home for one run, and end every process that was started with it."""
+    home = Path(tempfile.mkdtemp(prefix="fedlora-"))
+    environment = flower_environment(home)
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield home, environment
@@ -148,7 +153,7 @@ def _processes(home: Path) -> list[psutil.Process]:
     return list(found.values())
 
 
-def free_ports(count: int) -> list[int]:
+def _free_ports(count: int) -> list[int]:
     """Return ports of the loopback address that nobody listens on."""
     sockets = [socket.socket() for _ in range(count)]
     try:

@@ -17,7 +17,6 @@ from clients.pool import TrainerLostError, TrainerPool
 from clients.trainer import Description
 from fedlora.config import Config
 from fedlora.data import FederatedData, load_federated
-from fedlora.data.docstrings import majority_share
 from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
 from fedlora.methods import initial_tensors, tensors_digest
 from fedlora.runs.card import model_card
@@ -79,7 +78,7 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
     described: list[Description] = call_all(pool, "describe", [()] * len(pool), timeout=_START_TIMEOUT_S)
     own, folders = code_fingerprint()
     first = described[0]
-    initial = initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype)
+    initial_digest = tensors_digest(initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype))
     for other in described:
         digest, elsewhere = other.fingerprint
         if digest != own:
@@ -88,7 +87,7 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
                 "started in another checkout lends them its working directory. End that flower-superlink process and "
                 "start the run again from here."
             )
-        if other.digest != first.digest or other.initial_digest != tensors_digest(initial):
+        if other.digest != first.digest or other.initial_digest != initial_digest:
             raise ValueError(
                 "the trainers do not hold the same base model, tokenizer or seeded tensors as the server: "
                 f"model.name = {config.model.name!r} must be the same files on every machine."
@@ -211,7 +210,7 @@ class Simulation:
                 {"round": server_round, "client": client, **facts, "refused": tally.refused.get(client)},
             )
         self.folder.checkpoint(server_round, from_named_arrays(arrays), {"strategy": strategy.name})
-        measure = "personal_accuracy" if self.config.method.head == "private" else "test_accuracy"
+        measure = self.config.method.measure
         accuracy = line[measure]
         self.console.print(
             f"round {server_round}/{self.config.rounds}  {measure.replace('_', ' ')} "
@@ -247,7 +246,7 @@ class Simulation:
         outcome: dict[str, Any] = {
             "head": self.config.method.head,
             **{name: last[name] for name in ("test_accuracy", "personal_accuracy") if last[name] is not None},
-            "majority_share": majority_share(self.data.corpus),
+            "majority_share": self.data.corpus.majority_share(),
             "rounds": self.config.rounds,
             "bytes_up": int(np.sum([line["bytes_up"] for line in self.metrics])),
             "bytes_down": int(np.sum([line["bytes_down"] for line in self.metrics])),

@@ -14,15 +14,15 @@ from fedlora.tasks import Classification, Examples
 PAD = 0
 VOCABULARY = 60
 CLASSES = 3
-_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "num_labels": CLASSES, "pad_token_id": PAD}
 
 CONFIGS: dict[str, Any] = {
     "bert": lambda: transformers.BertConfig(
-        **_SIZES, **_COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        **SIZES, **_COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     ),
     "roberta": lambda: transformers.RobertaConfig(
-        **_SIZES, **_COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=40
+        **SIZES, **_COMMON, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=40
     ),
     "distilbert": lambda: transformers.DistilBertConfig(
         **_COMMON,
@@ -34,7 +34,7 @@ CONFIGS: dict[str, Any] = {
         attention_dropout=0.0,
         seq_classif_dropout=0.0,
     ),
-    "llama": lambda: transformers.LlamaConfig(**_SIZES, **_COMMON, num_key_value_heads=1, max_position_embeddings=64),
+    "llama": lambda: transformers.LlamaConfig(**SIZES, **_COMMON, num_key_value_heads=1, max_position_embeddings=64),
     "gpt2": lambda: transformers.GPT2Config(
         **_COMMON, n_embd=16, n_layer=2, n_head=2, n_inner=24, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     ),

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.config import Config, ConfigError, to_toml
-from fedlora.runs.report import _flatten
+from fedlora.config import Config, ConfigError, from_toml, to_toml
 from simulations.app_config import reference, with_defaults
 from simulations.setup import resolve
 
@@ -89,7 +88,7 @@ def test_toml_round_trip(flat: dict[str, Any]) -> None:
         config = Config.from_flat(flat)
     except ConfigError:
         return  # a model name of white space
-    assert Config.from_flat(_flatten(tomllib.loads(to_toml(config.to_flat())))) == config
+    assert Config.from_flat(from_toml(to_toml(config.to_flat()))) == config
 
 
 def test_app_table_is_generated_from_the_defaults() -> None:
@@ -107,7 +106,7 @@ def test_recipes_are_configurations() -> None:
     recipes = sorted((ROOT / "simulations" / "recipes").glob("*.toml"))
     assert recipes
     for recipe in recipes:
-        flat = _flatten(tomllib.loads(recipe.read_text(encoding="utf-8")))
+        flat = from_toml(recipe.read_text(encoding="utf-8"))
         assert set(flat) <= set(KEYS)
         resolve(flat)
 

@@ -163,7 +163,7 @@ def test_docstrings_are_balanced_and_apart(corpus: Corpus) -> None:
     assert np.bincount(corpus.train.labels).tolist() == [200] * 8
     assert np.bincount(corpus.test.labels).tolist() == [100] * 8
     assert len(set(corpus.train.texts + corpus.test.texts)) == 2400
-    assert docstrings.majority_share(corpus) == 0.125
+    assert corpus.majority_share() == 0.125
 
 
 def test_docstrings_do_not_name_their_library(corpus: Corpus) -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +23,10 @@ import transformers
 from peft import PeftModel
 from safetensors.numpy import load_file
 
-from fedlora.config import Config, to_toml
+from fedlora.config import Config, from_toml, to_toml
 from fedlora.data import load_federated
 from fedlora.runs.folder import read_lines
-from fedlora.runs.report import _flatten
-from simulations.launch import FLOWER_ENVIRONMENT, end_processes, free_ports
+from simulations.launch import end_processes, flower_environment
 from tests.test_trainer import tiny_flat
 
 ROOT = Path(__file__).parents[1]
@@ -168,7 +166,7 @@ def test_the_base_model_is_loaded_once(packed: Finished) -> None:
 
 def test_peft_reproduces_the_final_accuracy(packed: Finished) -> None:
     """The adapter folder, on the untouched base, in plain PEFT and transformers: the same number, exactly."""
-    config = Config.from_flat(_flatten(tomllib.loads((packed.folder / "config.toml").read_text())))
+    config = Config.from_flat(from_toml((packed.folder / "config.toml").read_text()))
     corpus = load_federated(config, config.federation.num_clients).corpus
     base = transformers.AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2).double()
     model = PeftModel.from_pretrained(base, str(packed.folder / "adapter")).double().eval()
@@ -305,15 +303,7 @@ def flower(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a Flower of its own; whatever it starts is ended afterwards."""
     home = tmp_path / "flower"
     home.mkdir()
-    http, control = free_ports(2)
-    yield {
-        **os.environ,
-        **FLOWER_ENVIRONMENT,
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(control),
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    }
+    yield flower_environment(home)
     end_processes(home)
 
 

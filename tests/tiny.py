@@ -9,6 +9,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from tests.families import SIZES
+
 WORDS = [f"w{n}" for n in range(40)]
 
 
@@ -27,10 +29,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> str:
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
+        **SIZES,
         max_position_embeddings=64,
         pad_token_id=0,
     )

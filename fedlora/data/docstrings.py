@@ -20,8 +20,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from fedlora.data.table import Corpus, Table
 from fedlora.seeded import Seeded
 
@@ -184,9 +182,3 @@ def _clean(text: str, mentions: re.Pattern[str]) -> str:
     if len(flat) <= _MAX_CHARACTERS:
         return flat
     return flat[:_MAX_CHARACTERS].rsplit(" ", 1)[0]
-
-
-def majority_share(corpus: Corpus) -> float:
-    """Return the test accuracy of always answering the commonest training class."""
-    commonest = int(np.bincount(corpus.train.labels).argmax())
-    return float(np.mean(np.asarray(corpus.test.labels) == commonest))

@@ -43,6 +43,11 @@ class Corpus:
     test: Table
     classes: tuple[str, ...]
 
+    def majority_share(self) -> float:
+        """Return the test accuracy of always answering the commonest training class."""
+        commonest = int(np.bincount(self.train.labels).argmax())
+        return float(np.mean(np.asarray(self.test.labels) == commonest))
+
 
 @dataclass(frozen=True)
 class FederatedData:

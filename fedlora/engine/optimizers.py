@@ -57,8 +57,9 @@ class GroupedOptimizer(ABC):
         rate_g = self._learning_rate()
         self.count_g += active_g
         for name, parameter in self.parameters.items():
-            update = self._updated(name, parameter, grads[name], rate_g, _over(active_g, parameter).bool())
-            parameter.copy_(torch.where(_over(active_g, parameter).bool(), update, parameter))
+            active = _over(active_g, parameter).bool()
+            update = self._updated(name, parameter, grads[name], rate_g, active)
+            parameter.copy_(torch.where(active, update, parameter))
 
     def _learning_rate(self) -> Tensor:
         """Return each group's learning rate for its next step, float64 [G]."""

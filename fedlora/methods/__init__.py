@@ -12,6 +12,7 @@ from fedlora.methods.base import (
     LowRank,
     Method,
     TensorSpec,
+    count_parameters,
     initial_tensors,
     tensors_digest,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Method",
     "TensorSpec",
     "build_method",
+    "count_parameters",
     "initial_tensors",
     "tensors_digest",
 ]

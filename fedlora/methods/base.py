@@ -8,6 +8,7 @@ one client and a pack of many.
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,6 +88,11 @@ class Method(ABC):
     @abstractmethod
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
         """Return, by layer name, what each layer computes from ``tensors`` (a pure function)."""
+
+
+def count_parameters(specs: Mapping[str, TensorSpec]) -> int:
+    """Return the number of elements of these tensors."""
+    return sum(math.prod(spec.shape) for spec in specs.values())
 
 
 def initial_tensors(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from fedlora import __version__
 from fedlora.config import Config, to_toml
@@ -80,14 +80,11 @@ class RunFolder:
         self, round_number: int, tensors: Mapping[str, NDArray[np.floating]], state: Mapping[str, Any]
     ) -> None:
         """Write what the server holds after a round; the previous checkpoint stays until this one is whole."""
-        folder = self.path / "checkpoint"
-        folder.mkdir(exist_ok=True)
         name = f"round-{round_number}.safetensors"
-        partial = folder / f"{name}.partial"
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, partial)
-        partial.replace(folder / name)
+        arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        self.write_bytes(f"checkpoint/{name}", save(arrays))
         self.write_json("checkpoint/state.json", {"round": round_number, "tensors": name, **state})
-        for other in folder.glob("round-*.safetensors"):
+        for other in (self.path / "checkpoint").glob("round-*.safetensors"):
             if other.name != name:
                 other.unlink()
 

@@ -13,7 +13,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from fedlora.config import Config, ConfigError
+from fedlora.config import Config, ConfigError, from_toml
 from fedlora.runs.folder import RunFolder, read_lines
 
 
@@ -43,7 +43,7 @@ class Run:
             ValueError: It is not one.
         """
         try:
-            config = Config.from_flat(_flatten(tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))))
+            config = Config.from_flat(from_toml((path / "config.toml").read_text(encoding="utf-8")))
             partition = json.loads((path / "partition.json").read_text(encoding="utf-8"))
             metrics = read_lines(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
             done = path / "result.json"
@@ -55,14 +55,7 @@ class Run:
     @property
     def measure(self) -> str:
         """The accuracy that this run reports: the global model's, or the clients' own."""
-        return "personal_accuracy" if self.config.method.head == "private" else "test_accuracy"
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        return self.config.method.measure
 
 
 def human_bytes(count: float) -> str:
