@@ -9,9 +9,9 @@ from flwr.clientapp import ClientApp
 
 from clients.pool import TrainerPool, split_packs
 from clients.trainer import Request
-from fedlora.config import Config
 from fedlora.exact_sum import ExactSum
 from fedlora.fingerprint import code_fingerprint
+from fedlora.messages import first_line
 from fedlora.wire import Instruction, Reply
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def _instruction(message: Message) -> Instruction:
 def _call(method: str, instruction: Instruction, context: Context) -> list[tuple[tuple[int, ...], Any]]:
     """Cut the clients into packs, have the trainers work on all of them, return (pack, outcome) pairs."""
     pool = TrainerPool.connect(context.run_id)
-    pack = Config.from_flat(context.run_config).engine.pack
-    packs = split_packs(instruction.clients, pack, len(pool))
+    packs = split_packs(instruction.clients, instruction.pack, len(pool))
     requests = [(Request(instruction.round, clients, instruction.roles, instruction.tensors),) for clients in packs]
     node = int(context.node_config.get("partition-id", 0))
     return list(zip(packs, pool.call(method, requests, first=node), strict=True))
@@ -90,6 +89,5 @@ def _call(method: str, instruction: Instruction, context: Context) -> list[tuple
 
 def _refuse(reply: Reply, clients: tuple[int, ...], error: Exception) -> None:
     """Enter a pack that failed as a whole."""
-    lines = str(error).strip().splitlines()
     for client in clients:
-        reply.add(client, error=f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
+        reply.add(client, error=f"{type(error).__name__}: {first_line(error)}")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
 from ray.util import list_named_actors
 
-from clients.trainer import Trainer
-from fedlora.config import Scalar
-from fedlora.data import FederatedData
+from clients.trainer import Job, Trainer
+from fedlora.messages import first_line
 
 _NAMESPACE = "fedlora"
 _RESTARTS = 3
@@ -48,6 +48,25 @@ class TrainerLostError(RuntimeError):
     """A trainer is gone, or never came."""
 
 
+class Desk:
+    """Where a trainer finds its job, also one that was restarted and remembers nothing.
+
+    Args:
+        job: What the trainers work on.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def put(self, job: Job) -> None:
+        """Take a new job."""
+        self._job = job
+
+    def job(self) -> Job:
+        """Return the job."""
+        return self._job
+
+
 class TrainerPool:
     """Named Ray actors, one a shard.
 
@@ -56,33 +75,35 @@ class TrainerPool:
 
     Args:
         actors: Handles of :class:`clients.trainer.Trainer` actors, in order of their names.
+        desk: Handle of the :class:`Desk` actor, with the pool that started them.
     """
 
-    def __init__(self, actors: Sequence[Any], data: Any = None) -> None:
+    def __init__(self, actors: Sequence[Any], desk: Any = None) -> None:
         self.actors = list(actors)
-        self._data = data  # Ray frees what nobody refers to, and a restarted trainer needs it again
+        self.desk = desk
 
     @classmethod
-    def start(
-        cls, run_id: int, shards: Sequence[Shard], flat: Mapping[str, Scalar], data: FederatedData, private_folder: str
-    ) -> TrainerPool:
+    def start(cls, run_id: int, shards: Sequence[Shard], job: Job) -> TrainerPool:
         """Start one trainer for each shard on the Ray cluster that this process is connected to."""
-        stored = ray.put(data)
+        desk = ray.remote(Desk).options(num_cpus=0).remote(job)
         remote = ray.remote(Trainer)
-        return cls(
-            data=stored,
-            actors=[
-                remote.options(
-                    name=f"{run_id}/trainer-{number:04d}",
-                    namespace=_NAMESPACE,
-                    num_cpus=0,  # Flower's own actors reserve all CPUs; threads are what a shard limits
-                    num_gpus=shard.gpus,
-                    max_restarts=_RESTARTS,
-                    max_task_retries=_RESTARTS,
-                ).remote(dict(flat), stored, shard.threads, private_folder)
-                for number, shard in enumerate(shards)
-            ],
-        )
+        actors = [
+            remote.options(
+                name=f"{run_id}/trainer-{number:04d}",
+                namespace=_NAMESPACE,
+                num_cpus=0,  # Flower's own actors reserve all CPUs; threads are what a shard limits
+                num_gpus=shard.gpus,
+                max_restarts=_RESTARTS,
+                max_task_retries=_RESTARTS,
+            ).remote(partial(_job_at, desk), shard.threads)
+            for number, shard in enumerate(shards)
+        ]
+        return cls(actors, desk)
+
+    def assign(self, job: Job) -> None:
+        """Give all trainers a new job."""
+        ray.get(self.desk.put.remote(job))
+        self.call_all("renew", [()] * len(self))
 
     @classmethod
     def connect(cls, run_id: int) -> TrainerPool:
@@ -130,16 +151,29 @@ class TrainerPool:
                 outcomes[number] = _outcome(self._submit(other % count, method, arguments[number]), timeout)
         return outcomes
 
+    def call_all(self, method: str, arguments: Sequence[tuple[Any, ...]], *, timeout: float | None = None) -> list[Any]:
+        """Like :meth:`call`, but raise the first exception among the outcomes."""
+        outcomes = self.call(method, arguments, timeout=timeout)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return outcomes
+
     def _submit(self, place: int, method: str, argument: tuple[Any, ...]) -> Any:
         return getattr(self.actors[place], method).remote(*argument)
 
     def stop(self) -> None:
         """End the trainers; on a cluster that outlives the run they would stay otherwise."""
-        for actor in self.actors:
+        for actor in [*self.actors, *([self.desk] if self.desk is not None else [])]:
             try:
                 ray.kill(actor, no_restart=True)
             except ray.exceptions.RayError as error:
                 logging.getLogger(__name__).debug("a trainer was gone already: %s", error)
+
+
+def _job_at(desk: Any) -> Job:
+    job: Job = ray.get(desk.job.remote())
+    return job
 
 
 def _outcome(call: Any, timeout: float | None) -> Any:
@@ -153,5 +187,4 @@ def _outcome(call: Any, timeout: float | None) -> Any:
             "fit the GPUs, and --federation-config must leave them alone: Flower's own actors need none."
         )
     except ray.exceptions.RayError as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return TrainerLostError(f"a trainer died and was not to be restarted: {first}")
+        return TrainerLostError(f"a trainer died and was not to be restarted: {first_line(error)}")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
+
+from fedlora.storage import write_whole
 
 
 class PrivateStore:
@@ -38,9 +40,7 @@ class PrivateStore:
         """Keep what a client holds after ``round_number``."""
         path = self._path(client, round_number + 1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, partial)
-        partial.replace(path)
+        write_whole(path, save({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
         older = sorted(number for number in self._rounds(client) if number <= round_number)
         for number in older[:-1]:  # the newest of them is what this round started with
             self._path(client, number).unlink()

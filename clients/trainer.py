@@ -8,8 +8,9 @@ imported when a trainer starts, not when this module is: Flower's processes neve
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,25 @@ from fedlora.roles import Role, with_role
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
-    from fedlora.engine import ClientResult, Engine
+    from fedlora.engine import ClientResult, ClientWork, Engine
     from fedlora.tasks import Examples
 
 Arrays = dict[str, NDArray[np.floating]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What trainers work on until they are given another.
+
+    Attributes:
+        flat: The run's configuration, dotted.
+        data: All clients' rows (in a simulation), and what the server evaluates on.
+        private_folder: Where clients keep private tensors.
+    """
+
+    flat: Mapping[str, Scalar]
+    data: FederatedData
+    private_folder: str
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ class Description:
         specs: The method's tensors.
         family: The base model's type.
         num_parameters: Parameters of the base model.
+        num_layers: Its adapted layers.
         digest: Of the base model's weights and the tokenizer.
         initial_digest: Of the seeded tensors, to compare with the server's.
         fingerprint: Of the code it runs, with its folders.
@@ -68,6 +85,7 @@ class Description:
     specs: dict[str, TensorSpec]
     family: str
     num_parameters: int
+    num_layers: int
     digest: str
     initial_digest: str
     fingerprint: tuple[str, str]
@@ -77,154 +95,279 @@ class Description:
     base_loads: int
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What a short probe measured.
+
+    Attributes:
+        train_s: Seconds to train on one token.
+        evaluate_s: Seconds to evaluate one token.
+        row_tokens: Mean tokens of a training row.
+        measured_tokens: Tokens that a round is measured on.
+    """
+
+    train_s: float
+    evaluate_s: float
+    row_tokens: float
+    measured_tokens: int
+
+
 class Trainer:
     """Trains and evaluates packs.
 
     Args:
-        flat: The run's configuration, dotted.
-        data: All clients' rows (in a simulation) and the test rows.
+        job: Tells what to work on; asked again after :meth:`renew`, and by a trainer that was restarted.
         threads: CPU threads to use.
-        private_folder: Where clients keep private tensors.
     """
 
-    def __init__(self, flat: Mapping[str, Scalar], data: FederatedData, threads: int, private_folder: str) -> None:
-        self.config = Config.from_flat(flat)
-        self.data = data
+    def __init__(self, job: Callable[[], Job], threads: int) -> None:
+        self._ask = job
         self.threads = threads
-        self.private = PrivateStore(Path(private_folder))
-        self.initial: Arrays = {}
-        self.base_loads = 0
+        self._resident = _Resident()
         self._loaded: _Loaded | None = None
 
     @property
     def loaded(self) -> _Loaded:
-        """The resident engine and the tokenized rows.
+        """The job with its resident engine and tokenized rows.
 
-        Loaded at the first call and not in the constructor, whose errors Ray would wrap in its own.
+        Loaded at the first call and not in the constructor, whose errors Ray would wrap in its own. What the job
+        before has in common with this one stays: the base model, and tables that are already tokenized.
         """
         if self._loaded is None:
-            self._loaded = _load(self.config, self.data, self.threads)
-            self.base_loads += 1
-            self.initial = initial_tensors(
-                self._loaded.engine.method.specs(), Seeded(self.config.seed), self.config.engine.tensor_dtype
-            )
+            self._loaded = _load(self._ask(), self.threads, self._resident)
         return self._loaded
+
+    @property
+    def initial(self) -> Arrays:
+        """All of the method's tensors as the seed gives them."""
+        return self.loaded.initial
+
+    @property
+    def data(self) -> FederatedData:
+        """The job's data."""
+        return self.loaded.job.data
+
+    @property
+    def private(self) -> PrivateStore:
+        """The clients' private tensors."""
+        return self.loaded.private
+
+    def renew(self) -> None:
+        """Ask for the job anew before the next piece of work."""
+        self._loaded = None
 
     def describe(self) -> Description:
         """Return the trainer's description."""
         engine = self.loaded.engine
         structure = engine.base.structure
         return Description(
-            specs=engine.method.specs(),
+            specs=self.loaded.specs,
             family=structure.family,
             num_parameters=structure.num_parameters,
+            num_layers=len(structure.adapted),
             digest=engine.base.digest,
             initial_digest=tensors_digest(self.initial),
             fingerprint=code_fingerprint(),
             device=str(engine.device),
             threads=self.threads,
             pid=os.getpid(),
-            base_loads=self.base_loads,
+            base_loads=self._resident.loads,
         )
 
     def train(self, request: Request) -> list[ClientResult]:
         """Train a pack for a round and return each client's shared tensors; private ones stay here."""
-        from fedlora.engine import ClientWork, plan_batches, train_pack
+        from fedlora.engine import train_pack
 
-        engine, examples = self.loaded.engine, self.loaded.train_examples
-        specs = engine.method.specs()
-        trained = with_role(specs, request.roles, Role.SHARED, Role.PRIVATE)
-        private = with_role(specs, request.roles, Role.PRIVATE)
-        seeded = Seeded(self.config.seed)
-        works = []
-        for client in request.clients:
-            state = self._state(request, client)
-            rows = self.data.training_rows(client)
-            batches = plan_batches(seeded, request.round, client, rows, self.config.train)
-            works.append(ClientWork(client, examples, len(rows), batches, {name: state[name] for name in trained}))
-        common = {name: value for name, value in self._common(request).items() if name not in trained}
-        results = train_pack(engine, works, common, self.config.train)
+        loaded = self.loaded
+        private = with_role(loaded.specs, request.roles, Role.PRIVATE)
+        works = self._works(request)
+        common = {name: value for name, value in self._common(request).items() if name not in works[0].start}
+        results = train_pack(loaded.engine, works, common, loaded.config.train)
         for result in results:
             kept = {name: result.tensors.pop(name) for name in private}
             if kept and not result.error:
-                self.private.save(result.client, request.round, kept)
+                loaded.private.save(result.client, request.round, kept)
         return results
 
-    def evaluate(self, tensors: Mapping[str, NDArray[np.floating]], rows: Sequence[int]) -> dict[str, float]:
-        """Return metric sums of the global model over test rows; ``tensors`` are what the server holds."""
+    def _works(self, request: Request) -> list[ClientWork]:
+        from fedlora.engine import ClientWork, plan_batches
+
+        loaded, works = self.loaded, []
+        trained = with_role(loaded.specs, request.roles, Role.SHARED, Role.PRIVATE)
+        for client in request.clients:
+            state = self._state(request, client)
+            rows = self.data.training_rows(client)
+            batches = plan_batches(Seeded(loaded.config.seed), request.round, client, rows, loaded.config.train)
+            start = {name: state[name] for name in trained}
+            works.append(ClientWork(client, loaded.examples["train"], len(rows), batches, start))
+        return works
+
+    def probe(self, request: Request) -> Speed:
+        """Train and evaluate a pack's first step, twice, and time the second; nothing is kept of it."""
+        from fedlora.engine import evaluate, train_pack
+
+        loaded = self.loaded
+        works = [replace(work, batches=work.batches[:1]) for work in self._works(request)]
+        common = {name: value for name, value in self._common(request).items() if name not in works[0].start}
+        examples = loaded.examples["train"]
+        rows = [int(row) for work in works for batch in work.batches for row in batch]
+        tokens = max(1, int(examples.lengths[rows].sum()))
+        for _ in range(2):
+            started = time.perf_counter()
+            train_pack(loaded.engine, works, common, loaded.config.train)
+            trained = time.perf_counter()
+            evaluate(loaded.engine, self._common(request), examples, rows)
+            evaluated = time.perf_counter()
+        return Speed(
+            train_s=(trained - started) / tokens,
+            evaluate_s=(evaluated - trained) / tokens,
+            row_tokens=float(examples.lengths.mean()),
+            measured_tokens=int(loaded.examples[loaded.measured].lengths.sum()),
+        )
+
+    def evaluate(
+        self, tensors: Mapping[str, NDArray[np.floating]], split: str, rows: Sequence[int]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return facts of each of these rows under the global model; ``tensors`` are what the server holds."""
         from fedlora.engine import evaluate
 
         loaded = self.loaded
-        return evaluate(loaded.engine, {**self.initial, **tensors}, loaded.test_examples, rows)
+        return evaluate(loaded.engine, {**loaded.initial, **tensors}, loaded.examples[split], rows)
 
-    def evaluate_personal(self, request: Request) -> list[dict[str, float]]:
-        """Return, for each client, metric sums of its own model over the rows that it held out."""
+    def evaluate_personal(self, request: Request, split: str = "") -> list[dict[str, float]]:
+        """Return, for each client, the sums of its own model's facts over the rows that it held out.
+
+        Args:
+            request: The clients, and what they start the round with.
+            split: Evaluate each client on all rows of this split instead.
+        """
         from fedlora.engine import evaluate
 
-        engine, examples = self.loaded.engine, self.loaded.train_examples
+        loaded = self.loaded
+        private = with_role(loaded.specs, request.roles, Role.PRIVATE)
+        common = {name: value for name, value in self._common(request).items() if name not in private}
+        states = [self._state(request, client) for client in request.clients]
+        if split:
+            rows = [np.arange(len(loaded.examples[split]))] * len(states)
+        else:
+            rows = [self.data.holdout[client] for client in request.clients]
+        group = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
+        told = evaluate(
+            loaded.engine,
+            common,
+            loaded.examples[split or "train"],
+            np.concatenate(rows).tolist(),
+            own=[{name: state[name] for name in private} for state in states],
+            group=group,
+        )
         return [
-            evaluate(engine, self._state(request, client), examples, self.data.holdout[client].tolist())
-            for client in request.clients
+            {"examples": float(len(own)), **{name: float(values[group == g].sum()) for name, values in told.items()}}
+            for g, own in enumerate(rows)
         ]
 
-    def export(self, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, bytes]:
-        """Return the files of a PEFT adapter for the tensors that the server holds."""
+    def export(self, request: Request) -> list[dict[str, bytes]]:
+        """Return the files of a PEFT adapter for the server's tensors, with each client's private ones in place."""
         from fedlora.runs.export import adapter_files
 
-        engine = self.loaded.engine
-        return adapter_files(engine, {**self.initial, **tensors}, self.config)
+        loaded = self.loaded
+        states = [self._state(request, client) for client in request.clients] or [self._common(request)]
+        return [adapter_files(loaded.engine, state, loaded.config) for state in states]
 
     def _common(self, request: Request) -> Arrays:
         return {**self.initial, **request.tensors}
 
     def _state(self, request: Request, client: int) -> Arrays:
         """Return all tensors of a client as it starts a round."""
-        private = with_role(self.loaded.engine.method.specs(), request.roles, Role.PRIVATE)
+        private = with_role(self.loaded.specs, request.roles, Role.PRIVATE)
         kept = self.private.load(client, request.round) if private else None
         return {**self._common(request), **(kept or {})}
 
 
+@dataclass
+class _Resident:
+    """What outlives a job, where the next one has a use for it.
+
+    Attributes:
+        key: What the engine's base model was loaded by.
+        engine: An engine on that base model.
+        loads: How often a base model was loaded.
+        examples: Tokenized rows by split, each with what they were tokenized from.
+    """
+
+    key: tuple[Any, ...] = ()
+    engine: Engine | None = None
+    loads: int = 0
+    examples: dict[str, tuple[tuple[Any, ...], Examples]] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class _Loaded:
-    """What a trainer keeps resident."""
+    """A job, ready to work on.
 
+    Attributes:
+        job: The job.
+        config: Its configuration.
+        engine: The engine.
+        specs: The method's tensors.
+        initial: Their values from the seed.
+        examples: The tokenized rows, by split.
+        private: The clients' private tensors.
+    """
+
+    job: Job
+    config: Config
     engine: Engine
-    train_examples: Examples
-    test_examples: Examples
+    specs: dict[str, TensorSpec]
+    initial: Arrays
+    examples: dict[str, Examples]
+    private: PrivateStore
+
+    @property
+    def measured(self) -> str:
+        """The split that a round is measured on."""
+        return "dev" if "dev" in self.examples else "test"
 
 
-def _load(config: Config, data: FederatedData, threads: int) -> _Loaded:
-    """Load the base model and tokenize the rows."""
+def _load(job: Job, threads: int, resident: _Resident) -> _Loaded:
+    """Load the base model and tokenize the rows, but for what is resident already."""
     import torch
 
     from fedlora.engine import Engine
     from fedlora.methods import build_method
-    from fedlora.models import load_base
+    from fedlora.models import check_length, load_base
     from fedlora.tasks import TASKS
 
     torch.set_num_threads(threads)
-    base = load_base(
-        config.model.name,
-        len(data.corpus.classes),
-        config.method.target_modules,
-        dtype=getattr(torch, config.engine.dtype),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    config, corpus = Config.from_flat(job.flat), job.data.corpus
+    task_class = TASKS[config.task]
+    classes = len(corpus.classes) if task_class.has_head else 0
+    key = (config.model.name, task_class, classes, config.method.target_modules)
+    base = resident.engine.base if resident.engine and resident.key == (*key, config.engine.dtype) else None
+    if base is None:
+        resident.engine = None  # two base models might not fit
+        base = load_base(
+            *key,
+            dtype=getattr(torch, config.engine.dtype),
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        resident.key, resident.loads = (*key, config.engine.dtype), resident.loads + 1
+    check_length(base.model.config, config.train.max_length)
     method = build_method(config.method, base.structure.adapted, base.structure.head)
-    task = TASKS[config.task](base.tokenizer.pad_token_id)
-    longest = config.train.max_length
-    _check_length(base.model, longest)
+    task = task_class(base.tokenizer.pad_token_id, config.data.chat_template)
+    if resident.engine is None:
+        resident.engine = Engine.build(base, method, task)
+    engine = replace(resident.engine, method=method, task=task)
+    for split, table in corpus.splits.items():
+        source = (table, config.model.name, config.train.max_length, task_class, config.data.chat_template)
+        if split not in resident.examples or resident.examples[split][0] != source:
+            resident.examples[split] = (source, task.encode(table, base.tokenizer, config.train.max_length))
+    specs = method.specs()
     return _Loaded(
-        Engine.build(base, method, task),
-        task.encode(data.corpus.train, base.tokenizer, longest),
-        task.encode(data.corpus.test, base.tokenizer, longest),
+        job=job,
+        config=config,
+        engine=engine,
+        specs=specs,
+        initial=initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype),
+        examples={split: resident.examples[split][1] for split in corpus.splits},
+        private=PrivateStore(Path(job.private_folder)),
     )
-
-
-def _check_length(model: Any, wanted: int) -> None:
-    """Refuse texts longer than the model has positions for."""
-    limit = int(getattr(model.config, "max_position_embeddings", wanted))
-    if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):  # positions start after the padding's
-        limit -= 2
-    if wanted > limit:
-        raise ValueError(f"train.max-length = {wanted}: the model takes {limit} tokens at most; lower it to that.")

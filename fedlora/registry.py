@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+from fedlora.messages import closest
+
 T = TypeVar("T")
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or ``""``."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" Did you mean {match[0]!r}?" if match else ""
 
 
 class Registry(Generic[T]):

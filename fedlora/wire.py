@@ -155,6 +155,7 @@ class Instruction:
         weights: ``examples`` or ``equal``.
         tensors: Current values of the shared and broadcast tensors.
         fingerprint: The server's code, see :mod:`fedlora.fingerprint`.
+        pack: Clients trained together; 0: automatic.
     """
 
     round: int
@@ -163,6 +164,7 @@ class Instruction:
     weights: Literal["examples", "equal"]
     tensors: dict[str, NDArray[np.floating]]
     fingerprint: str
+    pack: int = 0
 
     def to_content(self) -> RecordDict:
         """Return the message content."""
@@ -173,6 +175,7 @@ class Instruction:
             "roles": [str(role) for role in self.roles.values()],
             "weights": self.weights,
             "fingerprint": self.fingerprint,
+            "pack": self.pack,
         }
         return RecordDict({"instruction": ConfigRecord(head), "tensors": encode(self.tensors)})
 
@@ -195,6 +198,7 @@ class Instruction:
             weights="examples" if weights == "examples" else "equal",
             tensors=decode(content.get("tensors")),
             fingerprint=head.one("fingerprint", str),
+            pack=head.one("pack", int),
         )
 
 

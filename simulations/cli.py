@@ -6,14 +6,14 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from fedlora.config import Config, ConfigError, Scalar
-from fedlora.data import CORPORA
+from fedlora.data import load_corpus
 from simulations.setup import build_strategy, resolve
 
 _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")  # what Flower finds in an option; the rest it drops
@@ -32,12 +32,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("superlink", nargs="?", help=argparse.SUPPRESS)
     run.add_argument("--federation", help=argparse.SUPPRESS)
     run.add_argument("--stream", action="store_true", help="accepted as for `flwr run`; always on")
-    report = commands.add_parser("report", help="table and plots of a finished run")
-    report.add_argument("run", type=Path, help="a run folder")
+    sweep = commands.add_parser("sweep", help="a grid of runs in one process, with one table at the end")
+    sweep.add_argument("file", type=Path, help="a run configuration with the tables [grid] and [tune]")
+    sweep.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
+    sweep.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
+    report = commands.add_parser("report", help="tables and plots of a run, or of several side by side")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no other file")
     options = parser.parse_args(arguments)
     console = Console(width=100, highlight=False, soft_wrap=True)
     try:
-        code = _report(options.run, console) if options.command == "report" else _configured(options, console)
+        match options.command:
+            case "report":
+                code = _report(options.runs, options.html, console)
+            case "sweep":
+                code = _sweep(options, console)
+            case _:
+                code = _configured(options, console)
     except ValueError as error:
         console.print(f"fedlora: error: {error}", markup=False, style="bold red")
         code = 2
@@ -58,9 +69,12 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
     config = resolve(overrides)
     if options.command == "plan":
         return _plan(config, console)
+    from fedlora.models import SMALL_LLAMA, model_path
     from simulations.launch import launch
 
-    CORPORA[config.data.name](config.data, config.seed)  # what is wrong with the data, before Flower starts
+    load_corpus(config)  # what is wrong with the data, before Flower starts
+    if config.model.name == SMALL_LLAMA:
+        model_path(config.model.name)  # trained here, at the terminal, and not behind Flower's time limits
     return launch(app, overrides, options.federation_config, console)
 
 
@@ -102,87 +116,88 @@ def read_overrides(app: Path, run_config: Sequence[str]) -> dict[str, Scalar]:
 def absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration with paths from this folder: the run itself starts in Flower's."""
     flat = dict(flat)
-    for key in ("run.dir", "data.path", "data.test-path", "model.name"):
+    for key in ("run.dir", "run.sweep", "data.path", "data.test-path", "model.name"):
         value = flat.get(key)
         if not isinstance(value, str) or not value:
             continue
         path = Path(value).expanduser()
-        if key != "model.name" or path.is_dir():
+        may_be_a_hub_name = key == "model.name" or (key == "data.path" and flat.get("data.name") == "hub")
+        if not may_be_a_hub_name or path.is_dir():
             flat[key] = str(path.resolve())
     return flat
+
+
+def _sweep(options: argparse.Namespace, console: Console) -> int:
+    """Check every cell, then run them under Flower; start again where the process died, with the next cell."""
+    from fedlora.storage import write_whole
+    from simulations.launch import launch
+    from simulations.sweep import Sweep
+
+    app = Path(options.app).expanduser().resolve()
+    asked = Sweep.read(str(options.file), read_overrides(app, []))
+    sweep = replace(asked, base=absolute_paths(asked.base))
+    load_corpus(resolve(sweep.base))
+    console.print(f"{sweep.size()} cells in {sweep.folder}", markup=False)
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    file = sweep.folder / "sweep.toml"
+    write_whole(file, sweep.to_toml().encode())
+    flat = {**sweep.base, "run.sweep": str(file)}
+    for _ in range(sweep.size()):
+        left = len(sweep.unfinished())
+        code = launch(app, flat, options.federation_config, console)
+        if code == 0 or len(sweep.unfinished()) == left:
+            break
+    return 1 if code or sweep.unfinished() else 0
 
 
 def _plan(config: Config, console: Console) -> int:
     """Print what a run would do and send."""
     from fedlora.data import load_federated
-    from fedlora.methods import build_method, count_parameters
+    from fedlora.methods import build_method
     from fedlora.models import inspect_by_name
-    from fedlora.roles import Role, with_role
-    from fedlora.runs.report import clients_table, human_bytes
-    from fedlora.wire import payload_bytes
+    from fedlora.tasks import TASKS
+    from simulations.plan import Plan
 
-    num_clients = config.federation.num_clients or 2  # one per SuperNode, of which Flower starts two by default
+    nodes = 2  # SuperNodes that Flower starts by default
+    natural = config.data.partition == "natural"
+    num_clients = config.federation.num_clients or (0 if natural else nodes)
     data = load_federated(config, num_clients)
-    console.print(clients_table(list(data.corpus.classes), data.label_counts().tolist()))
-    structure = inspect_by_name(config.model.name, len(data.corpus.classes), config.method.target_modules)
+    config = replace(config, federation=replace(config.federation, num_clients=len(data.clients)))
+    task = TASKS[config.task]
+    structure = inspect_by_name(config.model.name, task, len(data.corpus.classes), config.method.target_modules)
     specs = build_method(config.method, structure.adapted, structure.head).specs()
-    strategy = build_strategy(config, specs)
-    roles = strategy.all_roles(1)
-    table = RichTable(
-        title=f"{config.strategy.name} / {config.method.name} on {config.model.name} ({structure.family})"
-    )
-    for column in ("kind", "role", "tensors", "parameters", "bytes up", "bytes down"):
-        table.add_column(column, justify="left" if column in ("kind", "role") else "right")
-    dtype = config.engine.tensor_dtype
-    up_total = down_total = 0
-    for kind, role in roles.items():
-        own = {name: spec for name, spec in specs.items() if spec.kind == kind}
-        up = payload_bytes(with_role(own, roles, Role.SHARED), dtype)
-        down = payload_bytes(with_role(own, roles, Role.SHARED, Role.BROADCAST), dtype)
-        up_total, down_total = up_total + up, down_total + down
-        parameters = count_parameters(own)
-        table.add_row(kind, str(role), str(len(own)), f"{parameters:,}", f"{up:,}", f"{down:,}")
-    console.print(table)
-    personal = Role.PRIVATE in roles.values()
-    sampled = config.federation.clients_per_round or num_clients
-    rows = [len(data.training_rows(client)) for client in range(num_clients)]
-    per_epoch = [-(-count // config.train.batch_size) for count in rows]
-    steps = [config.train.local_steps or config.train.local_epochs * count for count in per_epoch]
-    trained = count_parameters(with_role(specs, roles, Role.SHARED, Role.PRIVATE))
-    lines = [
-        f"base model: {structure.num_parameters:,} parameters, {len(structure.adapted)} adapted layers, "
-        f"{trained:,} trained parameters a client",
-        f"head: {config.method.head}; the result is "
-        + ("the clients' personal accuracy" if config.method.head == "private" else "the global model's test accuracy"),
-        f"rounds: {config.rounds} of {sampled} of {num_clients} clients; {min(steps)} to {max(steps)} local steps of "
-        f"{config.train.batch_size} examples",
-        f"bytes a client a round: {human_bytes(up_total)} up, {human_bytes(down_total)} down",
-        f"bytes of the whole run: {human_bytes(up_total * sampled * config.rounds)} up, "
-        f"{human_bytes(down_total * sampled * config.rounds)} down",
-        *(
-            ["and down once more a round to every client that has trained, to evaluate its own head"]
-            if personal
-            else []
-        ),
-        "server mean of updates: " + ("exact" if strategy.exact else "not exact (means of A and B, not of B A)"),
-        "privacy: none",
-    ]
-    for line in lines:
-        console.print(line, markup=False)
+    Plan(
+        config=config,
+        data=data,
+        strategy=build_strategy(config, specs),
+        family=structure.family,
+        num_parameters=structure.num_parameters,
+        num_layers=len(structure.adapted),
+        nodes=nodes,
+        trainers=config.engine.trainers or 1,
+    ).show(console)
     return 0
 
 
-def _report(path: Path, console: Console) -> int:
-    """Print a run's table and write its plots and summary anew."""
-    from fedlora.runs.report import Run, metrics_table, write_report
+def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
+    """Print a run's tables, or a comparison of several, and write plots, summaries and the page."""
+    from fedlora.runs.compare import comparison_table, html_page
+    from fedlora.runs.report import Run, metrics_table, outcome_table, write_report
+    from fedlora.storage import write_whole
 
-    run = Run.read(path)
-    write_report(run)
-    console.print(metrics_table(run))
-    for key, value in (run.result or {"run": "did not finish"}).items():
-        console.print(f"{key.replace('_', ' ')}: {value}", markup=False)
-    console.print(f"plots and summary: {run.path.resolve()}", markup=False)
-    return 0 if run.result else 1
+    runs = [Run.read(path.resolve()) for path in paths]
+    if len(runs) > 1:
+        console.print(comparison_table(runs))
+    for run in runs:
+        write_report(run)
+        if len(runs) == 1:
+            console.print(metrics_table(run))
+            console.print(outcome_table(run) if run.result else "the run did not finish")
+        console.print(f"plots and summary: {run.path}", markup=False)
+    if page is not None:
+        write_whole(page.resolve(), html_page(runs).encode())
+        console.print(f"page: {page.resolve()}", markup=False)
+    return 0 if all(run.result for run in runs) else 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from fedlora.roles import Role
 from fedlora.tasks import TASKS
 from strategies import STRATEGIES, RoleStrategy, Setting
 
+_HOLDOUT = 0.2  # of its rows that a client holds out, where a run needs it and nobody said how many
 _THREADS = 4  # threads of one trainer beyond which small models gain little on a CPU
 
 
@@ -40,11 +41,16 @@ def resolve(flat: Mapping[str, Any]) -> Config:
             "choose one of them, or method.name = 'auto'."
         )
     name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy.name}"
-    return replace(config, method=replace(config.method, name=method), run=replace(config.run, name=name))
+    data = config.data
+    if data.holdout == 0 and (strategy.personal or config.method.head == "private" or config.eval.baselines):
+        data = replace(data, holdout=_HOLDOUT)
+    return replace(config, method=replace(config.method, name=method), run=replace(config.run, name=name), data=data)
 
 
-def build_strategy(config: Config, specs: Mapping[str, TensorSpec]) -> RoleStrategy:
-    """Return the strategy that ``config`` names, for these tensors."""
+def build_strategy(
+    config: Config, specs: Mapping[str, TensorSpec], frozen: frozenset[str] = frozenset()
+) -> RoleStrategy:
+    """Return the strategy that ``config`` names, for these tensors; kinds in ``frozen`` stay as seeded."""
     return STRATEGIES[config.strategy.name](
         Setting(
             specs=specs,
@@ -55,6 +61,8 @@ def build_strategy(config: Config, specs: Mapping[str, TensorSpec]) -> RoleStrat
             head=Role(config.method.head),
             failure_threshold=config.federation.failure_threshold,
             dtype=config.engine.tensor_dtype,
+            pack=config.engine.pack,
+            frozen=frozen,
         )
     )
 

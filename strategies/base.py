@@ -59,6 +59,8 @@ class Setting:
         head: Role of the head.
         failure_threshold: Share of a round's clients that may fail.
         dtype: Of the tensors.
+        pack: Clients trained together; 0: automatic.
+        frozen: Kinds that stay as the seed gives them, whatever the strategy does with them.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -69,6 +71,8 @@ class Setting:
     head: Role = Role.SHARED
     failure_threshold: float = 0.5
     dtype: str = "float32"
+    pack: int = 0
+    frozen: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -117,33 +121,44 @@ class RoleStrategy(Strategy):
     """Its name in ``strategy.name``."""
     methods: ClassVar[tuple[str, ...]]
     """Methods it works with; the first is what ``method.name = 'auto'`` stands for."""
-    exact: ClassVar[bool]
-    """Whether the server's mean of tensors is the mean of the clients' updates B A."""
+    exact: ClassVar[bool | None]
+    """Whether the server's mean of tensors is the mean of the clients' updates B A; None: it holds no whole update."""
+    personal: ClassVar[bool] = False
+    """Whether clients keep trained tensors of their own, so that there is no global model to measure."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.tally: Tally | None = None
         self._asked: dict[int, tuple[int, ...]] = {}
-        self._have_trained: set[int] = set()
+        self.have_trained: set[int] = set()
+        self.personal_sums: dict[int, dict[str, float]] = {}
         self._server: dict[str, NDArray[np.floating]] = {}
 
     # -- what a strategy is -------------------------------------------------------------------------------
 
     @abstractmethod
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
-        """Return the role of each kind of the method's tensors in a round; the head's comes from the setting."""
+        """Return the role of each kind of the method's tensors in a round.
+
+        The head's comes from the setting, unless a strategy names it here, too.
+        """
 
     def combine(self, server: Tensors, mean: Tensors, server_round: int) -> Tensors:
         """Return the server's new tensors, given the clients' mean; by default the mean itself."""
         return {**server, **mean}
+
+    @property
+    def personal_now(self) -> bool:
+        """Whether clients keep trained tensors of their own in this setting, the head among them."""
+        return Role.PRIVATE in self.all_roles(1).values()
 
     # -- rounds -------------------------------------------------------------------------------------------
 
     def all_roles(self, server_round: int) -> dict[str, Role]:
         """Return the role of every kind, head included."""
         kinds = list(dict.fromkeys(spec.kind for spec in self.setting.specs.values()))
-        roles = dict(self.roles([kind for kind in kinds if kind != "head"], server_round))
-        return {kind: self.setting.head if kind == "head" else roles[kind] for kind in kinds}
+        roles = {"head": self.setting.head, **self.roles([kind for kind in kinds if kind != "head"], server_round)}
+        return {kind: Role.FROZEN if kind in self.setting.frozen else roles[kind] for kind in kinds}
 
     def exchanged(self, server_round: int, *wanted: Role) -> dict[str, TensorSpec]:
         """Return the tensors that cross the wire in a round, or those with the ``wanted`` roles."""
@@ -190,7 +205,7 @@ class RoleStrategy(Strategy):
             tally.refuse(clients, "no reply arrived in time")
         sampled = len(tally.facts)
         self._check_failures(tally, sampled, good=tally.total.terms)
-        self._have_trained |= tally.facts.keys() - tally.refused.keys()
+        self.have_trained |= tally.facts.keys() - tally.refused.keys()
         mean = {name: value.astype(self.setting.dtype) for name, value in tally.total.mean().items()}
         self._server = {
             name: np.asarray(value) for name, value in self.combine(self._server, mean, server_round).items()
@@ -216,14 +231,14 @@ class RoleStrategy(Strategy):
 
         Those are asked that have trained so far: another's private tensors are still the seed's.
         """
-        if Role.PRIVATE not in self.all_roles(server_round).values() or not self._have_trained:
+        if not self.personal_now or not self.have_trained:
             return []
         server = from_named_arrays(arrays)
         sent = {name: server[name] for name in self.exchanged(server_round)}
-        self._asked = deal(sorted(self._have_trained), list(grid.get_node_ids()))
+        self._asked = deal(sorted(self.have_trained), list(grid.get_node_ids()))
         if self.tally is not None:
             payload = payload_bytes(self.exchanged(server_round), self.setting.dtype)
-            self.tally.bytes_down += payload * len(self._have_trained)
+            self.tally.bytes_down += payload * len(self.have_trained)
         # A client evaluates what it will start the next round with.
         return self._messages(MessageType.EVALUATE, server_round + 1, sent, self._asked)
 
@@ -237,8 +252,7 @@ class RoleStrategy(Strategy):
         if not asked:
             return None
         tally = Tally(server_round, dict(asked), {})
-        sums: dict[str, float] = {}
-        examples = 0
+        self.personal_sums = {}
         for message in replies:
             clients = tally.pending.pop(message.metadata.src_node_id, ())
             try:
@@ -253,14 +267,17 @@ class RoleStrategy(Strategy):
                 if reply.errors[place] or reply.examples[place] < 1 or not np.isfinite(list(values.values())).all():
                     tally.refuse([client], f"evaluation: {reply.errors[place] or 'not a finite number a row'}")
                     continue
-                examples += reply.examples[place]
-                sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+                self.personal_sums[client] = {"examples": reply.examples[place], **values}
         for clients in tally.pending.values():
             tally.refuse(clients, "evaluation: no reply arrived in time")
         total = sum(len(clients) for clients in asked.values())
         self._check_failures(tally, total, good=total - len(tally.refused))
-        means = {f"personal_{name}": value / examples for name, value in sums.items()}
-        return MetricRecord({**means, "personal_clients": total - len(tally.refused)})
+        sums = [self.personal_sums[client] for client in sorted(self.personal_sums)]  # any order of replies, one result
+        examples = sum(one["examples"] for one in sums)
+        means = {
+            f"personal_{name}": sum(one[name] for one in sums) / examples for name in sums[0] if name != "examples"
+        }
+        return MetricRecord({**means, "personal_clients": len(sums)})
 
     def summary(self) -> None:
         """Log what the strategy exchanges."""
@@ -278,6 +295,7 @@ class RoleStrategy(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
         on_round: Callable[[int, ArrayRecord, Result], None] | None = None,
+        completed: int = 0,
     ) -> Result:
         """Run the rounds.
 
@@ -290,6 +308,8 @@ class RoleStrategy(Strategy):
             evaluate_config: Unused; kept for Flower's signature.
             evaluate_fn: Evaluates the server's tensors, before the first round (0) and after each.
             on_round: Called with the round's number, the server's tensors and the results so far.
+            completed: Rounds that an earlier run of the same federation has completed; ``initial_arrays`` are what
+                it held then.
 
         Returns:
             Flower's result object.
@@ -302,7 +322,7 @@ class RoleStrategy(Strategy):
         result = Result()
         result.arrays = initial_arrays
         self.summary()
-        for server_round in range(num_rounds + 1):
+        for server_round in range(completed + 1 if completed else 0, num_rounds + 1):
             if server_round:
                 instructions = self.configure_train(server_round, result.arrays, train_config, grid)
                 arrays, metrics = self.aggregate_train(server_round, arriving(grid, instructions, timeout))
@@ -338,6 +358,7 @@ class RoleStrategy(Strategy):
                 weights=self.setting.weights,
                 tensors=dict(tensors),
                 fingerprint=code_fingerprint()[0],
+                pack=self.setting.pack,
             )
             content = instruction.to_content()
             if self.tally is not None:

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from fedlora.models import inspect_by_name, load_base, load_config, load_tokenizer
+from fedlora.tasks import Classification
 from tests.families import CONFIGS, small_model, small_structure
 from tests.tiny import save_tiny_model
 
@@ -67,19 +68,21 @@ def test_a_model_that_is_not_there_names_both_cures() -> None:
 
 
 def test_bundled_model_loads_without_a_network() -> None:
-    base = load_base("minilm", 8, "auto", dtype=torch.float32, device=CPU)
+    base = load_base("minilm", Classification, 8, "auto", dtype=torch.float32, device=CPU)
     assert base.structure.num_parameters == 22_716_296
     assert len(base.structure.adapted) == 12
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not any(module.p for module in base.model.modules() if isinstance(module, torch.nn.Dropout))
-    again = load_base("minilm", 3, "auto", dtype=torch.float32, device=CPU)
+    again = load_base("minilm", Classification, 3, "auto", dtype=torch.float32, device=CPU)
     assert base.digest == again.digest, "the head, random at each load, is not part of the base"
-    assert inspect_by_name("minilm", 8, "auto") == base.structure
+    assert inspect_by_name("minilm", Classification, 8, "auto") == base.structure
 
 
 def test_local_folder_and_digest(tmp_path: Path) -> None:
-    one = load_base(save_tiny_model(tmp_path / "one"), 2, "auto", dtype=torch.float64, device=CPU)
-    two = load_base(save_tiny_model(tmp_path / "two", seed=1), 2, "auto", dtype=torch.float64, device=CPU)
+    one = load_base(save_tiny_model(tmp_path / "one"), Classification, 2, "auto", dtype=torch.float64, device=CPU)
+    two = load_base(
+        save_tiny_model(tmp_path / "two", seed=1), Classification, 2, "auto", dtype=torch.float64, device=CPU
+    )
     assert one.digest != two.digest
     assert one.tokenizer.padding_side == "right"
 
@@ -94,7 +97,7 @@ def test_a_checkpoint_without_base_weights_is_refused(tmp_path: Path) -> None:
     assert len(cut) < len(weights)
     save_file(cut, f"{folder}/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"no weights for bert.pooler.dense.bias \(2 tensors are missing\)"):
-        load_base(folder, 2, "auto", dtype=torch.float32, device=CPU)
+        load_base(folder, Classification, 2, "auto", dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -15,10 +15,19 @@ from torch.nn import functional
 from fedlora.config import MethodConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine, evaluate, train_pack
 from fedlora.methods import build_method, initial_tensors
-from fedlora.models import prepare_base
 from fedlora.seeded import Seeded
 from fedlora.tasks import Examples
-from tests.families import CONFIGS, PAD, random_examples, small_base, small_model, small_task, without_float32
+from tests.families import (
+    FAMILIES,
+    LANGUAGE,
+    PAD,
+    random_examples,
+    small_base,
+    small_model,
+    small_task,
+    task_of,
+    without_float32,
+)
 
 METHOD = MethodConfig(name="lora", rank=3, alpha=6.0)
 TARGETS = {"distilbert": "q_lin,v_lin"}  # PEFT has no choice of its own for this family
@@ -26,16 +35,18 @@ TARGETS = {"distilbert": "q_lin,v_lin"}  # PEFT has no choice of its own for thi
 
 def make_engine(family: str, method: MethodConfig = METHOD, targets: str = "") -> Engine:
     targets = targets or TARGETS.get(family, "auto")
-    base = prepare_base(without_float32(small_model(family)), None, targets, device=torch.device("cpu"))
-    return Engine.build(base, build_method(method, base.structure.adapted, base.structure.head), small_task())
+    base = small_base(family, targets)
+    return Engine.build(base, build_method(method, base.structure.adapted, base.structure.head), small_task(family))
 
 
-def make_works(engine: Engine, clients: int, train: TrainConfig, seed: int = 0) -> list[ClientWork]:
+def make_works(
+    engine: Engine, clients: int, train: TrainConfig, seed: int = 0, family: str = "bert"
+) -> list[ClientWork]:
     """Clients with different rows, lengths, batch sizes and numbers of steps (the third has none)."""
     generator = np.random.default_rng(seed)
     works = []
     for client in range(clients):
-        examples = random_examples(12, seed=100 + client)
+        examples = random_examples(12, seed=100 + client, family=family)
         steps = 0 if client == 2 else int(generator.integers(1, 5))
         batches = [generator.permutation(12)[: int(generator.integers(1, 6))] for _ in range(steps)]
         start = initial_tensors(engine.method.specs(), Seeded(7))
@@ -56,7 +67,7 @@ def peft_alone(
     targets = targets or TARGETS.get(family, "auto")
     wanted: Any = {"auto": None}.get(targets, targets if targets == "all-linear" else targets.split(","))
     peft_config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType(task_of(family).peft_type),
         r=method.rank,
         lora_alpha=method.alpha,
         target_modules=wanted,
@@ -88,7 +99,11 @@ def peft_alone(
         for row in batch:
             ids = torch.from_numpy(work.examples.tokens[row])[None]
             logits = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-            losses.append(functional.cross_entropy(logits, torch.tensor([work.examples.targets[row]])))
+            target = int(work.examples.targets[row])
+            if family in LANGUAGE:  # the mean over the answer, each token told from those before it
+                losses.append(functional.cross_entropy(logits[0, target - 1 : -1], ids[0, target:]))
+            else:
+                losses.append(functional.cross_entropy(logits, torch.tensor([target])))
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
         if train.clip_norm:
@@ -111,12 +126,12 @@ def largest_difference(results: list[Any], works: list[ClientWork], references: 
 ADAMW = TrainConfig(learning_rate=0.02, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("clients", [1, 2, 5, 16])
 def test_packed_equals_sequential_peft(family: str, clients: int) -> None:
     """Ragged clients with different step counts, AdamW: packing changes nothing."""
     engine = make_engine(family)
-    works = make_works(engine, clients, ADAMW)
+    works = make_works(engine, clients, ADAMW, family=family)
     results = train_pack(engine, works, {}, ADAMW)
     references = [peft_alone(family, work, METHOD, ADAMW) for work in works]
     assert largest_difference(results, works, references) < 1e-10
@@ -141,13 +156,21 @@ def test_optimizers_clipping_and_schedule_are_per_client(train: TrainConfig) -> 
 
 
 @pytest.mark.parametrize(
-    ("family", "targets"), [("bert", "all-linear"), ("gpt2", "c_attn,c_proj,c_fc"), ("llama", "all-linear")]
+    ("family", "targets"),
+    [
+        ("bert", "all-linear"),
+        ("gpt2", "c_attn,c_proj,c_fc"),
+        ("llama", "all-linear"),
+        ("qwen2-lm", "all-linear"),
+        ("gpt2-lm", "c_attn,c_proj,c_fc"),
+        ("llama-lm", "q_proj,lm_head"),
+    ],
 )
 def test_other_targets_and_rslora(family: str, targets: str) -> None:
     """Every linear layer, non-square ones and Conv1D among them, with rsLoRA's scale."""
     method = MethodConfig(name="lora", rank=4, alpha=6.0, rslora=True)
     engine = make_engine(family, method, targets)
-    works = make_works(engine, 3, ADAMW)
+    works = make_works(engine, 3, ADAMW, family=family)
     results = train_pack(engine, works, {}, ADAMW)
     references = [peft_alone(family, work, method, ADAMW, targets) for work in works]
     assert largest_difference(results, works, references) < 1e-10
@@ -226,9 +249,29 @@ def test_evaluation_does_not_depend_on_batching() -> None:
     tensors = initial_tensors(engine.method.specs(), Seeded(3))
     whole = evaluate(engine, tensors, examples, range(30))
     cut = [evaluate(replace(engine, tokens=20), tensors, examples, rows) for rows in (range(11), range(11, 30))]
-    assert whole["examples"] == sum(part["examples"] for part in cut) == 30
-    assert whole["accuracy"] == sum(part["accuracy"] for part in cut)
-    assert whole["loss"] == pytest.approx(sum(part["loss"] for part in cut), abs=1e-10)
+    assert np.array_equal(whole["accuracy"], np.concatenate([part["accuracy"] for part in cut]))
+    assert np.abs(whole["loss"] - np.concatenate([part["loss"] for part in cut])).max() < 1e-10
+
+
+@pytest.mark.parametrize("family", ["bert", "llama-lm"])
+def test_clients_are_evaluated_together_as_apart(family: str) -> None:
+    """Rows of several clients in one batch, each under its own tensors, in any order."""
+    engine = make_engine(family)
+    examples = random_examples(30, seed=5, family=family)
+    common = initial_tensors(engine.method.specs(), Seeded(3))
+    generator = np.random.default_rng(0)
+    names = [name for name, spec in engine.method.specs().items() if spec.kind == "B"]
+    own = [{name: generator.standard_normal(common[name].shape) for name in names} for _ in range(4)]
+    group = generator.integers(0, 4, size=30)
+    shared = {name: value for name, value in common.items() if name not in names}
+    together = evaluate(replace(engine, tokens=60), shared, examples, range(30), own=own, group=group)
+    for g in range(4):
+        rows = np.flatnonzero(group == g)
+        alone = evaluate(engine, {**common, **own[g]}, examples, rows.tolist())
+        for name, values in alone.items():
+            assert np.abs(values - together[name][rows]).max() < 1e-10
+    other = evaluate(engine, {**common, **own[0]}, examples, range(30))
+    assert np.abs(other["loss"] - together["loss"]).max() > 1e-3, "control: whose tensors they are matters"
 
 
 def test_padding_to_the_right_only() -> None:

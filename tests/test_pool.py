@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import pytest
 import ray
 
 from clients.pool import Shard, TrainerLostError, TrainerPool
-from clients.trainer import Trainer
+from clients.trainer import Job, Trainer
 from fedlora.data import load_federated
-from simulations.server_app import check_trainers
+from simulations.session import check_trainers
 from simulations.setup import resolve
 from tests.test_trainer import tiny_flat, tiny_trainer
 from tests.tiny import save_texts, save_tiny_model
@@ -31,7 +32,7 @@ def pool(tmp_path: Path) -> Iterator[TrainerPool]:
         config = resolve(flat)
         data = load_federated(config, 4)
         shards = [Shard(threads=1, gpus=0.0)] * 2
-        yield TrainerPool.start(7, shards, config.to_flat(), data, str(tmp_path / "private"))
+        yield TrainerPool.start(7, shards, Job(config.to_flat(), data, str(tmp_path / "private")))
     finally:
         ray.shutdown()
 
@@ -64,9 +65,10 @@ class InProcess(TrainerPool):
 def test_trainers_that_differ_are_refused(tmp_path: Path) -> None:
     """Another base model, or other seeded tensors, on one of the machines."""
     one = tiny_trainer(tmp_path / "one")
-    assert check_trainers(InProcess([one, one]), one.config).specs
+    assert check_trainers(InProcess([one, one]), one.loaded.config).specs
     other_model = tiny_trainer(tmp_path / "two", **{"model.name": save_tiny_model(tmp_path / "other", seed=1)})
-    other_seed = Trainer({**one.config.to_flat(), "seed": 1}, one.data, 1, str(tmp_path / "private"))
+    job = one.loaded.job
+    other_seed = Trainer(lambda: replace(job, flat={**job.flat, "seed": 1}), 1)
     for other in (other_model, other_seed):
         with pytest.raises(ValueError, match="do not hold the same base model, tokenizer or seeded tensors"):
-            check_trainers(InProcess([one, other]), one.config)
+            check_trainers(InProcess([one, other]), one.loaded.config)

@@ -24,7 +24,8 @@ def test_class_names_are_text_not_markup() -> None:
 
 
 def test_plots_take_any_class_name(tmp_path: Path) -> None:
-    run = Run(tmp_path, Config(), [], {"classes": CLASSES, "counts": COUNTS}, None)
+    plan = {"measure": "test_accuracy", "higher_is_better": True, "roles": {"A": "frozen"}}
+    run = Run(tmp_path, Config(), [], {"classes": CLASSES, "counts": COUNTS}, plan, [], None)
     plot_partition(run)
     assert (tmp_path / "partition.png").stat().st_size > 5000
     write_report(run)

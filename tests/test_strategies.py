@@ -85,6 +85,9 @@ def test_mean_of_products(name: str, weights: str) -> None:
     """Whether the server's B A is the weighted mean of the clients' B A is what the strategy says it is."""
     strategy = STRATEGIES[name](setting(5, weights=weights))
     server = one_round(strategy, LoopGrid({1: honest(strategy), 2: honest(strategy)}))
+    if strategy.exact is None:
+        assert not {"a.lora_A", "a.lora_B"} <= set(server), "a server that holds both factors holds a whole update"
+        return
     frozen = initial_tensors(SPECS, Seeded(0))
     shares = np.array([examples_of(k) if weights == "examples" else 1 for k in range(5)], dtype=float)
     shares /= shares.sum()
@@ -98,6 +101,25 @@ def test_mean_of_products(name: str, weights: str) -> None:
         assert off < 1e-14
     else:
         assert off > 0.1, "fedavg averages A and B apart: the error is real, not rounding"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fedsa-lora", "lora_B"), ("local", "lora_")])
+def test_private_tensors_never_cross_the_wire(name: str, kind: str) -> None:
+    """Neither down, nor up, nor is one accepted that a client sends all the same."""
+    strategy = STRATEGIES[name](setting(2))
+    grid = LoopGrid({1: honest(strategy)})
+    one_round(strategy, grid)
+    assert not [tensor for tensor in Instruction.from_content(grid.sent[0].content).tensors if kind in tensor]
+    assert not [tensor for tensor in strategy.exchanged(1) if kind in tensor]
+    assert strategy.personal
+    assert strategy.personal_now
+    leaking = STRATEGIES[name](setting(2))
+    nodes = {1: honest(leaking, lambda client, update: {**update, "a.lora_B": np.ones((10, 2))}), 2: honest(leaking)}
+    grid = LoopGrid(nodes)
+    one_round(leaking, grid)
+    assert leaking.tally is not None
+    assert "a.lora_B" in leaking.tally.refused[0]
+    assert 1 not in leaking.tally.refused
 
 
 def test_unequal_weights_differ_from_equal_ones() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from clients.pool import split_packs
 from clients.private import PrivateStore
-from clients.trainer import Request, Trainer
+from clients.trainer import Job, Request, Trainer
 from fedlora.config import Config
 from fedlora.data import load_federated
 from fedlora.roles import Role
@@ -35,7 +35,8 @@ def tiny_flat(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def tiny_trainer(folder: Path, **changes: Any) -> Trainer:
     config = resolve(tiny_flat(folder, **changes))
-    return Trainer(config.to_flat(), load_federated(config, 4), 1, str(folder / "private"))
+    job = Job(config.to_flat(), load_federated(config, 4), str(folder / "private"))
+    return Trainer(lambda: job, 1)
 
 
 ROLES = {"A": Role.FROZEN, "B": Role.SHARED, "head": Role.PRIVATE}
@@ -51,7 +52,7 @@ def test_the_base_is_loaded_once(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path)
     assert trainer.describe().base_loads == 1
     trainer.train(request(trainer, (0, 1)))
-    trainer.evaluate(trainer.initial, [0, 1, 2])
+    trainer.evaluate(trainer.initial, "test", [0, 1, 2])
     assert trainer.describe().base_loads == 1
 
 
@@ -78,8 +79,7 @@ def test_private_heads_stay_and_go_on(tmp_path: Path) -> None:
     later = store.load(0, 3)
     assert later is not None
     assert not np.array_equal(later["classifier.weight"], heads[0]["classifier.weight"])
-    repeated = tiny_trainer(tmp_path / "again", **{"method.head": "private"})
-    repeated.private = store
+    repeated = tiny_trainer(tmp_path, **{"method.head": "private"})
     repeated.train(request(repeated, (0, 1), 2))
     again = store.load(0, 3)
     assert again is not None

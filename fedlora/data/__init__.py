@@ -1,37 +1,58 @@
-"""Data: built-in and local, and their partition among clients."""
+"""Data: built-in, local and of the hub, and their partition among clients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from fedlora.config import Config, DataConfig
+import numpy as np
+
+from fedlora.config import Config
 from fedlora.data.docstrings import load_docstrings
 from fedlora.data.files import load_file_corpus
 from fedlora.data.table import Corpus, FederatedData, Table
 from fedlora.registry import Registry
+from fedlora.seeded import Seeded
 
-CORPORA: Registry[Callable[[DataConfig, int], Corpus]] = Registry("data.name")
-
-
-@CORPORA.register("docstrings")
-def _docstrings(_config: DataConfig, _seed: int) -> Corpus:
-    return load_docstrings()
-
-
+CORPORA: Registry[Callable[[Config], Corpus]] = Registry("data.name")
+CORPORA.register("docstrings")(load_docstrings)
 CORPORA.register("file")(load_file_corpus)
 
 
+@CORPORA.register("hub")
+def _hub(config: Config) -> Corpus:
+    from fedlora.data.hub import load_hub_corpus  # takes seconds to import; configuration errors should not wait
+
+    return load_hub_corpus(config)
+
+
+def load_corpus(config: Config) -> Corpus:
+    """Load the corpus that ``data.name`` names, with its dev rows set apart.
+
+    Raises:
+        ValueError: The data cannot be read; the message names the key.
+    """
+    corpus = CORPORA[config.data.name](config)
+    if not config.eval.test:
+        corpus = replace(corpus, test=Table())
+    if config.data.dev_share == 0:
+        return corpus
+    order = Seeded(config.seed).permutation("dev-split", size=len(corpus.train))
+    cut = max(1, round(len(order) * config.data.dev_share))
+    if cut >= len(order):
+        raise ValueError(f"data.dev-share = {config.data.dev_share}: leaves none of {len(order)} rows to train on.")
+    return replace(corpus, train=corpus.train.take(np.sort(order[cut:])), dev=corpus.train.take(np.sort(order[:cut])))
+
+
 def load_federated(config: Config, num_clients: int) -> FederatedData:
-    """Load the corpus that ``data.name`` names and deal it to ``num_clients`` clients.
+    """Load the corpus and deal it to ``num_clients`` clients (0: one for each owner of rows).
 
     Raises:
         ValueError: The data cannot be read or dealt; the message names the key.
     """
-    from fedlora.data.partition import deal  # takes seconds to import; configuration errors should not wait
+    from fedlora.data.partition import deal  # takes seconds to import, too
 
-    corpus = CORPORA[config.data.name](config.data, config.seed)
-    personal = config.method.head == "private"
-    return deal(corpus, config.data, num_clients=num_clients, seed=config.seed, personal=personal)
+    return deal(load_corpus(config), config.data, num_clients=num_clients, seed=config.seed)
 
 
-__all__ = ["CORPORA", "Corpus", "FederatedData", "Table", "load_federated"]
+__all__ = ["CORPORA", "Corpus", "FederatedData", "Table", "load_corpus", "load_federated"]

@@ -1,86 +1,192 @@
-"""Dealing the training rows to clients, by flwr-datasets' partitioners."""
+"""Dealing the training rows to clients, by flwr-datasets' partitioners where it has one."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Partitioner
+from flwr_datasets.partitioner import DirichletPartitioner, ShardPartitioner
 from numpy.typing import NDArray
 
 from fedlora.config import DataConfig
 from fedlora.data.table import Corpus, FederatedData
+from fedlora.messages import first_line
 from fedlora.seeded import Seeded
 
-_HOLDOUT_SHARE = 0.2
+Rows = NDArray[np.int64]
 
 
-def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, personal: bool) -> FederatedData:
-    """Deal the training rows to ``num_clients`` clients.
+def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int) -> FederatedData:
+    """Deal the training rows to clients.
 
     Args:
         corpus: The corpus.
-        config: ``data.partition`` and ``data.alpha``.
-        num_clients: Number of clients.
+        config: The partition and its parameters.
+        num_clients: Number of clients; 0: one for each owner, with the natural partition.
         seed: Seed of the partition.
-        personal: Whether clients hold out a fifth of their rows, to measure private tensors with.
 
     Raises:
-        ValueError: There are not enough rows for so many clients, or the partitioner found no partition in
-            which every client has enough.
+        ValueError: There are not enough rows for so many clients, a client would have too few, or rows of one
+            owner would be on two clients.
     """
-    fewest = 2 if personal else 1
-    if len(corpus.train) < num_clients * fewest:
-        raise ValueError(
-            f"federation.num-clients = {num_clients}: {len(corpus.train)} training rows cannot give each client "
-            f"{fewest} or more; lower it or add data."
-        )
-    # Partitioners cut what they are given in its order, and files are often sorted by label.
-    order = Seeded(seed).permutation("partition", size=len(corpus.train))
-    dataset = Dataset.from_dict({"row": order, "label": [corpus.train.labels[row] for row in order]})
-    partitioner = _partitioner(config, num_clients, seed, fewest)
-    partitioner.dataset = dataset
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a partition that is drawn again; the last word is ours
-        try:
-            clients = tuple(
-                np.sort(np.asarray(partitioner.load_partition(client)["row"], dtype=np.int64))
-                for client in range(num_clients)
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"data.partition = {config.partition!r} with data.alpha = {config.alpha} leaves a client with fewer "
-                f"than {fewest} of {len(corpus.train)} rows: raise data.alpha, or lower "
-                f"federation.num-clients = {num_clients}."
-            ) from error
+    names: tuple[str, ...] = ()
+    if config.partition == "natural":
+        clients, names = _natural(corpus, num_clients)
+        num_clients = len(clients)
+    else:
+        _check_enough(corpus, config, num_clients)
+        clients = _dealt(corpus, config, num_clients, seed)
     covered = np.sort(np.concatenate(clients))
     assert np.array_equal(covered, np.arange(len(corpus.train))), "the partitioner lost or doubled rows"
-    holdout = tuple(
-        _holdout(rows, client, seed) if personal else np.zeros(0, dtype=np.int64) for client, rows in enumerate(clients)
-    )
-    logging.getLogger(__name__).debug("dealt %d rows to %d clients", len(covered), num_clients)
-    return FederatedData(corpus, clients, holdout)
+    if corpus.train.owners:
+        _check_owners(corpus.train.owners, clients, config)
+    holdout = tuple(_holdout(rows, client, config.holdout, seed) for client, rows in enumerate(clients))
+    _check_sizes(clients, holdout, names, config)
+    return FederatedData(corpus, clients, holdout, names)
 
 
-def _partitioner(config: DataConfig, num_clients: int, seed: int, fewest: int) -> Partitioner:
-    if config.partition == "iid":
-        return IidPartitioner(num_partitions=num_clients)
-    return DirichletPartitioner(
-        num_partitions=num_clients,
-        partition_by="label",
-        alpha=config.alpha,
-        min_partition_size=fewest,
-        self_balancing=False,
-        shuffle=False,
-        seed=seed,
-    )
+def _dealt(corpus: Corpus, config: DataConfig, num_clients: int, seed: int) -> tuple[Rows, ...]:
+    # Partitioners cut what they are given in its order, and files are often sorted by label.
+    order = Seeded(seed).permutation("partition", size=len(corpus.train))
+    match config.partition:
+        case "iid":
+            return tuple(np.sort(rows) for rows in np.array_split(order, num_clients))
+        case "quantity":
+            sizes = _sizes(len(order), num_clients, config, seed)
+            return tuple(np.sort(rows) for rows in np.split(order, np.cumsum(sizes)[:-1]))
+    if len(corpus.classes) < 2:
+        raise ValueError(
+            f"data.partition = {config.partition!r}: deals rows by their label, and these rows have none; choose iid, "
+            "quantity or natural."
+        )
+    partitioner: DirichletPartitioner | ShardPartitioner
+    if config.partition == "dirichlet":
+        partitioner = DirichletPartitioner(
+            num_partitions=num_clients,
+            partition_by="label",
+            alpha=config.alpha,
+            min_partition_size=_fewest(config),
+            self_balancing=False,
+            shuffle=False,
+            seed=seed,
+        )
+    else:
+        partitioner = ShardPartitioner(
+            num_partitions=num_clients,
+            partition_by="label",
+            num_shards_per_partition=config.shards_per_client,
+            keep_incomplete_shard=True,
+            shuffle=False,
+            seed=seed,
+        )
+    partitioner.dataset = Dataset.from_dict({"row": order, "label": [corpus.train.labels[row] for row in order]})
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a partition that is drawn again; the last word is ours
+        warnings.simplefilter("ignore", FutureWarning)  # of pyarrow to datasets
+        try:
+            places = [partitioner.load_partition(client)["row"] for client in range(num_clients)]
+        except ValueError as error:
+            own = {"dirichlet": f"data.alpha = {config.alpha}: raise it"}.get(
+                config.partition, f"data.shards-per-client = {config.shards_per_client}: change it"
+            )
+            raise ValueError(
+                f"data.partition = {config.partition!r} finds no way to give each of {num_clients} clients "
+                f"{_fewest(config)} or more of {len(order)} rows with {own}, or lower federation.num-clients "
+                f"({first_line(error)})."
+            ) from error
+    return tuple(np.sort(np.asarray(rows, dtype=np.int64)) for rows in places)
 
 
-def _holdout(rows: NDArray[np.int64], client: int, seed: int) -> NDArray[np.int64]:
-    size = min(len(rows) - 1, max(1, round(len(rows) * _HOLDOUT_SHARE)))
+def _natural(corpus: Corpus, num_clients: int) -> tuple[tuple[Rows, ...], tuple[str, ...]]:
+    """Deal whole owners: one a client, or of fewer clients each the next owner to the one with the fewest rows."""
+    owners = np.asarray(corpus.train.owners)
+    names, place, counts = np.unique(owners, return_inverse=True, return_counts=True)
+    if num_clients > len(names):
+        raise ValueError(
+            f"federation.num-clients = {num_clients}: data.partition = 'natural' finds {len(names)} owners of rows; "
+            "set it to 0 for one client each, or lower it."
+        )
+    if num_clients in (0, len(names)):
+        groups = [[owner] for owner in range(len(names))]
+    else:
+        groups = [[] for _ in range(num_clients)]
+        load = np.zeros(num_clients, dtype=np.int64)
+        for owner in np.argsort(-counts, kind="stable"):
+            smallest = int(load.argmin())
+            groups[smallest].append(int(owner))
+            load[smallest] += counts[owner]
+    clients = tuple(np.flatnonzero(np.isin(place, group)) for group in groups)
+    return clients, tuple(", ".join(str(names[owner]) for owner in group) for group in groups)
+
+
+def _sizes(rows: int, num_clients: int, config: DataConfig, seed: int) -> Rows:
+    """Return client sizes: everyone the minimum, what is left by shares drawn from Dirichlet(alpha)."""
+    words = Seeded(seed).bits("quantity", size=4)
+    shares = np.random.default_rng(words).dirichlet(np.full(num_clients, config.alpha))
+    free = rows - num_clients * _fewest(config)
+    bounds = np.rint(np.cumsum(shares) * free).astype(np.int64)
+    bounds[-1] = free
+    return np.diff(bounds, prepend=0) + _fewest(config)
+
+
+def _fewest(config: DataConfig) -> int:
+    """Return the rows that a client needs for ``data.min-size`` training rows and one to be measured on."""
+    return config.min_size + (1 if config.holdout else 0)
+
+
+def _check_enough(corpus: Corpus, config: DataConfig, num_clients: int) -> None:
+    if len(corpus.train) < num_clients * _fewest(config):
+        raise ValueError(
+            f"federation.num-clients = {num_clients}: {len(corpus.train)} training rows cannot give each client "
+            f"{_fewest(config)} or more (data.min-size = {config.min_size}, data.holdout = {config.holdout}); lower it "
+            "or add data."
+        )
+
+
+def _check_sizes(clients: Sequence[Rows], holdout: Sequence[Rows], names: Sequence[str], config: DataConfig) -> None:
+    sizes = [len(rows) - len(held) for rows, held in zip(clients, holdout, strict=True)]
+    short = [client for client, size in enumerate(sizes) if size < config.min_size]
+    if short:
+        first = short[0]
+        who = f"client {first}" + (f" ({names[first]})" if names else "")
+        raise ValueError(
+            f"data.partition = {config.partition!r} gives {len(short)} of {len(clients)} clients fewer training rows "
+            f"than data.min-size = {config.min_size}: {who} has {sizes[first]}. Lower data.min-size or "
+            "federation.num-clients, or choose another partition."
+        )
+
+
+def _check_owners(owners: Sequence[str], clients: Sequence[Rows], config: DataConfig) -> None:
+    """Refuse owners whose rows are on two clients, or that differ in case or spaces alone."""
+    key = f"data.partition-column = {config.partition_column!r}"
+    plain: dict[str, str] = {}
+    for owner in dict.fromkeys(owners):
+        other = plain.setdefault(" ".join(owner.split()).casefold(), owner)
+        if other != owner:
+            raise ValueError(
+                f"{key}: {other!r} and {owner!r} differ in case or spaces alone; if they are one, their rows would be "
+                "on two clients. Write them alike, or make them differ."
+            )
+    holder: dict[str, int] = {}
+    for client, rows in enumerate(clients):
+        for row in rows:
+            first = holder.setdefault(owners[row], client)
+            if first != client:
+                raise ValueError(
+                    f"{key}: rows of {owners[row]!r} are on clients {first} and {client} with data.partition = "
+                    f"{config.partition!r}; use data.partition = 'natural', which never parts them, or leave the "
+                    "column unset."
+                )
+
+
+def _holdout(rows: Rows, client: int, share: float, seed: int) -> Rows:
+    """Return what a client holds out: its share of the rows, at least one, but never all."""
+    if not share or len(rows) < 2:
+        return np.zeros(0, dtype=np.int64)
+    size = min(len(rows) - 1, max(1, round(len(rows) * share)))
     order = Seeded(seed).permutation("holdout", client, size=len(rows))
     return np.sort(rows[order[:size]])

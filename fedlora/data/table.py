@@ -1,8 +1,8 @@
-"""What data are before they reach a model: texts with labels, dealt to clients."""
+"""What data are before they reach a model: texts with what is to be said of them, dealt to clients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,15 +10,19 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Table:
-    """Labelled texts.
+    """Rows of text.
 
     Attributes:
-        texts: One text a row.
-        labels: The class number of each row.
+        texts: What the model reads, one a row: a text to classify, or a prompt.
+        labels: The class of each row, or for a language model the category that it is dealt by.
+        answers: What a language model is to write after each prompt; empty for classification.
+        owners: Whose each row is, by ``data.partition-column``; empty where that is not set.
     """
 
-    texts: tuple[str, ...]
-    labels: tuple[int, ...]
+    texts: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
+    owners: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -26,27 +30,37 @@ class Table:
 
     def take(self, rows: NDArray[np.int64]) -> Table:
         """Return the given rows, in that order."""
-        return Table(tuple(self.texts[row] for row in rows), tuple(self.labels[row] for row in rows))
+        return Table(*(tuple(column[row] for row in rows) if column else () for column in self._columns()))
+
+    def _columns(self) -> tuple[tuple[str, ...] | tuple[int, ...], ...]:
+        return (self.texts, self.labels, self.answers, self.owners)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A training table, a test table, and the names of the classes.
+    """What clients train on, what the server measures on, and the names of the classes.
 
     Attributes:
         train: What clients share among themselves.
         test: What the server evaluates on; no client trains on it.
         classes: Class names by class number.
+        dev: What the server evaluates on while test rows wait for the end; empty without ``data.dev-share``.
     """
 
     train: Table
     test: Table
     classes: tuple[str, ...]
+    dev: Table = field(default_factory=Table)
 
-    def majority_share(self) -> float:
-        """Return the test accuracy of always answering the commonest training class."""
+    @property
+    def splits(self) -> dict[str, Table]:
+        """The tables that are not empty, by name."""
+        return {name: table for name in ("train", "dev", "test") if len(table := getattr(self, name))}
+
+    def majority_share(self, measured: Table) -> float:
+        """Return the accuracy on ``measured`` of always answering the commonest training class."""
         commonest = int(np.bincount(self.train.labels).argmax())
-        return float(np.mean(np.asarray(self.test.labels) == commonest))
+        return float(np.mean(np.asarray(measured.labels) == commonest))
 
 
 @dataclass(frozen=True)
@@ -56,13 +70,15 @@ class FederatedData:
     Attributes:
         corpus: The corpus.
         clients: For each client its row numbers in ``corpus.train``, sorted; disjoint, covering every row.
-        holdout: For each client the rows among its own that it never trains on and measures its personal
-            accuracy with; empty where the run has no private tensors.
+        holdout: For each client the rows among its own that it never trains on and is measured with; empty
+            without ``data.holdout``.
+        names: Whose rows each client holds, with the natural partition; otherwise empty.
     """
 
     corpus: Corpus
     clients: tuple[NDArray[np.int64], ...]
     holdout: tuple[NDArray[np.int64], ...]
+    names: tuple[str, ...] = ()
 
     def training_rows(self, client: int) -> NDArray[np.int64]:
         """Return the rows that a client trains on."""

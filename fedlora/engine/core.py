@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ Arrays = Mapping[str, NDArray[np.floating]]
 # change by rounding only. A CPU gains nothing from more, a GPU is filled by about this much.
 _TOKENS_CPU = 1024
 _TOKENS_GPU = 32768
+_LOGITS = 2**30  # and logits of a language model, one for each token and word
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Engine:
         weight = next(base.model.parameters())
         structure = base.structure
         grouped = GroupedModel(base.model, [layer.name for layer in (*structure.adapted, *structure.head)])
+        tokens = _TOKENS_GPU if weight.device.type == "cuda" else _TOKENS_CPU
+        if not task.has_head:
+            config: Any = base.model.config
+            tokens = max(1, min(tokens, _LOGITS // int(config.vocab_size)))
         return cls(
             base=base,
             method=method,
@@ -58,7 +64,7 @@ class Engine:
             grouped=grouped,
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
             device=weight.device,
-            tokens=_TOKENS_GPU if weight.device.type == "cuda" else _TOKENS_CPU,
+            tokens=tokens,
         )
 
     def tensor(self, array: NDArray[np.floating]) -> Tensor:
@@ -79,21 +85,38 @@ class Engine:
             start += size
 
 
-def evaluate(engine: Engine, tensors: Arrays, examples: Examples, rows: Sequence[int]) -> dict[str, float]:
-    """Return the sum over ``rows`` of every metric of the task, and ``examples``: their number.
+def evaluate(
+    engine: Engine,
+    common: Arrays,
+    examples: Examples,
+    rows: Sequence[int],
+    *,
+    own: Sequence[Arrays] = ({},),
+    group: NDArray[np.int64] | None = None,
+) -> dict[str, NDArray[np.float64]]:
+    """Return what the task tells of each row, by name, [rows] each.
 
     Args:
         engine: The engine.
-        tensors: All of the method's tensors, without a group axis.
+        common: Tensors that all rows are evaluated with, without a group axis.
         examples: The rows' source.
         rows: Row numbers to evaluate.
+        own: For each group (client) the tensors that only its rows are evaluated with.
+        group: For each of ``rows`` its place in ``own``; None: all belong to the first.
     """
-    factors = engine.method.factors({name: engine.tensor(array) for name, array in tensors.items()})
-    sums: dict[str, float] = {"examples": float(len(rows))}
+    group = np.zeros(len(rows), dtype=np.int64) if group is None else group
+    fixed = {name: engine.tensor(array) for name, array in common.items()}
+    stacked = {name: torch.stack([engine.tensor(one[name]) for one in own]) for name in own[0]}
+    told: dict[str, NDArray[np.float64]] = {}
     with torch.inference_mode():
-        for places in engine.micro_batches(examples.lengths[list(rows)]):
+        for chosen in engine.micro_batches(examples.lengths[list(rows)]):
+            places = chosen[np.argsort(group[chosen], kind="stable")]
+            present, slot = np.unique(group[places], return_inverse=True)
+            here = torch.from_numpy(present).to(engine.device)
+            factors = engine.method.factors({**fixed, **{name: value[here] for name, value in stacked.items()}})
+            layout = Layout.of(torch.from_numpy(slot).to(engine.device), len(present))
             batch = engine.task.collate(examples, [rows[place] for place in places], engine.device)
-            with engine.grouped.placed(factors, Layout(1, len(places), None)) as model:
+            with engine.grouped.placed(factors, layout) as model:
                 for name, values in engine.task.row_metrics(model, batch).items():
-                    sums[name] = sums.get(name, 0.0) + float(values.double().sum())
-    return sums
+                    told.setdefault(name, np.zeros(len(rows)))[places] = values.double().cpu().numpy()
+    return told

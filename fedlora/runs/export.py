@@ -49,14 +49,14 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     common = max(ranks.values(), key=list(ranks.values()).count)
     pattern = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != common}
     adapter = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
+        task_type=TaskType(engine.task.peft_type),
         base_model_name_or_path=model_path(config.model.name),
         r=common,
         lora_alpha=common,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         target_modules=sorted(ranks),
-        modules_to_save=sorted(heads),
+        modules_to_save=sorted(heads) or None,
         fan_in_fan_out=any(layers[name].fan_in_fan_out for name in ranks),
         inference_mode=True,
     )

@@ -9,19 +9,41 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from safetensors.numpy import save
+from safetensors.numpy import load_file, save
 
 from fedlora import __version__
-from fedlora.config import Config, to_toml
+from fedlora.config import Config, from_toml, to_toml
+from fedlora.storage import write_whole
 
 _LIBRARIES = ("flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy", "datasets", "tokenizers")
+
+
+CHECKPOINT_FORMAT = 1  # raise when what a checkpoint holds, or what it means, changes
+_MAY_DIFFER = ("run.resume", "rounds", "federation.timeout", "federation.failure-threshold")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run that is continued starts from.
+
+    Attributes:
+        round: Rounds that are complete.
+        tensors: What the server held after them.
+        state: What else was written with them.
+    """
+
+    round: int
+    tensors: dict[str, NDArray[np.floating]]
+    state: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,17 +64,60 @@ class RunFolder:
             ValueError: The folder holds a run already, or cannot be made.
         """
         path = run_path(config)
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError as error:
+        if path.is_dir() and any(path.iterdir()):  # an empty one is what a run leaves that is killed right here
             raise ValueError(
-                f"run.name = {config.run.name!r}: {path} is there already; choose another name."
-            ) from error
+                f"run.name = {config.run.name!r}: {path} is there already; choose another name, or continue that run "
+                "with run.resume = true."
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"run.dir = {config.run.dir!r}: the folder {path} cannot be made ({error}).") from error
         folder = cls(path)
         folder.write_text("config.toml", to_toml(config.to_flat()))
         return folder
+
+    @classmethod
+    def resume(cls, config: Config) -> RunFolder:
+        """Open the folder of a run that did not finish, whose configuration is ``config`` but for more rounds.
+
+        Raises:
+            ValueError: There is no such run, it is finished, or its configuration differs.
+        """
+        path = run_path(config)
+        file = path / "config.toml"
+        if not file.is_file():
+            raise ValueError(f"run.resume = true: {path} holds no run to continue; start it without run.resume.")
+        before, now = from_toml(file.read_text(encoding="utf-8")), config.to_flat()
+        differing = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _MAY_DIFFER]
+        if differing:
+            shown = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
+            raise ValueError(
+                f"run.resume = true: the run in {path} has another configuration: {shown}. Continue it with its own "
+                "config.toml (only rounds may change), or start a new run."
+            )
+        if (path / "result.json").is_file() and before["rounds"] == now["rounds"]:
+            raise ValueError(f"run.resume = true: the run in {path} is finished; raise rounds to go on with it.")
+        (path / "result.json").unlink(missing_ok=True)
+        folder = cls(path)
+        folder.write_text("config.toml", to_toml({**now, "run.resume": False}))
+        return folder
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process from writing this run.
+
+        Raises:
+            ValueError: One does.
+        """
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise ValueError(
+                f"{self.path} is being written by another process: a run that was killed from outside may have left "
+                "its server running. End it (`pkill -f flower-`), or wait until it is finished."
+            ) from error
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole, or leave what was there."""
@@ -62,19 +127,20 @@ class RunFolder:
         """Write a file whole, or leave what was there."""
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_bytes(data)
-        partial.replace(target)
+        write_whole(target, data)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file."""
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
-    def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Append a line of JSON; numbers that are not finite become null, JSON has none."""
-        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+    def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write a file of JSON lines whole."""
+        self.write_text(name, "".join(map(_line, records)))
+
+    def append(self, name: str, *records: Mapping[str, Any]) -> None:
+        """Append lines of JSON."""
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+            file.write("".join(map(_line, records)))
 
     def checkpoint(
         self, round_number: int, tensors: Mapping[str, NDArray[np.floating]], state: Mapping[str, Any]
@@ -83,10 +149,45 @@ class RunFolder:
         name = f"round-{round_number}.safetensors"
         arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
         self.write_bytes(f"checkpoint/{name}", save(arrays))
-        self.write_json("checkpoint/state.json", {"round": round_number, "tensors": name, **state})
+        self.write_json(
+            "checkpoint/state.json",
+            {"format": CHECKPOINT_FORMAT, "fedlora": __version__, "round": round_number, "tensors": name, **state},
+        )
         for other in (self.path / "checkpoint").glob("round-*.safetensors"):
             if other.name != name:
                 other.unlink()
+
+    def read_checkpoint(self, same: Mapping[str, Any]) -> Checkpoint | None:
+        """Return the last checkpoint, and take back what was written after it; None where there is none yet.
+
+        Args:
+            same: Entries of the state that must be as they were.
+
+        Raises:
+            ValueError: It is of another version, or made with something else.
+        """
+        file = self.path / "checkpoint" / "state.json"
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"round": 0}
+        wanted = {"format": CHECKPOINT_FORMAT, "fedlora": __version__, **same} if file.is_file() else {}
+        for key, value in wanted.items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"run.resume = true: the checkpoint in {self.path} has {key} = {state.get(key)!r}, and this is "
+                    f"{value!r}; continue it with what it was made with, or start a new run."
+                )
+        for name in ("metrics.jsonl", "clients.jsonl"):
+            if (self.path / name).is_file():
+                lines = read_lines(self.path / name)
+                self.write_lines(name, [line for line in lines if line["round"] <= state["round"]])
+        if not file.is_file():
+            return None
+        return Checkpoint(state["round"], load_file(self.path / "checkpoint" / state["tensors"]), state)
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    """Return a record as a line; numbers that are not finite become null, JSON has none."""
+    plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 def run_path(config: Config) -> Path:
@@ -95,8 +196,9 @@ def run_path(config: Config) -> Path:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Return the records of a file of JSON lines, but for a last one that a killed process left unfinished."""
+    *whole, _unfinished = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole if line.strip()]
 
 
 def environment(fingerprint: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run's table, plots and summary, made from the files of its folder."""
+"""A run's tables, plots and summary, made from the files of its folder."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.table import Table as RichTable
 from fedlora.config import Config, ConfigError, from_toml
 from fedlora.runs.folder import RunFolder, read_lines
 
+_MANY = 200  # clients beyond which plots show their distribution and not each of them
+
 
 @dataclass(frozen=True)
 class Run:
@@ -26,6 +28,8 @@ class Run:
         config: Its configuration.
         metrics: Lines of ``metrics.jsonl``.
         partition: ``partition.json``: classes, and label counts by client.
+        plan: ``plan.json``: what is measured, roles, bytes.
+        scores: Lines of ``scores.jsonl``: each client on its own rows; empty where that is not measured.
         result: ``result.json``, or None where the run did not finish.
     """
 
@@ -33,6 +37,8 @@ class Run:
     config: Config
     metrics: list[dict[str, Any]]
     partition: dict[str, Any]
+    plan: dict[str, Any]
+    scores: list[dict[str, Any]]
     result: dict[str, Any] | None
 
     @classmethod
@@ -42,20 +48,63 @@ class Run:
         Raises:
             ValueError: It is not one.
         """
+
+        def lines(name: str) -> list[dict[str, Any]]:
+            return read_lines(path / name) if (path / name).is_file() else []
+
         try:
             config = Config.from_flat(from_toml((path / "config.toml").read_text(encoding="utf-8")))
             partition = json.loads((path / "partition.json").read_text(encoding="utf-8"))
-            metrics = read_lines(path / "metrics.jsonl") if (path / "metrics.jsonl").is_file() else []
+            plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
             done = path / "result.json"
             result = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
+            return cls(path, config, lines("metrics.jsonl"), partition, plan, lines("scores.jsonl"), result)
         except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, ConfigError) as error:
             raise ValueError(f"{path} is not a run folder that can be read: {error}") from error
-        return cls(path, config, metrics, partition, result)
 
     @property
     def measure(self) -> str:
-        """The accuracy that this run reports: the global model's, or the clients' own."""
-        return self.config.method.measure
+        """The number that this run reports each round, such as ``test_accuracy``."""
+        return str(self.plan["measure"])
+
+    @property
+    def metric(self) -> str:
+        """The measure without what it is measured on, such as ``accuracy``."""
+        return self.measure.split("_", 1)[1]
+
+    @property
+    def loss(self) -> str:
+        """The loss on the same rows, such as ``test_loss``."""
+        return f"{self.measure.split('_', 1)[0]}_loss"
+
+    @property
+    def final(self) -> float | None:
+        """The outcome: on the test rows where they were read at the end, else the last round's measure."""
+        result = self.result or {}
+        value = result.get(f"test_{self.metric}", result.get(self.measure))
+        return None if value is None else float(value)
+
+    def curve(self) -> tuple[list[int], list[float]]:
+        """Return the rounds that were measured, and their measure."""
+        points = [(line["round"], line[self.measure]) for line in self.metrics if line[self.measure] is not None]
+        return [x for x, _ in points], [y for _, y in points]
+
+    def lines_of_comparison(self) -> dict[str, float]:
+        """Return what gives the curve its meaning, by what it is called."""
+        result = self.result or {}
+        where = "test" if f"alone_test_{self.metric}" in result else "dev"
+        found = {
+            "always the commonest class": result.get("majority_share"),
+            "each client alone, mean": result.get(f"alone_{where}_{self.metric}"),
+            "each client alone, worst tenth": result.get(f"alone_{where}_{self.metric}_worst_tenth"),
+            "all data in one place": result.get(f"central_{where}_{self.metric}"),
+        }
+        if self.measure.startswith("personal"):
+            found = {
+                "each client alone, mean": result.get(f"alone_clients_{self.metric}"),
+                "each client alone, worst tenth": result.get(f"alone_clients_{self.metric}_worst_tenth"),
+            }
+        return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def human_bytes(count: float) -> str:
@@ -67,9 +116,18 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def human_time(seconds: float) -> str:
+    """Return a duration in the two largest units that it needs."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def clients_table(classes: list[str], counts: list[list[int]], limit: int = 20) -> RichTable:
     """Return a table of each client's rows and labels; of many clients the first and a count of the rest."""
-    shown = classes[:10]
+    shown = classes[:10] if len(classes) > 1 else []
     table = RichTable(title=f"{len(counts)} clients, {int(np.sum(counts))} training rows")
     table.add_column("client", justify="right")
     table.add_column("rows", justify="right")
@@ -85,15 +143,16 @@ def clients_table(classes: list[str], counts: list[list[int]], limit: int = 20) 
 def metrics_table(run: Run) -> RichTable:
     """Return a table with a line a round."""
     measure = run.measure
-    table = RichTable(title=f"{run.path.name}: {run.config.strategy.name}, head {run.config.method.head}")
+    table = RichTable(
+        title=f"{run.path.name}: {run.config.strategy.name}, head {run.plan['roles'].get('head', 'none')}"
+    )
     for column in ("round", measure.replace("_", " "), "loss", "clients ok", "refused", "up", "down", "seconds"):
         table.add_column(column, justify="right")
     for line in run.metrics:
-        loss = line["personal_loss" if measure == "personal_accuracy" else "test_loss"]
         table.add_row(
             str(line["round"]),
-            _number(line[measure]),
-            _number(loss),
+            number(line[measure]),
+            number(line[run.loss]),
             str(line["clients_ok"]),
             str(line["clients_refused"]),
             human_bytes(line["bytes_up"]),
@@ -103,7 +162,33 @@ def metrics_table(run: Run) -> RichTable:
     return table
 
 
-def _number(value: float | None) -> str:
+def outcome_table(run: Run) -> RichTable:
+    """Return a table of what came of a run, and of what it is compared with."""
+    table = RichTable(title="outcome", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for name, value in _outcome(run).items():
+        table.add_row(name, number(value))
+    if run.result:
+        table.add_row("sent by clients in all", human_bytes(run.result["bytes_up"]))
+        table.add_row("time", human_time(run.result["seconds"]))
+    return table
+
+
+def _outcome(run: Run) -> dict[str, float | None]:
+    result, metric = run.result or {}, run.metric
+    where = "test" if f"test_{metric}" in result else run.measure.split("_", 1)[0]
+    rows: dict[str, float | None] = {f"{where} {metric}": run.final}
+    if where == "test" and run.measure.startswith("dev"):
+        rows[f"dev {metric}"] = result.get(run.measure)
+    if f"clients_{metric}" in result:
+        rows[f"{metric} on clients' own rows, mean"] = result[f"clients_{metric}"]
+        rows[f"{metric} on clients' own rows, worst tenth"] = result[f"clients_{metric}_worst_tenth"]
+    return {**rows, **run.lines_of_comparison()}
+
+
+def number(value: float | None) -> str:
+    """Return a number with four decimals, or a dash where there is none."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
 
 
@@ -112,7 +197,9 @@ def write_report(run: Run) -> None:
     folder = RunFolder(run.path)
     plot_partition(run)
     if run.metrics:
-        plot_accuracy(run)
+        draw_curves([run]).savefig(run.path / f"{run.metric}.png", dpi=120)
+    if run.scores:
+        draw_clients(run).savefig(run.path / "clients.png", dpi=120)
     folder.write_text("summary.md", summary(run))
 
 
@@ -124,19 +211,23 @@ def summary(run: Run) -> str:
         f"# {run.path.name}",
         "",
         f"Strategy `{config.strategy.name}`, method `{config.method.name}` (rank {config.method.rank}), "
-        f"model `{config.model.name}`, data `{config.data.name}`, head policy `{config.method.head}`. Run {state}.",
+        f"model `{config.model.name}`, data `{config.data.name}`, task `{config.task}`, "
+        f"head policy `{run.plan['roles'].get('head', 'none')}`. Run {state}.",
         "Privacy: none.",
         "",
     ]
     if run.result:
+        head += [f"- {name}: {number(value)}" for name, value in _outcome(run).items()]
         head += [f"- {key.replace('_', ' ')}: {_shown(value)}" for key, value in run.result.items()] + [""]
     rows = [f"| round | {measure} | clients ok | refused | bytes up | bytes down | seconds |", "|" + " --- |" * 7]
     rows += [
-        f"| {line['round']} | {_number(line[measure])} | {line['clients_ok']} | {line['clients_refused']} | "
+        f"| {line['round']} | {number(line[measure])} | {line['clients_ok']} | {line['clients_refused']} | "
         f"{line['bytes_up']} | {line['bytes_down']} | {line['seconds']:.1f} |"
         for line in run.metrics
     ]
-    plots = ["", "![accuracy by round](accuracy.png)", ""] if run.metrics else [""]
+    plots = ["", f"![{run.metric} by round]({run.metric}.png)", ""] if run.metrics else [""]
+    if run.scores:
+        plots += [f"![{run.metric} of each client](clients.png)", ""]
     return "\n".join(head + rows + plots + ["![rows and labels by client](partition.png)", ""])
 
 
@@ -144,36 +235,66 @@ def _shown(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def plot_accuracy(run: Run) -> None:
-    """Draw accuracy by round into ``accuracy.png``."""
+def draw_curves(runs: list[Run]) -> Any:
+    """Return a figure of the measure by round, one line a run; of a single run with what it is compared with."""
     figure, axes = _figure()
-    points = [(line["round"], line[run.measure]) for line in run.metrics if line[run.measure] is not None]
-    axes.plot(
-        [x for x, _ in points], [y for _, y in points], marker="o", color="#1f5f8b", label=run.config.strategy.name
-    )
-    majority = (run.result or {}).get("majority_share")
-    if majority is not None and run.measure == "test_accuracy":
-        axes.axhline(majority, color="#999999", linestyle="--", label="always the commonest class")
-    axes.set(xlabel="round", ylabel=run.measure.replace("_", " "), ylim=(0, 1))
+    for run in runs:
+        label = run.config.strategy.name if len(runs) == 1 else run.path.name
+        axes.plot(*run.curve(), marker="o", label=_plain(label))
+    if len(runs) == 1:
+        styles = ("--", ":", "-.", (0, (1, 3)))
+        for (name, value), style in zip(runs[0].lines_of_comparison().items(), styles, strict=False):
+            axes.axhline(value, color="#777777", linestyle=style, label=name)
+    axes.set(xlabel="round", ylabel=runs[0].measure.replace("_", " "))
+    if runs[0].metric == "accuracy":
+        axes.set_ylim(0, 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)  # matplotlib finds the emptiest corner
-    figure.savefig(run.path / "accuracy.png", dpi=120)
+    axes.legend(frameon=False, fontsize=8)  # matplotlib finds the emptiest corner
+    return figure
+
+
+def draw_clients(run: Run) -> Any:
+    """Return a figure of each client's measure on its own rows, from the worst to the best."""
+    figure, axes = _figure()
+    alone = run.path / "baselines" / "alone" / "scores.jsonl"
+    series = {run.config.strategy.name: run.scores}
+    if alone.is_file():
+        series["each client alone"] = read_lines(alone)
+    for name, scores in series.items():
+        values = sorted(score[run.metric] for score in scores if score[run.metric] is not None)
+        axes.plot(np.linspace(0, 100, len(values)), values, marker="." if len(values) <= _MANY else "", label=name)
+    axes.set(xlabel="clients, sorted (percent)", ylabel=f"{run.metric} on own rows")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def plot_partition(run: Run) -> None:
     """Draw each client's rows, stacked by label, into ``partition.png``."""
+    draw_partition(run).savefig(run.path / "partition.png", dpi=120)
+
+
+def draw_partition(run: Run) -> Any:
+    """Return a figure of each client's rows by label; of many clients sorted by size."""
     figure, axes = _figure()
     counts = np.asarray(run.partition["counts"])
-    bottom = np.zeros(len(counts))
-    for label, name in enumerate(run.partition["classes"]):
-        # matplotlib reads $...$ as mathematics and leaves out names that begin with an underscore
-        name = f" {name}".replace("$", r"\$")
-        axes.bar(np.arange(len(counts)), counts[:, label], bottom=bottom, label=name if label < 20 else None, width=0.9)
-        bottom += counts[:, label]
-    axes.set(xlabel="client", ylabel="training rows")
+    names = [_plain(name) if label < 20 else None for label, name in enumerate(run.partition["classes"])]
+    if len(counts) > _MANY:
+        ordered = counts[np.argsort(-counts.sum(1), kind="stable")]
+        axes.stackplot(np.arange(len(ordered)), ordered.T, labels=[name or "" for name in names])
+    else:
+        bottom = np.zeros(len(counts))
+        for label, name in enumerate(names):
+            axes.bar(np.arange(len(counts)), counts[:, label], bottom=bottom, label=name, width=0.9)
+            bottom += counts[:, label]
+    axes.set(xlabel="client" + (", largest first" if len(counts) > _MANY else ""), ylabel="training rows")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(run.path / "partition.png", dpi=120)
+    return figure
+
+
+def _plain(name: str) -> str:
+    """Return a name as text: matplotlib reads $...$ as mathematics and leaves out names that begin with _."""
+    return f" {name}".replace("$", r"\$")
 
 
 def _figure() -> tuple[Any, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fedlora.registry import Registry
-from fedlora.tasks.base import Batch, Examples, Task
+from fedlora.tasks.base import Batch, Examples, Measure, Task
+from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.classification import Classification
 
-TASKS: Registry[Callable[[int], Task]] = Registry("task")
+TASKS: Registry[type[Task]] = Registry("task")
 TASKS.register("classification")(Classification)
+TASKS.register("causal-lm")(CausalLM)
 
-__all__ = ["TASKS", "Batch", "Classification", "Examples", "Task"]
+__all__ = ["TASKS", "Batch", "CausalLM", "Classification", "Examples", "Measure", "Task"]

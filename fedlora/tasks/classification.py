@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.data import Table
-from fedlora.tasks.base import Batch, Examples, Task
+from fedlora.tasks.base import Batch, Examples, Measure, Task, to_device, wide_logits
 
 
 @final
 class Classification(Task):
     """Predicts the class of a text from the model's pooled output.
 
-    Args:
-        pad_token_id: The token that fills short rows up; no real token may be equal to it, because decoder
-            models find the end of a text by it.
+    No real token may be equal to the padding token, because decoder models find the end of a text by it.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
+    auto_model = transformers.AutoModelForSequenceClassification
+    peft_type = "SEQ_CLS"
+    has_head = True
+    measure = Measure("accuracy", higher_is_better=True)
 
     def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
         """Tokenize; a text that spells a special token, such as ``[PAD]``, is read as plain text.
@@ -48,30 +49,22 @@ class Classification(Task):
 
     def collate(self, examples: Examples, rows: Sequence[int], device: torch.device) -> Batch:
         """Return ``input_ids`` and ``attention_mask`` [N, T] and ``labels`` [N]."""
-        longest = max(len(examples.tokens[row]) for row in rows)
-        ids = np.full((len(rows), longest), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for place, row in enumerate(rows):
-            tokens = examples.tokens[row]
-            ids[place, : len(tokens)] = tokens
-            mask[place, : len(tokens)] = 1
-        arrays = {"input_ids": ids, "attention_mask": mask, "labels": examples.targets[list(rows)]}
-        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        ids, mask = self.padded(examples, rows)
+        return to_device({"input_ids": ids, "attention_mask": mask, "labels": examples.targets[list(rows)]}, device)
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of each row, [N], in float32 or wider."""
-        logits = _logits(model, batch)
-        return functional.cross_entropy(logits, batch["labels"], reduction="none")
+        return functional.cross_entropy(wide_logits(model, batch), batch["labels"], reduction="none")
 
     def row_metrics(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` and ``accuracy`` (1 where the likeliest class is right) of each row."""
-        logits = _logits(model, batch)
+        logits = wide_logits(model, batch)
         return {
             "loss": functional.cross_entropy(logits, batch["labels"], reduction="none"),
             "accuracy": (logits.argmax(-1) == batch["labels"]).to(logits.dtype),
         }
 
-
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return logits if logits.dtype == torch.float64 else logits.float()
+    @staticmethod
+    def metrics(means: Mapping[str, float]) -> dict[str, float]:
+        """Return the means themselves."""
+        return dict(means)

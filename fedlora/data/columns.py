@@ -1,0 +1,216 @@
+"""From the columns of somebody's table to rows: texts, labels, answers, owners."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedlora.config import Config
+from fedlora.data.table import Corpus, Table
+from fedlora.messages import closest
+from fedlora.seeded import Seeded
+
+_TEST_SHARE = 0.2
+_UNNAMED = "all"  # the one category of rows that have none
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table of somebody's, and how to speak of it.
+
+    Attributes:
+        key: The configuration key that names it.
+        name: Its value.
+        frame: The table.
+        numbered: Whether its columns have numbers and no names.
+        class_names: Names of the label column's numbers, where the data set declares them.
+    """
+
+    key: str
+    name: str
+    frame: pd.DataFrame
+    numbered: bool = False
+    class_names: Sequence[str] = ()
+
+    @property
+    def place(self) -> str:
+        """The source in an error message."""
+        return f"{self.key} = {self.name!r}"
+
+
+@dataclass
+class _Rows:
+    texts: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
+
+    def take(self, rows: Sequence[int]) -> _Rows:
+        return _Rows(*([column[row] for row in rows] if column else [] for column in vars(self).values()))
+
+
+def build_corpus(train: Source, test: Source | None, config: Config) -> Corpus:
+    """Return the corpus of a training table and a test table; without the latter split a fifth off by the seed.
+
+    Class numbers follow the sorted names of the labels in training.
+
+    Raises:
+        ValueError: A column is missing, a row is empty, or the labels of the two tables do not fit.
+    """
+    rows = _read(train, config)
+    if test is not None:
+        test_rows = _read(test, config)
+    else:
+        order = Seeded(config.seed).permutation("test-split", size=len(rows.texts))
+        cut = max(1, round(len(order) * _TEST_SHARE))
+        test_rows, rows = rows.take(np.sort(order[:cut]).tolist()), rows.take(np.sort(order[cut:]).tolist())
+    classes = tuple(sorted(set(rows.labels), key=_natural))
+    if config.task == "classification":
+        _check_classes(classes, rows, test_rows, test, config)
+    else:
+        test_rows.labels = [label if label in classes else classes[0] for label in test_rows.labels]
+    number = {name: at for at, name in enumerate(classes)}
+
+    def table(part: _Rows) -> Table:
+        labels = tuple(number[label] for label in part.labels)
+        return Table(tuple(part.texts), labels, tuple(part.answers), tuple(part.owners))
+
+    return Corpus(table(rows), table(test_rows), classes)
+
+
+def _check_classes(classes: Sequence[str], rows: _Rows, test_rows: _Rows, test: Source | None, config: Config) -> None:
+    column = f"data.label-column = {config.data.label_column!r}"
+    if len(classes) < 2:
+        raise ValueError(
+            f"{column}: all {len(rows.labels)} training rows have the one label {', '.join(classes)}; classification "
+            "needs two classes or more."
+        )
+    if len(classes) > max(20, len(rows.labels) // 2):
+        raise ValueError(
+            f"{column}: {len(classes)} different labels in {len(rows.labels)} training rows; this is not the column of "
+            "the classes."
+        )
+    unknown = sorted(set(test_rows.labels) - set(classes))
+    if unknown:
+        source = test.key if test else "data.path, of which a fifth is split off for testing"
+        raise ValueError(
+            f"{source}: the label {unknown[0]!r} of the test rows is not among the {len(classes)} training labels "
+            f"({', '.join(classes[:10])}); it could never be predicted. Remove its rows, or add some to training."
+        )
+
+
+def _natural(label: str) -> tuple[int, float, str]:
+    """Sort numbers by value, before texts."""
+    try:
+        number = float(label)
+    except ValueError:
+        return (1, 0.0, label)
+    return (0, number, label) if math.isfinite(number) else (1, 0.0, label)  # "nan" is a language, too
+
+
+def _read(source: Source, config: Config) -> _Rows:
+    """Return the rows of one table."""
+    data, language = config.data, config.task == "causal-lm"
+    rows = _Rows()
+    if language and data.prompt_template:
+        rows.texts = _prompts(source, data.prompt_template)
+    else:
+        rows.texts = _texts(source, "data.text-column", data.text_column)
+    if language:
+        rows.answers = _texts(source, "data.answer-column", data.answer_column)
+    if not language or data.partition in ("dirichlet", "shards"):
+        rows.labels = _labels(source, data.label_column, data.partition if language else "")
+    else:
+        rows.labels = [_UNNAMED] * len(rows.texts)
+    if data.partition_column:
+        rows.owners = _texts(source, "data.partition-column", data.partition_column)
+    return rows
+
+
+def _prompts(source: Source, template: str) -> list[str]:
+    """Return the template filled with each row's columns."""
+    key = "data.prompt-template"
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{key} = {template!r}: {error}; write {{{{ and }}}} for braces that are text.") from error
+    if not names:
+        raise ValueError(f"{key} = {template!r}: names no column; put one in braces, such as {{question}}.")
+    columns: Mapping[str, list[str]] = {name: _texts(source, key, name, empty=True) for name in dict.fromkeys(names)}
+    return [template.format(**dict(zip(columns, cells, strict=True))) for cells in zip(*columns.values(), strict=True)]
+
+
+def _labels(source: Source, column: str, partition: str) -> list[str]:
+    try:
+        labels = _texts(source, "data.label-column", column)
+    except ValueError as error:
+        if not partition:
+            raise
+        raise ValueError(
+            f"{error} data.partition = {partition!r} deals rows by their category; choose iid, quantity or natural "
+            "where there is none."
+        ) from error
+    if not source.class_names:
+        return labels
+    names = {str(number): name for number, name in enumerate(source.class_names)}
+    hidden = next((label for label in labels if label not in names), None)
+    if hidden is not None:
+        raise ValueError(
+            f"{source.place}: the label {hidden} of its column {column!r} is none of the {len(names)} classes that the "
+            "data set declares (test labels of a competition are often hidden as -1); choose another split."
+        )
+    return [names[label] for label in labels]
+
+
+def _texts(source: Source, key: str, wanted: str, *, empty: bool = False) -> list[str]:
+    """Return a column as texts; whole numbers that a reader took for floats are whole again.
+
+    Raises:
+        ValueError: There is no such column, or a cell has nothing in it (allowed with ``empty``).
+    """
+    column = _column(source, key, wanted)
+    if source.frame.empty:
+        raise ValueError(f"{source.place}: there are no rows.")
+    cells = source.frame[column]
+    nothing = cells.isna()
+    bad = (nothing | cells.map(lambda cell: not str(cell).strip())).to_numpy().nonzero()[0]
+    if len(bad) and not empty:
+        what = key.removeprefix("data.").removesuffix("-column").replace("partition", "owner")
+        raise ValueError(
+            f"{source.place}: {len(bad)} rows have no {what} (column {wanted!r}), the first is row {bad[0]} (from 0, "
+            "without the header); remove or complete them."
+        )
+    return ["" if missing else _text(cell) for cell, missing in zip(cells, nothing, strict=True)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _column(source: Source, key: str, wanted: str) -> Any:
+    """Return the label by which the frame knows a column."""
+    columns: list[Any] = list(source.frame.columns)
+    if source.numbered:
+        default = {"text": 0, "label": 1, "answer": 1}.get(wanted)
+        number = int(wanted) if wanted.isdecimal() else default
+        if number not in columns:
+            raise ValueError(
+                f"{key} = {wanted!r}: {source.place} has {len(columns)} columns without names, counted from 0."
+            )
+        return number
+    if wanted not in columns:
+        names = [str(column) for column in columns]
+        hint = " (A file without a header line needs data.header = false.)" if source.name.endswith("sv") else ""
+        raise ValueError(
+            f"{key} = {wanted!r}: no such column in {source.place}.{closest(wanted, names)} "
+            f"Its columns: {', '.join(names[:20])}.{hint}"
+        )
+    return wanted

@@ -1,0 +1,179 @@
+"""What a run is going to do, told before it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from clients.pool import split_packs
+from fedlora.config import Config
+from fedlora.data import FederatedData
+from fedlora.methods import TensorSpec, count_parameters
+from fedlora.roles import Role, with_role
+from fedlora.runs.report import clients_table, human_bytes
+from fedlora.tasks import TASKS
+from fedlora.wire import payload_bytes
+from strategies import RoleStrategy
+from strategies.base import deal
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, before its first round.
+
+    Attributes:
+        config: The resolved configuration.
+        data: The federated data.
+        strategy: The strategy.
+        family: The base model's type.
+        num_parameters: Parameters of the base model.
+        num_layers: Adapted layers.
+        nodes: SuperNodes among which clients are dealt.
+        trainers: Trainers that work side by side.
+    """
+
+    config: Config
+    data: FederatedData
+    strategy: RoleStrategy
+    family: str
+    num_parameters: int
+    num_layers: int
+    nodes: int
+    trainers: int
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The method's tensors."""
+        return self.strategy.setting.specs
+
+    @property
+    def sampled(self) -> int:
+        """Clients that take part in a round."""
+        return self.config.federation.clients_per_round or self.config.federation.num_clients
+
+    @property
+    def measured(self) -> str:
+        """What a round is measured on: clients' own rows, or the split ``dev`` or ``test``."""
+        if self.strategy.personal_now:
+            return "personal"
+        return "dev" if self.config.data.dev_share else "test"
+
+    @property
+    def measure(self) -> str:
+        """The number by which a round is reported, such as ``test_accuracy``."""
+        return f"{self.measured}_{TASKS[self.config.task].measure.name}"
+
+    def payload(self, *roles: Role) -> int:
+        """Bytes of one client's tensors with these roles, in the first round."""
+        return payload_bytes(with_role(self.specs, self.strategy.all_roles(1), *roles), self.config.engine.tensor_dtype)
+
+    def steps(self) -> list[int]:
+        """Return each client's local steps in a round that it takes part in."""
+        train = self.config.train
+        rows = [len(self.data.training_rows(client)) for client in range(len(self.data.clients))]
+        return [train.local_steps or train.local_epochs * -(-count // train.batch_size) for count in rows]
+
+    def examples_by_client(self) -> list[int]:
+        """Return the examples that each client sees in a round that it takes part in."""
+        train = self.config.train
+        seen = []
+        for client, steps in enumerate(self.steps()):
+            rows = len(self.data.training_rows(client))
+            per_epoch = -(-rows // train.batch_size)
+            epochs, rest = divmod(steps, per_epoch)
+            seen.append(epochs * rows + min(rest * train.batch_size, rows))
+        return seen
+
+    def examples(self, rounds: int) -> int:
+        """Return the examples that all clients see in so many rounds."""
+        seen = self.examples_by_client()
+        return sum(seen[client] for number in range(1, rounds + 1) for client in self.strategy.sample(number))
+
+    def packs(self) -> int:
+        """Return the packs of the first round."""
+        dealt = deal(self.strategy.sample(1), range(self.nodes))
+        return sum(len(split_packs(own, self.config.engine.pack, self.trainers)) for own in dealt.values())
+
+    def record(self) -> dict[str, Any]:
+        """Return the plan as plain values, for ``plan.json``."""
+        measure = TASKS[self.config.task].measure
+        roles = self.strategy.all_roles(1)
+        return {
+            "measure": self.measure,
+            "higher_is_better": measure.higher_is_better,
+            "roles": {kind: str(role) for kind, role in roles.items()},
+            "trained_parameters": self.trained_parameters(),
+            "base_parameters": self.num_parameters,
+            "bytes_up_per_client": self.payload(Role.SHARED),
+            "bytes_down_per_client": self.payload(Role.SHARED, Role.BROADCAST),
+            "packs": self.packs(),
+            "nodes": self.nodes,
+            "trainers": self.trainers,
+        }
+
+    def trained_parameters(self) -> int:
+        """Return the numbers that a client trains."""
+        return count_parameters(with_role(self.specs, self.strategy.all_roles(1), Role.SHARED, Role.PRIVATE))
+
+    def show(self, console: Console) -> None:
+        """Print who holds what, what is trained and sent, and what that amounts to."""
+        console.print(clients_table(list(self.data.corpus.classes), self.data.label_counts().tolist()))
+        console.print(self._tensors_table())
+        for line in self._lines():
+            console.print(line, markup=False)
+
+    def _tensors_table(self) -> RichTable:
+        config, dtype = self.config, self.config.engine.tensor_dtype
+        table = RichTable(title=f"{config.strategy.name} / {config.method.name} on {config.model.name} ({self.family})")
+        for column in ("kind", "role", "tensors", "parameters", "bytes up", "bytes down"):
+            table.add_column(column, justify="left" if column in ("kind", "role") else "right")
+        roles = self.strategy.all_roles(1)
+        for kind, role in roles.items():
+            own = {name: spec for name, spec in self.specs.items() if spec.kind == kind}
+            up = payload_bytes(with_role(own, roles, Role.SHARED), dtype)
+            down = payload_bytes(with_role(own, roles, Role.SHARED, Role.BROADCAST), dtype)
+            table.add_row(kind, str(role), str(len(own)), f"{count_parameters(own):,}", f"{up:,}", f"{down:,}")
+        return table
+
+    def _lines(self) -> list[str]:
+        config, steps = self.config, self.steps()
+        up, down = self.payload(Role.SHARED), self.payload(Role.SHARED, Role.BROADCAST)
+        visits = self.sampled * config.rounds
+        exact = {
+            True: "exact",
+            False: "not exact (means of A and B, not of B A)",
+            None: "none: the server holds no whole update",
+        }
+        lines = [
+            f"base model: {self.num_parameters:,} parameters, {self.num_layers} adapted layers, "
+            f"{self.trained_parameters():,} trained parameters a client",
+            f"rounds: {config.rounds} of {self.sampled} of {config.federation.num_clients} clients, in {self.packs()} "
+            f"pack(s) on {self.trainers} trainer(s); {min(steps)} to {max(steps)} local steps of "
+            f"{config.train.batch_size} examples",
+            f"reported: {self.measure.replace('_', ' ')}"
+            + (" (each client on the rows it holds out)" if self.strategy.personal_now else ""),
+            f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down",
+            f"bytes of the whole run: {human_bytes(up * visits)} up, {human_bytes(down * visits)} down",
+        ]
+        if self.strategy.personal_now:
+            lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")
+        lines += [f"server mean of updates: {exact[self.strategy.exact]}", "privacy: none", *self._remarks()]
+        return lines
+
+    def _remarks(self) -> list[str]:
+        """Return what is allowed but may surprise."""
+        if len(self.data.corpus.classes) < 2:
+            return []
+        lone = np.flatnonzero((self.data.label_counts() > 0).sum(1) == 1).tolist()
+        if not lone:
+            return []
+        shown = ", ".join(map(str, lone[:10])) + (", ..." if len(lone) > 10 else "")
+        return [
+            f"note: {len(lone)} of {len(self.data.clients)} clients hold rows of one class only ({shown}): alone they "
+            "learn to answer it always, and a private head stays useless for the others"
+        ]

@@ -1,0 +1,344 @@
+"""One run: what happens around a strategy's rounds, from the plan to the finished folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+from numpy.typing import NDArray
+from rich.console import Console
+
+from clients.pool import TrainerPool, split_packs
+from clients.trainer import Description, Request, Speed
+from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
+from fedlora.methods import initial_tensors
+from fedlora.roles import Role
+from fedlora.runs.card import model_card
+from fedlora.runs.folder import RunFolder, environment, read_lines
+from fedlora.runs.report import Run, human_bytes, human_time, metrics_table, outcome_table, plot_partition, write_report
+from fedlora.seeded import Seeded
+from fedlora.tasks import TASKS
+from fedlora.wire import from_named_arrays, named_arrays
+from simulations.plan import Plan
+
+if TYPE_CHECKING:
+    from simulations.session import Session
+
+_ADAPTERS = 100  # of clients' own adapters that are exported, at most
+
+
+class Simulation:
+    """One run.
+
+    Args:
+        plan: What it is going to do.
+        folder: Its folder.
+        pool: The trainers, at work on it.
+        description: What a trainer said of itself.
+        console: Where progress goes.
+        session: Runs what it is compared with.
+        started: When it started, by ``time.monotonic``.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        pool: TrainerPool,
+        description: Description,
+        console: Console,
+        session: Session,
+        started: float,
+    ) -> None:
+        self.plan = plan
+        self.config = plan.config
+        self.data = plan.data
+        self.strategy = plan.strategy
+        self.task = TASKS[plan.config.task]
+        self.folder = folder
+        self.pool = pool
+        self.description = description
+        self.console = console
+        self.session = session
+        self.started = started
+        self.round_started = started
+        self.metrics: list[dict[str, Any]] = []
+
+    def run(self, grid: Grid) -> dict[str, Any]:
+        """Run the rounds, write the run's files, and return the outcome."""
+        tensors, completed = self._start()
+        self.round_started = time.monotonic()
+        result = self.strategy.start(
+            grid,
+            named_arrays(tensors),
+            num_rounds=self.config.rounds,
+            timeout=self.config.federation.timeout,
+            evaluate_fn=self._evaluate,
+            on_round=self._on_round,
+            completed=completed,
+        )
+        assert result.arrays is not None, "a run has a result"
+        return self._finish(from_named_arrays(result.arrays))
+
+    # -- before the rounds --------------------------------------------------------------------------------
+
+    def _start(self) -> tuple[dict[str, NDArray[np.floating]], int]:
+        """Show and write what is known, and return the tensors to start from with the rounds behind them."""
+        checkpoint = self.folder.read_checkpoint({"base": self.description.digest}) if self.config.run.resume else None
+        seeded = initial_tensors(self.description.specs, Seeded(self.config.seed), self.config.engine.tensor_dtype)
+        tensors = {name: seeded[name] for name in self.strategy.exchanged(1)}
+        if checkpoint is not None:
+            tensors = checkpoint.tensors
+            self.strategy.have_trained = set(checkpoint.state["have_trained"])
+            self.metrics = read_lines(self.folder.path / "metrics.jsonl")
+            self.started -= checkpoint.state["seconds"]
+        completed = checkpoint.round if checkpoint is not None else 0
+        self.plan.show(self.console)
+        if completed:
+            self.console.print(f"resumed after round {completed}")
+            if checkpoint is not None and checkpoint.state["packing"] != self._packing():
+                self.console.print(
+                    f"note: packs were made with {checkpoint.state['packing']} and are now with {self._packing()}: the "
+                    "rest agrees with an undisturbed run within rounding, not to the bit"
+                )
+        self._write_start()
+        if not self.console.quiet and completed < self.config.rounds:
+            self._estimate(tensors, completed)
+        return tensors, completed
+
+    def _packing(self) -> dict[str, int]:
+        """What decides, beside the configuration, which clients are packed together."""
+        return {"nodes": self.plan.nodes, "trainers": len(self.pool)}
+
+    def _write_start(self) -> None:
+        counts = self.data.label_counts().tolist()
+        names = list(self.data.names)
+        classes = list(self.data.corpus.classes)
+        self.folder.write_json("partition.json", {"classes": classes, "counts": counts, "names": names})
+        self.folder.write_json("plan.json", self.plan.record())
+        plot_partition(Run.read(self.folder.path))
+        self.folder.write_json(
+            "privacy.json",
+            {"mode": "none", "guarantee": "none: what clients send is not protected by differential privacy"},
+        )
+        self.folder.write_json("environment.json", environment(code_fingerprint((*CLIENT_PACKAGES, "strategies"))[0]))
+        self.console.print(
+            f"{len(self.pool)} trainer(s) of {self.description.threads} thread(s) on {self.description.device}"
+        )
+
+    def _estimate(self, tensors: dict[str, NDArray[np.floating]], completed: int) -> None:
+        """Print how long the rounds will take, by a short probe."""
+        sampled = self.strategy.sample(completed + 1)
+        pack = split_packs(sampled, self.config.engine.pack, len(self.pool))[0]
+        request = Request(completed + 1, pack, self.strategy.all_roles(completed + 1), tensors)
+        speed: Speed = self.pool.call_all("probe", [(request,)])[0]
+        rounds = self.config.rounds - completed
+        examples = self.plan.examples(rounds)
+        train_s = examples * speed.row_tokens * speed.train_s
+        measured = rounds * speed.measured_tokens
+        if self.strategy.personal_now:
+            measured = int(rounds * sum(map(len, self.data.holdout)) * speed.row_tokens)
+        total_s = (train_s + measured * speed.evaluate_s) / len(self.pool)
+        self.console.print(
+            f"estimate from a probe: {human_time(total_s)} for {rounds} round(s), at {1 / speed.train_s:,.0f} tokens/s "
+            f"in training and {1 / speed.evaluate_s:,.0f} in evaluation on each trainer"
+        )
+
+    # -- rounds -------------------------------------------------------------------------------------------
+
+    def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Evaluate the server's tensors on the rows that a round is measured on, all trainers side by side."""
+        if server_round == 0 or self.strategy.personal_now:
+            return None
+        metrics = self._metrics(from_named_arrays(arrays), self.plan.measured)
+        return MetricRecord({f"{self.plan.measured}_{name}": value for name, value in metrics.items()})
+
+    def _facts(
+        self, tensors: dict[str, NDArray[np.floating]], split: str, rows: Sequence[int]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return what the task tells of each of these rows under the server's tensors, [rows] each."""
+        shares = [np.arange(first, len(rows), len(self.pool)) for first in range(len(self.pool))]
+        shares = [share for share in shares if len(share)]
+        parts = self.pool.call_all("evaluate", [(tensors, split, [rows[int(at)] for at in share]) for share in shares])
+        told = {name: np.zeros(len(rows)) for name in parts[0]}
+        for share, part in zip(shares, parts, strict=True):
+            for name, values in part.items():
+                told[name][share] = values
+        return told
+
+    def _metrics(self, tensors: dict[str, NDArray[np.floating]], split: str) -> dict[str, float]:
+        """Return the metrics of the server's tensors on all rows of a split."""
+        told = self._facts(tensors, split, range(len(self.data.corpus.splits[split])))
+        return self.task.metrics({name: float(values.mean()) for name, values in told.items()})
+
+    def _on_round(self, server_round: int, arrays: ArrayRecord, result: Result) -> None:
+        """Write a round's lines and checkpoint, and print its progress."""
+        if server_round == 0:
+            return
+        now = time.monotonic()
+        tally = self.strategy.tally
+        assert tally is not None, "a round leaves a tally"
+        measured = dict(result.evaluate_metrics_serverapp.get(server_round, MetricRecord()))
+        personal = dict(result.evaluate_metrics_clientapp.get(server_round, MetricRecord()))
+        clients = personal.pop("personal_clients", None)
+        means = {name.removeprefix("personal_"): float(value) for name, value in personal.items()}  # type: ignore[arg-type]
+        own = self.task.metrics(means) if means else {}
+        names = [self.task.measure.name, "loss", *(["exact_match"] if self.config.task == "causal-lm" else [])]
+        train = result.train_metrics_clientapp[server_round]
+        line: dict[str, Any] = {
+            "round": server_round,
+            **{f"{where}_{name}": measured.get(f"{where}_{name}") for where in ("test", "dev") for name in names},
+            **{f"personal_{name}": own.get(name) for name in names},
+            "personal_clients": clients,
+            "head": str(self.strategy.all_roles(server_round).get("head", "none")),
+            "train_loss": train["train_loss"],
+            "clients_ok": train["clients_ok"],
+            "clients_refused": train["clients_refused"],
+            "bytes_up": tally.bytes_up,
+            "bytes_down": tally.bytes_down,
+            "message_bytes_up": tally.message_bytes_up,
+            "message_bytes_down": tally.message_bytes_down,
+            "seconds": now - self.round_started,
+        }
+        self.round_started = now
+        self.metrics.append(line)
+        self.folder.append("metrics.jsonl", line)
+        self.folder.append(
+            "clients.jsonl",
+            *(
+                {"round": server_round, "client": client, **facts, "refused": tally.refused.get(client)}
+                for client, facts in sorted(tally.facts.items())
+            ),
+        )
+        state = {
+            "strategy": self.strategy.name,
+            "have_trained": sorted(self.strategy.have_trained),
+            "base": self.description.digest,
+            "packing": self._packing(),
+            "seconds": now - self.started,
+        }
+        self.folder.checkpoint(server_round, from_named_arrays(arrays), state)
+        value = line[self.plan.measure]
+        left = (self.config.rounds - server_round) * line["seconds"]
+        self.console.print(
+            f"round {server_round}/{self.config.rounds}  {self.plan.measure.replace('_', ' ')} "
+            f"{'-' if value is None else f'{value:.4f}'}  train loss {line['train_loss']:.4f}  "
+            f"{line['clients_ok']} ok, {line['clients_refused']} refused  up {human_bytes(line['bytes_up'])}  "
+            f"down {human_bytes(line['bytes_down'])}  {line['seconds']:.1f} s"
+            + (f", {human_time(left)} left" if left >= 60 else "")
+        )
+
+    # -- after the rounds ---------------------------------------------------------------------------------
+
+    def _finish(self, tensors: dict[str, NDArray[np.floating]]) -> dict[str, Any]:
+        """Measure what is measured once, export, compare, and write the outcome."""
+        from simulations.baselines import run_baselines
+
+        last = self.metrics[-1]
+        outcome: dict[str, Any] = {
+            "head": last["head"],
+            **{
+                name: last[name]
+                for name in last
+                if name.startswith(("test_", "dev_", "personal_")) and last[name] is not None
+            },
+        }
+        if self.plan.measured == "dev" and self.config.eval.test:
+            final = self._metrics(tensors, "test")
+            outcome |= {f"test_{name}": value for name, value in final.items()}
+        scores = self._scores(tensors)
+        if scores:
+            self.folder.write_lines("scores.jsonl", scores)
+            outcome |= summarise(scores, self.task.measure.name, self.task.measure.higher_is_better)
+        if self.task.measure.name == "accuracy":
+            measured = self.data.corpus.splits.get("test") or self.data.corpus.splits["dev"]
+            outcome["majority_share"] = self.data.corpus.majority_share(measured)
+        self._export(tensors, outcome)
+        if self.config.eval.baselines:
+            outcome |= run_baselines(self)
+        outcome |= {
+            "rounds": self.config.rounds,
+            "bytes_up": int(np.sum([line["bytes_up"] for line in self.metrics])),
+            "bytes_down": int(np.sum([line["bytes_down"] for line in self.metrics])),
+            "seconds": time.monotonic() - self.started,
+        }
+        self.folder.write_json("result.json", outcome)
+        run = Run.read(self.folder.path)
+        write_report(run)
+        self.console.print(metrics_table(run))
+        self.console.print(outcome_table(run))
+        self.console.print(f"run folder: {self.folder.path}", markup=False)
+        self.console.print(f"next: fedlora report {self.folder.path}", markup=False)
+        for line in self._next():
+            self.console.print(f"      {line}", markup=False)
+        return outcome
+
+    def _next(self) -> list[str]:
+        """Return commands that a user may want to type now."""
+        # A smaller rate than FFA-LoRA's: with both factors trained a step moves the product by more.
+        other = {"ffa-lora": "'fedavg' train.learning-rate=0.005"}.get(self.config.strategy.name, "'ffa-lora'")
+        file = self.folder.path / "config.toml"
+        more = f"run.resume=true rounds={2 * self.config.rounds}"
+        return [
+            f'fedlora run -c "strategy.name={other}"',
+            f'fedlora run -c {file} -c "{more}"',
+        ]
+
+    def _scores(self, tensors: dict[str, NDArray[np.floating]]) -> list[dict[str, Any]]:
+        """Return each client's metrics on the rows that it holds out, under the model that it ends with."""
+        if self.strategy.personal_now:
+            sums = self.strategy.personal_sums
+            return [self.score(client, sums[client]) for client in sorted(sums)]
+        held = [(client, rows) for client, rows in enumerate(self.data.holdout) if len(rows)]
+        if not held:
+            return []
+        told = self._facts(tensors, "train", np.concatenate([rows for _, rows in held]).tolist())
+        bounds = np.cumsum([0, *(len(rows) for _, rows in held)])
+        return [
+            self.score(
+                client,
+                {"examples": len(rows)}
+                | {name: float(values[bounds[at] : bounds[at + 1]].sum()) for name, values in told.items()},
+            )
+            for at, (client, rows) in enumerate(held)
+        ]
+
+    def score(self, client: int, sums: dict[str, float]) -> dict[str, Any]:
+        """Return a client's metrics, given the sums of the facts of its rows."""
+        examples = sums["examples"]
+        means = {name: value / examples for name, value in sums.items() if name != "examples"}
+        return {"client": client, "examples": int(examples), **self.task.metrics(means)}
+
+    def _export(self, tensors: dict[str, NDArray[np.floating]], outcome: dict[str, Any]) -> None:
+        """Write the adapter; where clients keep factors of their own, an adapter for each of them."""
+        roles = self.strategy.all_roles(self.config.rounds + 1)
+        own = any(role is Role.PRIVATE for kind, role in roles.items() if kind != "head")
+        clients = sorted(self.strategy.have_trained)[:_ADAPTERS] if own else []
+        requests = [Request(self.config.rounds + 1, (client,), roles, tensors) for client in clients]
+        requests = requests or [Request(self.config.rounds + 1, (), roles, tensors)]
+        exported = [files[0] for files in self.pool.call_all("export", [(request,) for request in requests])]
+        lines = [f"- {key}: {value}" for key, value in outcome.items()]
+        for request, files in zip(requests, exported, strict=True):
+            name = f"adapters/client-{request.clients[0]}" if request.clients else "adapter"
+            card = model_card(self.config, self.data.corpus.classes, lines, roles, request.clients)
+            for file, content in {**files, "README.md": card.encode()}.items():
+                self.folder.write_bytes(f"{name}/{file}", content)
+        trainers = [asdict(described) for described in self.pool.call_all("describe", [()] * len(self.pool))]
+        kept = ("device", "threads", "pid", "base_loads", "digest")
+        self.folder.write_json("trainers.json", [{key: trainer[key] for key in kept} for trainer in trainers])
+
+
+def summarise(scores: list[dict[str, Any]], measure: str, higher_is_better: bool) -> dict[str, float]:
+    """Return the mean over clients and the mean over the worst tenth of them."""
+    values = np.sort([score[measure] for score in scores])
+    worst = values if higher_is_better else values[::-1]
+    return {
+        f"clients_{measure}": float(values.mean()),
+        f"clients_{measure}_worst_tenth": float(worst[: -(-len(worst) // 10)].mean()),
+    }

@@ -1,0 +1,28 @@
+"""No federation: each client trains by itself, and nothing is exchanged.
+
+What a federation has to beat. Clients are sampled as in any other strategy, so a client takes as many steps here
+as there. A head that others would share is private here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+from fedlora.roles import Role, Roles
+from strategies.base import RoleStrategy
+
+
+@final
+class Local(RoleStrategy):
+    """Keeps every tensor at its client."""
+
+    name = "local"
+    methods = ("lora",)
+    exact = None
+    personal = True
+
+    def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
+        """Return ``private`` for all kinds, and for the head unless it is frozen."""
+        head = Role.PRIVATE if self.setting.head is Role.SHARED else self.setting.head
+        return {**dict.fromkeys(kinds, Role.PRIVATE), "head": head}
