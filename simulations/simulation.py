@@ -69,6 +69,7 @@ class Simulation:
         self.started = started
         self.round_started = started
         self.metrics: list[dict[str, Any]] = []
+        self.before: dict[str, float] = {}
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """Run the rounds, write the run's files, and return the outcome."""
@@ -97,6 +98,7 @@ class Simulation:
             tensors = checkpoint.tensors
             self.strategy.have_trained = set(checkpoint.state["have_trained"])
             self.metrics = read_lines(self.folder.path / "metrics.jsonl")
+            self.before = checkpoint.state["before"]
             self.started -= checkpoint.state["seconds"]
         completed = checkpoint.round if checkpoint is not None else 0
         self.plan.show(self.console)
@@ -154,9 +156,13 @@ class Simulation:
 
     def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate the server's tensors on the rows that a round is measured on, all trainers side by side."""
-        if server_round == 0 or self.strategy.personal_now:
-            return None
+        if self.strategy.personal_now or (server_round == 0 and self.task.has_head):
+            return None  # an untrained head knows nothing; a language model does, before any round
         metrics = self._metrics(from_named_arrays(arrays), self.plan.measured)
+        if server_round == 0:
+            self.before = {f"before_{name}": value for name, value in metrics.items()}
+            told = f"{self.plan.measure.replace('_', ' ')} {metrics[self.task.measure.name]:.4f}"
+            self.console.print(f"before training: {told}")
         return MetricRecord({f"{self.plan.measured}_{name}": value for name, value in metrics.items()})
 
     def _facts(
@@ -221,6 +227,7 @@ class Simulation:
             "have_trained": sorted(self.strategy.have_trained),
             "base": self.description.digest,
             "packing": self._packing(),
+            "before": self.before,
             "seconds": now - self.started,
         }
         self.folder.checkpoint(server_round, from_named_arrays(arrays), state)
@@ -243,6 +250,7 @@ class Simulation:
         last = self.metrics[-1]
         outcome: dict[str, Any] = {
             "head": last["head"],
+            **self.before,
             **{
                 name: last[name]
                 for name in last

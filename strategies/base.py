@@ -210,7 +210,8 @@ class RoleStrategy(Strategy):
         self._server = {
             name: np.asarray(value) for name, value in self.combine(self._server, mean, server_round).items()
         }
-        losses = [fact["loss"] for client, fact in tally.facts.items() if client not in tally.refused]
+        # By client, not by arrival: this mean, too, must not depend on the order of replies.
+        losses = [fact["loss"] for client, fact in sorted(tally.facts.items()) if client not in tally.refused]
         metrics = MetricRecord(
             {
                 "train_loss": float(np.mean(losses)),
@@ -322,6 +323,15 @@ class RoleStrategy(Strategy):
         result = Result()
         result.arrays = initial_arrays
         self.summary()
+
+        def ask(server_round: int, arrays: ArrayRecord) -> None:
+            questions = list(self.configure_evaluate(server_round, arrays, evaluate_config, grid))
+            personal = self.aggregate_evaluate(server_round, arriving(grid, questions, timeout)) if questions else None
+            if personal is not None:
+                result.evaluate_metrics_clientapp[server_round] = personal
+
+        if 0 < num_rounds <= completed:
+            ask(completed, initial_arrays)  # what clients said after the last round is not in a checkpoint
         for server_round in range(completed + 1 if completed else 0, num_rounds + 1):
             if server_round:
                 instructions = self.configure_train(server_round, result.arrays, train_config, grid)
@@ -329,13 +339,8 @@ class RoleStrategy(Strategy):
                 assert arrays is not None, "a round without a result raises"
                 assert metrics is not None, "a round without a result raises"
                 result.arrays = arrays
-                questions = list(self.configure_evaluate(server_round, arrays, evaluate_config, grid))
-                personal = (
-                    self.aggregate_evaluate(server_round, arriving(grid, questions, timeout)) if questions else None
-                )
-                if personal is not None:
-                    result.evaluate_metrics_clientapp[server_round] = personal
                 result.train_metrics_clientapp[server_round] = metrics
+                ask(server_round, arrays)
             if evaluate_fn is not None:
                 evaluated = evaluate_fn(server_round, result.arrays)
                 if evaluated is not None:

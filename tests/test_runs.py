@@ -458,3 +458,132 @@ def test_a_plain_server_app_drives_a_strategy(flower: dict[str, str], tmp_path: 
     assert outcome["refused"] == {"3": "layer.lora_B holds NaN or infinity"}
     step = (0 * 1 + 1 * 2 + 2 * 3) / 6
     assert np.allclose(outcome["B"], 2 * step, rtol=1e-6)
+
+
+# -- resume -------------------------------------------------------------------------------------------
+
+LONG: dict[str, Any] = {
+    "rounds": 5,
+    "strategy.name": "fedsa-lora",
+    "method.head": "private",
+    "train.local-steps": 6,
+    "train.learning-rate": 0.05,
+    "federation.clients-per-round": 3,
+    "engine.dtype": "float32",
+    "eval.baselines": True,
+}
+
+
+def kill_everything(process: subprocess.Popen[str], mark: str) -> None:
+    """kill -9 of the run and of all that it started, at once."""
+    for victim in [psutil.Process(process.pid), *marked(mark), *psutil.Process(process.pid).children(recursive=True)]:
+        try:
+            victim.kill()
+        except psutil.Error:
+            continue
+
+
+def start(config: Path, options: str, mark: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(BIN / "fedlora"), "run", "-c", str(config), *(["-c", options] if options else [])],
+        cwd=ROOT,
+        env={**os.environ, "FEDLORA_TEST": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    """Everything in a run folder that does not depend on the clock or on processes."""
+    metrics = [
+        {key: value for key, value in line.items() if key != "seconds"} for line in read_lines(folder / "metrics.jsonl")
+    ]
+    result = json.loads((folder / "result.json").read_text())
+    files = [*folder.rglob("*.safetensors"), folder / "scores.jsonl", folder / "clients.jsonl"]
+    return {
+        "metrics": metrics,
+        "result": {key: value for key, value in result.items() if key != "seconds"},
+        **{path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(files)},
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return fedlora_run(tmp_path_factory.mktemp("undisturbed"), **LONG)
+
+
+def test_personal_strategies_report_clients_and_export_their_adapters(undisturbed: Finished) -> None:
+    """A shared, B and head private: personal accuracy by round, baselines beside it, an adapter for each client."""
+    assert undisturbed.code == 0, undisturbed.output
+    assert all(line["test_accuracy"] is None for line in undisturbed.metrics)
+    assert all(0 <= line["personal_accuracy"] <= 1 for line in undisturbed.metrics)
+    result = json.loads((undisturbed.folder / "result.json").read_text())
+    scores = read_lines(undisturbed.folder / "scores.jsonl")
+    assert result["clients_accuracy"] == pytest.approx(np.mean([score["accuracy"] for score in scores]))
+    assert result["clients_accuracy_worst_tenth"] == min(score["accuracy"] for score in scores), "one of four"
+    assert {"alone_clients_accuracy", "alone_test_accuracy", "central_test_accuracy"} <= set(result)
+    assert (undisturbed.folder / "clients.png").is_file()
+    assert not (undisturbed.folder / "adapter").exists(), "without the clients' B it would do nothing"
+    loaded = [load_file(undisturbed.folder / f"adapters/client-{k}/adapter_model.safetensors") for k in range(2)]
+    for name in loaded[0]:
+        same = np.array_equal(loaded[0][name], loaded[1][name])
+        assert same == ("lora_A" in name), name
+    assert not [name for name in undisturbed.checkpoint() if "lora_A" not in name], "the server never held another"
+
+
+def test_killed_runs_go_on_to_the_same_bits(undisturbed: Finished, tmp_path: Path) -> None:
+    """kill -9 of every process: in mid-round, and in the baselines; each time it goes on."""
+    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "run.name": "run", **LONG})
+    config, folder = tmp_path / "config.toml", tmp_path / "runs" / "run"
+    # The same texts and model as the undisturbed run's: only the place differs.
+    config.write_text(to_toml(flat), encoding="utf-8")
+    moments = [("round 3/", 0.05), ("alone clients", 0.1)]
+    for at, (line_start, delay) in enumerate(moments):
+        mark = uuid.uuid4().hex
+        process = start(config, "run.resume=true" if at else "", mark)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(line_start):
+                time.sleep(delay)
+                break
+        kill_everything(process, mark)
+        process.stdout.close()
+        process.wait()
+        assert not (folder / "result.json").exists()
+    with start(config, "run.resume=true", uuid.uuid4().hex) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+    assert process.returncode == 0, output
+    assert "resumed after round 5" in output
+    one, two = comparable(undisturbed.folder), comparable(folder)
+    assert one.keys() == two.keys()
+    assert [key for key in one if one[key] != two[key]] == []
+
+
+def test_what_cannot_be_resumed_is_refused(packed: Finished, tmp_path: Path) -> None:
+    """Another configuration, a finished run, no run at all, another version, a run that is being written."""
+    from fedlora.runs.folder import RunFolder
+    from simulations.setup import resolve
+
+    copy = tmp_path / "run"
+    shutil.copytree(packed.folder, copy)
+    flat = {**from_toml((copy / "config.toml").read_text()), "run.dir": str(tmp_path), "run.resume": True}
+    (copy / "config.toml").write_text(to_toml({**flat, "run.resume": False}))
+    for changes, message in (
+        ({}, r"is finished; raise rounds to go on with it"),
+        ({"seed": 5}, r"another configuration: seed was 0 and is 5"),
+        ({"train.batch-size": 2}, r"train.batch-size was 4 and is 2"),
+        ({"run.name": "none"}, r"holds no run to continue; start it without run.resume"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RunFolder.resume(resolve({**flat, **changes}))
+    folder = RunFolder.resume(resolve({**flat, "rounds": 9}))
+    with pytest.raises(ValueError, match=r"the checkpoint in .* has base = '[0-9a-f]+', and this is 'other'"):
+        folder.read_checkpoint({"base": "other"})
+    with folder.held(), pytest.raises(ValueError, match="is being written by another process"), folder.held():
+        pass
+    state = json.loads((copy / "checkpoint" / "state.json").read_text())
+    (copy / "checkpoint" / "state.json").write_text(json.dumps({**state, "fedlora": "0.0.1"}))
+    with pytest.raises(ValueError, match=r"has fedlora = '0.0.1', and this is"):
+        folder.read_checkpoint({})

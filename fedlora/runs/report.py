@@ -94,6 +94,7 @@ class Run:
         result = self.result or {}
         where = "test" if f"alone_test_{self.metric}" in result else "dev"
         found = {
+            "before training": result.get(f"before_{self.metric}"),
             "always the commonest class": result.get("majority_share"),
             "each client alone, mean": result.get(f"alone_{where}_{self.metric}"),
             "each client alone, worst tenth": result.get(f"alone_{where}_{self.metric}_worst_tenth"),
