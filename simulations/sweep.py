@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -204,6 +205,8 @@ class Sweep:
                 progress.run(cell, session)
         self.write_tables(progress.errors)
         console.print(self.table())
+        for name, reason in progress.errors.items():
+            console.print(f"failed: {name}: {reason}", markup=False)
         console.print(f"sweep folder: {self.folder}", markup=False)
 
     def cells(self) -> Iterator[Cell]:
@@ -260,8 +263,10 @@ class Sweep:
         ]
         keys = [key for key in (*self.grid, *self.tune) if key != "seed"]
         table = RichTable(title=f"{self.base['run.name']}: mean and standard deviation over seeds")
-        for column in (*keys, "n", *(name.replace("_", " ") for name in names)):
-            table.add_column(column, justify="left" if column in keys else "right")
+        for key in keys:
+            table.add_column(key.replace(".", "\n"), no_wrap=True)
+        for column in ("n", *(name.replace("_", "\n") for name in names)):
+            table.add_column(column, justify="right", no_wrap=True)
         for _, row in groups.iterrows():
             values = [
                 number(row[f"{name}_mean"]) + ("" if math.isnan(row[f"{name}_std"]) else f" ± {row[f'{name}_std']:.4f}")
@@ -302,14 +307,14 @@ class _Progress:
             self._say(cell, None, self.errors[cell.config.run.name])
         else:
             self._seconds.append(time.monotonic() - started)
-            left = (self.total - self.number) * sum(self._seconds) / len(self._seconds)
+            left = (self.total - self.number) * statistics.median(self._seconds)  # the first one starts the trainers
             self._say(cell, outcome, f"{self._seconds[-1]:.1f} s" + (f", {human_time(left)} left" if left >= 1 else ""))
         self.sweep.write_tables(self.errors)
 
     def skip(self, group: Values, error: ValueError) -> None:
         """Leave out the final cells of a group for which nothing could be chosen."""
         self.number += len(self.sweep.finals(group, {}))
-        self.console.print(f"skipped {_told(group)}: {error}", markup=False)
+        self.errors[_told(group)] = str(error)
 
     def _count_attempt(self, cell: Cell) -> None:
         """Give up a cell in which the process died over and over."""

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from fedlora.config import Config, DataConfig
-from fedlora.data import docstrings, load_federated
+from fedlora.data import docstrings, load_corpus, load_federated
 from fedlora.data.docstrings import LIBRARIES, load_docstrings
 from fedlora.data.files import load_file_corpus
 from fedlora.data.partition import deal
@@ -261,3 +261,180 @@ def test_load_federated_follows_the_configuration(tmp_path: Path) -> None:
     data = load_federated(Config.from_flat(flat), 3)
     assert len(data.clients) == 3
     assert all(len(held) for held in data.holdout)
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet", "shards", "quantity"])
+def test_a_minimum_of_rows_holds_or_is_refused(partition: str) -> None:
+    for least in (1, 10):
+        parts = DataConfig(partition=partition, min_size=least, alpha=5.0)
+        data = deal(some_corpus(), parts, num_clients=10, seed=3)
+        assert min(len(data.training_rows(client)) for client in range(10)) >= least
+    with pytest.raises(ValueError, match=r"training rows cannot give each client 31 or more|finds no way"):
+        deal(some_corpus(), DataConfig(partition=partition, min_size=31), num_clients=10, seed=3)
+
+
+def test_shards_give_clients_few_classes() -> None:
+    corpus = some_corpus()
+    few = deal(corpus, DataConfig(partition="shards", shards_per_client=1), num_clients=6, seed=0).label_counts()
+    assert (few > 0).sum(1).max() == 1
+    more = deal(corpus, DataConfig(partition="shards", shards_per_client=5), num_clients=6, seed=0).label_counts()
+    assert (more > 0).sum(1).mean() > 2
+
+
+def test_quantity_skews_sizes_and_not_labels() -> None:
+    even, uneven = (
+        deal(some_corpus(), DataConfig(partition="quantity", alpha=alpha), num_clients=6, seed=0)
+        for alpha in (1000.0, 0.3)
+    )
+    assert np.ptp([len(rows) for rows in even.clients]) < 20 < np.ptp([len(rows) for rows in uneven.clients])
+    largest = uneven.label_counts()[np.argmax([len(rows) for rows in uneven.clients])]
+    assert largest.max() < 1.4 * largest.min()
+
+
+# -- whose rows they are ------------------------------------------------------------------------------
+
+HOSPITALS = [(f"text {n}", "good" if n % 3 else "bad", f"h{n % 7}") for n in range(140)]
+
+
+def owned(path: Path, rows: Any = HOSPITALS, **changes: Any) -> Config:
+    pd.DataFrame(rows, columns=["review", "verdict", "hospital"]).to_parquet(path)
+    return config(str(path), **{"partition": "natural", "partition_column": "hospital", **changes})
+
+
+def test_natural_clients_are_owners(tmp_path: Path) -> None:
+    """One client an owner; of fewer clients each has whole owners, and all have about the same."""
+    path = tmp_path / "train.parquet"
+    data = load_federated(owned(path), 0)
+    assert data.names == tuple(f"h{n}" for n in range(7))
+    for client, rows in enumerate(data.clients):
+        assert {data.corpus.train.owners[row] for row in rows} == {f"h{client}"}
+    fewer = load_federated(owned(path), 3)
+    whose = [{fewer.corpus.train.owners[row] for row in rows} for rows in fewer.clients]
+    assert sorted(map(len, whose)) == [2, 2, 3]
+    assert not whose[0] & whose[1] | whose[0] & whose[2] | whose[1] & whose[2]
+    with pytest.raises(ValueError, match=r"num-clients = 8: data.partition = 'natural' finds 7 owners of rows"):
+        load_federated(owned(path), 8)
+    small = [("alone", "good", "h9"), *HOSPITALS]
+    with pytest.raises(ValueError, match=r"gives 1 of 8 clients fewer .* data.min-size = 5: client 7 \(h9\) has 1"):
+        load_federated(owned(path, small, min_size=5, test_path=str(path)), 0)
+
+
+def test_rows_of_one_owner_are_never_on_two_clients(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    with pytest.raises(ValueError, match=r"rows of 'h\d' are on clients \d and \d with data.partition = 'iid'; use"):
+        load_federated(owned(path, partition="iid"), 3)
+    alike = [*HOSPITALS, ("text", "good", " H1")]
+    with pytest.raises(ValueError, match=r"'(h1|H1)' and ' ?(H1|h1)' differ in case or spaces alone"):
+        load_federated(owned(path, alike, test_path=str(path)), 0)
+    nobody = [*HOSPITALS, ("text", "good", None)]
+    with pytest.raises(ValueError, match=r"1 rows have no owner \(column 'hospital'\)"):
+        load_federated(owned(path, nobody), 0)
+    with pytest.raises(ValueError, match=r"data.partition-column = '': must name the column"):
+        DataConfig(partition="natural")
+
+
+def test_docstrings_have_natural_clients(corpus: Corpus) -> None:
+    natural = DataConfig(partition="natural", partition_column="sub-package")
+    data = load_federated(Config(data=natural), 0)
+    assert len(data.clients) > 50
+    assert data.corpus.test == corpus.test.take(np.arange(800)) or data.corpus.test.texts == corpus.test.texts
+    for name, rows in zip(data.names, data.clients, strict=True):
+        assert {data.corpus.classes[data.corpus.train.labels[row]] for row in rows} == {name.split(".")[0]}
+    with pytest.raises(ValueError, match=r"has one such column, sub-package. Did you mean 'sub-package'"):
+        load_federated(Config(data=DataConfig(partition="natural", partition_column="subpackage")), 0)
+
+
+# -- the hub's format ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local folder as the hub keeps data sets: a card that declares classes, and parquet files by split."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "films"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: review\n    dtype: string\n  - name: verdict\n    dtype:\n"
+        "      class_label:\n        names:\n          '0': bad\n          '1': good\n"
+        "configs:\n- config_name: default\n  data_files:\n"
+        + "".join(f"  - split: {s}\n    path: data/{s}.parquet\n" for s in ("train", "validation", "hidden"))
+        + "---\n"
+    )
+    for split, rows in (("train", 50), ("validation", 10), ("hidden", 4)):
+        labels = [-1] * rows if split == "hidden" else [n % 2 for n in range(rows)]
+        frame = pd.DataFrame({"review": [f"{split} {n}" for n in range(rows)], "verdict": labels})
+        frame.to_parquet(folder / "data" / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_hub_data_sets(hub: Path) -> None:
+    def load(**changes: Any) -> Corpus:
+        return load_corpus(config(str(hub), name="hub", **changes))
+
+    corpus = load(test_split="validation")
+    assert corpus.classes == ("bad", "good"), "the names that the data set declares, not 0 and 1"
+    assert corpus.train.texts[:2] == ("train 0", "train 1")
+    assert corpus.train.labels[:2] == (0, 1)
+    assert corpus.test.texts[0] == "validation 0"
+    assert (len(load().train), len(load().test)) == (40, 10), "without a test split a fifth of the other"
+    with pytest.raises(ValueError, match=r"the label -1 .* is none of the 2 classes .* hidden as -1"):
+        load(test_split="hidden")
+    with pytest.raises(ValueError, match=r"data.test-split = 'test': cannot be loaded"):
+        load(test_split="test")
+    with pytest.raises(ValueError, match=r"data.text-column = 'text': no such column in data.train-split = 'train'"):
+        load(text_column="text")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_corrupt_hub_data_set_is_refused(hub: Path) -> None:
+    (hub / "data" / "train.parquet").write_bytes(b"PAR1 corrupt")
+    with pytest.raises(ValueError, match=r"data.path = .*films' with data.train-split = 'train': cannot be loaded"):
+        load_corpus(config(str(hub), name="hub"))
+
+
+# -- prompts and answers ------------------------------------------------------------------------------
+
+QUESTIONS = pd.DataFrame(
+    {"question": ["one?", "two {x}?"] * 10, "hint": ["", "h"] * 10, "answer": ["1", "2"] * 10, "kind": ["a", "b"] * 10}
+)
+
+
+def asked(path: Path, **changes: Any) -> Config:
+    QUESTIONS.to_parquet(path)
+    data = {"name": "file", "path": str(path), "test_path": str(path), "partition": "iid", **changes}
+    return Config(task="causal-lm", data=DataConfig(**data))
+
+
+def test_prompts_come_from_a_column_or_a_template(tmp_path: Path) -> None:
+    path = tmp_path / "q.parquet"
+    plain = load_corpus(asked(path, text_column="question")).train
+    assert (plain.texts[1], plain.answers[1], set(plain.labels)) == ("two {x}?", "2", {0})
+    filled = load_corpus(asked(path, prompt_template="{{Q}} {question} ({hint})\nA:")).train
+    assert filled.texts[:2] == ("{Q} one? ()\nA:", "{Q} two {x}? (h)\nA:")
+    dealt = load_federated(asked(path, text_column="question", partition="dirichlet", label_column="kind"), 2)
+    assert dealt.corpus.classes == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prompt_template": "{qestion} A:"},
+            r"data.prompt-template = 'qestion': no such column .* Did you mean 'question'.* hint, answer, kind",
+        ),
+        ({"prompt_template": "no column"}, r"names no column; put one in braces"),
+        ({"prompt_template": "{question"}, r"data.prompt-template = '\{question': .*write \{\{ and \}\}"),
+        (
+            {"text_column": "question", "answer_column": "anser"},
+            r"data.answer-column = 'anser': no such column .* Did you mean 'answer'",
+        ),
+        (
+            {"text_column": "question", "partition": "dirichlet"},
+            r"data.label-column = 'label': no such column .* data.partition = 'dirichlet' deals rows by their category",
+        ),
+    ],
+)
+def test_bad_prompts_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_corpus(asked(tmp_path / "q.parquet", **changes))

@@ -52,7 +52,8 @@ def load_federated(config: Config, num_clients: int) -> FederatedData:
     """
     from fedlora.data.partition import deal  # takes seconds to import, too
 
-    return deal(load_corpus(config), config.data, num_clients=num_clients, seed=config.seed)
+    corpus = load_corpus(config)
+    return deal(corpus, config.data, num_clients=num_clients, seed=config.seed, final=config.eval.test)
 
 
 __all__ = ["CORPORA", "Corpus", "FederatedData", "Table", "load_corpus", "load_federated"]

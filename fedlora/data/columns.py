@@ -55,10 +55,11 @@ class _Rows:
         return _Rows(*([column[row] for row in rows] if column else [] for column in vars(self).values()))
 
 
-def build_corpus(train: Source, test: Source | None, config: Config) -> Corpus:
-    """Return the corpus of a training table and a test table; without the latter split a fifth off by the seed.
+def build_corpus(train: Source, test: Source | None, config: Config, *, split: bool) -> Corpus:
+    """Return the corpus of a training table and a test table.
 
-    Class numbers follow the sorted names of the labels in training.
+    Without a test table a fifth is split off by the seed, or with ``split`` false there are no test rows. Class
+    numbers follow the sorted names of the labels in training.
 
     Raises:
         ValueError: A column is missing, a row is empty, or the labels of the two tables do not fit.
@@ -66,6 +67,8 @@ def build_corpus(train: Source, test: Source | None, config: Config) -> Corpus:
     rows = _read(train, config)
     if test is not None:
         test_rows = _read(test, config)
+    elif not split:
+        test_rows = _Rows()
     else:
         order = Seeded(config.seed).permutation("test-split", size=len(rows.texts))
         cut = max(1, round(len(order) * _TEST_SHARE))

@@ -20,7 +20,8 @@ def load_file_corpus(config: Config) -> Corpus:
     """
     data = config.data
     test = _source("data.test-path", data.test_path, data.header) if data.test_path and config.eval.test else None
-    return build_corpus(_source("data.path", data.path, data.header), test, config)
+    train = _source("data.path", data.path, data.header)
+    return build_corpus(train, test, config, split=not data.test_path)
 
 
 def _source(key: str, name: str, header: bool) -> Source:

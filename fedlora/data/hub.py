@@ -33,7 +33,8 @@ def load_hub_corpus(config: Config) -> Corpus:
     )
     train = _source(federated, "data.train-split", data.train_split, config)
     wanted = data.test_split if config.eval.test else ""
-    return build_corpus(train, _source(federated, "data.test-split", wanted, config) if wanted else None, config)
+    test = _source(federated, "data.test-split", wanted, config) if wanted else None
+    return build_corpus(train, test, config, split=not data.test_split)
 
 
 def _source(federated: Any, key: str, split: str, config: Config) -> Source:

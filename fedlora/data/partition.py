@@ -20,14 +20,18 @@ from fedlora.seeded import Seeded
 Rows = NDArray[np.int64]
 
 
-def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int) -> FederatedData:
+def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, final: bool = True) -> FederatedData:
     """Deal the training rows to clients.
+
+    A run that searches for hyper-parameters must not see the rows that their choice is judged by: what clients
+    would hold out in the final run is then left out, and they hold out others.
 
     Args:
         corpus: The corpus.
         config: The partition and its parameters.
         num_clients: Number of clients; 0: one for each owner, with the natural partition.
         seed: Seed of the partition.
+        final: Whether clients are measured on the rows that count, or search for hyper-parameters.
 
     Raises:
         ValueError: There are not enough rows for so many clients, a client would have too few, or rows of one
@@ -44,7 +48,10 @@ def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int) -> 
     assert np.array_equal(covered, np.arange(len(corpus.train))), "the partitioner lost or doubled rows"
     if corpus.train.owners:
         _check_owners(corpus.train.owners, clients, config)
-    holdout = tuple(_holdout(rows, client, config.holdout, seed) for client, rows in enumerate(clients))
+    holdout = tuple(_holdout(rows, client, config.holdout, seed, "holdout") for client, rows in enumerate(clients))
+    if not final:
+        clients = tuple(np.setdiff1d(rows, held) for rows, held in zip(clients, holdout, strict=True))
+        holdout = tuple(_holdout(rows, client, config.holdout, seed, "search") for client, rows in enumerate(clients))
     _check_sizes(clients, holdout, names, config)
     return FederatedData(corpus, clients, holdout, names)
 
@@ -183,10 +190,10 @@ def _check_owners(owners: Sequence[str], clients: Sequence[Rows], config: DataCo
                 )
 
 
-def _holdout(rows: Rows, client: int, share: float, seed: int) -> Rows:
+def _holdout(rows: Rows, client: int, share: float, seed: int, key: str) -> Rows:
     """Return what a client holds out: its share of the rows, at least one, but never all."""
     if not share or len(rows) < 2:
         return np.zeros(0, dtype=np.int64)
     size = min(len(rows) - 1, max(1, round(len(rows) * share)))
-    order = Seeded(seed).permutation("holdout", client, size=len(rows))
+    order = Seeded(seed).permutation(key, client, size=len(rows))
     return np.sort(rows[order[:size]])

@@ -69,7 +69,8 @@ class FederatedData:
 
     Attributes:
         corpus: The corpus.
-        clients: For each client its row numbers in ``corpus.train``, sorted; disjoint, covering every row.
+        clients: For each client its row numbers in ``corpus.train``, sorted; disjoint, and covering every row but
+            those that a search for hyper-parameters must not see.
         holdout: For each client the rows among its own that it never trains on and is measured with; empty
             without ``data.holdout``.
         names: Whose rows each client holds, with the natural partition; otherwise empty.

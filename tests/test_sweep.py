@@ -1,0 +1,142 @@
+"""Sweeps: what is refused, what is chosen by what, and a real one with a cell that fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from fedlora.config import Config, ConfigError, to_toml
+from fedlora.data import load_corpus, load_federated
+from simulations.sweep import Sweep
+from tests.test_runs import BIN, ROOT
+from tests.test_trainer import tiny_flat
+
+DEFAULTS = Config().to_flat()
+GRID: dict[str, Any] = {"grid.strategy.name": ["fedavg", "ffa-lora"], "grid.seed": [0, 1, 2]}
+TUNE: dict[str, Any] = {"tune.train.learning-rate": [0.01, 0.1]}
+
+
+def sweep(folder: Path, **flat: Any) -> Sweep:
+    file = folder / "sweep.toml"
+    file.write_text(to_toml({"run.dir": str(folder), "run.name": "s", **flat}))
+    return Sweep.read(str(file), DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({}, r"neither \[grid\] nor \[tune\]"),
+        ({"grid.strategy.nam": ["fedavg"]}, r"unknown key 'strategy.nam'. Did you mean 'strategy.name'"),
+        ({"grid.strategy.name": ["fedavg", "fedavgg"]}, r"unknown name 'fedavgg'. Did you mean 'fedavg'"),
+        ({"grid.seed": 3}, r"\[grid\] seed = 3: must be a list of values"),
+        ({"grid.seed": []}, r"\[grid\] seed = \[\]: must be a list of values"),
+        ({"grid.seed": [1, 1]}, r"\[grid\] seed = \[1, 1\]: holds a value twice"),
+        ({"grid.train.learning-rate": [0.1]}, r"would be chosen by the test rows. Put it in \[tune\]"),
+        ({**TUNE, "tune.seed": [0, 1]}, r"a seed is not chosen by its result"),
+        ({**TUNE, "grid.train.learning-rate": [0.1], "eval.test": False}, r"is in \[grid\] and in \[tune\]"),
+        ({"tune.train.learning-rate": [0.1, -1.0]}, r"train.learning-rate = -1.0: must be greater than 0"),
+        ({"grid.privacy.epsilon": [1.0]}, r"unknown key 'privacy.epsilon'"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(flat: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep(tmp_path, **flat)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Sweep.read(str(tmp_path / "none.toml"), DEFAULTS)
+
+
+def test_cells_and_the_file_that_remembers_them(tmp_path: Path) -> None:
+    one = sweep(tmp_path, **GRID, **TUNE)
+    assert one.size() == 2 * 2 + 2 * 3
+    tuning = one.tuning()
+    assert {cell.config.seed for cell in tuning} == {0}, "choices are made with the first seed"
+    assert not any(cell.config.eval.test for cell in tuning)
+    assert all(cell.config.data.dev_share == 0.1 for cell in tuning)
+    finals = one.finals({"strategy.name": "fedavg"}, {"train.learning-rate": 0.1})
+    assert [cell.config.seed for cell in finals] == [0, 1, 2]
+    assert all(cell.config.eval.test for cell in finals)
+    names = [cell.config.run.name for cell in (*tuning, *finals)]
+    assert len(set(names)) == len(names)
+    (tmp_path / "again.toml").write_text(one.to_toml())
+    assert Sweep.read(str(tmp_path / "again.toml"), DEFAULTS) == one
+
+
+def test_choices_are_made_on_dev_rows(tmp_path: Path) -> None:
+    """By the best of the dev results that are there; a planted test result changes nothing."""
+    one = sweep(tmp_path, **GRID, **TUNE)
+    group = {"strategy.name": "fedavg"}
+    with pytest.raises(ValueError, match="finished, so nothing can be chosen"):
+        one.choose(group)
+    for cell, dev, test in zip(one.tuning(group), (0.6, 0.7), (0.9, 0.1), strict=True):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "result.json").write_text(json.dumps({"dev_accuracy": dev, "test_accuracy": test}))
+    assert one.choose(group) == {"train.learning-rate": 0.1}
+    assert len(one.unfinished()) == 2 + 3, "the other strategy's tuning, and this one's final cells"
+
+
+def test_a_search_reads_no_test_row(tmp_path: Path) -> None:
+    """Test files are not opened, dev rows are not trained on, and clients hold out other rows than at the end."""
+    flat = {**tiny_flat(tmp_path), "data.test-path": str(tmp_path / "no-such-file.csv"), "data.dev-share": 0.25}
+    whole = {**flat, "data.test-path": flat["data.path"], "data.dev-share": 0.0}
+    search = Config.from_flat({**flat, "eval.test": False, "data.holdout": 0.3})
+    corpus = load_corpus(search)
+    assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (90, 30, 0)
+    assert sorted(corpus.train.texts + corpus.dev.texts) == sorted(load_corpus(Config.from_flat(whole)).train.texts)
+    with pytest.raises(ValueError, match=r"no-such-file\.csv"):
+        load_corpus(Config.from_flat(flat))
+    final = Config.from_flat({**flat, "data.test-path": flat["data.path"], "data.holdout": 0.3})
+    tuned, ended = load_federated(search, 4), load_federated(final, 4)
+    for client in range(4):
+        judged = set(ended.holdout[client])
+        assert judged
+        assert not judged & set(tuned.holdout[client])
+        assert not judged & set(tuned.training_rows(client))
+        assert set(tuned.clients[client]) | judged == set(ended.clients[client])
+
+
+@pytest.mark.e2e
+def test_a_real_sweep(tmp_path: Path) -> None:
+    """Tuned and final cells in one process, one cell that cannot work, a table; a second call does nothing anew."""
+    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "rounds": 1})
+    flat.pop("federation.num-clients")
+    grid = {"grid.federation.num-clients": [4, 500], "grid.seed": [0, 1], **TUNE}
+    file = tmp_path / "mini.toml"
+    file.write_text(to_toml({**flat, **grid}))
+
+    def call() -> subprocess.CompletedProcess[str]:
+        command = [str(BIN / "fedlora"), "sweep", str(file)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = call()
+    assert done.returncode == 1, "a cell failed"
+    assert "cell 6/8 final" in done.stdout, done.stdout + done.stderr
+    assert "500: 86 training rows cannot give each client 1" in done.stdout
+    folder = tmp_path / "runs" / "mini"
+    results = pd.read_parquet(folder / "results.parquet")
+    assert (results["status"] == "ok").sum() == 4
+    assert (results["status"] == "failed").sum() == 2
+    assert results[results["stage"] == "tune"]["test_accuracy"].isna().all()
+    final = results[results["stage"] == "final"]
+    assert len(final) == 2
+    assert final["test_accuracy"].between(0, 1).all()
+    tuned = results[(results["stage"] == "tune") & (results["status"] == "ok")]
+    best = tuned[tuned["dev_accuracy"] == tuned["dev_accuracy"].max()]
+    assert set(final["train.learning-rate"]) <= set(best["train.learning-rate"])
+    groups = pd.read_csv(folder / "groups.csv")
+    assert groups["n"].tolist() == [2]
+    assert groups["test_accuracy_mean"].iloc[0] == pytest.approx(final["test_accuracy"].mean())
+    assert groups["test_accuracy_std"].iloc[0] == pytest.approx(final["test_accuracy"].std())
+    for cell in final["folder"]:
+        curve = [json.loads(line) for line in (Path(cell) / "metrics.jsonl").read_text().splitlines()]
+        assert all(line["test_accuracy"] is None and line["dev_accuracy"] is not None for line in curve)
+        trainers = json.loads((Path(cell) / "trainers.json").read_text())
+        assert [trainer["base_loads"] for trainer in trainers] == [1], "one process, one base model"
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("cells/*/result.json")}
+    again = call()
+    assert again.stdout.count("was there already") == 4
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("cells/*/result.json")} == stamps
