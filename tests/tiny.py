@@ -37,6 +37,24 @@ def save_tiny_model(folder: Path, seed: int = 0) -> str:
     return str(folder)
 
 
+def save_tiny_language_model(folder: Path, seed: int = 0) -> str:
+    """Save a Llama of 2 layers and 16 features with a word tokenizer; return the folder."""
+    special = ["[PAD]", "[UNK]", "[END]", "<user>", "<assistant>", "<end>"]
+    vocabulary = {word: n for n, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary), **SIZES, num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
 def save_texts(path: Path, rows: int = 120, seed: int = 0) -> str:
     """Write a csv of texts whose class shows in their words; return its path."""
     generator = np.random.default_rng(seed)
