@@ -142,12 +142,12 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     file = sweep.folder / "sweep.toml"
     write_whole(file, sweep.to_toml().encode())
     flat = {**sweep.base, "run.sweep": str(file)}
-    for _ in range(sweep.size()):
-        left = len(sweep.unfinished())
-        code = launch(app, flat, options.federation_config, console)
-        if code == 0 or len(sweep.unfinished()) == left:
+    before = None
+    while (now := sweep.state()) != before:  # it died, but somewhere else than the last time
+        before = now
+        if launch(app, flat, options.federation_config, console) == 0:
             break
-    return 1 if code or sweep.unfinished() else 0
+    return 1 if sweep.unfinished() else 0
 
 
 def _plan(config: Config, console: Console) -> int:

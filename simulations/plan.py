@@ -59,7 +59,7 @@ class Plan:
     @property
     def measured(self) -> str:
         """What a round is measured on: clients' own rows, or the split ``dev`` or ``test``."""
-        if self.strategy.personal_now:
+        if self.strategy.has_private:
             return "personal"
         return "dev" if self.config.data.dev_share else "test"
 
@@ -156,11 +156,12 @@ class Plan:
             f"pack(s) on {self.trainers} trainer(s); {min(steps)} to {max(steps)} local steps of "
             f"{config.train.batch_size} examples",
             f"reported: {self.measure.replace('_', ' ')}"
-            + (" (each client on the rows it holds out)" if self.strategy.personal_now else ""),
-            f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down",
+            + (" (each client on the rows it holds out)" if self.strategy.has_private else ""),
+            f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down; a round: "
+            f"{human_bytes(up * self.sampled)} up, {human_bytes(down * self.sampled)} down",
             f"bytes of the whole run: {human_bytes(up * visits)} up, {human_bytes(down * visits)} down",
         ]
-        if self.strategy.personal_now:
+        if self.strategy.has_private:
             lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")
         lines += [f"server mean of updates: {exact[self.strategy.exact]}", "privacy: none", *self._remarks()]
         return lines

@@ -144,7 +144,7 @@ class Simulation:
         examples = self.plan.examples(rounds)
         train_s = examples * speed.row_tokens * speed.train_s
         measured = rounds * speed.measured_tokens
-        if self.strategy.personal_now:
+        if self.strategy.has_private:
             measured = int(rounds * sum(map(len, self.data.holdout)) * speed.row_tokens)
         total_s = (train_s + measured * speed.evaluate_s) / len(self.pool)
         self.console.print(
@@ -156,7 +156,7 @@ class Simulation:
 
     def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate the server's tensors on the rows that a round is measured on, all trainers side by side."""
-        if self.strategy.personal_now or (server_round == 0 and self.task.has_head):
+        if self.strategy.has_private or (server_round == 0 and self.task.has_head):
             return None  # an untrained head knows nothing; a language model does, before any round
         metrics = self._metrics(from_named_arrays(arrays), self.plan.measured)
         if server_round == 0:
@@ -195,7 +195,7 @@ class Simulation:
         clients = personal.pop("personal_clients", None)
         means = {name.removeprefix("personal_"): float(value) for name, value in personal.items()}  # type: ignore[arg-type]
         own = self.task.metrics(means) if means else {}
-        names = [self.task.measure.name, "loss", *(["exact_match"] if self.config.task == "causal-lm" else [])]
+        names = self.task.metric_names
         train = result.train_metrics_clientapp[server_round]
         line: dict[str, Any] = {
             "round": server_round,
@@ -300,7 +300,7 @@ class Simulation:
 
     def _scores(self, tensors: dict[str, NDArray[np.floating]]) -> list[dict[str, Any]]:
         """Return each client's metrics on the rows that it holds out, under the model that it ends with."""
-        if self.strategy.personal_now:
+        if self.strategy.has_private:
             sums = self.strategy.personal_sums
             return [self.score(client, sums[client]) for client in sorted(sums)]
         held = [(client, rows) for client, rows in enumerate(self.data.holdout) if len(rows)]

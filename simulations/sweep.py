@@ -36,6 +36,7 @@ from simulations.setup import resolve
 
 _DEV_SHARE = 0.1  # of the training rows that choices are made on, where the file does not say
 _ATTEMPTS = 2  # of a cell in which the whole process died
+_ATTEMPT = "attempt.json"  # which cell is running, and how often it was started without coming to an end
 Values = dict[str, Any]
 
 
@@ -222,6 +223,11 @@ class Sweep:
         """Return the known cells without a result."""
         return [cell for cell in self.cells() if cell.outcome() is None]
 
+    def state(self) -> tuple[int, str]:
+        """Return how far the sweep is: cells without a result, and attempts at the one that is running."""
+        file = self.folder / _ATTEMPT
+        return len(self.unfinished()), file.read_text(encoding="utf-8") if file.is_file() else ""
+
     def write_tables(self, errors: Mapping[str, str]) -> None:
         """Write ``results`` (a line a cell) and ``groups`` (mean and spread over seeds), as parquet and csv."""
         rows = []
@@ -305,7 +311,9 @@ class _Progress:
                 session.stop()  # the next cell gets new ones
             self.errors[cell.config.run.name] = f"{type(error).__name__}: {first_line(error)}"
             self._say(cell, None, self.errors[cell.config.run.name])
+            self._forget_attempt()
         else:
+            self._forget_attempt()
             self._seconds.append(time.monotonic() - started)
             left = (self.total - self.number) * statistics.median(self._seconds)  # the first one starts the trainers
             self._say(cell, outcome, f"{self._seconds[-1]:.1f} s" + (f", {human_time(left)} left" if left >= 1 else ""))
@@ -318,13 +326,15 @@ class _Progress:
 
     def _count_attempt(self, cell: Cell) -> None:
         """Give up a cell in which the process died over and over."""
-        file = self.sweep.folder / "attempt.json"
+        file = self.sweep.folder / _ATTEMPT
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         count = before.get("count", 0) + 1 if before.get("cell") == cell.config.run.name else 1
         if count > _ATTEMPTS:
-            file.unlink()
             raise RuntimeError(f"the whole process ended {_ATTEMPTS} times in this cell")
         write_whole(file, json.dumps({"cell": cell.config.run.name, "count": count}).encode())
+
+    def _forget_attempt(self) -> None:
+        (self.sweep.folder / _ATTEMPT).unlink(missing_ok=True)
 
     def _say(self, cell: Cell, outcome: Mapping[str, Any] | None, remark: str) -> None:
         measure = TASKS[cell.config.task].measure.name

@@ -148,8 +148,8 @@ class RoleStrategy(Strategy):
         return {**server, **mean}
 
     @property
-    def personal_now(self) -> bool:
-        """Whether clients keep trained tensors of their own in this setting, the head among them."""
+    def has_private(self) -> bool:
+        """Whether clients keep trained tensors in this setting: the strategy's private ones, or the head."""
         return Role.PRIVATE in self.all_roles(1).values()
 
     # -- rounds -------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class RoleStrategy(Strategy):
 
         Those are asked that have trained so far: another's private tensors are still the seed's.
         """
-        if not self.personal_now or not self.have_trained:
+        if not self.has_private or not self.have_trained:
             return []
         server = from_named_arrays(arrays)
         sent = {name: server[name] for name in self.exchanged(server_round)}

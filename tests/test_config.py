@@ -102,6 +102,15 @@ def test_reference_is_generated_from_the_docstrings() -> None:
     assert text.count("\n| `") == len(KEYS)
 
 
+def test_sweeps_can_be_read() -> None:
+    from simulations.sweep import Sweep
+
+    files = sorted((ROOT / "simulations" / "sweeps").glob("*.toml"))
+    assert files
+    for file in files:
+        assert Sweep.read(str(file), Config().to_flat()).size() > 1
+
+
 def test_recipes_are_configurations() -> None:
     recipes = sorted((ROOT / "simulations" / "recipes").glob("*.toml"))
     assert recipes

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from fedlora.config import Config
+from fedlora.runs.compare import comparison, html_page
 from fedlora.runs.folder import RunFolder, read_lines
 from fedlora.runs.report import Run, clients_table, human_bytes, plot_partition, write_report
 
@@ -30,6 +41,106 @@ def test_plots_take_any_class_name(tmp_path: Path) -> None:
     assert (tmp_path / "partition.png").stat().st_size > 5000
     write_report(run)
     assert "did not finish" in (tmp_path / "summary.md").read_text()
+
+
+def fake_run(folder: Path, name: str, values: list[float], **flat: Any) -> Run:
+    """A run folder with a curve, as Simulation writes it."""
+    config = Config.from_flat({"run.dir": str(folder), "run.name": name, "rounds": len(values), **flat})
+    written = RunFolder.create(config)
+    measure = "test_perplexity" if config.task == "causal-lm" else "test_accuracy"
+    higher = measure == "test_accuracy"
+    written.write_json("plan.json", {"measure": measure, "higher_is_better": higher, "roles": {"A": "frozen"}})
+    written.write_json("partition.json", {"classes": CLASSES, "counts": COUNTS, "names": []})
+    for at, value in enumerate(values):
+        line = {"round": at + 1, measure: value, "test_loss": 1.0, "clients_ok": 2, "clients_refused": 0}
+        written.append("metrics.jsonl", {**line, "bytes_up": 1000, "bytes_down": 2000, "seconds": 2.0})
+    written.write_lines("scores.jsonl", [{"client": k, "accuracy": 0.5, "perplexity": 9.0} for k in range(2)])
+    central = {"central_test_accuracy": 0.95, "majority_share": 0.5, "alone_test_accuracy": 0.6}
+    written.write_json(
+        "result.json", {measure: values[-1], "bytes_up": 3000, "seconds": 6.0, **(central if higher else {})}
+    )
+    return Run.read(written.path)
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    """What differs is a column; the best round follows the way the measure improves; tasks do not mix."""
+    one = fake_run(tmp_path, "one", [0.5, 0.9, 0.8])
+    two = fake_run(tmp_path, "two", [0.4, 0.6, 0.7], **{"strategy.name": "fedavg", "seed": 3})
+    columns, rows = comparison([one, two])
+    assert columns[1:3] == ["seed", "strategy.name"]
+    assert [row[columns.index("best round")] for row in rows] == ["2", "3"]
+    assert [row[columns.index("accuracy")] for row in rows] == ["0.8000", "0.7000"]
+    language = [fake_run(tmp_path, f"lm{n}", [30.0, 20.0, 25.0], task="causal-lm", seed=n) for n in range(2)]
+    columns, rows = comparison(language)
+    assert [row[columns.index("best round")] for row in rows] == ["2", "2"], "a lower perplexity is better"
+    with pytest.raises(ValueError, match="accuracy and perplexity cannot be compared"):
+        comparison([one, language[0]])
+
+
+def test_the_page_needs_nothing_beside_it(tmp_path: Path) -> None:
+    """One file: no script, no link, no picture of elsewhere; names are text, whatever they hold."""
+    page = html_page([fake_run(tmp_path, "<b>one", [0.5, 0.9]), fake_run(tmp_path, "two", [0.4, 0.6])])
+    assert "&lt;b&gt;one" in page
+    assert "<b>one" not in page
+    assert not re.findall(r"<script|<link|https?://|url\(|@import", page)
+    pictures = re.findall(r'src="([^"]*)"', page)
+    assert len(pictures) == 5
+    assert all(picture.startswith("data:image/png;base64,") for picture in pictures)
+    assert "all data in one place" in page
+    assert HTMLParser().feed(page) is None
+
+
+def test_reports_off_a_terminal_and_without_color(tmp_path: Path) -> None:
+    """Plain text into a pipe; on a terminal NO_COLOR takes the colors out."""
+    fake_run(tmp_path, "one", [0.5, 0.9])
+    fake_run(tmp_path, "two", [0.4, 0.6], seed=1)
+    command = [str(Path(sys.executable).parent / "fedlora"), "report", str(tmp_path / "one"), str(tmp_path / "two")]
+    page = tmp_path / "page.html"
+    done = subprocess.run([*command, "--html", str(page)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\x1b" not in done.stdout
+    assert "2 runs" in done.stdout
+    assert page.read_text().startswith("<!doctype html>")
+    wrong = [*command, str(tmp_path)]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
+    environment.pop("NO_COLOR", None)
+    colored, plain = (on_a_terminal(wrong, {**environment, **extra}) for extra in ({}, {"NO_COLOR": "1"}))
+    assert "is not a run folder" in plain
+    assert re.search(r"\x1b\[[0-9;]*3[0-9]m", colored), "control: errors are red on a terminal"
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", plain)
+
+
+def on_a_terminal(command: list[str], environment: dict[str, str]) -> str:
+    """Run a command on a pseudo-terminal and return what it shows."""
+    leader, follower = pty.openpty()
+    with subprocess.Popen(command, stdout=follower, stderr=follower, env=environment) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                part = os.read(leader, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not part:
+                break
+            shown += part
+    os.close(leader)
+    assert process.returncode == 2
+    return shown.decode()
+
+
+def test_many_clients_are_drawn_at_once(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(0, 9, size=(10_000, 3)).tolist()
+    run = replace(fake_run(tmp_path, "many", [0.5]), partition={"classes": ["a", "b", "c"], "counts": counts})
+    started = time.monotonic()
+    plot_partition(run)
+    assert time.monotonic() - started < 20, "a bar for each of them would take minutes"
+
+
+def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
+    """What a process that was killed in mid-write leaves."""
+    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n{"round": 2, "los')
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"round": 1}]
 
 
 def test_lines_are_valid_json_whatever_the_numbers(tmp_path: Path) -> None:

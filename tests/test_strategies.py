@@ -112,7 +112,7 @@ def test_private_tensors_never_cross_the_wire(name: str, kind: str) -> None:
     assert not [tensor for tensor in Instruction.from_content(grid.sent[0].content).tensors if kind in tensor]
     assert not [tensor for tensor in strategy.exchanged(1) if kind in tensor]
     assert strategy.personal
-    assert strategy.personal_now
+    assert strategy.has_private
     leaking = STRATEGIES[name](setting(2))
     nodes = {1: honest(leaking, lambda client, update: {**update, "a.lora_B": np.ones((10, 2))}), 2: honest(leaking)}
     grid = LoopGrid(nodes)

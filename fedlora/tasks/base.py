@@ -73,6 +73,8 @@ class Task(ABC):
     """Whether it puts a head of its own on the base model; without, it predicts each token."""
     measure: ClassVar[Measure]
     """What runs are compared by."""
+    metric_names: ClassVar[tuple[str, ...]]
+    """What :meth:`metrics` returns."""
 
     def __init__(self, pad_token_id: int, chat_template: bool = False) -> None:
         self.pad_token_id = pad_token_id

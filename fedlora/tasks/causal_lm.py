@@ -36,6 +36,7 @@ class CausalLM(Task):
     peft_type = "CAUSAL_LM"
     has_head = False
     measure = Measure("perplexity", higher_is_better=False)
+    metric_names = ("perplexity", "loss", "exact_match")
 
     def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
         """Tokenize prompts and answers; an answer that does not fit is cut, a prompt is never.

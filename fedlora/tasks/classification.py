@@ -26,6 +26,7 @@ class Classification(Task):
     peft_type = "SEQ_CLS"
     has_head = True
     measure = Measure("accuracy", higher_is_better=True)
+    metric_names = ("accuracy", "loss")
 
     def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
         """Tokenize; a text that spells a special token, such as ``[PAD]``, is read as plain text.

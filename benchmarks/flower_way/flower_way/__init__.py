@@ -1,0 +1,1 @@
+"""A Flower app to measure against: PEFT clients, one message each."""

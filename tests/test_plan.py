@@ -1,0 +1,69 @@
+"""What a run says before it starts."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedlora.data import load_federated
+from fedlora.engine import plan_batches
+from fedlora.seeded import Seeded
+from simulations.plan import Plan
+from simulations.setup import build_strategy, resolve
+from strategies import STRATEGIES
+from tests.test_trainer import tiny_flat, tiny_trainer
+
+
+def plan(folder: Path, **changes: Any) -> Plan:
+    config = resolve(tiny_flat(folder, **changes))
+    description = tiny_trainer(folder, **changes).describe()
+    data = load_federated(config, config.federation.num_clients)
+    return Plan(config, data, build_strategy(config, description.specs), "bert", 1000, 4, nodes=2, trainers=1)
+
+
+def shown(one: Plan) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    one.show(console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_clients_with_one_class_are_named(tmp_path: Path) -> None:
+    lone = shown(plan(tmp_path, **{"data.partition": "shards", "data.shards-per-client": 1}))
+    assert "clients hold rows of one class only (" in lone
+    assert "learn to answer it always" in lone
+    assert "one class only" not in shown(plan(tmp_path, **{"data.partition": "iid"}))
+
+
+@pytest.mark.parametrize("train", [{"train.local-steps": 7}, {"train.local-steps": 0, "train.local-epochs": 2}])
+def test_examples_are_those_that_training_sees(tmp_path: Path, train: dict[str, Any]) -> None:
+    """The plan's count against the batches themselves, over three rounds of a sampled federation."""
+    one = plan(tmp_path, **{"federation.clients-per-round": 3, "data.alpha": 0.3, **train})
+    seen = 0
+    for number in range(1, 4):
+        for client in one.strategy.sample(number):
+            rows = one.data.training_rows(client)
+            batches = plan_batches(Seeded(0), number, client, rows, one.config.train)
+            assert len(batches) == one.steps()[client]
+            seen += sum(map(len, batches))
+    assert one.examples(3) == seen
+
+
+def test_what_is_measured(tmp_path: Path) -> None:
+    assert plan(tmp_path).measure == "test_accuracy"
+    assert plan(tmp_path, **{"data.dev-share": 0.2}).measure == "dev_accuracy"
+    for changes in ({"method.head": "private"}, {"strategy.name": "fedsa-lora"}, {"strategy.name": "local"}):
+        one = plan(tmp_path, **changes)
+        assert one.measure == "personal_accuracy"
+        assert one.config.data.holdout == 0.2, "what clients are measured on"
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_strategies_say_whether_they_are_personal(name: str, tmp_path: Path) -> None:
+    """The declaration, on which hold-outs depend, against the roles themselves."""
+    strategy = plan(tmp_path, **{"strategy.name": name}).strategy
+    assert strategy.has_private == strategy.personal
