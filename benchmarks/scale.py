@@ -10,7 +10,7 @@ every message, as its language model examples do, and at its best, with the mode
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
 import platform
 import statistics
@@ -61,7 +61,7 @@ class Memory(threading.Thread):
 
 def report(name: str, ends: list[float], sampled: int, memory: Memory) -> float:
     """Print what the rounds took; return the median seconds a client and round."""
-    seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(ends)]
     per_client = statistics.median(seconds) / sampled
     first, last = memory.between(ends[0], ends[1]), memory.between(ends[-2] - 1, ends[-1] + 1)
     print(

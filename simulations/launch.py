@@ -59,6 +59,7 @@ def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[
         started = subprocess.run(command, env=environment, cwd=app, check=False)
         if started.returncode != 0:
             console.print("fedlora: the run could not be started; Flower says why above.", markup=False)
+            _show_log(home, console)
             return 1
         return _verdict(environment, home, console)
 
@@ -77,10 +78,16 @@ def _verdict(environment: Mapping[str, str], home: Path, console: Console) -> in
         return 0
     lines = [line for line in details.strip().splitlines() if line.strip()]
     console.print(f"fedlora: the run failed ({status}): {lines[-1] if lines else 'no details'}", markup=False)
-    log = home / "local-superlink" / "superlink.log"
-    if log.is_file() and not lines:
-        console.print(log.read_text(encoding="utf-8", errors="replace")[-2000:], markup=False)
+    if not lines:
+        _show_log(home, console)
     return 1
+
+
+def _show_log(home: Path, console: Console) -> None:
+    """Print the end of the SuperLink's log, which goes with its home."""
+    log = home / "local-superlink" / "superlink.log"
+    if log.is_file():
+        console.print(log.read_text(encoding="utf-8", errors="replace")[-2000:], markup=False)
 
 
 def flower_environment(home: Path) -> dict[str, str]:

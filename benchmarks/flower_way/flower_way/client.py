@@ -1,10 +1,11 @@
 """A client: takes the adapter out of the message, trains one step, sends it back."""
 
 import torch
-from flower_way.model import batch, build, cached
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from flower_way.model import batch, build, cached
 
 app = ClientApp()
 

@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 
 import psutil
-from flower_way.model import build
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from peft import get_peft_model_state_dict
+
+from flower_way.model import build
 
 app = ServerApp()
 
