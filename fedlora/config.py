@@ -39,6 +39,7 @@ def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     _require(value in known, key, value, f"must be one of {', '.join(known)}.{closest(value, known)}")
 
 
+SMALL_LLAMA = "small-llama"  # the model that a machine trains for itself, see fedlora.small_llama
 _DEFAULT_COLUMNS = {"data.text-column": "text", "data.label-column": "label"}
 
 

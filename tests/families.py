@@ -57,7 +57,8 @@ def task_of(family: str) -> type[Task]:
 def small_model(family: str, seed: int = 0) -> Any:
     """Return a small model in float64, every weight random (biases and norms, too)."""
     torch.manual_seed(seed)
-    model = task_of(family).auto_model.from_config(FAMILIES[family]()).double().eval()
+    auto_model = getattr(transformers, task_of(family).auto_model)
+    model = auto_model.from_config(FAMILIES[family]()).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

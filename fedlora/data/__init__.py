@@ -9,19 +9,25 @@ import numpy as np
 
 from fedlora.config import Config
 from fedlora.data.docstrings import load_docstrings
-from fedlora.data.files import load_file_corpus
 from fedlora.data.table import Corpus, FederatedData, Table
 from fedlora.registry import Registry
 from fedlora.seeded import Seeded
 
 CORPORA: Registry[Callable[[Config], Corpus]] = Registry("data.name")
 CORPORA.register("docstrings")(load_docstrings)
-CORPORA.register("file")(load_file_corpus)
+
+
+# Readers take seconds to import, and most processes never read.
+@CORPORA.register("file")
+def _file(config: Config) -> Corpus:
+    from fedlora.data.files import load_file_corpus
+
+    return load_file_corpus(config)
 
 
 @CORPORA.register("hub")
 def _hub(config: Config) -> Corpus:
-    from fedlora.data.hub import load_hub_corpus  # takes seconds to import; configuration errors should not wait
+    from fedlora.data.hub import load_hub_corpus
 
     return load_hub_corpus(config)
 
@@ -50,7 +56,7 @@ def load_federated(config: Config, num_clients: int) -> FederatedData:
     Raises:
         ValueError: The data cannot be read or dealt; the message names the key.
     """
-    from fedlora.data.partition import deal  # takes seconds to import, too
+    from fedlora.data.partition import deal
 
     corpus = load_corpus(config)
     return deal(corpus, config.data, num_clients=num_clients, seed=config.seed, final=config.eval.test)

@@ -68,10 +68,10 @@ Privacy: none; this adapter comes with no formal guarantee about the clients' da
 ```python
 import torch
 from peft import PeftModel
-from transformers import {task.auto_model.__name__}, AutoTokenizer
+from transformers import {task.auto_model}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("adapter")  # this folder
-base = {task.auto_model.__name__}.from_pretrained(
+base = {task.auto_model}.from_pretrained(
     BASE, {options}
 )
 model = PeftModel.from_pretrained(base, "adapter").eval()

@@ -2,6 +2,8 @@
 
 The engine knows no text: it asks a task for batches and for one loss a row. A row's loss must not depend on
 the other rows of its batch, so that packing and DP-SGD see the same objective.
+
+Servers and command lines ask a task for its names and metrics only: torch is imported where it computes.
 """
 
 from __future__ import annotations
@@ -10,16 +12,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from fedlora.data import Table
 
-Batch = dict[str, Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Batch = dict[str, "Tensor"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Task(ABC):
         chat_template: Whether prompts go through the tokenizer's chat template.
     """
 
-    auto_model: ClassVar[Any]
+    auto_model: ClassVar[str]
     """The class of transformers that loads a model for it."""
     peft_type: ClassVar[str]
     """Its name in PEFT."""
@@ -115,10 +119,14 @@ class Task(ABC):
 
 def wide_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's logits for a batch, in float32 or wider."""
+    import torch
+
     logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def to_device(arrays: Mapping[str, NDArray[np.int64]], device: torch.device) -> Batch:
     """Return arrays as tensors on ``device``."""
+    import torch
+
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
-import torch
-import transformers
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
 
 from fedlora.data import Table
 from fedlora.tasks.base import Batch, Examples, Measure, Task, to_device, wide_logits
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 _IGNORED = -100
 
@@ -32,7 +32,7 @@ class CausalLM(Task):
     The padding token may be any, the end-of-text token too: what is padding is told by the rows' lengths.
     """
 
-    auto_model = transformers.AutoModelForCausalLM
+    auto_model = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
     has_head = False
     measure = Measure("perplexity", higher_is_better=False)
@@ -124,6 +124,8 @@ class CausalLM(Task):
 
 def _tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Return for each predicted token its loss (0 outside answers), whether it counts, whether it is the likeliest."""
+    from torch.nn import functional
+
     logits_ntv, label_nt = wide_logits(model, batch)[:, :-1], batch["labels"][:, 1:]
     loss_nt = functional.cross_entropy(logits_ntv.mT, label_nt, reduction="none", ignore_index=_IGNORED)
     return loss_nt, label_nt != _IGNORED, logits_ntv.argmax(-1) == label_nt

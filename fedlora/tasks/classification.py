@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
-import torch
-import transformers
-from torch import Tensor, nn
-from torch.nn import functional
 
 from fedlora.data import Table
 from fedlora.tasks.base import Batch, Examples, Measure, Task, to_device, wide_logits
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 
 @final
@@ -22,7 +22,7 @@ class Classification(Task):
     No real token may be equal to the padding token, because decoder models find the end of a text by it.
     """
 
-    auto_model = transformers.AutoModelForSequenceClassification
+    auto_model = "AutoModelForSequenceClassification"
     peft_type = "SEQ_CLS"
     has_head = True
     measure = Measure("accuracy", higher_is_better=True)
@@ -55,10 +55,14 @@ class Classification(Task):
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of each row, [N], in float32 or wider."""
+        from torch.nn import functional
+
         return functional.cross_entropy(wide_logits(model, batch), batch["labels"], reduction="none")
 
     def row_metrics(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss`` and ``accuracy`` (1 where the likeliest class is right) of each row."""
+        from torch.nn import functional
+
         logits = wide_logits(model, batch)
         return {
             "loss": functional.cross_entropy(logits, batch["labels"], reduction="none"),
