@@ -71,11 +71,7 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         return _plan(config, console)
     from simulations.launch import launch
 
-    load_corpus(config)  # what is wrong with the data, before Flower starts
-    if config.model.name == SMALL_LLAMA:
-        from fedlora.models import model_path
-
-        model_path(config.model.name)  # trained here, at the terminal, and not behind Flower's time limits
+    _prepare(config)
     return launch(app, overrides, options.federation_config, console)
 
 
@@ -128,6 +124,15 @@ def absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def _prepare(config: Config) -> None:
+    """Find what is wrong with the data before Flower starts, and make what it should not wait for."""
+    load_corpus(config)
+    if config.model.name == SMALL_LLAMA:
+        from fedlora.models import model_path
+
+        model_path(config.model.name)  # trained at the terminal, and not behind Flower's time limits
+
+
 def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Check every cell, then run them under Flower; start again where the process died, with the next cell."""
     from fedlora.storage import write_whole
@@ -136,8 +141,9 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
     app = Path(options.app).expanduser().resolve()
     asked = Sweep.read(str(options.file), read_overrides(app, []))
-    sweep = replace(asked, base=absolute_paths(asked.base))
-    load_corpus(resolve(sweep.base))
+    grid = {key: [absolute_paths({**asked.base, key: value})[key] for value in asked.grid[key]] for key in asked.grid}
+    sweep = replace(asked, base=absolute_paths(asked.base), grid=grid)
+    _prepare(resolve(sweep.base))
     console.print(f"{sweep.size()} cells in {sweep.folder}", markup=False)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     file = sweep.folder / "sweep.toml"

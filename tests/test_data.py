@@ -317,6 +317,8 @@ def test_natural_clients_are_owners(tmp_path: Path) -> None:
     small = [("alone", "good", "h9"), *HOSPITALS]
     with pytest.raises(ValueError, match=r"gives 1 of 8 clients fewer .* data.min-size = 5: client 7 \(h9\) has 1"):
         load_federated(owned(path, small, min_size=5, test_path=str(path)), 0)
+    with pytest.raises(ValueError, match=r"data.holdout = 0.2: client 7 \(h9\) has 1 row\(s\), too few to train on"):
+        load_federated(owned(path, small, holdout=0.2, test_path=str(path)), 0)
 
 
 def test_rows_of_one_owner_are_never_on_two_clients(tmp_path: Path) -> None:

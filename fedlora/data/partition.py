@@ -156,6 +156,13 @@ def _check_enough(corpus: Corpus, config: DataConfig, num_clients: int) -> None:
 
 def _check_sizes(clients: Sequence[Rows], holdout: Sequence[Rows], names: Sequence[str], config: DataConfig) -> None:
     sizes = [len(rows) - len(held) for rows, held in zip(clients, holdout, strict=True)]
+    unmeasured = next((client for client, held in enumerate(holdout) if config.holdout and not len(held)), None)
+    if unmeasured is not None:
+        who = f"client {unmeasured}" + (f" ({names[unmeasured]})" if names else "")
+        raise ValueError(
+            f"data.holdout = {config.holdout}: {who} has {len(clients[unmeasured])} row(s), too few to train on and to "
+            "be measured on. Leave such owners out, or lower federation.num-clients, so that owners are put together."
+        )
     short = [client for client, size in enumerate(sizes) if size < config.min_size]
     if short:
         first = short[0]
