@@ -180,8 +180,7 @@ class Trainer:
 
         loaded = self.loaded
         private = with_role(loaded.specs, request.roles, Role.PRIVATE)
-        works = self._works(request)
-        common = {name: value for name, value in self._common(request).items() if name not in works[0].start}
+        works, common = self._works(request)
         results = train_pack(loaded.engine, works, common, loaded.config.train)
         for result in results:
             kept = {name: result.tensors.pop(name) for name in private}
@@ -189,7 +188,8 @@ class Trainer:
                 loaded.private.save(result.client, request.round, kept)
         return results
 
-    def _works(self, request: Request) -> list[ClientWork]:
+    def _works(self, request: Request) -> tuple[list[ClientWork], Arrays]:
+        """Return what each client does in the round, and the tensors that none of them trains."""
         from fedlora.engine import ClientWork, plan_batches
 
         loaded, works = self.loaded, []
@@ -200,15 +200,15 @@ class Trainer:
             batches = plan_batches(Seeded(loaded.config.seed), request.round, client, rows, loaded.config.train)
             start = {name: state[name] for name in trained}
             works.append(ClientWork(client, loaded.examples["train"], len(rows), batches, start))
-        return works
+        return works, {name: value for name, value in self._common(request).items() if name not in trained}
 
     def probe(self, request: Request) -> Speed:
         """Train and evaluate a pack's first step, twice, and time the second; nothing is kept of it."""
         from fedlora.engine import evaluate, train_pack
 
         loaded = self.loaded
-        works = [replace(work, batches=work.batches[:1]) for work in self._works(request)]
-        common = {name: value for name, value in self._common(request).items() if name not in works[0].start}
+        works, common = self._works(request)
+        works = [replace(work, batches=work.batches[:1]) for work in works]
         examples = loaded.examples["train"]
         rows = [int(row) for work in works for batch in work.batches for row in batch]
         tokens = max(1, int(examples.lengths[rows].sum()))
