@@ -75,6 +75,7 @@ class Description:
         num_layers: Its adapted layers.
         digest: Of the base model's weights and the tokenizer.
         initial_digest: Of the seeded tensors, to compare with the server's.
+        constants_digest: Of the method's constants, such as indices.
         fingerprint: Of the code it runs, with its folders.
         device: Where it computes.
         threads: CPU threads that it uses.
@@ -88,6 +89,7 @@ class Description:
     num_layers: int
     digest: str
     initial_digest: str
+    constants_digest: str
     fingerprint: tuple[str, str]
     device: str
     threads: int
@@ -167,6 +169,7 @@ class Trainer:
             num_layers=len(structure.adapted),
             digest=engine.base.digest,
             initial_digest=tensors_digest(self.initial),
+            constants_digest=tensors_digest(engine.method.constants()),
             fingerprint=code_fingerprint(),
             device=str(engine.device),
             threads=self.threads,
@@ -352,7 +355,7 @@ def _load(job: Job, threads: int, resident: _Resident) -> _Loaded:
         )
         resident.key, resident.loads = (*key, config.engine.dtype), resident.loads + 1
     check_length(base.model.config, config.train.max_length)
-    method = build_method(config.method, base.structure.adapted, base.structure.head)
+    method = build_method(config, base.structure.adapted, base.structure.head)
     task = task_class(base.tokenizer.pad_token_id, config.data.chat_template)
     if resident.engine is None:
         resident.engine = Engine.build(base, method, task)

@@ -207,7 +207,8 @@ class StrategyConfig:
     """How the server combines what clients send."""
 
     name: str = "ffa-lora"
-    """Aggregation strategy: ``fedavg``, ``ffa-lora``, ``fedsa-lora``, ``local``."""
+    """Aggregation strategy: ``fedavg``, ``ffa-lora``, ``rolora``, ``fedsvd``, ``fedsa-lora``, ``local``, ``mos``,
+    ``mos-private``, ``s2-lora``, ``s2-frozen``, ``s2-cyclic``, ``s2-private``."""
     weights: str = "examples"
     """``examples``: a client counts by its number of training examples; ``equal``: all alike."""
 
@@ -221,13 +222,13 @@ class MethodConfig:
     """The low-rank method and the head."""
 
     name: str = "auto"
-    """Low-rank method; ``auto``: the strategy's own."""
+    """Low-rank method: ``lora``, ``mos``, ``s2-lora``; ``auto``: the strategy's own."""
     rank: int = 8
-    """Inner dimension r."""
+    """Inner dimension r of each layer's update; of ``mos`` the active rank."""
     alpha: float = 16.0
     """Numerator of the scale alpha / r."""
     rslora: bool = False
-    """Scale by alpha / sqrt(r) instead (rsLoRA)."""
+    """Scale by alpha / sqrt(r) instead (rsLoRA); read by ``lora``."""
     target_modules: str = "auto"
     """Comma-separated module names as in PEFT, ``all-linear``, or ``auto``: PEFT's choice for the model."""
     head: str = "shared"
@@ -244,6 +245,49 @@ class MethodConfig:
             self.target_modules,
             "must be module names separated by commas.",
         )
+
+
+@dataclass(frozen=True)
+class MosConfig:
+    """Mixture of Shards; read by ``method.name = 'mos'`` only."""
+
+    budget: int = 4
+    """Rank e of the LoRA that has as many parameters: each pool holds budget x layers ranks."""
+    shards: int = 4
+    """Shards l that a row of A or a column of B is put together from; 1 switches vector sharding off."""
+    private: int = 1
+    """Ranks p of the budget that each layer has to itself; 0 switches shard privatisation off."""
+    subset: bool = True
+    """Whether each layer takes its own random subset of the shared shards; without, each takes all of them."""
+    dissociation: bool = True
+    """Whether A and B take shards independently of each other."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _at_least("mos.budget", self.budget, 1)
+        _at_least("mos.shards", self.shards, 1)
+        _at_least("mos.private", self.private, 0)
+        _require(
+            self.private <= self.budget,
+            "mos.private",
+            self.private,
+            f"must be at most mos.budget = {self.budget}, of which it is a part.",
+        )
+
+
+@dataclass(frozen=True)
+class S2Config:
+    """S2-LoRA; read by ``method.name = 's2-lora'`` only."""
+
+    sparsity: float = 0.01
+    """Weight of the L1 penalty on the rank coefficients, applied as a proximal step after each optimizer step."""
+    orthogonality: float = 0.0
+    """Weight of the penalty that keeps the rows of A and the columns of B orthonormal; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _at_least("s2.sparsity", self.sparsity, 0)
+        _at_least("s2.orthogonality", self.orthogonality, 0)
 
 
 @dataclass(frozen=True)
@@ -359,6 +403,8 @@ class Config:
     federation: FederationConfig = field(default_factory=FederationConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    mos: MosConfig = field(default_factory=MosConfig)
+    s2: S2Config = field(default_factory=S2Config)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -18,7 +18,6 @@ from clients.pool import split_packs
 from clients.trainer import Request
 from fedlora.config import Config
 from fedlora.data import FederatedData
-from fedlora.roles import Role
 from fedlora.runs.folder import RunFolder, read_lines, run_path
 from fedlora.seeded import Seeded
 from simulations.setup import build_strategy
@@ -101,9 +100,8 @@ def _config(run: Simulation, name: str, strategy: str) -> Config:
 
 
 def _frozen(run: Simulation) -> frozenset[str]:
-    """Return the kinds of tensors that the run leaves as the seed gives them."""
-    roles = run.strategy.all_roles(1)
-    return frozenset(kind for kind, role in roles.items() if role is Role.FROZEN)
+    """Return the kinds of tensors that the run's clients never train."""
+    return frozenset(run.strategy.all_roles(1)) - run.strategy.trained_kinds
 
 
 def _result(run: Simulation, config: Config, data: FederatedData) -> dict[str, Any]:

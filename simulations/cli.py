@@ -172,7 +172,7 @@ def _plan(config: Config, console: Console) -> int:
     config = replace(config, federation=replace(config.federation, num_clients=len(data.clients)))
     task = TASKS[config.task]
     structure = inspect_by_name(config.model.name, task, len(data.corpus.classes), config.method.target_modules)
-    specs = build_method(config.method, structure.adapted, structure.head).specs()
+    specs = build_method(config, structure.adapted, structure.head).specs()
     Plan(
         config=config,
         data=data,

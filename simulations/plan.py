@@ -14,7 +14,7 @@ from clients.pool import split_packs
 from fedlora.config import Config
 from fedlora.data import FederatedData
 from fedlora.methods import TensorSpec, count_parameters
-from fedlora.roles import Role, with_role
+from fedlora.roles import Role
 from fedlora.runs.report import clients_table, human_bytes
 from fedlora.tasks import TASKS
 from fedlora.wire import payload_bytes
@@ -68,9 +68,35 @@ class Plan:
         """The number by which a round is reported, such as ``test_accuracy``."""
         return f"{self.measured}_{TASKS[self.config.task].measure.name}"
 
-    def payload(self, *roles: Role) -> int:
-        """Bytes of one client's tensors with these roles, in the first round."""
-        return payload_bytes(with_role(self.specs, self.strategy.all_roles(1), *roles), self.config.engine.tensor_dtype)
+    def payload(self, server_round: int, *roles: Role) -> int:
+        """Bytes of one client's tensors that have one of these roles in a round."""
+        return payload_bytes(self.strategy.exchanged(server_round, *roles), self.config.engine.tensor_dtype)
+
+    @property
+    def cycle(self) -> range:
+        """The rounds after which the roles repeat."""
+        return range(1, self.strategy.period + 1)
+
+    def roles(self) -> dict[str, str]:
+        """Return each kind's role, or its roles in the rounds of a cycle."""
+        rounds = [self.strategy.all_roles(number) for number in self.cycle]
+        return {kind: ", ".join(dict.fromkeys(str(roles[kind]) for roles in rounds)) for kind in rounds[0]}
+
+    def bytes_by_round(self) -> dict[str, float]:
+        """Return the bytes of one client in a round, up, down, and down for one that keeps what it was sent.
+
+        Means over a cycle; the last for a client that takes part in every round, after the first cycle.
+        """
+        dtype, count = self.config.engine.tensor_dtype, len(self.cycle)
+        later = range(count + 1, 2 * count + 1)
+        return {
+            "bytes_up_per_client": sum(self.payload(number, Role.SHARED) for number in self.cycle) / count,
+            "bytes_down_per_client": sum(self.payload(number) for number in self.cycle) / count,
+            "bytes_down_cached_per_client": sum(
+                payload_bytes(self.strategy.lacking(number, number - 2), dtype) for number in later
+            )
+            / count,
+        }
 
     def steps(self) -> list[int]:
         """Return each client's local steps in a round that it takes part in."""
@@ -102,23 +128,22 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """Return the plan as plain values, for ``plan.json``."""
         measure = TASKS[self.config.task].measure
-        roles = self.strategy.all_roles(1)
         return {
             "measure": self.measure,
             "higher_is_better": measure.higher_is_better,
-            "roles": {kind: str(role) for kind, role in roles.items()},
+            "roles": self.roles(),
             "trained_parameters": self.trained_parameters(),
             "base_parameters": self.num_parameters,
-            "bytes_up_per_client": self.payload(Role.SHARED),
-            "bytes_down_per_client": self.payload(Role.SHARED, Role.BROADCAST),
+            **self.bytes_by_round(),
             "packs": self.packs(),
             "nodes": self.nodes,
             "trainers": self.trainers,
         }
 
     def trained_parameters(self) -> int:
-        """Return the numbers that a client trains."""
-        return count_parameters(with_role(self.specs, self.strategy.all_roles(1), Role.SHARED, Role.PRIVATE))
+        """Return the numbers that a client trains, over the rounds of a cycle."""
+        trained = self.strategy.trained_kinds
+        return count_parameters({name: spec for name, spec in self.specs.items() if spec.kind in trained})
 
     def show(self, console: Console) -> None:
         """Print who holds what, what is trained and sent, and what that amounts to."""
@@ -132,21 +157,22 @@ class Plan:
         table = RichTable(title=f"{config.strategy.name} / {config.method.name} on {config.model.name} ({self.family})")
         for column in ("kind", "role", "tensors", "parameters", "bytes up", "bytes down"):
             table.add_column(column, justify="left" if column in ("kind", "role") else "right")
-        roles = self.strategy.all_roles(1)
-        for kind, role in roles.items():
+        for kind, role in self.roles().items():
             own = {name: spec for name, spec in self.specs.items() if spec.kind == kind}
-            up = payload_bytes(with_role(own, roles, Role.SHARED), dtype)
-            down = payload_bytes(with_role(own, roles, Role.SHARED, Role.BROADCAST), dtype)
-            table.add_row(kind, str(role), str(len(own)), f"{count_parameters(own):,}", f"{up:,}", f"{down:,}")
+            size = payload_bytes(own, dtype)
+            up = size if Role.SHARED in role.split(", ") else 0
+            down = size if {Role.SHARED, Role.BROADCAST} & set(role.split(", ")) else 0
+            table.add_row(kind, role, str(len(own)), f"{count_parameters(own):,}", f"{up:,}", f"{down:,}")
         return table
 
     def _lines(self) -> list[str]:
         config, steps = self.config, self.steps()
-        up, down = self.payload(Role.SHARED), self.payload(Role.SHARED, Role.BROADCAST)
-        visits = self.sampled * config.rounds
+        up, down, cached = self.bytes_by_round().values()
+        ups = [self.payload(number, Role.SHARED) for number in range(1, config.rounds + 1)]
+        downs = [self.payload(number) for number in range(1, config.rounds + 1)]
         exact = {
             True: "exact",
-            False: "not exact (means of A and B, not of B A)",
+            False: "not exact (a product of means, not the mean of products)",
             None: "none: the server holds no whole update",
         }
         lines = [
@@ -157,9 +183,11 @@ class Plan:
             f"{config.train.batch_size} examples",
             f"reported: {self.measure.replace('_', ' ')}"
             + (" (each client on the rows it holds out)" if self.strategy.has_private else ""),
-            f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down; a round: "
-            f"{human_bytes(up * self.sampled)} up, {human_bytes(down * self.sampled)} down",
-            f"bytes of the whole run: {human_bytes(up * visits)} up, {human_bytes(down * visits)} down",
+            f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down"
+            + (f" ({human_bytes(cached)} if it kept what it was sent)" if cached != down else "")
+            + (f", means over {self.strategy.period} rounds" if self.strategy.period > 1 else ""),
+            f"bytes of the whole run: {human_bytes(self.sampled * sum(ups))} up, "
+            f"{human_bytes(self.sampled * sum(downs))} down",
         ]
         if self.strategy.has_private:
             lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")

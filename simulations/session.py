@@ -132,9 +132,10 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
                 "started in another checkout lends them its working directory. End that flower-superlink process and "
                 "start the run again from here."
             )
-        if other.digest != first.digest or other.initial_digest != initial_digest:
+        same = (other.digest, other.constants_digest) == (first.digest, first.constants_digest)
+        if not same or other.initial_digest != initial_digest:
             raise ValueError(
-                "the trainers do not hold the same base model, tokenizer or seeded tensors as the server: "
+                "the trainers do not hold the same base model, tokenizer, seeded tensors or indices as the server: "
                 f"model.name = {config.model.name!r} must be the same files on every machine."
             )
     return first

@@ -31,6 +31,7 @@ def resolve(flat: Mapping[str, Any]) -> Config:
         strategy = STRATEGIES[config.strategy.name]
         method = strategy.methods[0] if config.method.name == "auto" else config.method.name
         METHODS[method]
+        strategy.check(config)
         TASKS[config.task]
         CORPORA[config.data.name]
     except ValueError as error:
@@ -40,6 +41,10 @@ def resolve(flat: Mapping[str, Any]) -> Config:
             f"method.name = {method!r}: strategy {strategy.name!r} works with {', '.join(strategy.methods)}; "
             "choose one of them, or method.name = 'auto'."
         )
+    try:
+        METHODS[method]((), config)  # on no layers: what does not depend on the model is refused here
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy.name}"
     data = config.data
     if data.holdout == 0 and (strategy.personal or config.method.head == "private" or config.eval.baselines):
@@ -63,6 +68,7 @@ def build_strategy(
             dtype=config.engine.tensor_dtype,
             pack=config.engine.pack,
             frozen=frozen,
+            learning_rate=config.train.learning_rate,
         )
     )
 

@@ -21,6 +21,7 @@ from fedlora.methods import initial_tensors
 from fedlora.roles import Role
 from fedlora.runs.card import model_card
 from fedlora.runs.folder import RunFolder, environment, read_lines
+from fedlora.runs.ranks import effective_ranks, read_strengths
 from fedlora.runs.report import Run, human_bytes, human_time, metrics_table, outcome_table, plot_partition, write_report
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS
@@ -93,10 +94,11 @@ class Simulation:
         """Show and write what is known, and return the tensors to start from with the rounds behind them."""
         checkpoint = self.folder.read_checkpoint({"base": self.description.digest}) if self.config.run.resume else None
         seeded = initial_tensors(self.description.specs, Seeded(self.config.seed), self.config.engine.tensor_dtype)
-        tensors = {name: seeded[name] for name in self.strategy.exchanged(1)}
+        tensors = {name: np.asarray(value) for name, value in self.strategy.initial(seeded).items()}
         if checkpoint is not None:
             tensors = checkpoint.tensors
             self.strategy.have_trained = set(checkpoint.state["have_trained"])
+            self.strategy.knows = dict(checkpoint.state["knows"])
             self.metrics = read_lines(self.folder.path / "metrics.jsonl")
             self.before = checkpoint.state["before"]
             self.started -= checkpoint.state["seconds"]
@@ -183,6 +185,11 @@ class Simulation:
         told = self._facts(tensors, split, range(len(self.data.corpus.splits[split])))
         return self.task.metrics({name: float(values.mean()) for name, values in told.items()})
 
+    def _sparsity(self, tensors: dict[str, NDArray[np.floating]]) -> float | None:
+        """Return the share of zeros among the server's tensors that have an L1 weight; None where there is none."""
+        sparse = [tensors[name] for name, spec in self.description.specs.items() if spec.l1 and name in tensors]
+        return float(np.mean(np.concatenate([value.ravel() for value in sparse]) == 0)) if sparse else None
+
     def _on_round(self, server_round: int, arrays: ArrayRecord, result: Result) -> None:
         """Write a round's lines and checkpoint, and print its progress."""
         if server_round == 0:
@@ -208,6 +215,8 @@ class Simulation:
             "clients_refused": train["clients_refused"],
             "bytes_up": tally.bytes_up,
             "bytes_down": tally.bytes_down,
+            "bytes_down_cached": tally.bytes_down_cached,
+            "sparsity": self._sparsity(from_named_arrays(arrays)),
             "message_bytes_up": tally.message_bytes_up,
             "message_bytes_down": tally.message_bytes_down,
             "seconds": now - self.round_started,
@@ -225,6 +234,7 @@ class Simulation:
         state = {
             "strategy": self.strategy.name,
             "have_trained": sorted(self.strategy.have_trained),
+            "knows": sorted(self.strategy.knows.items()),
             "base": self.description.digest,
             "packing": self._packing(),
             "before": self.before,
@@ -268,12 +278,20 @@ class Simulation:
             measured = self.data.corpus.splits.get("test") or self.data.corpus.splits["dev"]
             outcome["majority_share"] = self.data.corpus.majority_share(measured)
         self._export(tensors, outcome)
+        ranks = effective_ranks(read_strengths(self.folder.path))
+        outcome |= {
+            "effective_rank": float(ranks.mean()),
+            "effective_rank_least": int(ranks.min()),
+            "effective_rank_most": int(ranks.max()),
+            "trained_parameters": self.plan.trained_parameters(),
+        }
         if self.config.eval.baselines:
             outcome |= run_baselines(self)
         outcome |= {
             "rounds": self.config.rounds,
             "bytes_up": int(np.sum([line["bytes_up"] for line in self.metrics])),
             "bytes_down": int(np.sum([line["bytes_down"] for line in self.metrics])),
+            "bytes_down_cached": int(np.sum([line["bytes_down_cached"] for line in self.metrics])),
             "seconds": time.monotonic() - self.started,
         }
         self.folder.write_json("result.json", outcome)

@@ -6,11 +6,49 @@ from fedlora.registry import Registry
 from strategies.base import FederationError, RoleStrategy, Setting
 from strategies.fedavg import FedAvg
 from strategies.fedsa_lora import FedSALora
+from strategies.fedsvd import FedSVD
 from strategies.ffa_lora import FFALora
 from strategies.local import Local
+from strategies.mos import MoS
+from strategies.mos_private import MoSPrivate
+from strategies.rolora import RoLoRA
+from strategies.s2_cyclic import S2Cyclic
+from strategies.s2_frozen import S2Frozen
+from strategies.s2_lora import S2
+from strategies.s2_private import S2Private
 
 STRATEGIES: Registry[type[RoleStrategy]] = Registry("strategy.name")
-for _strategy in (FedAvg, FFALora, FedSALora, Local):
+for _strategy in (
+    FedAvg,
+    FFALora,
+    RoLoRA,
+    FedSVD,
+    FedSALora,
+    Local,
+    MoS,
+    MoSPrivate,
+    S2,
+    S2Frozen,
+    S2Cyclic,
+    S2Private,
+):
     STRATEGIES.register(_strategy.name)(_strategy)
 
-__all__ = ["STRATEGIES", "FFALora", "FedAvg", "FedSALora", "FederationError", "Local", "RoleStrategy", "Setting"]
+__all__ = [
+    "S2",
+    "STRATEGIES",
+    "FFALora",
+    "FedAvg",
+    "FedSALora",
+    "FedSVD",
+    "FederationError",
+    "Local",
+    "MoS",
+    "MoSPrivate",
+    "RoLoRA",
+    "RoleStrategy",
+    "S2Cyclic",
+    "S2Frozen",
+    "S2Private",
+    "Setting",
+]

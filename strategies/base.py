@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -21,9 +20,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from numpy.typing import NDArray
 
+from fedlora.config import Config
 from fedlora.exact_sum import ExactSum
 from fedlora.fingerprint import code_fingerprint
-from fedlora.methods import TensorSpec
+from fedlora.methods import TensorSpec, soft_threshold, zero_kinds
 from fedlora.roles import Role, Roles, with_role
 from fedlora.seeded import Seeded
 from fedlora.wire import (
@@ -61,6 +61,7 @@ class Setting:
         dtype: Of the tensors.
         pack: Clients trained together; 0: automatic.
         frozen: Kinds that stay as the seed gives them, whatever the strategy does with them.
+        learning_rate: Of local training: the size of the server's proximal step on tensors that have an L1 weight.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -73,6 +74,7 @@ class Setting:
     dtype: str = "float32"
     pack: int = 0
     frozen: frozenset[str] = frozenset()
+    learning_rate: float = 0.0
 
 
 @dataclass
@@ -88,6 +90,7 @@ class Tally:
         refused: Why, by client.
         bytes_up: Payload that clients sent, each counted alone.
         bytes_down: Payload that was sent to clients, each counted alone.
+        bytes_down_cached: The part of it that clients would need who keep what they were sent before.
         message_bytes_up: What Flower carried to the server.
         message_bytes_down: What Flower carried to the nodes.
     """
@@ -100,6 +103,7 @@ class Tally:
     refused: dict[int, str] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_down_cached: int = 0
     message_bytes_up: int = 0
     message_bytes_down: int = 0
 
@@ -125,27 +129,69 @@ class RoleStrategy(Strategy):
     """Whether the server's mean of tensors is the mean of the clients' updates B A; None: it holds no whole update."""
     personal: ClassVar[bool] = False
     """Whether clients keep trained tensors of their own, so that there is no global model to measure."""
+    period: ClassVar[int] = 1
+    """Rounds after which the roles repeat."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.tally: Tally | None = None
         self._asked: dict[int, tuple[int, ...]] = {}
         self.have_trained: set[int] = set()
+        self.knows: dict[int, int] = {}
+        """The last round whose outcome a client was sent, by client."""
         self.personal_sums: dict[int, dict[str, float]] = {}
         self._server: dict[str, NDArray[np.floating]] = {}
+        self._check_gradients()
 
     # -- what a strategy is -------------------------------------------------------------------------------
 
-    @abstractmethod
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
-        """Return the role of each kind of the method's tensors in a round.
+        """Return the role of each kind of the method's tensors in a round; by default all are shared.
 
         The head's comes from the setting, unless a strategy names it here, too.
+        """
+        return dict.fromkeys(kinds, Role.SHARED)
+
+    def initial(self, seeded: Tensors) -> Tensors:
+        """Return what the server holds before the first round, given what the seed gives."""
+        return {name: seeded[name] for name in self.exchanged(1)}
+
+    def changed(self, server_round: int) -> set[str]:
+        """Return the kinds of exchanged tensors that the server changes after a round.
+
+        Those that are shared in it, unless :meth:`combine` changes others. After round 0: those that do not start as
+        the seed gives them.
+        """
+        return {kind for kind, role in self.all_roles(server_round).items() if server_round and role is Role.SHARED}
+
+    def lacking(self, server_round: int, known: int) -> dict[str, TensorSpec]:
+        """Return the tensors exchanged in a round that a client lacks who has kept what it was sent before.
+
+        Args:
+            server_round: The round.
+            known: The last round whose outcome the client was sent; 0: what the server started with; -1: nothing, so it
+                has what the seed gives.
+        """
+        kinds = set().union(*(self.changed(number) for number in range(known + 1, server_round)))
+        return {name: spec for name, spec in self.exchanged(server_round).items() if spec.kind in kinds}
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuse a configuration in which the strategy would not be what it says.
+
+        Raises:
+            ValueError: What is wrong, with the cure.
         """
 
     def combine(self, server: Tensors, mean: Tensors, server_round: int) -> Tensors:
         """Return the server's new tensors, given the clients' mean; by default the mean itself."""
         return {**server, **mean}
+
+    @property
+    def trained_kinds(self) -> set[str]:
+        """The kinds that clients train in some round."""
+        rounds = (self.all_roles(number) for number in range(1, self.period + 1))
+        return {kind for roles in rounds for kind, role in roles.items() if role in (Role.SHARED, Role.PRIVATE)}
 
     @property
     def has_private(self) -> bool:
@@ -183,9 +229,7 @@ class RoleStrategy(Strategy):
             )
         dealt = deal(self.sample(server_round), list(grid.get_node_ids()))
         self.tally = Tally(server_round, dealt, self.exchanged(server_round, Role.SHARED))
-        self.tally.bytes_down = payload_bytes(sent, self.setting.dtype) * sum(
-            len(clients) for clients in dealt.values()
-        )
+        self._count_down(self.tally, dealt, server_round)
         return self._messages(MessageType.TRAIN, server_round, {name: self._server[name] for name in sent}, dealt)
 
     def aggregate_train(
@@ -207,9 +251,11 @@ class RoleStrategy(Strategy):
         self._check_failures(tally, sampled, good=tally.total.terms)
         self.have_trained |= tally.facts.keys() - tally.refused.keys()
         mean = {name: value.astype(self.setting.dtype) for name, value in tally.total.mean().items()}
-        self._server = {
-            name: np.asarray(value) for name, value in self.combine(self._server, mean, server_round).items()
-        }
+        combined = self.combine(self._server, mean, server_round)
+        # A mean of sparse tensors is dense where only one of the clients is not zero.
+        l1 = {name: spec.l1 for name, spec in tally.expected.items() if spec.l1}
+        sparse = {name: soft_threshold(combined[name], self.setting.learning_rate * l1[name]) for name in l1}
+        self._server = {name: value.astype(self.setting.dtype) for name, value in {**combined, **sparse}.items()}
         # By client, not by arrival: this mean, too, must not depend on the order of replies.
         losses = [fact["loss"] for client, fact in sorted(tally.facts.items()) if client not in tally.refused]
         metrics = MetricRecord(
@@ -219,6 +265,7 @@ class RoleStrategy(Strategy):
                 "clients_refused": len(tally.refused),
                 "bytes_up": tally.bytes_up,
                 "bytes_down": tally.bytes_down,
+                "bytes_down_cached": tally.bytes_down_cached,
                 "message_bytes_up": tally.message_bytes_up,
                 "message_bytes_down": tally.message_bytes_down,
             }
@@ -238,8 +285,7 @@ class RoleStrategy(Strategy):
         sent = {name: server[name] for name in self.exchanged(server_round)}
         self._asked = deal(sorted(self.have_trained), list(grid.get_node_ids()))
         if self.tally is not None:
-            payload = payload_bytes(self.exchanged(server_round), self.setting.dtype)
-            self.tally.bytes_down += payload * len(self.have_trained)
+            self._count_down(self.tally, self._asked, server_round + 1)
         # A client evaluates what it will start the next round with.
         return self._messages(MessageType.EVALUATE, server_round + 1, sent, self._asked)
 
@@ -350,6 +396,34 @@ class RoleStrategy(Strategy):
         return result
 
     # -- helpers ------------------------------------------------------------------------------------------
+
+    def _check_gradients(self) -> None:
+        """Refuse roles that let nothing train: a factor fixed at zero hides every gradient that it is multiplied with.
+
+        Raises:
+            ValueError: In the first round a factor that starts at zero is fixed, and another is to be trained.
+        """
+        trained = {kind for kind, role in self.all_roles(1).items() if role in (Role.SHARED, Role.PRIVATE)}
+        for product, kinds in zero_kinds(self.setting.specs).items():
+            dead = [kind for kind, zero in kinds.items() if zero and kind not in trained]
+            hidden = [kind for kind, zero in kinds.items() if not zero and kind in trained]
+            if dead and hidden:
+                raise ValueError(
+                    f"strategy {self.name!r} trains {hidden[0]} of {product} in the first round while {dead[0]}, which "
+                    f"it is multiplied with, is fixed at zero: nothing would be learned. Train {dead[0]} first."
+                )
+
+    def _count_down(self, tally: Tally, dealt: Mapping[int, tuple[int, ...]], server_round: int) -> None:
+        """Count what clients are sent for a round, and what of it they would lack if they kept what they were sent."""
+        sent = payload_bytes(self.exchanged(server_round), self.setting.dtype)
+        needed: dict[int, int] = {}
+        for client in (client for clients in dealt.values() for client in clients):
+            known = self.knows.get(client, -1)
+            if known not in needed:
+                needed[known] = payload_bytes(self.lacking(server_round, known), self.setting.dtype)
+            tally.bytes_down += sent
+            tally.bytes_down_cached += needed[known]
+            self.knows[client] = server_round - 1
 
     def _messages(
         self, message_type: str, server_round: int, tensors: Tensors, dealt: Mapping[int, tuple[int, ...]]

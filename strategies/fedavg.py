@@ -3,17 +3,15 @@
 Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", 2023, arXiv 2305.05644;
 McMahan et al., AISTATS 2017, for the average itself.
 
-Both factors are trained and exchanged: A <- sum_k p_k A_k, B <- sum_k p_k B_k. The product of the means is not
-the mean of the products, mean(B) mean(A) != mean(B A), so the server's model differs from the clients'
-average; a test shows by how much.
+All tensors are trained and exchanged: A <- sum_k p_k A_k, B <- sum_k p_k B_k. The product of the means is not the
+mean of the products, mean(B) mean(A) != mean(B A), so the server's model differs from the clients' average; a test
+shows by how much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import final
 
-from fedlora.roles import Role, Roles
 from strategies.base import RoleStrategy
 
 
@@ -22,9 +20,5 @@ class FedAvg(RoleStrategy):
     """Trains and averages every tensor of the method."""
 
     name = "fedavg"
-    methods = ("lora",)
+    methods = ("lora", "mos", "s2-lora")
     exact = False
-
-    def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
-        """Return ``shared`` for all kinds."""
-        return dict.fromkeys(kinds, Role.SHARED)

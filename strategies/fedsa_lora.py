@@ -19,13 +19,13 @@ from strategies.base import RoleStrategy
 
 @final
 class FedSALora(RoleStrategy):
-    """Averages tensors of kind A; the others are private."""
+    """Averages A; the rest is private."""
 
     name = "fedsa-lora"
-    methods = ("lora",)
+    methods = ("lora", "mos")
     exact = None
     personal = True
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``shared`` for A and ``private`` for the others."""
-        return {kind: Role.SHARED if kind == "A" else Role.PRIVATE for kind in kinds}
+        return {kind: Role.SHARED if kind.startswith("A") else Role.PRIVATE for kind in kinds}

@@ -4,6 +4,7 @@ Sun, Li, Li & Ding, "Improving LoRA in Privacy-preserving Federated Learning", I
 
 With one A for all clients, sum_k p_k (B_k A) = (sum_k p_k B_k) A: the average is exact, at half the bytes of
 ``fedavg`` for square layers (d_out / (d_in + d_out) in general). A comes from the run's seed and is never sent.
+On ``method.name = 'mos'`` the whole A pool is frozen, layers' own shards included, and the same holds.
 The paper's treatment of the classification head could not be verified; here ``method.head`` says it.
 """
 
@@ -18,12 +19,12 @@ from strategies.base import RoleStrategy
 
 @final
 class FFALora(RoleStrategy):
-    """Freezes tensors of kind A, trains and averages the others."""
+    """Freezes A, trains and averages the rest."""
 
     name = "ffa-lora"
-    methods = ("lora",)
+    methods = ("lora", "mos")
     exact = True
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``frozen`` for A and ``shared`` for the others."""
-        return {kind: Role.FROZEN if kind == "A" else Role.SHARED for kind in kinds}
+        return {kind: Role.FROZEN if kind.startswith("A") else Role.SHARED for kind in kinds}

@@ -18,7 +18,7 @@ class Local(RoleStrategy):
     """Keeps every tensor at its client."""
 
     name = "local"
-    methods = ("lora",)
+    methods = ("lora", "mos", "s2-lora")
     exact = None
     personal = True
 

@@ -6,13 +6,22 @@ real Flower processes are in ``test_runs.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
+from numpy.typing import NDArray
 
+from fedlora.exact_sum import ExactSum
+from fedlora.methods import TensorSpec
+from fedlora.roles import Role
+from fedlora.wire import Instruction, Reply
+from strategies import RoleStrategy
+
+Arrays = dict[str, NDArray[Any]]
 Node = Callable[[Message], RecordDict | Exception | None]
 
 
@@ -29,7 +38,6 @@ class LoopGrid(Grid):
         self.nodes = nodes
         self.order = order
         self.sent: list[Message] = []
-        self.folded_at_once = 0
         self._replies: list[Message] = []
 
     def set_run(self, run: Any) -> None:
@@ -74,15 +82,56 @@ class LoopGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         wanted = set(message_ids)
-        for reply in list(self._replies):
-            if reply.metadata.reply_to_message_id in wanted:
-                self._replies.remove(reply)
-                return [reply]
-        return []
+        ready = [reply for reply in self._replies if reply.metadata.reply_to_message_id in wanted]
+        self._replies = [reply for reply in self._replies if reply not in ready]
+        return ready
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         waiting = set(self.push_messages(messages))
-        replies: list[Message] = []
-        while found := list(self.pull_messages(waiting)):
-            replies += found
-        return replies
+        return list(self.pull_messages(waiting))
+
+
+def update_of(client: int, number: int, specs: Mapping[str, TensorSpec], dtype: str = "float64") -> Arrays:
+    generator = np.random.default_rng([client, number])
+    return {name: generator.standard_normal(spec.shape).astype(dtype) for name, spec in specs.items()}
+
+
+def examples_of(client: int) -> int:
+    return 10 + 7 * client
+
+
+def node_of(
+    strategy: RoleStrategy, spoil: Callable[[int, Arrays], Arrays] | None = None, same: Arrays | None = None
+) -> Node:
+    """A node that answers as clients.app does, with known updates: random by client and round, or what it was sent.
+
+    Args:
+        strategy: Tells which tensors are sent.
+        spoil: What is done to a client's update before it is sent.
+        same: Every client sends back what it was sent, and these where it was sent nothing.
+    """
+
+    def node(message: Message) -> RecordDict:
+        instruction = Instruction.from_content(message.content)
+        if message.metadata.message_type == "evaluate":
+            told = Reply()
+            for client in instruction.clients:
+                told.add(client, examples=10, metrics={"accuracy": 5.0, "loss": 5.0})
+            return told.to_content()
+        shared = strategy.exchanged(instruction.round, Role.SHARED)
+        reply = Reply(total=ExactSum())
+        for client in instruction.clients:
+            update = update_of(client, instruction.round, shared, strategy.setting.dtype)
+            if same is not None:
+                update = {name: {**same, **instruction.tensors}[name] for name in shared}
+            if spoil is not None:
+                update = spoil(client, update)
+            reply.add(client, examples=examples_of(client), steps=3, metrics={"loss": 1.0})
+            if len(instruction.clients) == 1:
+                reply.update = update
+            else:
+                assert reply.total is not None
+                reply.total.add(update, examples_of(client) if instruction.weights == "examples" else 1)
+        return reply.to_content()
+
+    return node

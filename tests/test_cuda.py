@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.config import Config
 from fedlora.engine import ClientResult, Engine, train_pack
 from fedlora.methods import build_method
 from fedlora.models import prepare_base
@@ -26,7 +27,8 @@ def trained(family: str, device: str, dtype: torch.dtype) -> list[ClientResult]:
     model: Any = without_float32(small_model(family)).to(dtype)
     has_head = task_of(family).has_head
     base = prepare_base(model, None, "auto", has_head=has_head, device=torch.device(device))
-    engine = Engine.build(base, build_method(METHOD, base.structure.adapted, base.structure.head), small_task(family))
+    method = build_method(Config(method=METHOD), base.structure.adapted, base.structure.head)
+    engine = Engine.build(base, method, small_task(family))
     return train_pack(engine, make_works(engine, 6, ADAMW, family=family), {}, ADAMW)
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.nn import functional
 
-from fedlora.config import MethodConfig, TrainConfig
+from fedlora.config import Config, MethodConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine, evaluate, train_pack
 from fedlora.methods import build_method, initial_tensors
 from fedlora.seeded import Seeded
@@ -33,10 +33,11 @@ METHOD = MethodConfig(name="lora", rank=3, alpha=6.0)
 TARGETS = {"distilbert": "q_lin,v_lin"}  # PEFT has no choice of its own for this family
 
 
-def make_engine(family: str, method: MethodConfig = METHOD, targets: str = "") -> Engine:
+def make_engine(family: str, method: MethodConfig = METHOD, targets: str = "", **sections: Any) -> Engine:
     targets = targets or TARGETS.get(family, "auto")
     base = small_base(family, targets)
-    return Engine.build(base, build_method(method, base.structure.adapted, base.structure.head), small_task(family))
+    built = build_method(Config(method=method, **sections), base.structure.adapted, base.structure.head)
+    return Engine.build(base, built, small_task(family))
 
 
 def make_works(
@@ -283,9 +284,10 @@ def test_padding_to_the_right_only() -> None:
 
 def test_base_is_frozen_and_shared() -> None:
     """Training leaves every weight of the base model as it was."""
+    engine = make_engine("bert")
     base = small_base("bert")
     before = copy.deepcopy(base.model.state_dict())
-    engine = Engine.build(base, build_method(METHOD, base.structure.adapted, base.structure.head), small_task())
+    engine = replace(engine, base=base, grouped=Engine.build(base, engine.method, small_task()).grouped)
     train_pack(engine, make_works(engine, 3, ADAMW), {}, ADAMW)
     after = {name.replace(".base.", "."): value for name, value in base.model.state_dict().items()}
     assert after.keys() == before.keys()

@@ -12,19 +12,16 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
 
-from fedlora.exact_sum import ExactSum
-from fedlora.methods import Head, Lora, TensorSpec, initial_tensors
+from fedlora.methods import Head, Lora, initial_tensors
 from fedlora.methods.base import Layer
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
 from fedlora.wire import Instruction, Reply, encode, from_named_arrays, message_bytes, named_arrays, payload_bytes
-from strategies import STRATEGIES, FedAvg, FederationError, FFALora, RoleStrategy, Setting
+from strategies import FedAvg, FederationError, FFALora, RoleStrategy, Setting
 from strategies.base import deal
-from tests.loop import LoopGrid, Node
+from tests.loop import Arrays, LoopGrid, Node, examples_of, node_of, update_of
 
-Arrays = dict[str, NDArray[Any]]
 LAYERS = [Layer("a", 6, 10, bias=True, fan_in_fan_out=False), Layer("b", 8, 4, bias=False, fan_in_fan_out=True)]
 SPECS = Head(Lora(LAYERS, rank=2, alpha=4.0, rslora=False), [Layer("head", 4, 3, True, False)]).specs()
 
@@ -38,100 +35,16 @@ def start_arrays(strategy: RoleStrategy) -> ArrayRecord:
     return named_arrays({name: initial[name] for name in strategy.exchanged(1)})
 
 
-def update_of(client: int, specs: dict[str, TensorSpec], dtype: str = "float64") -> Arrays:
-    generator = np.random.default_rng(client)
-    return {name: generator.standard_normal(spec.shape).astype(dtype) for name, spec in specs.items()}
-
-
-def examples_of(client: int) -> int:
-    return 10 + 7 * client
-
-
-def honest(strategy: RoleStrategy, change: Callable[[int, Arrays], Arrays] | None = None) -> Node:
-    """A node that answers as clients.app does, with updates that are known."""
-
-    def node(message: Message) -> RecordDict:
-        instruction = Instruction.from_content(message.content)
-        shared = strategy.exchanged(instruction.round, Role.SHARED)
-        reply = Reply(total=ExactSum())
-        for client in instruction.clients:
-            update = update_of(client, shared, strategy.setting.dtype)
-            if change is not None:
-                update = change(client, update)
-            reply.add(client, examples=examples_of(client), steps=3, metrics={"loss": 1.0})
-            if len(instruction.clients) == 1:
-                reply.update = update
-            else:
-                assert reply.total is not None
-                reply.total.add(update, examples_of(client) if instruction.weights == "examples" else 1)
-        return reply.to_content()
-
-    return node
-
-
 def one_round(strategy: RoleStrategy, grid: LoopGrid) -> Arrays:
     result = strategy.start(grid, start_arrays(strategy), num_rounds=1, timeout=1.0)
     assert result.arrays is not None
     return from_named_arrays(result.arrays)
 
 
-def products(tensors: Arrays) -> Arrays:
-    return {layer.name: tensors[f"{layer.name}.lora_B"] @ tensors[f"{layer.name}.lora_A"] for layer in LAYERS}
-
-
-@pytest.mark.parametrize("weights", ["examples", "equal"])
-@pytest.mark.parametrize("name", list(STRATEGIES))
-def test_mean_of_products(name: str, weights: str) -> None:
-    """Whether the server's B A is the weighted mean of the clients' B A is what the strategy says it is."""
-    strategy = STRATEGIES[name](setting(5, weights=weights))
-    server = one_round(strategy, LoopGrid({1: honest(strategy), 2: honest(strategy)}))
-    if strategy.exact is None:
-        assert not {"a.lora_A", "a.lora_B"} <= set(server), "a server that holds both factors holds a whole update"
-        return
-    frozen = initial_tensors(SPECS, Seeded(0))
-    shares = np.array([examples_of(k) if weights == "examples" else 1 for k in range(5)], dtype=float)
-    shares /= shares.sum()
-    shared = strategy.exchanged(1, Role.SHARED)
-    clients = [products({**frozen, **update_of(k, shared)}) for k in range(5)]
-    off = 0.0
-    for layer, product in products({**frozen, **server}).items():
-        mean = sum(share * client[layer] for share, client in zip(shares, clients, strict=True))
-        off = max(off, float(np.linalg.norm(product - mean) / np.linalg.norm(mean)))
-    if strategy.exact:
-        assert off < 1e-14
-    else:
-        assert off > 0.1, "fedavg averages A and B apart: the error is real, not rounding"
-
-
-@pytest.mark.parametrize(("name", "kind"), [("fedsa-lora", "lora_B"), ("local", "lora_")])
-def test_private_tensors_never_cross_the_wire(name: str, kind: str) -> None:
-    """Neither down, nor up, nor is one accepted that a client sends all the same."""
-    strategy = STRATEGIES[name](setting(2))
-    grid = LoopGrid({1: honest(strategy)})
-    one_round(strategy, grid)
-    assert not [tensor for tensor in Instruction.from_content(grid.sent[0].content).tensors if kind in tensor]
-    assert not [tensor for tensor in strategy.exchanged(1) if kind in tensor]
-    assert strategy.personal
-    assert strategy.has_private
-    leaking = STRATEGIES[name](setting(2))
-    nodes = {1: honest(leaking, lambda client, update: {**update, "a.lora_B": np.ones((10, 2))}), 2: honest(leaking)}
-    grid = LoopGrid(nodes)
-    one_round(leaking, grid)
-    assert leaking.tally is not None
-    assert "a.lora_B" in leaking.tally.refused[0]
-    assert 1 not in leaking.tally.refused
-
-
-def test_unequal_weights_differ_from_equal_ones() -> None:
-    by_examples, equal = (FFALora(setting(5, weights=weights)) for weights in ("examples", "equal"))
-    one, two = (one_round(s, LoopGrid({1: honest(s)})) for s in (by_examples, equal))
-    assert np.abs(one["a.lora_B"] - two["a.lora_B"]).max() > 1e-3
-
-
 def test_frozen_tensors_never_cross_the_wire() -> None:
     """FFA-LoRA sends and accepts no A, and half the bytes of FedAvg for square layers."""
     strategy = FFALora(setting())
-    grid = LoopGrid({1: honest(strategy)})
+    grid = LoopGrid({1: node_of(strategy)})
     one_round(strategy, grid)
     sent = Instruction.from_content(grid.sent[0].content).tensors
     assert sorted(sent) == ["a.lora_B", "b.lora_B", "head.bias", "head.weight"]
@@ -148,16 +61,6 @@ def test_head_policies(head: Role) -> None:
     assert strategy.all_roles(1)["head"] is head
 
 
-def test_same_bits_in_any_order_and_for_any_dealing() -> None:
-    """Order of replies, and how clients are dealt to nodes, change no bit of the sum."""
-    results = []
-    for nodes in ({1: 0}, {1: 0, 2: 0, 3: 0}, dict.fromkeys(range(10, 17), 0)):
-        for order in (list, lambda replies: replies[::-1]):
-            strategy = FedAvg(setting(7, dtype="float32"))
-            results.append(one_round(strategy, LoopGrid({node: honest(strategy) for node in nodes}, order)))
-    assert all(np.array_equal(results[0][name], other[name]) for other in results for name in other)
-
-
 def test_sampling_depends_on_seed_and_round_alone() -> None:
     strategy = FedAvg(setting(20, clients_per_round=5, seed=3))
     again = FedAvg(setting(20, clients_per_round=5, seed=3))
@@ -172,9 +75,9 @@ def test_sampling_depends_on_seed_and_round_alone() -> None:
 def test_runs_under_flowers_own_loop() -> None:
     """A plain Strategy: Flower's own ``start`` gives what ours gives."""
     ours, theirs = FedAvg(setting()), FedAvg(setting())
-    expected = one_round(ours, LoopGrid({1: honest(ours), 2: honest(ours)}))
+    expected = one_round(ours, LoopGrid({1: node_of(ours), 2: node_of(ours)}))
     result = Strategy.start(
-        theirs, LoopGrid({1: honest(theirs), 2: honest(theirs)}), start_arrays(theirs), num_rounds=1
+        theirs, LoopGrid({1: node_of(theirs), 2: node_of(theirs)}), start_arrays(theirs), num_rounds=1
     )
     assert result.arrays is not None
     arrays = from_named_arrays(result.arrays)
@@ -231,7 +134,7 @@ REFUSALS = {
 def test_a_wrong_reply_is_refused_named_and_counted(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     """Each client on a node of its own: the wrong one is left out, the round goes on with the others."""
     strategy = FFALora(setting())
-    grid = LoopGrid({k: honest(strategy, spoiled(kind)) for k in range(1, 5)})
+    grid = LoopGrid({k: node_of(strategy, spoiled(kind)) for k in range(1, 5)})
     server = one_round(strategy, grid)
     assert strategy.tally is not None
     assert list(strategy.tally.refused) == [2]
@@ -240,7 +143,7 @@ def test_a_wrong_reply_is_refused_named_and_counted(kind: str, caplog: pytest.Lo
     shared = strategy.exchanged(1, Role.SHARED)
     good = [k for k in range(4) if k != 2]
     weights = np.array([examples_of(k) for k in good], dtype=float)
-    mean = sum(w * update_of(k, shared)["a.lora_B"] for w, k in zip(weights / weights.sum(), good, strict=True))
+    mean = sum(w * update_of(k, 1, shared)["a.lora_B"] for w, k in zip(weights / weights.sum(), good, strict=True))
     assert np.abs(server["a.lora_B"] - mean).max() < 1e-14
 
 
@@ -254,7 +157,7 @@ def silent(_message: Message) -> None:
 
 def liar(strategy: RoleStrategy, field: str) -> Node:
     """A node whose reply is well formed, but not an answer to its question."""
-    node = honest(strategy)
+    node = node_of(strategy)
 
     def answer(message: Message) -> RecordDict:
         content = node(message)
@@ -285,7 +188,7 @@ def liar(strategy: RoleStrategy, field: str) -> Node:
 @pytest.mark.parametrize("field", ["clients", "examples", "lists", "loss", "no-reply", "no-update", "cut"])
 def test_a_reply_that_is_no_answer_is_refused(field: str) -> None:
     strategy = FFALora(setting())
-    nodes = {k: honest(strategy) for k in range(1, 5)}
+    nodes = {k: node_of(strategy) for k in range(1, 5)}
     one_round(strategy, LoopGrid({**nodes, 3: liar(strategy, field)}))
     assert strategy.tally is not None
     assert list(strategy.tally.refused) == [2]
@@ -297,14 +200,14 @@ def test_a_reply_that_is_no_answer_is_refused(field: str) -> None:
 )
 def test_a_node_that_fails_or_never_answers(node: Node, reason: str) -> None:
     strategy = FFALora(setting())
-    one_round(strategy, LoopGrid({**{k: honest(strategy) for k in range(1, 5)}, 4: node}))
+    one_round(strategy, LoopGrid({**{k: node_of(strategy) for k in range(1, 5)}, 4: node}))
     assert strategy.tally is not None
     assert strategy.tally.refused == {3: reason}
 
 
 def test_past_the_threshold_the_run_stops() -> None:
     strategy = FFALora(setting(failure_threshold=0.25))
-    nodes: dict[int, Node] = {1: honest(strategy), 2: honest(strategy), 3: failing, 4: failing}
+    nodes: dict[int, Node] = {1: node_of(strategy), 2: node_of(strategy), 3: failing, 4: failing}
     with pytest.raises(FederationError, match=r"2 of 4 clients failed.*client 2: its node failed: out of memory"):
         one_round(strategy, LoopGrid(nodes))
     strategy = FFALora(setting(failure_threshold=0.9))
@@ -318,7 +221,7 @@ def test_server_memory_does_not_grow_with_clients() -> None:
 
     def peak(clients: int) -> int:
         strategy = FFALora(setting(clients, specs=wide, dtype="float32"))
-        update = update_of(0, strategy.exchanged(1, Role.SHARED), "float32")
+        update = update_of(0, 1, strategy.exchanged(1, Role.SHARED), "float32")
 
         def node(message: Message) -> RecordDict:
             reply = Reply(update=update)
@@ -359,7 +262,7 @@ def test_server_memory_does_not_grow_with_clients() -> None:
 def test_bytes_are_theory_and_messages_of_one_client_agree() -> None:
     """Payload is elements times size; in a pack of one Flower carries that plus an envelope."""
     strategy = FedAvg(setting(4, dtype="float32"))
-    grid = LoopGrid({k: honest(strategy) for k in range(1, 5)})
+    grid = LoopGrid({k: node_of(strategy) for k in range(1, 5)})
     one_round(strategy, grid)
     tally = strategy.tally
     assert tally is not None
@@ -380,14 +283,14 @@ def test_dealing() -> None:
 def test_initial_arrays_must_be_whole() -> None:
     strategy = FedAvg(setting())
     with pytest.raises(ValueError, match=r"the initial arrays lack a\.lora_A and 5 more"):
-        strategy.start(LoopGrid({1: honest(strategy)}), ArrayRecord(), num_rounds=1)
+        strategy.start(LoopGrid({1: node_of(strategy)}), ArrayRecord(), num_rounds=1)
 
 
 @pytest.mark.parametrize("part", ["fine", "coarse"])
 def test_a_sum_that_cannot_be_one_is_refused(part: str) -> None:
     """A node for two clients sends parts that are off their grids: finite, of the right shape, and wrong."""
     strategy = FFALora(setting(4))
-    node = honest(strategy)
+    node = node_of(strategy)
 
     def forged(message: Message) -> RecordDict:
         reply = Reply.from_content(node(message))  # type: ignore[arg-type]
@@ -395,7 +298,7 @@ def test_a_sum_that_cannot_be_one_is_refused(part: str) -> None:
         getattr(reply.total, part)["a.lora_B"][0, 0] = 1e10 + 1e-5 if part == "coarse" else 1e30
         return reply.to_content()
 
-    one_round(strategy, LoopGrid({1: honest(strategy), 2: forged}))
+    one_round(strategy, LoopGrid({1: node_of(strategy), 2: forged}))
     assert strategy.tally is not None
     assert set(strategy.tally.refused) == {2, 3}
     assert all("cannot come from that many updates" in reason for reason in strategy.tally.refused.values())
@@ -406,7 +309,7 @@ def personal(strategy: RoleStrategy, answer: Node | None = None) -> Node:
 
     def node(message: Message) -> Any:
         if message.metadata.message_type == "train":
-            return honest(strategy)(message)
+            return node_of(strategy)(message)
         if answer is not None:
             return answer(message)
         reply = Reply()

@@ -100,7 +100,7 @@ class GroupedLayer(nn.Module):
             )
         x_g = self.layout.to_groups(x)
         if isinstance(self.factor, LowRank):
-            y_g = (x_g @ self.factor.A.to(x.dtype).mT) @ (self.factor.B.to(x.dtype).mT * self.factor.scale)
+            y_g = (x_g @ self.factor.A.to(x.dtype).mT) @ self.factor.scaled_b().to(x.dtype).mT
             return self.base(x) + self.layout.to_rows(y_g, x)  # type: ignore[no-any-return]
         return self.layout.to_rows(_dense(x_g, self.factor), x)
 

@@ -2,7 +2,8 @@
 
 torch's optimizers share one step counter and ``clip_grad_norm_`` one norm among all clients of a stack;
 here step counts, learning rates, norms and activity are per group. The update of an active group equals
-``torch.optim.AdamW`` or ``torch.optim.SGD``; an inactive one's tensors and moments do not move.
+``torch.optim.AdamW`` or ``torch.optim.SGD``; an inactive one's tensors and moments do not move. A tensor with an L1
+weight takes a proximal step after its update.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config import TrainConfig
+from fedlora.methods import soft_threshold
 
 
 def _over(x_g: Tensor, like: Tensor) -> Tensor:
@@ -42,11 +44,15 @@ class GroupedOptimizer(ABC):
         parameters: Name to trained tensor [G, ...], updated in place.
         config: Learning rate, weight decay and the like.
         steps_g: Steps that each group will take this round, [G]; the schedule's length.
+        l1: Weight of the L1 penalty of the parameters that have one, by name.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor, l1: Mapping[str, float]
+    ) -> None:
         self.parameters = parameters
         self.config = config
+        self.l1 = l1
         self.total_g = steps_g
         self.count_g = torch.zeros_like(steps_g)
 
@@ -59,6 +65,8 @@ class GroupedOptimizer(ABC):
         for name, parameter in self.parameters.items():
             active = _over(active_g, parameter).bool()
             update = self._updated(name, parameter, grads[name], rate_g, active)
+            if self.l1.get(name):
+                update = soft_threshold(update, _over(rate_g * self.l1[name], update))
             parameter.copy_(torch.where(active, update, parameter))
 
     def _learning_rate(self) -> Tensor:
@@ -77,8 +85,10 @@ class GroupedOptimizer(ABC):
 class AdamW(GroupedOptimizer):
     """AdamW (Loshchilov & Hutter, 2019) with betas 0.9 and 0.999 and epsilon 1e-8."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor) -> None:
-        super().__init__(parameters, config, steps_g)
+    def __init__(
+        self, parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor, l1: Mapping[str, float]
+    ) -> None:
+        super().__init__(parameters, config, steps_g, l1)
         self._first = {name: torch.zeros_like(value) for name, value in parameters.items()}
         self._second = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
@@ -99,8 +109,10 @@ class AdamW(GroupedOptimizer):
 class SGD(GroupedOptimizer):
     """SGD with momentum and L2 weight decay."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor) -> None:
-        super().__init__(parameters, config, steps_g)
+    def __init__(
+        self, parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor, l1: Mapping[str, float]
+    ) -> None:
+        super().__init__(parameters, config, steps_g, l1)
         self._velocity = {name: torch.zeros_like(value) for name, value in parameters.items()}
 
     def _updated(self, name: str, parameter: Tensor, grad: Tensor, rate_g: Tensor, active: Tensor) -> Tensor:
@@ -110,7 +122,9 @@ class SGD(GroupedOptimizer):
         return parameter - _over(rate_g, parameter) * velocity
 
 
-def build_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor) -> GroupedOptimizer:
+def build_optimizer(
+    parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor, l1: Mapping[str, float]
+) -> GroupedOptimizer:
     """Return the optimizer that ``train.optimizer`` names."""
     kind = {"adamw": AdamW, "sgd": SGD}[config.optimizer]
-    return kind(parameters, config, steps_g)
+    return kind(parameters, config, steps_g, l1)

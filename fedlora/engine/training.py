@@ -101,18 +101,22 @@ def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, conf
     before = {name: value.detach().clone() for name, value in trained.items()}
     fixed = {name: engine.tensor(array) for name, array in common.items()}
     steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
-    optimizer = build_optimizer(trained, config, steps_g)
+    specs = engine.method.specs()
+    optimizer = build_optimizer(trained, config, steps_g, {name: specs[name].l1 for name in trained})
     loss_g = torch.zeros(len(works), dtype=torch.float64, device=engine.device)
     watch = _Watch(trained)
     for step in range(int(steps_g.max()) if works else 0):
         loss_g += _backward(engine, works, step, trained, fixed)
-        grads = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()}
-        watch.look(grads)
+        watch.look(_gradients(trained))
+        # After the watch has looked: a penalty has a gradient also where the data's loss has none.
+        penalty_g = engine.method.penalty({**fixed, **trained})
+        if penalty_g is not None and penalty_g.requires_grad:
+            penalty_g.sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            optimizer.step(grads, step < steps_g)
+            optimizer.step(_gradients(trained), step < steps_g)
         for value in trained.values():
             value.grad = None
-    errors = watch.errors(engine.method.specs(), before, trained, [len(work.batches) for work in works])
+    errors = watch.errors(specs, before, trained, [len(work.batches) for work in works])
     arrays = {name: value.detach().cpu().numpy() for name, value in trained.items()}
     return [
         ClientResult(
@@ -125,6 +129,10 @@ def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, conf
         )
         for g, work in enumerate(works)
     ]
+
+
+def _gradients(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()}
 
 
 def _backward(
@@ -192,11 +200,19 @@ class _Watch:
                 return f"{name} is not finite after {n} steps; lower train.learning-rate or set train.clip-norm"
         seen = {name: bool(flags[g]) for name, flags in self._seen.items()}
         for name, value in after.items():
+            if seen[name] and specs[name].l1 and bool((value[g] == 0).all()):
+                return (
+                    f"the proximal step set all of {name} to zero in {n} steps, so nothing is left to train; lower its "
+                    f"L1 weight of {specs[name].l1}"
+                )
             if seen[name] and bool((value[g] == before[name][g]).all()):
                 return f"{name} has a gradient but did not move in {n} steps: train.learning-rate is too small for it"
         for name in after:
             # In a first step the tensor it is multiplied with may still be zero and hide its gradient.
             partners = [p for p in after if p != name and set(specs[p].factors) & set(specs[name].factors)]
             if not seen[name] and (n > 1 or not any(seen[partner] for partner in partners)):
-                return f"{name} never had a gradient in {n} steps: it is not connected to the loss"
+                return (
+                    f"{name} never had a gradient in {n} steps: it is not connected to the loss, or all that it is "
+                    "multiplied with is zero"
+                )
         return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedlora.config import MethodConfig
+from fedlora.config import Config
 from fedlora.methods.base import (
     Dense,
     Factor,
@@ -12,25 +12,46 @@ from fedlora.methods.base import (
     LowRank,
     Method,
     TensorSpec,
+    check_start,
     count_parameters,
     initial_tensors,
+    soft_threshold,
     tensors_digest,
+    zero_kinds,
 )
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
+from fedlora.methods.mos import Mos
+from fedlora.methods.s2_lora import S2Lora
 from fedlora.registry import Registry
+from fedlora.seeded import Seeded
 
-METHODS: Registry[Callable[[Sequence[Layer], MethodConfig], Method]] = Registry("method.name")
+METHODS: Registry[Callable[[Sequence[Layer], Config], Method]] = Registry("method.name")
 
 
 @METHODS.register("lora")
-def _lora(layers: Sequence[Layer], config: MethodConfig) -> Method:
-    return Lora(layers, rank=config.rank, alpha=config.alpha, rslora=config.rslora)
+def _lora(layers: Sequence[Layer], config: Config) -> Method:
+    method = config.method
+    return Lora(layers, rank=method.rank, alpha=method.alpha, rslora=method.rslora)
 
 
-def build_method(config: MethodConfig, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
-    """Return the method ``config.name`` on the layers ``adapted``, joined to a head on the layers ``head``."""
-    return Head(METHODS[config.name](adapted, config), head)
+@METHODS.register("mos")
+def _mos(layers: Sequence[Layer], config: Config) -> Method:
+    method = config.method
+    return Mos(layers, rank=method.rank, alpha=method.alpha, config=config.mos, seeded=Seeded(config.seed))
+
+
+@METHODS.register("s2-lora")
+def _s2_lora(layers: Sequence[Layer], config: Config) -> Method:
+    method, s2 = config.method, config.s2
+    return S2Lora(layers, rank=method.rank, alpha=method.alpha, sparsity=s2.sparsity, orthogonality=s2.orthogonality)
+
+
+def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
+    """Return the method ``method.name`` on the layers ``adapted``, joined to a head on the layers ``head``."""
+    method = Head(METHODS[config.method.name](adapted, config), head)
+    check_start(method.specs())
+    return method
 
 
 __all__ = [
@@ -42,9 +63,14 @@ __all__ = [
     "Lora",
     "LowRank",
     "Method",
+    "Mos",
+    "S2Lora",
     "TensorSpec",
     "build_method",
+    "check_start",
     "count_parameters",
     "initial_tensors",
+    "soft_threshold",
     "tensors_digest",
+    "zero_kinds",
 ]

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,24 +48,32 @@ class TensorSpec:
 
     Attributes:
         shape: Its shape, without a group axis.
-        kind: What strategies call it by when they give it a role: ``"A"``, ``"B"``, ``"head"`` ...
+        kind: What strategies call it by when they give it a role: ``"A"``, ``"B"``, ``"s"``, ``"head"`` ... A kind
+            that is a part of a factor begins with that factor's letter: ``"A_private"``.
         factors: Names of the products it is a factor of. Tensors of one product may hide each other's
             gradient (A has none while B is 0); tensors of different products may not.
         bound: It starts uniform on [-bound, bound); 0 means it starts at zero.
+        l1: Weight of an L1 penalty on it. It is applied as a proximal step: a soft threshold of learning rate times
+            this, after each optimizer step and once more on the server's mean.
     """
 
     shape: tuple[int, ...]
     kind: str
     factors: tuple[str, ...]
     bound: float
+    l1: float = 0.0
 
 
 class LowRank(NamedTuple):
-    """What a layer adds to its base: ``y = W x + scale * B A x``."""
+    """What a layer adds to its base: ``y = W x + B (scale * A x)``."""
 
     A: Tensor  # [*, r, d_in]
     B: Tensor  # [*, d_out, r]
-    scale: float
+    scale: float | Tensor  # one number, or one for each rank [*, r]
+
+    def scaled_b(self) -> Tensor:
+        """Return B with the scale folded in, [*, d_out, r]."""
+        return self.B * (self.scale if isinstance(self.scale, float) else self.scale.unsqueeze(-2))
 
 
 class Dense(NamedTuple):
@@ -89,6 +97,14 @@ class Method(ABC):
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
         """Return, by layer name, what each layer computes from ``tensors`` (a pure function)."""
 
+    def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Return what is added to the loss of each group whatever its data, [*]; None for nothing."""
+        return None
+
+    def constants(self) -> dict[str, NDArray[np.int64]]:
+        """Return fixed numbers beside the tensors that every machine must agree on, by name."""
+        return {}
+
 
 def count_parameters(specs: Mapping[str, TensorSpec]) -> int:
     """Return the number of elements of these tensors."""
@@ -110,7 +126,38 @@ def initial_tensors(
     }
 
 
-def tensors_digest(tensors: Mapping[str, NDArray[np.floating]]) -> str:
+def zero_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, bool]]:
+    """Return by product, for each kind that is a factor of it, whether it starts at zero."""
+    products: dict[str, dict[str, bool]] = {}
+    for spec in specs.values():
+        for product in spec.factors:
+            products.setdefault(product, {})[spec.kind] = spec.bound == 0.0
+    return products
+
+
+def check_start(specs: Mapping[str, TensorSpec]) -> None:
+    """See to it that each product starts at zero, and can leave it: exactly one of its factors is zero.
+
+    With two zero factors no gradient ever comes; with none the model does not start as its base. A layer that is
+    replaced, as a head is, is no product.
+    """
+    for product, kinds in zero_kinds(specs).items():
+        factors = {kind[0]: zero for kind, zero in kinds.items()}
+        zero = [factor for factor, is_zero in factors.items() if is_zero]
+        assert len(factors) == 1 or len(zero) == 1, f"{product}: of {', '.join(factors)} one must start at zero: {zero}"
+
+
+T = TypeVar("T", bound="NDArray[np.floating] | Tensor")
+
+
+def soft_threshold(x: T, threshold: T | float) -> T:
+    """Return ``sign(x) max(|x| - threshold, 0)``, the proximal step of an L1 penalty; of an array or a tensor."""
+    whole: Any = x
+    result: T = whole - whole.clip(-threshold, threshold)
+    return result
+
+
+def tensors_digest(tensors: Mapping[str, NDArray[np.floating] | NDArray[np.int64]]) -> str:
     """Return a SHA-256 digest of tensors with their names, shapes and dtypes."""
     sha = hashlib.sha256()
     for name, value in sorted(tensors.items()):

@@ -11,6 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlora.methods.base import Dense, Factor, Layer, Method, TensorSpec
 
 if TYPE_CHECKING:
@@ -46,3 +49,11 @@ class Head(Method):
         for layer in self.layers:
             factors[layer.name] = Dense(tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias"))
         return factors
+
+    def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the method's penalty; the head has none."""
+        return self.method.penalty(tensors)
+
+    def constants(self) -> dict[str, NDArray[np.int64]]:
+        """Return the method's constants."""
+        return self.method.constants()

@@ -9,7 +9,17 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from fedlora.runs.report import Run, draw_clients, draw_curves, draw_partition, human_bytes, human_time, number
+from fedlora.runs.ranks import read_strengths
+from fedlora.runs.report import (
+    Run,
+    draw_clients,
+    draw_curves,
+    draw_partition,
+    draw_ranks,
+    human_bytes,
+    human_time,
+    number,
+)
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222; }
@@ -96,6 +106,8 @@ def html_page(runs: list[Run]) -> str:
             )
         if run.scores:
             parts.append(_picture(draw_clients(run), f"{run.metric} of each client"))
+        if read_strengths(run.path):
+            parts.append(_picture(draw_ranks(run), "strength of each layer's components"))
         parts.append(_picture(draw_partition(run), "rows and labels by client"))
         config = [[key, str(value)] for key, value in run.config.to_flat().items()]
         parts.append(f"<details><summary>configuration</summary>{_table(['key', 'value'], config)}</details>")

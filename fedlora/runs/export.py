@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,14 @@ from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.methods import Dense, LowRank
 from fedlora.models import model_path
+from fedlora.runs.ranks import FILE, strengths
 
 
 def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], config: Config) -> dict[str, bytes]:
-    """Return a PEFT adapter's files by name: configuration, weights, tokenizer and model card.
+    """Return a PEFT adapter's files by name: configuration, weights, tokenizer, and the ranks of its layers.
 
-    The scale is folded into B, with alpha equal to the rank, so PEFT's own scale is 1 whatever the method.
+    The scale is folded into B, with alpha equal to the rank, so PEFT's own scale is 1 whatever the method. Ranks that
+    add nothing are left out, and so are layers without any other.
 
     Args:
         engine: The engine whose method made the tensors.
@@ -34,12 +37,17 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     weights: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     heads: set[str] = set()
+    told = strengths(factors)
+    if not any(any(values) for values in told.values()):
+        told[next(iter(told))][0] = 1.0  # PEFT has no empty adapter: one rank of zeros stands for it
     for name, factor in factors.items():
         key = f"base_model.model.{name}"
         if isinstance(factor, LowRank):
-            weights[f"{key}.lora_A.weight"] = factor.A
-            weights[f"{key}.lora_B.weight"] = factor.B * factor.scale
-            ranks[name] = factor.A.shape[-2]
+            used = [rank for rank, strength in enumerate(told[name]) if strength]
+            if used:
+                weights[f"{key}.lora_A.weight"] = factor.A[used]
+                weights[f"{key}.lora_B.weight"] = factor.scaled_b()[:, used]
+                ranks[name] = len(used)
         else:
             assert isinstance(factor, Dense), "a factor of a third kind"
             heads.add(name.split(".", 1)[0])
@@ -69,4 +77,4 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         if engine.base.tokenizer is not None:
             engine.base.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-    return files
+    return {**files, FILE: json.dumps(strengths(factors)).encode()}

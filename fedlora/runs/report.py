@@ -15,6 +15,7 @@ from rich.table import Table as RichTable
 
 from fedlora.config import Config, ConfigError, from_toml
 from fedlora.runs.folder import RunFolder, read_lines
+from fedlora.runs.ranks import effective_ranks, read_strengths
 
 _MANY = 200  # clients beyond which plots show their distribution and not each of them
 
@@ -185,6 +186,9 @@ def _outcome(run: Run) -> dict[str, float | None]:
     if f"clients_{metric}" in result:
         rows[f"{metric} on clients' own rows, mean"] = result[f"clients_{metric}"]
         rows[f"{metric} on clients' own rows, worst tenth"] = result[f"clients_{metric}_worst_tenth"]
+    if run.metrics and run.metrics[-1]["sparsity"] is not None:
+        rows["share of rank coefficients that are zero"] = run.metrics[-1]["sparsity"]
+        rows["effective rank of a layer, mean"] = result.get("effective_rank")
     return {**rows, **run.lines_of_comparison()}
 
 
@@ -201,6 +205,8 @@ def write_report(run: Run) -> None:
         draw_curves([run]).savefig(run.path / f"{run.metric}.png", dpi=120)
     if run.scores:
         draw_clients(run).savefig(run.path / "clients.png", dpi=120)
+    if read_strengths(run.path):
+        draw_ranks(run).savefig(run.path / "ranks.png", dpi=120)
     folder.write_text("summary.md", summary(run))
 
 
@@ -229,6 +235,15 @@ def summary(run: Run) -> str:
     plots = ["", f"![{run.metric} by round]({run.metric}.png)", ""] if run.metrics else [""]
     if run.scores:
         plots += [f"![{run.metric} of each client](clients.png)", ""]
+    told = read_strengths(run.path)
+    if told:
+        plots += [
+            "![strength of each layer's components](ranks.png)",
+            "",
+            "| layer | effective rank |",
+            "| --- | --- |",
+        ]
+        plots += [f"| {name} | {rank} |" for name, rank in zip(told, effective_ranks(told), strict=True)] + [""]
     return "\n".join(head + rows + plots + ["![rows and labels by client](partition.png)", ""])
 
 
@@ -267,6 +282,30 @@ def draw_clients(run: Run) -> Any:
     axes.set(xlabel="clients, sorted (percent)", ylabel=f"{run.metric} on own rows")
     axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def draw_ranks(run: Run) -> Any:
+    """Return a figure of the strengths of each layer's rank-one components, sorted; white is exactly zero."""
+    told = read_strengths(run.path)
+    figure, axes = _figure()
+    width = max(len(values) for values in told.values())
+    grid = np.zeros((len(told), width))
+    for row, values in enumerate(told.values()):
+        grid[row, : len(values)] = np.sort(values)[::-1]
+    image = axes.imshow(np.ma.masked_equal(grid, 0.0), aspect="auto", cmap="viridis", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="Frobenius norm")
+    if len(told) <= 40:
+        axes.set_yticks(range(len(told)), [_plain(_short(name)) for name in told], fontsize=6)
+    axes.set(xlabel="component, strongest first", ylabel="adapted layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _short(name: str) -> str:
+    """Return a layer's name without what all names begin with: from its number on."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[numbers[0] :]) if numbers else name
 
 
 def plot_partition(run: Run) -> None:

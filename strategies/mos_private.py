@@ -1,0 +1,39 @@
+"""MoS with shards that never leave the client: our personalisation, not the paper's.
+
+The paper's private shards belong to a layer; here they belong to a layer of a client. The shared pools are averaged
+as in ``mos``, the layers' own shards are trained and kept. A share ``mos.private / mos.budget`` of the bytes is saved,
+each client has a model of its own, and what is measured is each client on its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+from fedlora.config import Config
+from fedlora.roles import Role, Roles
+from strategies.base import RoleStrategy
+
+
+@final
+class MoSPrivate(RoleStrategy):
+    """Averages the shared pools; each layer's own shards are private."""
+
+    name = "mos-private"
+    methods = ("mos",)
+    exact = None
+    personal = True
+
+    def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
+        """Return ``private`` for the layers' own shards and ``shared`` for the pools."""
+        return {kind: Role.PRIVATE if kind.endswith("_private") else Role.SHARED for kind in kinds}
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuse pools in which nothing is private, or nothing shared."""
+        mos = config.mos
+        if not 0 < mos.private < mos.budget:
+            raise ValueError(
+                f"mos.private = {mos.private}: strategy 'mos-private' needs private and shared ranks; set it to 1 or "
+                f"more, and below mos.budget = {mos.budget}."
+            )
