@@ -370,9 +370,15 @@ class EvalConfig:
 
     test: bool = True
     """Whether the test rows are read at all; a search for hyper-parameters measures on ``data.dev-share`` only."""
+    target: float = 0.0
+    """What the measure has to reach for its rounds and bytes to be noted in ``result.json``; 0: nothing is noted."""
     baselines: bool = False
     """Whether to run what the curve is compared with: each client alone, and all data in one place. Costs about
     twice the run again."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _at_least("eval.target", self.target, 0)
 
 
 @dataclass(frozen=True)

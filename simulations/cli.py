@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sweep = commands.add_parser("sweep", help="a grid of runs in one process, with one table at the end")
     sweep.add_argument("file", type=Path, help="a run configuration with the tables [grid] and [tune]")
     sweep.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
+    sweep.add_argument("-c", "--run-config", action="append", default=[], help='"key=value ...", over the file')
     sweep.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
     report = commands.add_parser("report", help="tables and plots of a run, or of several side by side")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
@@ -84,11 +85,27 @@ def read_overrides(app: Path, run_config: Sequence[str]) -> dict[str, Scalar]:
     Raises:
         ConfigError: There is no app in the folder, or an option cannot be read.
     """
-    import click
-    from flwr.common.config import get_fused_config_from_dir, parse_config_args
+    from flwr.common.config import get_fused_config_from_dir
 
     if not (app / "pyproject.toml").is_file():
         raise ConfigError(f"{app} holds no pyproject.toml; run from the checkout of fedlora, or name its folder.")
+    overrides = read_options(run_config)
+    try:
+        defaults = get_fused_config_from_dir(app, {})
+    except KeyError as error:
+        raise ConfigError(f"{app / 'pyproject.toml'} is not a Flower app: it has no {error} table.") from error
+    return {**defaults, **overrides}
+
+
+def read_options(run_config: Sequence[str]) -> dict[str, Any]:
+    """Return what the ``--run-config`` options say, by dotted key.
+
+    Raises:
+        ConfigError: An option cannot be read.
+    """
+    import click
+    from flwr.common.config import parse_config_args
+
     overrides: dict[str, Any] = {}
     for option in run_config:
         try:
@@ -103,11 +120,7 @@ def read_overrides(app: Path, run_config: Sequence[str]) -> dict[str, Scalar]:
                 "the sign, and texts in quotes: key='text'."
             )
         overrides |= found
-    try:
-        defaults = get_fused_config_from_dir(app, {})
-    except KeyError as error:
-        raise ConfigError(f"{app / 'pyproject.toml'} is not a Flower app: it has no {error} table.") from error
-    return {**defaults, **overrides}
+    return overrides
 
 
 def absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +153,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     from simulations.sweep import Sweep
 
     app = Path(options.app).expanduser().resolve()
-    asked = Sweep.read(str(options.file), read_overrides(app, []))
+    asked = Sweep.read(str(options.file), read_overrides(app, []), read_options(options.run_config))
     grid = {key: [absolute_paths({**asked.base, key: value})[key] for value in asked.grid[key]] for key in asked.grid}
     sweep = replace(asked, base=absolute_paths(asked.base), grid=grid)
     _prepare(resolve(sweep.base))

@@ -292,6 +292,7 @@ class Simulation:
             "bytes_up": int(np.sum([line["bytes_up"] for line in self.metrics])),
             "bytes_down": int(np.sum([line["bytes_down"] for line in self.metrics])),
             "bytes_down_cached": int(np.sum([line["bytes_down_cached"] for line in self.metrics])),
+            **self._to_target(),
             "seconds": time.monotonic() - self.started,
         }
         self.folder.write_json("result.json", outcome)
@@ -304,6 +305,22 @@ class Simulation:
         for line in self._next():
             self.console.print(f"      {line}", markup=False)
         return outcome
+
+    def _to_target(self) -> dict[str, int | None]:
+        """Return the rounds and bytes until the measure first reached ``eval.target``; None where it never did."""
+        target = self.config.eval.target
+        if not target:
+            return {}
+        sign = 1 if self.task.measure.higher_is_better else -1
+        reached = [line["round"] for line in self.metrics if sign * line[self.plan.measure] >= sign * target]
+        names = ("bytes_up", "bytes_down", "bytes_down_cached")
+        if not reached:
+            return dict.fromkeys(("rounds_to_target", *(f"{name}_to_target" for name in names)))
+        until = [line for line in self.metrics if line["round"] <= reached[0]]
+        return {
+            "rounds_to_target": reached[0],
+            **{f"{name}_to_target": sum(line[name] for line in until) for name in names},
+        }
 
     def _next(self) -> list[str]:
         """Return commands that a user may want to type now."""

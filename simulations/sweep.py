@@ -80,8 +80,8 @@ class Sweep:
     tune: dict[str, list[Any]]
 
     @classmethod
-    def read(cls, file: str, defaults: Mapping[str, Any]) -> Sweep:
-        """Read a sweep's file over the app's ``defaults``, and check every cell of it.
+    def read(cls, file: str, defaults: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Sweep:
+        """Read a sweep's file over the app's ``defaults`` and under ``overrides``, and check every cell of it.
 
         Raises:
             ConfigError: It cannot be read, or a cell cannot work.
@@ -99,7 +99,10 @@ class Sweep:
         for table in ("grid", "tune"):
             for key, values in parts[table].items():
                 _check_values(table, key, values)
-        base = {**defaults, **parts[""], "run.sweep": "", "run.resume": False}
+        for key in overrides or {}:
+            if key in parts["grid"] or key in parts["tune"]:
+                raise ConfigError(f"{key}: the sweep goes through values of it; change them in {file}.")
+        base = {**defaults, **parts[""], **(overrides or {}), "run.sweep": "", "run.resume": False}
         base["run.name"] = base["run.name"] or path.stem
         if parts["tune"]:
             base["data.dev-share"] = base["data.dev-share"] or _DEV_SHARE
@@ -257,6 +260,8 @@ class Sweep:
                 values = group[name].dropna()
                 if name not in (*keys, "seed") and len(values) and pd.api.types.is_numeric_dtype(values):
                     row |= {f"{name}_mean": values.mean(), f"{name}_std": values.std() if len(values) > 1 else math.nan}
+                    if len(values) < len(group):
+                        row[f"{name}_n"] = len(values)  # the others have no such number
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -18,6 +18,7 @@ from fedlora.messages import first_line
 from fedlora.seeded import Seeded
 
 Rows = NDArray[np.int64]
+_REDRAWS = 30  # of Dirichlet shares, ten draws each
 
 
 def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, final: bool = True) -> FederatedData:
@@ -70,32 +71,12 @@ def _dealt(corpus: Corpus, config: DataConfig, num_clients: int, seed: int) -> t
             f"data.partition = {config.partition!r}: deals rows by their label, and these rows have none; choose iid, "
             "quantity or natural."
         )
-    partitioner: DirichletPartitioner | ShardPartitioner
-    if config.partition == "dirichlet":
-        partitioner = DirichletPartitioner(
-            num_partitions=num_clients,
-            partition_by="label",
-            alpha=config.alpha,
-            min_partition_size=_fewest(config),
-            self_balancing=False,
-            shuffle=False,
-            seed=seed,
-        )
-    else:
-        partitioner = ShardPartitioner(
-            num_partitions=num_clients,
-            partition_by="label",
-            num_shards_per_partition=config.shards_per_client,
-            keep_incomplete_shard=True,
-            shuffle=False,
-            seed=seed,
-        )
-    partitioner.dataset = Dataset.from_dict({"row": order, "label": [corpus.train.labels[row] for row in order]})
+    rows = Dataset.from_dict({"row": order, "label": [corpus.train.labels[row] for row in order]})
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a partition that is drawn again; the last word is ours
         warnings.simplefilter("ignore", FutureWarning)  # of pyarrow to datasets
         try:
-            places = [partitioner.load_partition(client)["row"] for client in range(num_clients)]
+            places = _places(rows, config, num_clients, seed)
         except ValueError as error:
             own = {"dirichlet": f"data.alpha = {config.alpha}: raise it"}.get(
                 config.partition, f"data.shards-per-client = {config.shards_per_client}: change it"
@@ -106,6 +87,44 @@ def _dealt(corpus: Corpus, config: DataConfig, num_clients: int, seed: int) -> t
                 f"({first_line(error)})."
             ) from error
     return tuple(np.sort(np.asarray(rows, dtype=np.int64)) for rows in places)
+
+
+def _places(rows: Dataset, config: DataConfig, num_clients: int, seed: int) -> list[list[int]]:
+    """Return each client's rows by flwr-datasets' partitioners.
+
+    Raises:
+        ValueError: A client would have too few. Dirichlet shares are drawn again first, since a small alpha leaves a
+            client without rows in most draws; flwr-datasets itself gives up after ten.
+    """
+    if config.partition == "shards":
+        shards = ShardPartitioner(
+            num_partitions=num_clients,
+            partition_by="label",
+            num_shards_per_partition=config.shards_per_client,
+            keep_incomplete_shard=True,
+            shuffle=False,
+            seed=seed,
+        )
+        shards.dataset = rows
+        return [shards.load_partition(client)["row"] for client in range(num_clients)]
+    seeds = [seed, *(int(bits) for bits in Seeded(seed).bits("dirichlet", size=_REDRAWS) >> np.uint64(33))]
+    for attempt, drawn in enumerate(seeds, start=1):
+        dirichlet = DirichletPartitioner(
+            num_partitions=num_clients,
+            partition_by="label",
+            alpha=config.alpha,
+            min_partition_size=_fewest(config),
+            self_balancing=False,
+            shuffle=False,
+            seed=drawn,
+        )
+        dirichlet.dataset = rows
+        try:
+            return [dirichlet.load_partition(client)["row"] for client in range(num_clients)]
+        except ValueError:
+            if attempt == len(seeds):
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _natural(corpus: Corpus, num_clients: int) -> tuple[tuple[Rows, ...], tuple[str, ...]]:
