@@ -279,8 +279,9 @@ class Sweep:
         for column in ("n", *(name.replace("_", "\n") for name in names)):
             table.add_column(column, justify="right", no_wrap=True)
         for _, row in groups.iterrows():
+            known = {name: value for name, value in row.items() if not pd.isna(value)}
             values = [
-                number(row[f"{name}_mean"]) + ("" if math.isnan(row[f"{name}_std"]) else f" ± {row[f'{name}_std']:.4f}")
+                number(known.get(f"{name}_mean")) + (f" ± {known[f'{name}_std']:.4f}" if f"{name}_std" in known else "")
                 for name in names
             ]
             table.add_row(*(str(row[key]) for key in keys), str(row["n"]), *values)
