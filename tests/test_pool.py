@@ -70,5 +70,5 @@ def test_trainers_that_differ_are_refused(tmp_path: Path) -> None:
     job = one.loaded.job
     other_seed = Trainer(lambda: replace(job, flat={**job.flat, "seed": 1}), 1)
     for other in (other_model, other_seed):
-        with pytest.raises(ValueError, match="do not hold the same base model, tokenizer or seeded tensors"):
+        with pytest.raises(ValueError, match="do not hold the same base model, tokenizer, seeded tensors or indices"):
             check_trainers(InProcess([one, other]), one.loaded.config)

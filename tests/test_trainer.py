@@ -29,6 +29,8 @@ def tiny_flat(folder: Path, **changes: Any) -> dict[str, Any]:
         "train.local-steps": 3,
         "rounds": 2,
         "method.rank": 2,
+        "mos.budget": 2,
+        "mos.shards": 2,
         **changes,
     }
 

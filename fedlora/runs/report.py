@@ -186,7 +186,7 @@ def _outcome(run: Run) -> dict[str, float | None]:
     if f"clients_{metric}" in result:
         rows[f"{metric} on clients' own rows, mean"] = result[f"clients_{metric}"]
         rows[f"{metric} on clients' own rows, worst tenth"] = result[f"clients_{metric}_worst_tenth"]
-    if run.metrics and run.metrics[-1]["sparsity"] is not None:
+    if run.metrics and run.metrics[-1].get("sparsity") is not None:
         rows["share of rank coefficients that are zero"] = run.metrics[-1]["sparsity"]
         rows["effective rank of a layer, mean"] = result.get("effective_rank")
     return {**rows, **run.lines_of_comparison()}

@@ -1,0 +1,305 @@
+"""Bugs that published code has: each is planted here, and caught.
+
+The numbers are those of a list of fourteen, made by reading the code of FedEx-LoRA, Fed-SB, FLoRA, FlexLoRA, LA-LoRA,
+DP-FedLoRA, FedSVD, FedASK, FlyLoRA and MoS. Seven to ten are about differential privacy, which this version refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message, RecordDict
+from torch import Tensor
+
+from clients.trainer import Trainer
+from fedlora.config import ConfigError, TrainConfig
+from fedlora.engine import Engine, train_pack
+from fedlora.exact_sum import ExactSum
+from fedlora.methods import (
+    Factor,
+    Head,
+    LowRank,
+    Method,
+    S2Lora,
+    TensorSpec,
+    build_method,
+    check_start,
+    initial_tensors,
+)
+from fedlora.roles import Role, Roles
+from fedlora.seeded import Seeded
+from fedlora.wire import Reply
+from simulations.session import check_trainers
+from simulations.setup import resolve
+from strategies import STRATEGIES, FedAvg, FFALora, RoleStrategy
+from tests.loop import LoopGrid, Node, examples_of, node_of, update_of
+from tests.matrix import CONFIGS, HEAD, LAYERS, Arrays, alone, engine_of, random_start, setting, updates
+from tests.test_matrix import run, seeded_of, works
+from tests.test_pool import InProcess
+from tests.test_trainer import tiny_trainer
+
+
+class SameForAll(Seeded):
+    """Bug 1: the seed is set again before each layer, so layers of one shape start alike (Fed-SB)."""
+
+    def uniform(self, *key: Any, shape: tuple[int, ...], bound: float) -> Any:
+        return super().uniform("init", shape=shape, bound=bound)
+
+
+@pytest.mark.parametrize("method", ["lora", "s2-lora", "mos"])
+def test_1_layers_start_apart_and_clients_alike(method: str) -> None:
+    layers = [replace(layer, name=f"{layer.name}.{n}") for n, layer in enumerate([LAYERS[0]] * 3)]
+    specs = build_method(CONFIGS["lora"] if method == "lora" else CONFIGS[method], LAYERS, HEAD).specs()
+    if method == "lora":
+        specs = build_method(CONFIGS[method], layers, HEAD).specs()
+
+    def distinct(seeded: Seeded) -> bool:
+        drawn = [value for value in initial_tensors(specs, seeded).values() if value.any()]
+        pairs = [(a, b) for n, a in enumerate(drawn) for b in drawn[:n] if a.shape == b.shape]
+        return not any(np.array_equal(a, b) for a, b in pairs)
+
+    assert distinct(Seeded(3))
+    one, two = (initial_tensors(specs, Seeded(3)) for _ in range(2))
+    assert all(np.array_equal(one[name], two[name]) for name in one), "every client starts with the same tensors"
+    if method == "lora":
+        assert not distinct(SameForAll(3)), "the planted bug is seen"
+
+
+def test_2_a_frozen_factor_that_trains_all_the_same() -> None:
+    """A is frozen before it exists, so a client trains and sends it (FedEx-LoRA): refused, by name."""
+    strategy = FFALora(setting("lora"))
+    honest = node_of(strategy)
+
+    def thawed(message: Message) -> RecordDict:
+        reply = Reply.from_content(honest(message))  # type: ignore[arg-type]
+        specs = {**strategy.exchanged(1), "m.0.q.lora_A": strategy.setting.specs["m.0.q.lora_A"]}
+        reply.update = update_of(reply.clients[0], 1, specs)
+        return reply.to_content()
+
+    nodes: dict[int, Node] = dict.fromkeys(range(1, 5), honest) | {5: thawed}
+    run(strategy, "lora", LoopGrid(nodes), 1)
+    assert strategy.tally is not None
+    assert strategy.tally.refused == {4: "m.0.q.lora_A is not expected"}
+
+
+class Transposed(Method):
+    """Bug 3: Delta W goes in the wrong way round; square layers take it without a word (FedEx-LoRA)."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return self.method.specs()
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
+        factors = self.method.factors(tensors)
+        for name, factor in factors.items():
+            if isinstance(factor, LowRank):
+                factors[name] = LowRank(factor.B.mT, factor.A.mT, factor.scale)
+        return factors
+
+
+TRAIN = TrainConfig(learning_rate=0.02, weight_decay=0.1)
+
+
+def off_from_the_formula(engine: Engine) -> float:
+    start = random_start(engine)
+    work = works(start, "bert")[0]
+    result = train_pack(engine, [work], {}, TRAIN)[0]
+    expected = alone("lora", "bert", engine, work, {}, TRAIN)
+    return max(float(np.abs(result.tensors[n] - expected[n]).max()) for n in expected)
+
+
+def test_3_orientation() -> None:
+    engine = engine_of("lora", "bert")
+    planted = replace(engine, method=Transposed(engine.method))
+    assert all(layer.d_in == layer.d_out for layer in engine.base.structure.adapted)
+    assert off_from_the_formula(engine) < 1e-10
+    assert off_from_the_formula(planted) > 1e-3
+    wide = engine_of("lora", "bert", "intermediate.dense")
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|[Ee]xpected size"):
+        off_from_the_formula(replace(wide, method=Transposed(wide.method)))
+
+
+def counted(strategy: RoleStrategy, change: Callable[[ExactSum, Any], None]) -> dict[int, str]:
+    """Have one of two nodes fold its clients wrongly; return who is refused."""
+    honest = node_of(strategy)
+
+    def wrong(message: Message) -> RecordDict:
+        reply = Reply.from_content(honest(message))  # type: ignore[arg-type]
+        reply.total = ExactSum()
+        change(reply.total, [(k, update_of(k, 1, strategy.exchanged(1))) for k in reply.clients])
+        return reply.to_content()
+
+    run(strategy, "lora", LoopGrid({1: honest, 2: wrong}), 1)
+    assert strategy.tally is not None
+    return strategy.tally.refused
+
+
+def test_4_a_client_that_is_left_out_of_the_sum() -> None:
+    """A misspelt variable: only the first client counts (FLoRA)."""
+
+    def first_only(total: ExactSum, clients: Any) -> None:
+        for client, update in clients[:1]:
+            total.add(update, examples_of(client))
+
+    refused = counted(FedAvg(setting("lora", failure_threshold=0.9)), first_only)
+    assert set(refused) == {2, 3, 4}
+    assert all("the weight of its sum is not that of its clients" in reason for reason in refused.values())
+    with_all, without = FedAvg(setting("lora", 5)), FedAvg(setting("lora", 4))
+    one = run(with_all, "lora", LoopGrid({1: node_of(with_all)}), 1)
+    two = run(without, "lora", LoopGrid({1: node_of(without)}), 1)
+    assert all(np.abs(one[name] - two[name]).max() > 1e-3 for name in one), "the last client counts"
+
+
+def test_5_weights_that_are_not_those_agreed() -> None:
+    """Equal weights where examples were agreed (FedEx-LoRA), or a weight on A only (FLoRA)."""
+
+    def equal(total: ExactSum, clients: Any) -> None:
+        for _, update in clients:
+            total.add(update, 1)
+
+    refused = counted(FedAvg(setting("lora", weights="examples", failure_threshold=0.9)), equal)
+    assert all("the weight of its sum is not that of its clients" in reason for reason in refused.values())
+    assert refused
+
+
+def test_6_the_scale_of_an_update() -> None:
+    """alpha / r left out when an update leaves the method (FedLLM-Factory): Delta W is not the formula's."""
+    engine = engine_of("lora", "bert")
+    tensors = random_start(engine)
+    head = engine.method
+    assert isinstance(head, Head)
+    planted = Head(build_method(CONFIGS["lora"], engine.base.structure.adapted, []), head.layers)
+    planted.method.method.scale = 1.0  # type: ignore[attr-defined]
+    right, wrong = updates(engine.method, tensors), updates(planted, tensors)
+    for layer in engine.base.structure.adapted:
+        formula = 6.0 / 3 * tensors[f"{layer.name}.lora_B"] @ tensors[f"{layer.name}.lora_A"]
+        assert np.abs(right[layer.name] - formula).max() < 1e-12
+        assert np.abs(wrong[layer.name] - formula).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "bug", ["7 delta above 1/n", "8 budget of one round", "9 clipping the mean", "10 clipping parameters, not updates"]
+)
+def test_7_to_10_a_guarantee_that_is_not_there(bug: str) -> None:
+    """Until differential privacy is there, a run that asks for it is refused: no epsilon can be wrong."""
+    with pytest.raises(ConfigError, match=r"privacy.mode = 'dp': must be one of none"):
+        resolve({"privacy.mode": "dp"})
+    assert not [key for key in resolve({}).to_flat() if "epsilon" in key], bug
+
+
+def test_11_a_start_that_depends_on_data(tmp_path: Path) -> None:
+    """Bases made from a client's gradients (Fed-SB) give away what they came from: such a trainer is refused."""
+    honest, other = tiny_trainer(tmp_path / "one"), tiny_trainer(tmp_path / "two")
+    assert check_trainers(InProcess([honest, other]), honest.loaded.config).specs
+    planted = next(name for name, value in other.initial.items() if value.any())
+    other.initial[planted][:] += float(other.loaded.examples["train"].lengths.mean())
+    with pytest.raises(ValueError, match="do not hold the same base model, tokenizer, seeded tensors"):
+        check_trainers(InProcess([honest, other]), honest.loaded.config)
+
+
+def test_12_a_head_that_nobody_averaged(tmp_path: Path) -> None:
+    """A head that clients keep is not reported as a global result: FedSA's numbers are not FFA's."""
+    from tests.test_plan import plan
+
+    told = {head: plan(tmp_path, **{"method.head": head}).measure for head in ("shared", "private", "frozen")}
+    assert told == {"shared": "test_accuracy", "private": "personal_accuracy", "frozen": "test_accuracy"}
+
+
+class TwoZeros(Method):
+    """Bug 13: B of S2-LoRA starts at zero, and so does s: no gradient ever comes."""
+
+    def __init__(self, method: Method, bound: float, kind: str) -> None:
+        self.method, self.bound, self.kind = method, bound, kind
+
+    def specs(self) -> dict[str, TensorSpec]:
+        specs = self.method.specs()
+        return {n: replace(s, bound=self.bound) if s.kind == self.kind else s for n, s in specs.items()}
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
+        return self.method.factors(tensors)
+
+
+def test_13_exactly_one_factor_is_zero_at_the_start() -> None:
+    """Caught when a method is built; and if it were not, when it trains."""
+    config = CONFIGS["s2-lora"]
+    sound = build_method(config, LAYERS, HEAD)
+    check_start(sound.specs())
+    two_zeros, none = TwoZeros(sound, 0.0, "B"), TwoZeros(sound, 0.5, "s")
+    for planted in (two_zeros, none):
+        with pytest.raises(AssertionError, match="one must start at zero"):
+            check_start(planted.specs())
+    assert all(np.all(update == 0) for update in updates(sound, seeded_of("s2-lora")).values())
+    started = updates(none, initial_tensors(none.specs(), Seeded(0)))
+    assert all(np.any(update) for update in started.values()), "the planted one does not start as its base"
+    engine = engine_of("s2-lora", "bert")
+    dead = TwoZeros(engine.method, 0.0, "B")
+    start = initial_tensors(dead.specs(), Seeded(0))
+    result = train_pack(replace(engine, method=dead), works(start, "bert"), {}, TRAIN)[0]
+    assert "never had a gradient" in result.error
+
+
+def test_13_roles_that_fix_the_zero_factor() -> None:
+    """S2-LoRA with s frozen at zero would train B and A for nothing: refused before the first round."""
+
+    class Frozen(RoleStrategy):
+        name, methods, exact = "frozen-s", ("s2-lora",), True
+
+        def roles(self, kinds: Any, server_round: int) -> Roles:
+            return {kind: Role.FROZEN if kind == "s" else Role.SHARED for kind in kinds}
+
+    with pytest.raises(ValueError, match=r"trains A of s2.10x6 in the first round while s, .* is fixed at zero"):
+        Frozen(setting("s2-lora"))
+    for name in STRATEGIES:
+        for method in STRATEGIES[name].methods:
+            assert STRATEGIES[name](setting(method)).trained_kinds or name == "none"
+
+
+def test_14_shards_of_another_seed(tmp_path: Path) -> None:
+    """MoS indices drawn from another seed on one machine: the pools fit, and mean something else there."""
+    honest = tiny_trainer(tmp_path / "one", **{"strategy.name": "mos"})
+    other = tiny_trainer(tmp_path / "two", **{"strategy.name": "mos"})
+    assert check_trainers(InProcess([honest, other]), honest.loaded.config).specs
+    planted = tiny_trainer(tmp_path / "three", **{"strategy.name": "mos"})
+    engine = planted.loaded.engine
+    structure = engine.base.structure
+    shuffled = build_method(replace(planted.loaded.config, seed=9), structure.adapted, structure.head)
+    planted._loaded = replace(planted.loaded, engine=replace(engine, method=shuffled))
+    assert isinstance(planted, Trainer)
+    assert planted.describe().initial_digest == honest.describe().initial_digest, "no tensor shows it"
+    with pytest.raises(ValueError, match="or indices as the server"):
+        check_trainers(InProcess([honest, planted]), honest.loaded.config)
+
+
+def test_14_fan_in_and_scale_of_short_shards() -> None:
+    """Kaiming by the length of a shard, or a scale by the budget, are not the formula: test_mos.py holds both."""
+    from tests.test_mos import mos
+
+    method = mos()
+    name = "m.*.q.mos_A"
+    planted = replace(method.specs()[name], bound=1 / np.sqrt(method.specs()[name].shape[1]))
+    drawn = initial_tensors({name: planted}, Seeded(0))[name]
+    assert np.abs(drawn).max() > 1.5 / np.sqrt(24), "the planted start is twice as wide"
+    assert np.abs(initial_tensors(method.specs(), Seeded(0))[name]).max() <= 1 / np.sqrt(24)
+    assert method.scale != 12.0 / method.config.budget
+
+
+def test_s2_needs_no_more_than_its_formula() -> None:
+    """Control for 13: the smallest S2-LoRA trains."""
+    method = S2Lora([LAYERS[0]], rank=1, alpha=1.0, sparsity=0.0, orthogonality=0.0)
+    tensors: Arrays = initial_tensors(method.specs(), Seeded(0))
+    named = {name: torch.from_numpy(value).requires_grad_() for name, value in tensors.items()}
+    factor = method.factors(named)[LAYERS[0].name]
+    assert isinstance(factor, LowRank)
+    (factor.scaled_b() @ factor.A).sum().backward()  # type: ignore[no-untyped-call]
+    grads = {name.rsplit(".", 1)[1]: value.grad for name, value in named.items()}
+    assert grads["s"] is not None
+    assert float(grads["s"].abs().sum()) > 0
+    assert grads["A"] is None or not grads["A"].any()
