@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format config clean
+.PHONY: setup demo test check format config tables clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,9 @@ format: setup
 
 config: setup
 	$(BIN)/python -m simulations.app_config .
+
+tables: setup
+	$(BIN)/python -m simulations.tables .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,231 @@
+"""Writes the tables of ``docs/strategies.md`` (``make tables``): what each strategy sends, and how exact it is.
+
+Everything is computed from the strategies themselves and from the shapes of models on the ``meta`` device; nothing is
+trained, no weights are loaded, and the head, which ``method.head`` decides about, is not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.config import Config, MethodConfig, MosConfig
+from fedlora.methods import LowRank, Method, build_method, count_parameters, initial_tensors
+from fedlora.roles import Role
+from fedlora.seeded import Seeded
+from fedlora.wire import payload_bytes
+from strategies import STRATEGIES, RoleStrategy, Setting
+
+if TYPE_CHECKING:
+    from fedlora.methods import Layer
+
+Arrays = dict[str, NDArray[np.floating]]
+_DTYPE = "float32"
+_CLIENTS = 5
+
+MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,v", "Llama-2-7B all")
+# LoRA and S2-LoRA of rank 8; MoS with the parameters of LoRA of rank 1, and by default.
+_LORA = Config(method=MethodConfig("lora", rank=8))
+_S2 = Config(method=MethodConfig("s2-lora", rank=8))
+_MOS = Config(method=MethodConfig("mos", rank=8))
+_MOS_1 = Config(method=MethodConfig("mos", rank=6), mos=MosConfig(budget=1, private=0))
+METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
+    "lora": [("`lora`, r = 8", _LORA)],
+    "mos": [("`mos`, e = 4", _MOS), ("`mos`, e = 1", _MOS_1)],
+    "s2-lora": [("`s2-lora`, r = 8", _S2)],
+}
+
+
+@functools.cache
+def layers_of(model: str) -> tuple[Layer, ...]:
+    """Return the adapted layers of a model of the tables."""
+    import torch
+    import transformers
+
+    from fedlora.models import inspect, inspect_by_name
+    from fedlora.tasks import TASKS
+
+    name, targets = model.split(" ")
+    if name == "MiniLM":
+        return inspect_by_name("minilm", TASKS["classification"], 2, "query,value").adapted
+    with torch.device("meta"):
+        if name == "RoBERTa-large":
+            config = transformers.RobertaConfig(
+                hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+            )
+            skeleton = transformers.AutoModelForSequenceClassification.from_config(config)
+            return inspect(skeleton, "query,value" if targets == "q,v" else "all-linear", has_head=True).adapted
+        skeleton = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig())
+        return inspect(skeleton, "q_proj,v_proj" if targets == "q,v" else "all-linear", has_head=False).adapted
+
+
+def _strategy(name: str, method: Method) -> RoleStrategy:
+    return STRATEGIES[name](Setting(specs=method.specs(), num_clients=_CLIENTS, dtype="float64"))
+
+
+def bytes_of(strategy: RoleStrategy) -> tuple[float, float, float]:
+    """Return a client's bytes a round in float32: up, down, and down for one that keeps what it was sent.
+
+    Means over a cycle of rounds, after the first; the client takes part in all of them.
+    """
+    later = range(strategy.period + 1, 2 * strategy.period + 1)
+    sums = [
+        (
+            payload_bytes(strategy.exchanged(number, Role.SHARED), _DTYPE),
+            payload_bytes(strategy.exchanged(number), _DTYPE),
+            payload_bytes(strategy.lacking(number, number - 2), _DTYPE),
+        )
+        for number in later
+    ]
+    up, down, cached = (sum(column) / len(sums) for column in zip(*sums, strict=True))
+    return up, down, cached
+
+
+def error_of_mean(strategy: RoleStrategy, method: Method) -> float:
+    """Return how far the server's update is from the mean of the clients', relative, over all layers and rounds.
+
+    Five clients of equal weight return tensors half of which they have in common: each is the sum of a part drawn for
+    all and one drawn for itself, both uniform on [-1, 1).
+    """
+    draws = Seeded(0)
+    specs = method.specs()
+
+    def drawn(whose: str, number: int, names: Sequence[str]) -> Arrays:
+        return {name: draws.uniform(whose, number, name, shape=specs[name].shape, bound=1.0) for name in names}
+
+    held: Arrays = dict(initial_tensors(specs, draws))
+    off = whole = 0.0
+    for number in range(1, strategy.period + 1):
+        shared = list(strategy.exchanged(number, Role.SHARED))
+        held |= drawn("server", number, list(strategy.exchanged(number)))
+        common = drawn("all", number, shared)
+        clients = []
+        for client in range(_CLIENTS):
+            own = drawn(f"client {client}", number, shared)
+            clients.append({name: common[name] + own[name] for name in shared})
+        mean = {name: np.mean([client[name] for client in clients], axis=0) for name in shared}
+        server = strategy.combine({name: held[name] for name in strategy.exchanged(number)}, mean, number)
+        expected = [_updates(method, {**held, **client}) for client in clients]
+        for layer, update in _updates(method, {**held, **server}).items():
+            target = np.mean([one[layer] for one in expected], axis=0)
+            off += float(np.square(update - target).sum())
+            whole += float(np.square(target).sum())
+    return float(np.sqrt(off / whole))
+
+
+def _updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.float64]]:
+    import torch
+
+    factors = method.factors({name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()})
+    return {
+        name: (factor.scaled_b() @ factor.A).numpy() for name, factor in factors.items() if isinstance(factor, LowRank)
+    }
+
+
+def roles_table() -> list[str]:
+    """Return the table of roles and exactness, as Markdown lines."""
+    lines = [
+        "| strategy | method | trained and sent | trained and kept | fixed | rounds in turn | server mean |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    layers = layers_of("MiniLM q,v")
+    for name in STRATEGIES:
+        for kind in STRATEGIES[name].methods:
+            method = build_method(METHODS[kind][0][1], layers, [])
+            strategy = _strategy(name, method)
+            rounds = [strategy.all_roles(number) for number in range(1, strategy.period + 1)]
+            by_role = {
+                role: [kind for kind in rounds[0] if any(roles[kind] is role for roles in rounds)] for role in Role
+            }
+            turns = [", ".join(k for k, role in roles.items() if role is Role.SHARED) for roles in rounds]
+            if strategy.exact is None:
+                told = "none: no whole update at the server"
+            else:
+                off = error_of_mean(strategy, method)
+                told = "exact" if strategy.exact else f"off by {off:.2f}"
+                assert (off < 1e-12) == strategy.exact, f"{name} is off by {off}"
+            sent_only = [k for k in by_role[Role.BROADCAST] if k not in by_role[Role.SHARED]]
+            fixed = ", ".join([*by_role[Role.FROZEN], *(f"{k} (by the server)" for k in sent_only)])
+            lines.append(
+                f"| `{name}` | `{kind}` | {_told(by_role[Role.SHARED])} | {_told(by_role[Role.PRIVATE])} | "
+                f"{fixed or '-'} | {' → '.join(turns) if strategy.period > 1 else '-'} | {told} |"
+            )
+    return lines
+
+
+def _told(kinds: Sequence[str]) -> str:
+    return ", ".join(kinds) or "-"
+
+
+def bytes_table() -> list[str]:
+    """Return the table of bytes up, and their share of ``fedavg`` on LoRA, as Markdown lines."""
+    lines = [
+        f"| strategy | method | {' | '.join(MODELS)} |",
+        f"| --- | --- |{' ---: |' * len(MODELS)}",
+    ]
+    whole = {model: bytes_of(_strategy("fedavg", build_method(_LORA, layers_of(model), [])))[0] for model in MODELS}
+    for name in STRATEGIES:
+        for kind in STRATEGIES[name].methods:
+            for label, config in METHODS[kind]:
+                private = name == "mos-private" and not 0 < config.mos.private < config.mos.budget
+                if name == "local" or private:
+                    continue  # sends nothing, or is refused
+                ups = {m: bytes_of(_strategy(name, build_method(config, layers_of(m), [])))[0] for m in MODELS}
+                cells = [f"{_size(up)} ({_share(up / whole[model])})" for model, up in ups.items()]
+                lines.append(f"| `{name}` | {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def down_table() -> list[str]:
+    """Return the table of bytes down on RoBERTa-large, for clients that cache and clients that do not."""
+    lines = [
+        "| strategy | method | up | down | down, if kept | trained parameters |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    layers = layers_of("RoBERTa-large q,v")
+    for name in STRATEGIES:
+        for kind in STRATEGIES[name].methods:
+            label, config = METHODS[kind][0]
+            strategy = _strategy(name, build_method(config, layers, []))
+            trained = {n: s for n, s in strategy.setting.specs.items() if s.kind in strategy.trained_kinds}
+            sizes = " | ".join(_size(value) for value in bytes_of(strategy))
+            lines.append(f"| `{name}` | {label} | {sizes} | {count_parameters(trained):,} |")
+    return lines
+
+
+def _size(count: float) -> str:
+    unit, scale = ("MB", 1e6) if count >= 1e6 else ("kB", 1e3)
+    return f"{count / scale:.2f} {unit}" if count else "0"
+
+
+def _share(share: float) -> str:
+    return f"{share:.2g}" if share < 0.1 else f"{share:.3g}"
+
+
+TABLES = {"roles": roles_table, "bytes": bytes_table, "down": down_table}
+
+
+def with_tables(text: str) -> str:
+    """Return the text of ``docs/strategies.md`` with every table between its marks made anew."""
+    for name, table in TABLES.items():
+        before, mark, rest = text.partition(f"<!-- table: {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        assert mark and end, f"no pair of marks for the table {name}"
+        text = "".join([before, mark, *(f"{line}\n" for line in table()), end, after])
+    return text
+
+
+def main(root: str) -> None:
+    """Rewrite the tables of the project in the folder ``root``."""
+    file = Path(root) / "docs" / "strategies.md"
+    file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
