@@ -8,6 +8,7 @@ Flower hands over flat, untyped values (``train.batch-size = 16``); :meth:`Confi
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -55,10 +56,18 @@ class RunConfig:
     """Continue the run of this name from its last checkpoint; give its own ``config.toml`` and this."""
     sweep: str = ""
     """A sweep's file: this run goes through its cells, one after the other (``fedlora sweep`` sets it)."""
+    share: str = "1/1"
+    """Which share of a sweep's groups this process runs (``fedlora sweep --workers`` sets it)."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
         _require(self.dir != "", "run.dir", self.dir, "must name a folder.")
+        _require(
+            re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.share) is not None,
+            "run.share",
+            self.share,
+            "must be a number and how many there are, such as 2/4.",
+        )
         _require(not self.resume or self.name != "", "run.resume", self.resume, "needs run.name, the run to continue.")
         _require(
             "/" not in self.name and "\\" not in self.name and self.name not in (".", ".."),

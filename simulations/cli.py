@@ -8,13 +8,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from fedlora.config import SMALL_LLAMA, Config, ConfigError, Scalar
 from fedlora.data import load_corpus
 from simulations.setup import build_strategy, resolve
+
+if TYPE_CHECKING:
+    from simulations.sweep import Share, Sweep
 
 _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")  # what Flower finds in an option; the rest it drops
 
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sweep.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
     sweep.add_argument("-c", "--run-config", action="append", default=[], help='"key=value ...", over the file')
     sweep.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
+    sweep.add_argument("--workers", type=int, default=1, metavar="N", help="processes side by side, on all GPUs")
+    sweep.add_argument("--share", default="", help=argparse.SUPPRESS)
     report = commands.add_parser("report", help="tables and plots of a run, or of several side by side")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     report.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no other file")
@@ -149,25 +154,46 @@ def _prepare(config: Config) -> None:
 def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Check every cell, then run them under Flower; start again where the process died, with the next cell."""
     from fedlora.storage import write_whole
-    from simulations.launch import launch
-    from simulations.sweep import Sweep
+    from simulations.launch import run_side_by_side
+    from simulations.sweep import Share, Sweep
 
+    if options.workers < 1:
+        raise ConfigError(f"--workers {options.workers}: must be at least 1.")
     app = Path(options.app).expanduser().resolve()
     asked = Sweep.read(str(options.file), read_overrides(app, []), read_options(options.run_config))
     grid = {key: [absolute_paths({**asked.base, key: value})[key] for value in asked.grid[key]] for key in asked.grid}
     sweep = replace(asked, base=absolute_paths(asked.base), grid=grid)
     _prepare(resolve(sweep.base))
+    file = sweep.folder / "sweep.toml"
+    if options.share:  # one of several processes, see below
+        return _run_share(sweep, Share.read(options.share), app, file, options.federation_config, console)
     console.print(f"{sweep.size()} cells in {sweep.folder}", markup=False)
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    file = sweep.folder / "sweep.toml"
+    for stale in sweep.folder.glob("errors-*.json"):
+        stale.unlink()
     write_whole(file, sweep.to_toml().encode())
-    flat = {**sweep.base, "run.sweep": str(file)}
-    before = None
-    while (now := sweep.state()) != before:  # it died, but somewhere else than the last time
-        before = now
-        if launch(app, flat, options.federation_config, console) == 0:
-            break
+    workers = min(options.workers, len(sweep.groups()))
+    if workers == 1:
+        _run_share(sweep, Share(), app, file, options.federation_config, console)
+    else:
+        run_side_by_side(app, file, workers, options.federation_config)
+    sweep.finish(console)
     return 1 if sweep.unfinished() else 0
+
+
+def _run_share(
+    sweep: Sweep, share: Share, app: Path, file: Path, federation_config: Sequence[str], console: Console
+) -> int:
+    """Run a share of a sweep under Flower; again where the process died elsewhere than the last time."""
+    from simulations.launch import launch
+
+    flat = {**sweep.base, "run.sweep": str(file), "run.share": str(share)}
+    before = None
+    while (now := sweep.state(share)) != before:
+        before = now
+        if launch(app, flat, federation_config, console) == 0:
+            return 0
+    return 1
 
 
 def _plan(config: Config, console: Console) -> int:

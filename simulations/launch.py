@@ -64,6 +64,37 @@ def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[
         return _verdict(environment, home, console)
 
 
+def run_side_by_side(app: Path, sweep: Path, workers: int, federation_config: Sequence[str]) -> None:
+    """Run a sweep's file by several ``fedlora sweep`` processes at once, each with a share of its groups.
+
+    Each has a Flower of its own. They are dealt the GPUs that this process may use, one each, and the CPU cores.
+    """
+    import torch
+
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(number) for number in range(torch.cuda.device_count())]
+    cores = max(2, (os.cpu_count() or 1) // workers)
+    options = list(federation_config) or [f"init-args-num-cpus={cores}"]
+    command = [sys.executable, "-m", "simulations.cli", "sweep", str(sweep), str(app)]
+    command += [part for option in options for part in ("--federation-config", option)]
+    children = []
+    try:
+        for number in range(workers):
+            environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})}
+            children.append(
+                subprocess.Popen([*command, "--share", f"{number + 1}/{workers}"], cwd=app, env=environment)
+            )
+        for child in children:
+            child.wait()
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()  # it ends what it has started itself
+        for child in children:
+            child.wait()
+
+
 def _verdict(environment: Mapping[str, str], home: Path, console: Console) -> int:
     """Ask Flower how the one run of this home ended."""
     answer = subprocess.run(

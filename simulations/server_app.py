@@ -9,7 +9,7 @@ from rich.console import Console
 from clients.pool import TrainerLostError
 from simulations.session import Session
 from simulations.setup import resolve
-from simulations.sweep import Sweep
+from simulations.sweep import Share, Sweep
 from strategies import FederationError
 
 app = ServerApp()
@@ -24,7 +24,7 @@ def main(grid: Grid, context: Context) -> None:
         config = resolve(context.run_config)
         session = Session(grid, context)
         if config.run.sweep:
-            Sweep.read(config.run.sweep, context.run_config).run(session, console)
+            Sweep.read(config.run.sweep, context.run_config).run(session, console, Share.read(config.run.share))
         else:
             session.run(config, console)
     except (ValueError, FederationError, TrainerLostError) as error:

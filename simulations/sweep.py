@@ -36,8 +36,42 @@ from simulations.setup import resolve
 
 _DEV_SHARE = 0.1  # of the training rows that choices are made on, where the file does not say
 _ATTEMPTS = 2  # of a cell in which the whole process died
-_ATTEMPT = "attempt.json"  # which cell is running, and how often it was started without coming to an end
 Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The groups of a sweep that one of several processes runs: each n-th.
+
+    Attributes:
+        number: Which of them, from 1.
+        of: How many there are.
+    """
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def read(cls, text: str) -> Share:
+        """Read a share such as ``2/4``, the value of ``run.share``."""
+        number, of = text.split("/")
+        return cls(int(number), int(of))
+
+    def __str__(self) -> str:
+        """Return the share as ``run.share`` has it."""
+        return f"{self.number}/{self.of}"
+
+    def groups(self, sweep: Sweep) -> list[Values]:
+        """Return the groups."""
+        return sweep.groups()[self.number - 1 :: self.of]
+
+    def attempt(self, sweep: Sweep) -> Path:
+        """Return the file that says which cell is running, and how often it was started without coming to an end."""
+        return sweep.folder / f"attempt-{self.number}.json"
+
+    def errors(self, sweep: Sweep) -> Path:
+        """Return the file that says which cells failed, and why."""
+        return sweep.folder / f"errors-{self.number}.json"
 
 
 @dataclass(frozen=True)
@@ -102,7 +136,14 @@ class Sweep:
         for key in overrides or {}:
             if key in parts["grid"] or key in parts["tune"]:
                 raise ConfigError(f"{key}: the sweep goes through values of it; change them in {file}.")
-        base = {**defaults, **parts[""], **(overrides or {}), "run.sweep": "", "run.resume": False}
+        base = {
+            **defaults,
+            **parts[""],
+            **(overrides or {}),
+            "run.sweep": "",
+            "run.share": str(Share()),
+            "run.resume": False,
+        }
         base["run.name"] = base["run.name"] or path.stem
         if parts["tune"]:
             base["data.dev-share"] = base["data.dev-share"] or _DEV_SHARE
@@ -193,13 +234,12 @@ class Sweep:
 
     # -- running ------------------------------------------------------------------------------------------
 
-    def run(self, session: Session, console: Console) -> None:
-        """Run what has not run yet; a cell that fails costs itself only."""
-        progress = _Progress(self, console)
-        for group in self.groups():
+    def run(self, session: Session, console: Console, share: Share) -> None:
+        """Run what has not run yet of a share; a cell that fails costs itself only."""
+        progress = _Progress(self, console, share)
+        for group in share.groups(self):
             for cell in self.tuning(group):
                 progress.run(cell, session)
-        for group in self.groups():
             try:
                 chosen = self.choose(group)
             except ValueError as error:
@@ -207,11 +247,22 @@ class Sweep:
                 continue
             for cell in self.finals(group, chosen):
                 progress.run(cell, session)
-        self.write_tables(progress.errors)
+        self.write_tables()
+
+    def finish(self, console: Console) -> None:
+        """Write the tables once more and print what came of it."""
+        self.write_tables()
         console.print(self.table())
-        for name, reason in progress.errors.items():
+        for name, reason in self.errors().items():
             console.print(f"failed: {name}: {reason}", markup=False)
         console.print(f"sweep folder: {self.folder}", markup=False)
+
+    def errors(self) -> dict[str, str]:
+        """Return why cells failed, by the names of their folders, whatever process ran them."""
+        told: dict[str, str] = {}
+        for file in sorted(self.folder.glob("errors-*.json")):
+            told |= json.loads(file.read_text(encoding="utf-8"))
+        return told
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cells that are known by now: all of tuning, and what was chosen for the end."""
@@ -226,14 +277,14 @@ class Sweep:
         """Return the known cells without a result."""
         return [cell for cell in self.cells() if cell.outcome() is None]
 
-    def state(self) -> tuple[int, str]:
-        """Return how far the sweep is: cells without a result, and attempts at the one that is running."""
-        file = self.folder / _ATTEMPT
+    def state(self, share: Share) -> tuple[int, str]:
+        """Return how far a share is: cells without a result, and attempts at the one that is running."""
+        file = share.attempt(self)
         return len(self.unfinished()), file.read_text(encoding="utf-8") if file.is_file() else ""
 
-    def write_tables(self, errors: Mapping[str, str]) -> None:
+    def write_tables(self) -> None:
         """Write ``results`` (a line a cell) and ``groups`` (mean and spread over seeds), as parquet and csv."""
-        rows = []
+        rows, errors = [], self.errors()
         for cell in self.cells():
             outcome = cell.outcome()
             error = errors.get(cell.config.run.name, "")
@@ -291,12 +342,15 @@ class Sweep:
 class _Progress:
     """Runs cells one after the other, says how far it got, and remembers what failed."""
 
-    def __init__(self, sweep: Sweep, console: Console) -> None:
+    def __init__(self, sweep: Sweep, console: Console, share: Share) -> None:
         self.sweep = sweep
         self.console = console
+        self.share = share
         self.errors: dict[str, str] = {}
         self.number = 0
-        self.total = sweep.size()
+        groups = share.groups(sweep)
+        self.total = sum(len(sweep.tuning(group)) + len(sweep.finals(group, {})) for group in groups)
+        self._remember()
         self._seconds: list[float] = []
 
     def run(self, cell: Cell, session: Session) -> None:
@@ -316,6 +370,7 @@ class _Progress:
             if isinstance(error, TrainerLostError):
                 session.stop()  # the next cell gets new ones
             self.errors[cell.config.run.name] = f"{type(error).__name__}: {first_line(error)}"
+            self._remember()
             self._say(cell, None, self.errors[cell.config.run.name])
             self._forget_attempt()
         else:
@@ -323,16 +378,22 @@ class _Progress:
             self._seconds.append(time.monotonic() - started)
             left = (self.total - self.number) * statistics.median(self._seconds)  # the first one starts the trainers
             self._say(cell, outcome, f"{self._seconds[-1]:.1f} s" + (f", {human_time(left)} left" if left >= 1 else ""))
-        self.sweep.write_tables(self.errors)
+        self.sweep.write_tables()
 
     def skip(self, group: Values, error: ValueError) -> None:
         """Leave out the final cells of a group for which nothing could be chosen."""
         self.number += len(self.sweep.finals(group, {}))
         self.errors[_told(group)] = str(error)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Write the errors where the tables of all shares are made from; of earlier calls none is left."""
+        self.sweep.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.share.errors(self.sweep), json.dumps(self.errors).encode())
 
     def _count_attempt(self, cell: Cell) -> None:
         """Give up a cell in which the process died over and over."""
-        file = self.sweep.folder / _ATTEMPT
+        file = self.share.attempt(self.sweep)
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         count = before.get("count", 0) + 1 if before.get("cell") == cell.config.run.name else 1
         if count > _ATTEMPTS:
@@ -340,7 +401,7 @@ class _Progress:
         write_whole(file, json.dumps({"cell": cell.config.run.name, "count": count}).encode())
 
     def _forget_attempt(self) -> None:
-        (self.sweep.folder / _ATTEMPT).unlink(missing_ok=True)
+        self.share.attempt(self.sweep).unlink(missing_ok=True)
 
     def _say(self, cell: Cell, outcome: Mapping[str, Any] | None, remark: str) -> None:
         measure = TASKS[cell.config.task].measure.name
@@ -348,8 +409,10 @@ class _Progress:
             name for name in (f"test_{measure}", f"personal_{measure}", f"dev_{measure}") if name in (outcome or {})
         ]
         value = f"{found[0].replace('_', ' ')} {outcome[found[0]]:.4f}" if outcome and found else "failed"
+        share = f"[{self.share}] " if self.share.of > 1 else ""
         self.console.print(
-            f"cell {self.number}/{self.total} {cell.stage}  {_told(cell.varied)}  {value}  {remark}", markup=False
+            f"{share}cell {self.number}/{self.total} {cell.stage}  {_told(cell.varied)}  {value}  {remark}",
+            markup=False,
         )
 
 

@@ -216,7 +216,7 @@ def with_tables(text: str) -> str:
     for name, table in TABLES.items():
         before, mark, rest = text.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
-        assert mark and end, f"no pair of marks for the table {name}"
+        assert all([mark, end]), f"no pair of marks for the table {name}"
         text = "".join([before, mark, *(f"{line}\n" for line in table()), end, after])
     return text
 

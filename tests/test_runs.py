@@ -322,7 +322,7 @@ def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path:
             "run.dir": str(tmp_path / "runs"),
             "run.name": "run",
             "federation.num-clients": 0,
-            "strategy.name": "ffa-lora",
+            "strategy.name": "s2-lora",
             "method.head": "private",
             "engine.dtype": "float32",
         },
@@ -334,13 +334,15 @@ def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path:
     folder = tmp_path / "runs" / "run"
     assert (folder / "result.json").is_file(), output
     assert "Installing application dependencies" not in output, "torch would be installed again"
-    payload = 2 * 2 * 2 * 16 * 4  # layers, q and v, rank, features, bytes
+    payload = (2 * (16 + 16) + 4 * 2) * 4  # rank, features of A and B; s of four layers; bytes
     for line in read_lines(folder / "metrics.jsonl"):
         assert line["clients_ok"] == 3
         assert line["test_accuracy"] is None
         assert 0.0 <= line["personal_accuracy"] <= 1.0
         assert line["bytes_up"] == 3 * payload
         assert line["bytes_down"] == 2 * 3 * payload, "sent to train, and again to evaluate"
+        assert line["bytes_down_cached"] == 3 * payload, "clients that keep it need it once"
+        assert 0.0 <= line["sparsity"] < 1.0
         for way, messages in (("up", 6), ("down", 6)):
             assert line[f"bytes_{way}"] < line[f"message_bytes_{way}"] <= line[f"bytes_{way}"] * 1.02 + messages * 1024
     assert json.loads((folder / "result.json").read_text())["head"] == "private"
@@ -464,7 +466,7 @@ def test_a_plain_server_app_drives_a_strategy(flower: dict[str, str], tmp_path: 
 
 LONG: dict[str, Any] = {
     "rounds": 5,
-    "strategy.name": "fedsa-lora",
+    "strategy.name": "mos-private",
     "method.head": "private",
     "train.local-steps": 6,
     "train.learning-rate": 0.05,
@@ -514,7 +516,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 def test_personal_strategies_report_clients_and_export_their_adapters(undisturbed: Finished) -> None:
-    """A shared, B and head private: personal accuracy by round, baselines beside it, an adapter for each client."""
+    """MoS with private shards and heads: personal accuracy by round, baselines beside it, an adapter a client."""
     assert undisturbed.code == 0, undisturbed.output
     assert all(line["test_accuracy"] is None for line in undisturbed.metrics)
     assert all(0 <= line["personal_accuracy"] <= 1 for line in undisturbed.metrics)
@@ -527,9 +529,14 @@ def test_personal_strategies_report_clients_and_export_their_adapters(undisturbe
     assert not (undisturbed.folder / "adapter").exists(), "without the clients' B it would do nothing"
     loaded = [load_file(undisturbed.folder / f"adapters/client-{k}/adapter_model.safetensors") for k in range(2)]
     for name in loaded[0]:
-        same = np.array_equal(loaded[0][name], loaded[1][name])
-        assert same == ("lora_A" in name), name
-    assert not [name for name in undisturbed.checkpoint() if "lora_A" not in name], "the server never held another"
+        assert not np.array_equal(loaded[0][name], loaded[1][name]), name
+        if "lora_" in name:  # r = 2 of which one is the layer's own; the other comes from the pool that all share
+            axis = 0 if "lora_A" in name else 1
+            shared = [np.take(one[name], 0, axis) for one in loaded]
+            assert np.array_equal(*shared), name
+    assert {name.rpartition(".")[2] for name in undisturbed.checkpoint()} == {"mos_A", "mos_B"}, "nothing private"
+    assert (undisturbed.folder / "ranks.png").is_file()
+    assert result["effective_rank"] == 2.0
 
 
 def test_killed_runs_go_on_to_the_same_bits(undisturbed: Finished, tmp_path: Path) -> None:

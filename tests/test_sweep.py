@@ -12,7 +12,7 @@ import pytest
 
 from fedlora.config import Config, ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
-from simulations.sweep import Sweep
+from simulations.sweep import Share, Sweep
 from tests.test_runs import BIN, ROOT
 from tests.test_trainer import tiny_flat
 
@@ -66,6 +66,27 @@ def test_cells_and_the_file_that_remembers_them(tmp_path: Path) -> None:
     assert Sweep.read(str(tmp_path / "again.toml"), DEFAULTS) == one
 
 
+def test_shares_are_all_groups_once(tmp_path: Path) -> None:
+    one = sweep(tmp_path, **{**GRID, "grid.strategy.name": ["fedavg", "ffa-lora", "local", "rolora", "mos"]}, **TUNE)
+    for of in (1, 2, 3, 5):
+        shares = [Share(number, of).groups(one) for number in range(1, of + 1)]
+        together = [group for share in shares for group in share]
+        assert sorted(map(str, together)) == sorted(map(str, one.groups()))
+    assert Share.read("2/3") == Share(2, 3)
+    assert str(Share(2, 3)) == "2/3"
+    for text in ("0/3", "a", "1/", "1/0"):
+        with pytest.raises(ConfigError, match=r"run.share = .*: must be a number and how many there are"):
+            Config.from_flat({"run.share": text})
+
+
+def test_options_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(to_toml({"run.dir": str(tmp_path), "rounds": 5, **GRID}))
+    assert Sweep.read(str(file), DEFAULTS, {"rounds": 2}).base["rounds"] == 2
+    with pytest.raises(ConfigError, match=r"seed: the sweep goes through values of it; change them in"):
+        Sweep.read(str(file), DEFAULTS, {"seed": 2})
+
+
 def test_choices_are_made_on_dev_rows(tmp_path: Path) -> None:
     """By the best of the dev results that are there; a planted test result changes nothing."""
     one = sweep(tmp_path, **GRID, **TUNE)
@@ -101,16 +122,18 @@ def test_a_search_reads_no_test_row(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_a_real_sweep(tmp_path: Path) -> None:
-    """Tuned and final cells in one process, one cell that cannot work, a table; what is done stays done."""
-    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "rounds": 1})
+    """Two processes with a group each, one of which cannot work; tuned and final cells, tables; what is done stays."""
+    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "rounds": 9})
     flat.pop("federation.num-clients")
     grid = {"grid.federation.num-clients": [4, 500], "grid.seed": [0, 1], **TUNE}
     file = tmp_path / "mini.toml"
     file.write_text(to_toml({**flat, **grid}))
-    command = [str(BIN / "fedlora"), "sweep", str(file)]
+    command = [str(BIN / "fedlora"), "sweep", str(file), "--workers", "2", "-c", "rounds=1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, "a cell failed"
-    assert "cell 6/8 final" in done.stdout, done.stdout + done.stderr
+    assert "[1/2] cell 4/4 final" in done.stdout, done.stdout + done.stderr
+    assert "[2/2] cell 2/4 tune" in done.stdout
+    assert "8 cells in" in done.stdout
     assert "500: 86 training rows cannot give each client 1" in done.stdout
     folder = tmp_path / "runs" / "mini"
     results = pd.read_parquet(folder / "results.parquet")
