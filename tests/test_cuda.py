@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fedlora.config import Config
 from fedlora.engine import ClientResult, Engine, train_pack
 from fedlora.methods import build_method
 from fedlora.models import prepare_base
 from tests.families import small_model, small_task, task_of, without_float32
-from tests.test_packing import ADAMW, METHOD, make_works
+from tests.matrix import CONFIGS, random_start
+from tests.test_packing import ADAMW, make_works
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
 
@@ -23,26 +24,42 @@ FAMILIES = pytest.mark.parametrize("family", ["bert", "llama-lm"])
 TOLERANCE = {"bert": 1e-10, "llama-lm": 1e-6}
 
 
-def trained(family: str, device: str, dtype: torch.dtype) -> list[ClientResult]:
+METHODS = pytest.mark.parametrize("method", CONFIGS)
+
+
+def trained(method: str, family: str, device: str, dtype: torch.dtype) -> list[ClientResult]:
     model: Any = without_float32(small_model(family)).to(dtype)
     has_head = task_of(family).has_head
     base = prepare_base(model, None, "auto", has_head=has_head, device=torch.device(device))
-    method = build_method(Config(method=METHOD), base.structure.adapted, base.structure.head)
-    engine = Engine.build(base, method, small_task(family))
-    return train_pack(engine, make_works(engine, 6, ADAMW, family=family), {}, ADAMW)
+    built = build_method(CONFIGS[method], base.structure.adapted, base.structure.head)
+    engine = Engine.build(base, built, small_task(family))
+    works = [replace(work, start=random_start(engine)) for work in make_works(engine, 6, ADAMW, family=family)]
+    return train_pack(engine, works, {}, ADAMW)
 
 
+@METHODS
 @FAMILIES
-def test_float64_on_the_gpu_equals_the_cpu(family: str) -> None:
-    for one, two in zip(trained(family, "cpu", torch.float64), trained(family, "cuda", torch.float64), strict=True):
+def test_float64_on_the_gpu_equals_the_cpu(method: str, family: str) -> None:
+    cpu, cuda = (trained(method, family, device, torch.float64) for device in ("cpu", "cuda"))
+    for one, two in zip(cpu, cuda, strict=True):
         assert two.error == ""
         difference = max(float(np.abs(one.tensors[name] - two.tensors[name]).max()) for name in one.tensors)
         assert difference < TOLERANCE[family]
 
 
+@METHODS
 @FAMILIES
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
-def test_losses_in_lower_precision(family: str, dtype: torch.dtype, tolerance: float) -> None:
-    for one, two in zip(trained(family, "cpu", torch.float64), trained(family, "cuda", dtype), strict=True):
+def test_losses_in_lower_precision(method: str, family: str, dtype: torch.dtype, tolerance: float) -> None:
+    exact, coarse = trained(method, family, "cpu", torch.float64), trained(method, family, "cuda", dtype)
+    for one, two in zip(exact, coarse, strict=True):
         assert two.error == ""
         assert two.loss == pytest.approx(one.loss, rel=tolerance)
+
+
+@METHODS
+def test_equal_packs_give_equal_bits(method: str) -> None:
+    """MoS adds up the gradients of shards that many layers use, in a fixed order."""
+    one, two = (trained(method, "bert", "cuda", torch.float32) for _ in range(2))
+    for first, second in zip(one, two, strict=True):
+        assert all(np.array_equal(first.tensors[name], second.tensors[name]) for name in first.tensors)

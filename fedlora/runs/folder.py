@@ -27,7 +27,7 @@ from fedlora.storage import write_whole
 _LIBRARIES = ("flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy", "datasets", "tokenizers")
 
 
-CHECKPOINT_FORMAT = 1  # raise when what a checkpoint holds, or what it means, changes
+CHECKPOINT_FORMAT = 2  # raise when what a checkpoint holds, or what it means, changes
 _MAY_DIFFER = ("run.resume", "rounds", "federation.timeout", "federation.failure-threshold")
 
 
