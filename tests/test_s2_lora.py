@@ -48,9 +48,9 @@ def test_the_proximal_step_is_each_clients_own() -> None:
     """It follows a client's own schedule, and leaves one that has finished alone."""
     value = torch.full((2, 3), 1.0, dtype=torch.float64)
     config = TrainConfig(optimizer="sgd", learning_rate=0.1, schedule="linear")
-    optimizer = build_optimizer({"s": value}, config, torch.tensor([1, 2]), {"s": 0.5})
+    optimizer = build_optimizer(value, config, torch.tensor([1, 2]), torch.full((3,), 0.5, dtype=torch.float64))
     for active in (torch.tensor([True, True]), torch.tensor([False, True])):
-        optimizer.step({"s": torch.zeros_like(value)}, active)
+        optimizer.step(torch.zeros_like(value), active)
     assert torch.allclose(value[0], torch.tensor(1 - 0.05, dtype=torch.float64))
     assert torch.allclose(value[1], torch.tensor(1 - 0.05 - 0.025, dtype=torch.float64))
 

@@ -1,15 +1,14 @@
-"""Optimizers on stacked tensors [G, ...] in which every group (client) keeps its own time.
+"""Optimizers on rows of numbers [G, P] in which every group (client) keeps its own time.
 
 torch's optimizers share one step counter and ``clip_grad_norm_`` one norm among all clients of a stack;
 here step counts, learning rates, norms and activity are per group. The update of an active group equals
-``torch.optim.AdamW`` or ``torch.optim.SGD``; an inactive one's tensors and moments do not move. A tensor with an L1
-weight takes a proximal step after its update.
+``torch.optim.AdamW`` or ``torch.optim.SGD``; an inactive one's numbers and moments do not move. Numbers with an L1
+weight take a proximal step after their update.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import final
 
 import torch
@@ -19,55 +18,40 @@ from fedlora.config import TrainConfig
 from fedlora.methods import soft_threshold
 
 
-def _over(x_g: Tensor, like: Tensor) -> Tensor:
-    """Return [G] broadcast over the trailing dimensions of ``like`` [G, ...], in its dtype."""
-    return x_g.to(like.dtype).reshape(-1, *([1] * (like.dim() - 1)))
-
-
-def group_norms(grads: Mapping[str, Tensor]) -> Tensor:
-    """Return the L2 norm of each group's joint gradient, [G]."""
-    return torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0).sqrt()
-
-
-def clip_groups(grads: Mapping[str, Tensor], max_norm: float) -> None:
-    """Scale each group's gradient, in place, to a joint L2 norm of at most ``max_norm``."""
-    norms = group_norms(grads)
-    factor_g = torch.clamp(max_norm / (norms + 1e-6), max=1.0)  # the constant is torch's
-    for grad in grads.values():
-        grad.mul_(_over(factor_g, grad))
+def clip_groups(grads: Tensor, max_norm: float) -> None:
+    """Scale each group's gradient, in place, to an L2 norm of at most ``max_norm``."""
+    norms = grads.square().sum(1, keepdim=True).sqrt()
+    grads.mul_(torch.clamp(max_norm / (norms + 1e-6), max=1.0))  # the constant is torch's
 
 
 class GroupedOptimizer(ABC):
     """Holds the moments and step counts of a pack for one round.
 
     Args:
-        parameters: Name to trained tensor [G, ...], updated in place.
+        values: The trained numbers [G, P], updated in place.
         config: Learning rate, weight decay and the like.
         steps_g: Steps that each group will take this round, [G]; the schedule's length.
-        l1: Weight of the L1 penalty of the parameters that have one, by name.
+        l1: Weight of the L1 penalty of each number, [P]; None where none has one.
     """
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor, l1: Mapping[str, float]
-    ) -> None:
-        self.parameters = parameters
+    def __init__(self, values: Tensor, config: TrainConfig, steps_g: Tensor, l1: Tensor | None = None) -> None:
+        self.values = values
         self.config = config
         self.l1 = l1
         self.total_g = steps_g
         self.count_g = torch.zeros_like(steps_g)
 
-    def step(self, grads: Mapping[str, Tensor], active_g: Tensor) -> None:
-        """Move the active groups (bool [G]) by one step along ``grads``."""
+    def step(self, grads: Tensor, active_g: Tensor) -> None:
+        """Move the active groups (bool [G]) by one step along ``grads`` [G, P]."""
         if self.config.clip_norm > 0:
             clip_groups(grads, self.config.clip_norm)
-        rate_g = self._learning_rate()
+        rate = self._learning_rate().to(grads.dtype)[:, None]
         self.count_g += active_g
-        for name, parameter in self.parameters.items():
-            active = _over(active_g, parameter).bool()
-            update = self._updated(name, parameter, grads[name], rate_g, active)
-            if self.l1.get(name):
-                update = soft_threshold(update, _over(rate_g * self.l1[name], update))
-            parameter.copy_(torch.where(active, update, parameter))
+        active = active_g[:, None]
+        update = self._updated(grads, rate, active)
+        if self.l1 is not None:
+            update = soft_threshold(update, rate * self.l1)
+        self.values.copy_(torch.where(active, update, self.values))
 
     def _learning_rate(self) -> Tensor:
         """Return each group's learning rate for its next step, float64 [G]."""
@@ -77,31 +61,27 @@ class GroupedOptimizer(ABC):
         return share_g * self.config.learning_rate
 
     @abstractmethod
-    def _updated(self, name: str, parameter: Tensor, grad: Tensor, rate_g: Tensor, active: Tensor) -> Tensor:
-        """Return the new value of one parameter, and move the moments of the active groups."""
+    def _updated(self, grads: Tensor, rate: Tensor, active: Tensor) -> Tensor:
+        """Return the new numbers [G, P], and move the moments of the active groups; ``rate`` and ``active`` [G, 1]."""
 
 
 @final
 class AdamW(GroupedOptimizer):
     """AdamW (Loshchilov & Hutter, 2019) with betas 0.9 and 0.999 and epsilon 1e-8."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor, l1: Mapping[str, float]
-    ) -> None:
-        super().__init__(parameters, config, steps_g, l1)
-        self._first = {name: torch.zeros_like(value) for name, value in parameters.items()}
-        self._second = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    def __init__(self, values: Tensor, config: TrainConfig, steps_g: Tensor, l1: Tensor | None = None) -> None:
+        super().__init__(values, config, steps_g, l1)
+        self._first, self._second = (torch.zeros_like(values, requires_grad=False) for _ in range(2))
 
-    def _updated(self, name: str, parameter: Tensor, grad: Tensor, rate_g: Tensor, active: Tensor) -> Tensor:
+    def _updated(self, grads: Tensor, rate: Tensor, active: Tensor) -> Tensor:
         beta1, beta2, epsilon = 0.9, 0.999, 1e-8
-        first, second = self._first[name], self._second[name]
-        first.copy_(torch.where(active, torch.lerp(first, grad, 1 - beta1), first))
-        second.copy_(torch.where(active, second * beta2 + grad.square() * (1 - beta2), second))
+        first, second = self._first, self._second
+        first.copy_(torch.where(active, torch.lerp(first, grads, 1 - beta1), first))
+        second.copy_(torch.where(active, second * beta2 + grads.square() * (1 - beta2), second))
         count_g = self.count_g.clamp(min=1).double()
-        correction1 = _over(1 - beta1**count_g, parameter)
-        correction2 = _over((1 - beta2**count_g).sqrt(), parameter)
-        rate = _over(rate_g, parameter)
-        decayed = parameter * (1 - rate * self.config.weight_decay)
+        correction1 = (1 - beta1**count_g).to(grads.dtype)[:, None]
+        correction2 = (1 - beta2**count_g).sqrt().to(grads.dtype)[:, None]
+        decayed = self.values * (1 - rate * self.config.weight_decay)
         return decayed - (rate / correction1) * first / (second.sqrt() / correction2 + epsilon)
 
 
@@ -109,22 +89,18 @@ class AdamW(GroupedOptimizer):
 class SGD(GroupedOptimizer):
     """SGD with momentum and L2 weight decay."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor, l1: Mapping[str, float]
-    ) -> None:
-        super().__init__(parameters, config, steps_g, l1)
-        self._velocity = {name: torch.zeros_like(value) for name, value in parameters.items()}
+    def __init__(self, values: Tensor, config: TrainConfig, steps_g: Tensor, l1: Tensor | None = None) -> None:
+        super().__init__(values, config, steps_g, l1)
+        self._velocity = torch.zeros_like(values, requires_grad=False)
 
-    def _updated(self, name: str, parameter: Tensor, grad: Tensor, rate_g: Tensor, active: Tensor) -> Tensor:
-        grad = grad + self.config.weight_decay * parameter
-        velocity = self._velocity[name]
-        velocity.copy_(torch.where(active, self.config.momentum * velocity + grad, velocity))
-        return parameter - _over(rate_g, parameter) * velocity
+    def _updated(self, grads: Tensor, rate: Tensor, active: Tensor) -> Tensor:
+        grads = grads + self.config.weight_decay * self.values
+        velocity = self._velocity
+        velocity.copy_(torch.where(active, self.config.momentum * velocity + grads, velocity))
+        return self.values - rate * velocity
 
 
-def build_optimizer(
-    parameters: Mapping[str, Tensor], config: TrainConfig, steps_g: Tensor, l1: Mapping[str, float]
-) -> GroupedOptimizer:
+def build_optimizer(values: Tensor, config: TrainConfig, steps_g: Tensor, l1: Tensor | None = None) -> GroupedOptimizer:
     """Return the optimizer that ``train.optimizer`` names."""
     kind = {"adamw": AdamW, "sgd": SGD}[config.optimizer]
-    return kind(parameters, config, steps_g, l1)
+    return kind(values, config, steps_g, l1)

@@ -19,6 +19,7 @@ from fedlora.config import TrainConfig
 from fedlora.engine.core import Arrays, Engine
 from fedlora.engine.layers import Layout
 from fedlora.engine.optimizers import build_optimizer
+from fedlora.engine.stack import Stack
 from fedlora.methods import TensorSpec
 from fedlora.seeded import Seeded
 from fedlora.tasks import Examples
@@ -94,30 +95,26 @@ def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, conf
         One result for each entry of ``works``, in order. A client whose tensors did not train, or are not
         finite, has an ``error``.
     """
-    trained = {
-        name: torch.stack([engine.tensor(work.start[name]) for work in works]).requires_grad_()
-        for name in works[0].start
-    }
-    before = {name: value.detach().clone() for name, value in trained.items()}
+    stack = Stack([{name: engine.tensor(array) for name, array in work.start.items()} for work in works])
     fixed = {name: engine.tensor(array) for name, array in common.items()}
     steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
     specs = engine.method.specs()
-    optimizer = build_optimizer(trained, config, steps_g, {name: specs[name].l1 for name in trained})
+    l1 = {name: specs[name].l1 for name in stack.places if specs[name].l1}
+    optimizer = build_optimizer(stack.values, config, steps_g, stack.spread(l1) if l1 else None)
     loss_g = torch.zeros(len(works), dtype=torch.float64, device=engine.device)
-    watch = _Watch(trained)
-    for step in range(int(steps_g.max()) if works else 0):
-        loss_g += _backward(engine, works, step, trained, fixed)
-        watch.look(_gradients(trained))
+    watch = _Watch(stack)
+    for step in range(int(steps_g.max())):
+        stack.grads.zero_()
+        loss_g += _backward(engine, works, step, stack, fixed)
+        watch.look()
         # After the watch has looked: a penalty has a gradient also where the data's loss has none.
-        penalty_g = engine.method.penalty({**fixed, **trained})
+        penalty_g = engine.method.penalty({**fixed, **stack.tensors()})
         if penalty_g is not None and penalty_g.requires_grad:
             penalty_g.sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
-            optimizer.step(_gradients(trained), step < steps_g)
-        for value in trained.values():
-            value.grad = None
-    errors = watch.errors(specs, before, trained, [len(work.batches) for work in works])
-    arrays = {name: value.detach().cpu().numpy() for name, value in trained.items()}
+            optimizer.step(stack.grads, step < steps_g)
+    errors = watch.errors(specs, [len(work.batches) for work in works])
+    arrays = {name: value.detach().cpu().numpy() for name, value in stack.tensors().items()}
     return [
         ClientResult(
             client=work.client,
@@ -131,14 +128,10 @@ def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, conf
     ]
 
 
-def _gradients(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained.items()}
-
-
 def _backward(
-    engine: Engine, works: Sequence[ClientWork], step: int, trained: Mapping[str, Tensor], fixed: Mapping[str, Tensor]
+    engine: Engine, works: Sequence[ClientWork], step: int, stack: Stack, fixed: Mapping[str, Tensor]
 ) -> Tensor:
-    """Add the gradients of one step to ``trained`` and return each client's mean row loss, [G]."""
+    """Add the gradients of one step to the stack's and return each client's mean row loss, [G]."""
     places = [(g, int(row)) for g, work in enumerate(works) if step < len(work.batches) for row in work.batches[step]]
     lengths = np.array([len(works[g].examples.tokens[row]) for g, row in places], dtype=np.int64)
     size_g = np.array([len(work.batches[step]) if step < len(work.batches) else 1 for work in works])
@@ -156,7 +149,7 @@ def _backward(
         group_n = torch.tensor([slot_of[g] for g, _ in here], device=engine.device)
         weight_n = torch.tensor([1.0 / size_g[g] for g, _ in here], dtype=engine.dtype, device=engine.device)
         groups = torch.tensor(present, device=engine.device)
-        own = trained if len(present) == len(works) else {name: value[groups] for name, value in trained.items()}
+        own = stack.tensors(None if len(present) == len(works) else groups)
         factors = engine.method.factors({**fixed, **own})
         with engine.grouped.placed(factors, Layout.of(group_n, len(present))) as model:
             weighted_n = engine.task.row_losses(model, batch) * weight_n
@@ -174,43 +167,53 @@ class _Watch:
     gradient other than zero ever came, and whether the tensor moved.
     """
 
-    def __init__(self, trained: Mapping[str, Tensor]) -> None:
-        self._seen = {name: torch.zeros(len(v), dtype=torch.bool, device=v.device) for name, v in trained.items()}
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._before = stack.values.detach().clone()
+        self._seen = torch.zeros_like(self._before, dtype=torch.bool)
 
-    def look(self, grads: Mapping[str, Tensor]) -> None:
-        """Record which groups have a gradient."""
-        for name, grad in grads.items():
-            self._seen[name] |= (grad.detach().flatten(1) != 0).any(1)
+    def look(self) -> None:
+        """Record which numbers have a gradient."""
+        self._seen |= self._stack.grads != 0
 
-    def errors(
-        self,
-        specs: Mapping[str, TensorSpec],
-        before: Mapping[str, Tensor],
-        after: Mapping[str, Tensor],
-        steps: Sequence[int],
-    ) -> list[str]:
+    def errors(self, specs: Mapping[str, TensorSpec], steps: Sequence[int]) -> list[str]:
         """Return, for each group, what is wrong with it, or ``""``."""
-        return [self._error(g, specs, before, after, steps[g]) if steps[g] else "" for g in range(len(steps))]
+        values = self._stack.values.detach()
+        finite, still, zero = torch.isfinite(values), values == self._before, values == 0
 
+        def all_of(flags: Tensor) -> dict[str, list[bool]]:
+            return {name: flags[:, place].all(1).tolist() for name, place in self._stack.places.items()}
+
+        facts = [all_of(flags) for flags in (finite, ~self._seen, still, zero)]
+        return [
+            self._error(specs, n, *({name: flags[g] for name, flags in fact.items()} for fact in facts)) if n else ""
+            for g, n in enumerate(steps)
+        ]
+
+    @staticmethod
     def _error(
-        self, g: int, specs: Mapping[str, TensorSpec], before: Mapping[str, Tensor], after: Mapping[str, Tensor], n: int
+        specs: Mapping[str, TensorSpec],
+        n: int,
+        finite: Mapping[str, bool],
+        unseen: Mapping[str, bool],
+        still: Mapping[str, bool],
+        zero: Mapping[str, bool],
     ) -> str:
-        for name, value in after.items():
-            if not bool(torch.isfinite(value[g]).all()):
+        for name in finite:
+            if not finite[name]:
                 return f"{name} is not finite after {n} steps; lower train.learning-rate or set train.clip-norm"
-        seen = {name: bool(flags[g]) for name, flags in self._seen.items()}
-        for name, value in after.items():
-            if seen[name] and specs[name].l1 and bool((value[g] == 0).all()):
+        for name in still:
+            if not unseen[name] and specs[name].l1 and zero[name]:
                 return (
                     f"the proximal step set all of {name} to zero in {n} steps, so nothing is left to train; lower its "
                     f"L1 weight of {specs[name].l1}"
                 )
-            if seen[name] and bool((value[g] == before[name][g]).all()):
+            if not unseen[name] and still[name]:
                 return f"{name} has a gradient but did not move in {n} steps: train.learning-rate is too small for it"
-        for name in after:
+        for name in unseen:
             # In a first step the tensor it is multiplied with may still be zero and hide its gradient.
-            partners = [p for p in after if p != name and set(specs[p].factors) & set(specs[name].factors)]
-            if not seen[name] and (n > 1 or not any(seen[partner] for partner in partners)):
+            partners = [p for p in unseen if p != name and set(specs[p].factors) & set(specs[name].factors)]
+            if unseen[name] and (n > 1 or all(unseen[partner] for partner in partners)):
                 return (
                     f"{name} never had a gradient in {n} steps: it is not connected to the loss, or all that it is "
                     "multiplied with is zero"
