@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -75,22 +75,25 @@ def run_side_by_side(app: Path, sweep: Path, workers: int, federation_config: Se
     if gpus == [""]:
         gpus = [str(number) for number in range(torch.cuda.device_count())]
     cores = max(2, (os.cpu_count() or 1) // workers)
-    options = list(federation_config) or [f"init-args-num-cpus={cores}"]
+    options = list(federation_config)
+    if not any("init-args-num-cpus" in option for option in options):
+        options.append(f"init-args-num-cpus={cores}")
     command = [sys.executable, "-m", "simulations.cli", "sweep", str(sweep), str(app)]
     command += [part for option in options for part in ("--federation-config", option)]
-    children = []
-    try:
-        for number in range(workers):
-            environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})}
-            children.append(
-                subprocess.Popen([*command, "--share", f"{number + 1}/{workers}"], cwd=app, env=environment)
-            )
-        for child in children:
-            child.wait()
-    finally:
+    children: list[subprocess.Popen[bytes]] = []
+
+    def end() -> None:
         for child in children:
             if child.poll() is None:
                 child.terminate()  # it ends what it has started itself
+        for child in children:
+            child.wait()
+
+    with _interruptible(end):
+        for number in range(workers):
+            environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})}
+            share = ["--share", f"{number + 1}/{workers}"]
+            children.append(subprocess.Popen([*command, *share], cwd=app, env=environment))
         for child in children:
             child.wait()
 
@@ -138,16 +141,26 @@ def flower_environment(home: Path) -> dict[str, str]:
 def _home() -> Iterator[tuple[Path, dict[str, str]]]:
     """Provide a Flower home for one run, and end every process that was started with it."""
     home = Path(tempfile.mkdtemp(prefix="fedlora-"))
-    environment = flower_environment(home)
+
+    def end() -> None:
+        end_processes(home)
+        shutil.rmtree(home, ignore_errors=True)
+
+    with _interruptible(end):
+        yield home, flower_environment(home)
+
+
+@contextmanager
+def _interruptible(end: Callable[[], None]) -> Iterator[None]:
+    """Call ``end`` whichever way the block ends; SIGTERM and SIGHUP interrupt it as Ctrl-C does."""
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        yield home, environment
+        yield
     finally:
         previous[signal.SIGINT] = signal.getsignal(signal.SIGINT)
         for number in previous:  # nothing may cut the cleaning short
             signal.signal(number, signal.SIG_IGN)
-        end_processes(home)
-        shutil.rmtree(home, ignore_errors=True)
+        end()
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -82,22 +82,6 @@ class Plan:
         rounds = [self.strategy.all_roles(number) for number in self.cycle]
         return {kind: ", ".join(dict.fromkeys(str(roles[kind]) for roles in rounds)) for kind in rounds[0]}
 
-    def bytes_by_round(self) -> dict[str, float]:
-        """Return the bytes of one client in a round, up, down, and down for one that keeps what it was sent.
-
-        Means over a cycle; the last for a client that takes part in every round, after the first cycle.
-        """
-        dtype, count = self.config.engine.tensor_dtype, len(self.cycle)
-        later = range(count + 1, 2 * count + 1)
-        return {
-            "bytes_up_per_client": sum(self.payload(number, Role.SHARED) for number in self.cycle) / count,
-            "bytes_down_per_client": sum(self.payload(number) for number in self.cycle) / count,
-            "bytes_down_cached_per_client": sum(
-                payload_bytes(self.strategy.lacking(number, number - 2), dtype) for number in later
-            )
-            / count,
-        }
-
     def steps(self) -> list[int]:
         """Return each client's local steps in a round that it takes part in."""
         train = self.config.train
@@ -128,13 +112,16 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """Return the plan as plain values, for ``plan.json``."""
         measure = TASKS[self.config.task].measure
+        up, down, cached = self.strategy.bytes_per_round(self.config.engine.tensor_dtype)
         return {
             "measure": self.measure,
             "higher_is_better": measure.higher_is_better,
             "roles": self.roles(),
             "trained_parameters": self.trained_parameters(),
             "base_parameters": self.num_parameters,
-            **self.bytes_by_round(),
+            "bytes_up_per_client": up,
+            "bytes_down_per_client": down,
+            "bytes_down_cached_per_client": cached,
             "packs": self.packs(),
             "nodes": self.nodes,
             "trainers": self.trainers,
@@ -167,7 +154,7 @@ class Plan:
 
     def _lines(self) -> list[str]:
         config, steps = self.config, self.steps()
-        up, down, cached = self.bytes_by_round().values()
+        up, down, cached = self.strategy.bytes_per_round(config.engine.tensor_dtype)
         ups = [self.payload(number, Role.SHARED) for number in range(1, config.rounds + 1)]
         downs = [self.payload(number) for number in range(1, config.rounds + 1)]
         exact = {

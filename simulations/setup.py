@@ -42,9 +42,12 @@ def resolve(flat: Mapping[str, Any]) -> Config:
             "choose one of them, or method.name = 'auto'."
         )
     try:
-        METHODS[method]((), config)  # on no layers: what does not depend on the model is refused here
+        # On no layers: what does not depend on the model is refused here.
+        METHODS[method]((), replace(config, method=replace(config.method, name=method)))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.eval.target > 1 and TASKS[config.task].measure.name == "accuracy":
+        raise ConfigError(f"eval.target = {config.eval.target}: is an accuracy here, between 0 and 1.")
     name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy.name}"
     data = config.data
     if data.holdout == 0 and (strategy.personal or config.method.head == "private" or config.eval.baselines):

@@ -21,7 +21,7 @@ from fedlora.methods import initial_tensors
 from fedlora.roles import Role
 from fedlora.runs.card import model_card
 from fedlora.runs.folder import RunFolder, environment, read_lines
-from fedlora.runs.ranks import effective_ranks, read_strengths
+from fedlora.runs.ranks import effective_ranks, read_strengths, zero_share
 from fedlora.runs.report import Run, human_bytes, human_time, metrics_table, outcome_table, plot_partition, write_report
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS
@@ -278,11 +278,13 @@ class Simulation:
             measured = self.data.corpus.splits.get("test") or self.data.corpus.splits["dev"]
             outcome["majority_share"] = self.data.corpus.majority_share(measured)
         self._export(tensors, outcome)
-        ranks = effective_ranks(read_strengths(self.folder.path))
+        told = read_strengths(self.folder.path)
+        ranks = effective_ranks(told)
         outcome |= {
             "effective_rank": float(ranks.mean()),
-            "effective_rank_least": int(ranks.min()),
-            "effective_rank_most": int(ranks.max()),
+            "effective_rank_least": float(ranks.min()),
+            "effective_rank_most": float(ranks.max()),
+            "zero_components": zero_share(told),
             "trained_parameters": self.plan.trained_parameters(),
         }
         if self.config.eval.baselines:
@@ -312,7 +314,8 @@ class Simulation:
         if not target:
             return {}
         sign = 1 if self.task.measure.higher_is_better else -1
-        reached = [line["round"] for line in self.metrics if sign * line[self.plan.measure] >= sign * target]
+        measured = {line["round"]: line[self.plan.measure] for line in self.metrics}
+        reached = [n for n, value in measured.items() if value is not None and sign * value >= sign * target]
         names = ("bytes_up", "bytes_down", "bytes_down_cached")
         if not reached:
             return dict.fromkeys(("rounds_to_target", *(f"{name}_to_target" for name in names)))

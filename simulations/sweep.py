@@ -264,23 +264,23 @@ class Sweep:
             told |= json.loads(file.read_text(encoding="utf-8"))
         return told
 
-    def cells(self) -> Iterator[Cell]:
-        """Yield the cells that are known by now: all of tuning, and what was chosen for the end."""
-        yield from self.tuning()
-        for group in self.groups():
+    def cells(self, share: Share | None = None) -> Iterator[Cell]:
+        """Yield the cells that are known by now, of a share or all: tuning, and what was chosen for the end."""
+        for group in (share or Share()).groups(self):
+            yield from self.tuning(group)
             try:
                 yield from self.finals(group, self.choose(group))
             except ValueError:
                 continue
 
-    def unfinished(self) -> list[Cell]:
-        """Return the known cells without a result."""
-        return [cell for cell in self.cells() if cell.outcome() is None]
+    def unfinished(self, share: Share | None = None) -> list[Cell]:
+        """Return the known cells without a result, of a share or all."""
+        return [cell for cell in self.cells(share) if cell.outcome() is None]
 
     def state(self, share: Share) -> tuple[int, str]:
         """Return how far a share is: cells without a result, and attempts at the one that is running."""
         file = share.attempt(self)
-        return len(self.unfinished()), file.read_text(encoding="utf-8") if file.is_file() else ""
+        return len(self.unfinished(share)), file.read_text(encoding="utf-8") if file.is_file() else ""
 
     def write_tables(self) -> None:
         """Write ``results`` (a line a cell) and ``groups`` (mean and spread over seeds), as parquet and csv."""

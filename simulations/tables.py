@@ -19,7 +19,6 @@ from fedlora.config import Config, MethodConfig, MosConfig
 from fedlora.methods import LowRank, Method, build_method, count_parameters, initial_tensors
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
-from fedlora.wire import payload_bytes
 from strategies import STRATEGIES, RoleStrategy, Setting
 
 if TYPE_CHECKING:
@@ -69,22 +68,9 @@ def _strategy(name: str, method: Method) -> RoleStrategy:
     return STRATEGIES[name](Setting(specs=method.specs(), num_clients=_CLIENTS, dtype="float64"))
 
 
-def bytes_of(strategy: RoleStrategy) -> tuple[float, float, float]:
-    """Return a client's bytes a round in float32: up, down, and down for one that keeps what it was sent.
-
-    Means over a cycle of rounds, after the first; the client takes part in all of them.
-    """
-    later = range(strategy.period + 1, 2 * strategy.period + 1)
-    sums = [
-        (
-            payload_bytes(strategy.exchanged(number, Role.SHARED), _DTYPE),
-            payload_bytes(strategy.exchanged(number), _DTYPE),
-            payload_bytes(strategy.lacking(number, number - 2), _DTYPE),
-        )
-        for number in later
-    ]
-    up, down, cached = (sum(column) / len(sums) for column in zip(*sums, strict=True))
-    return up, down, cached
+def bytes_up(name: str, config: Config, model: str) -> float:
+    """Return the bytes that a client sends in a round, a mean over a cycle."""
+    return _strategy(name, build_method(config, layers_of(model), [])).bytes_per_round(_DTYPE)[0]
 
 
 def error_of_mean(strategy: RoleStrategy, method: Method) -> float:
@@ -111,18 +97,19 @@ def error_of_mean(strategy: RoleStrategy, method: Method) -> float:
             clients.append({name: common[name] + own[name] for name in shared})
         mean = {name: np.mean([client[name] for client in clients], axis=0) for name in shared}
         server = strategy.combine({name: held[name] for name in strategy.exchanged(number)}, mean, number)
-        expected = [_updates(method, {**held, **client}) for client in clients]
-        for layer, update in _updates(method, {**held, **server}).items():
+        expected = [updates(method, {**held, **client}) for client in clients]
+        for layer, update in updates(method, {**held, **server}).items():
             target = np.mean([one[layer] for one in expected], axis=0)
             off += float(np.square(update - target).sum())
             whole += float(np.square(target).sum())
     return float(np.sqrt(off / whole))
 
 
-def _updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.float64]]:
+def updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.float64]]:
+    """Return Delta W of each of a method's layers, [d_out, d_in], in float64."""
     import torch
 
-    factors = method.factors({name: torch.from_numpy(np.asarray(value)) for name, value in tensors.items()})
+    factors = method.factors({name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()})
     return {
         name: (factor.scaled_b() @ factor.A).numpy() for name, factor in factors.items() if isinstance(factor, LowRank)
     }
@@ -169,14 +156,14 @@ def bytes_table() -> list[str]:
         f"| strategy | method | {' | '.join(MODELS)} |",
         f"| --- | --- |{' ---: |' * len(MODELS)}",
     ]
-    whole = {model: bytes_of(_strategy("fedavg", build_method(_LORA, layers_of(model), [])))[0] for model in MODELS}
+    whole = {model: bytes_up("fedavg", _LORA, model) for model in MODELS}
     for name in STRATEGIES:
         for kind in STRATEGIES[name].methods:
             for label, config in METHODS[kind]:
                 private = name == "mos-private" and not 0 < config.mos.private < config.mos.budget
                 if name == "local" or private:
                     continue  # sends nothing, or is refused
-                ups = {m: bytes_of(_strategy(name, build_method(config, layers_of(m), [])))[0] for m in MODELS}
+                ups = {m: bytes_up(name, config, m) for m in MODELS}
                 cells = [f"{_size(up)} ({_share(up / whole[model])})" for model, up in ups.items()]
                 lines.append(f"| `{name}` | {label} | {' | '.join(cells)} |")
     return lines
@@ -194,7 +181,7 @@ def down_table() -> list[str]:
             label, config = METHODS[kind][0]
             strategy = _strategy(name, build_method(config, layers, []))
             trained = {n: s for n, s in strategy.setting.specs.items() if s.kind in strategy.trained_kinds}
-            sizes = " | ".join(_size(value) for value in bytes_of(strategy))
+            sizes = " | ".join(_size(value) for value in strategy.bytes_per_round(_DTYPE))
             lines.append(f"| `{name}` | {label} | {sizes} | {count_parameters(trained):,} |")
     return lines
 

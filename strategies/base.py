@@ -175,6 +175,23 @@ class RoleStrategy(Strategy):
         kinds = set().union(*(self.changed(number) for number in range(known + 1, server_round)))
         return {name: spec for name, spec in self.exchanged(server_round).items() if spec.kind in kinds}
 
+    def bytes_per_round(self, dtype: str) -> tuple[float, float, float]:
+        """Return the bytes of a client in a round: up, down, and down for one that keeps what it was sent.
+
+        Means over a cycle of rounds after the first, for a client that takes part in all of them. To evaluate itself a
+        client is sent the tensors once more, which is not counted here.
+        """
+        sums = [
+            (
+                payload_bytes(self.exchanged(number, Role.SHARED), dtype),
+                payload_bytes(self.exchanged(number), dtype),
+                payload_bytes(self.lacking(number, number - 2), dtype),
+            )
+            for number in range(self.period + 1, 2 * self.period + 1)
+        ]
+        up, down, cached = (sum(column) / len(sums) for column in zip(*sums, strict=True))
+        return up, down, cached
+
     @classmethod
     def check(cls, config: Config) -> None:
         """Refuse a configuration in which the strategy would not be what it says.
@@ -405,9 +422,9 @@ class RoleStrategy(Strategy):
         """
         trained = {kind for kind, role in self.all_roles(1).items() if role in (Role.SHARED, Role.PRIVATE)}
         for product, kinds in zero_kinds(self.setting.specs).items():
-            dead = [kind for kind, zero in kinds.items() if zero and kind not in trained]
+            dead = [kind for kind, zero in kinds.items() if zero]
             hidden = [kind for kind, zero in kinds.items() if not zero and kind in trained]
-            if dead and hidden:
+            if dead and hidden and not trained & set(dead):
                 raise ValueError(
                     f"strategy {self.name!r} trains {hidden[0]} of {product} in the first round while {dead[0]}, which "
                     f"it is multiplied with, is fixed at zero: nothing would be learned. Train {dead[0]} first."

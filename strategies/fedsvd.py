@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.roles import Role, Roles
-from strategies.base import RoleStrategy, Tensors
+from strategies.base import RoleStrategy, Setting, Tensors
 
 
 @final
@@ -34,6 +34,17 @@ class FedSVD(RoleStrategy):
     name = "fedsvd"
     methods = ("lora",)
     exact = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        for name_a, name_b in self._pairs():
+            (rank, d_in), (d_out, _) = setting.specs[name_a].shape, setting.specs[name_b].shape
+            features = min(d_in, d_out)
+            if rank > features:
+                raise ValueError(
+                    f"strategy 'fedsvd': the rank {rank} of {name_a} is above the layer's {features} features, so its A "
+                    f"cannot have orthonormal rows; lower method.rank to {features}."
+                )
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``broadcast`` for A and ``shared`` for the others."""

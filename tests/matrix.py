@@ -1,7 +1,7 @@
 """The matrix of methods, strategies, model families and tasks, and the slow references that hold it.
 
-A new strategy is in it once it is registered; a new method joins by a line in :data:`CONFIGS`, a formula in
-:func:`update_of_layer`, and the bytes of its strategies in :data:`BYTES`.
+A new strategy is in it once it is registered and the formula of its bytes stands in :data:`BYTES`; a new method joins
+by a line in :data:`CONFIGS`, its formula in :func:`update_of_layer`, and the bytes of its strategies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from fedlora.config import Config, MethodConfig, MosConfig, S2Config, TrainConfig
 from fedlora.engine import ClientWork, Engine
-from fedlora.methods import LowRank, Method, build_method, initial_tensors
+from fedlora.methods import Method, build_method, initial_tensors
 from fedlora.methods.base import Layer
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
@@ -181,14 +181,6 @@ def alone(
                 threshold = train.learning_rate * (CONFIGS[method].s2.sparsity if specs[name].kind == "s" else 0.0)
                 value.copy_(torch.sign(value) * torch.relu(value.abs() - threshold))
     return {name: value.detach().numpy() for name, value in trained.items()}
-
-
-def updates(method: Any, tensors: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
-    """Return Delta W of each of a method's layers from its own factors, in float64."""
-    factors = method.factors({name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()})
-    return {
-        name: (factor.scaled_b() @ factor.A).numpy() for name, factor in factors.items() if isinstance(factor, LowRank)
-    }
 
 
 # -- bytes --------------------------------------------------------------------------------------------

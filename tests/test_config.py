@@ -49,6 +49,8 @@ KEYS = sorted(Config().to_flat())
         ({"method.target-modules": "query,,value"}, r"method.target-modules = 'query,,value': must be module names"),
         ({"strategy.name": "fedavgg"}, r"strategy.name: unknown name 'fedavgg'. Did you mean 'fedavg'"),
         ({"method.name": "lorra"}, r"method.name: unknown name 'lorra'. Did you mean 'lora'"),
+        ({"eval.target": 84.0}, r"eval.target = 84.0: is an accuracy here, between 0 and 1"),
+        ({"strategy.name": "mos", "method.rslora": True}, r"method.rslora = true: is read by lora; mos scales by"),
         ({"task": "classify"}, r"task: unknown name 'classify'. Did you mean 'classification'"),
         ({"data.name": "docstring"}, r"data.name: unknown name 'docstring'. Did you mean 'docstrings'"),
     ],

@@ -21,6 +21,7 @@ from fedlora.roles import Role
 from fedlora.runs.export import adapter_files
 from fedlora.seeded import Seeded
 from fedlora.wire import Instruction, from_named_arrays, named_arrays
+from simulations.tables import updates
 from strategies import STRATEGIES, RoleStrategy
 from tests.families import random_examples, small_model, without_float32
 from tests.loop import LoopGrid, examples_of, node_of, update_of
@@ -39,7 +40,6 @@ from tests.matrix import (
     row_loss,
     setting,
     trained_kinds,
-    updates,
 )
 
 TRAIN = TrainConfig(learning_rate=0.02, weight_decay=0.1)

@@ -322,7 +322,8 @@ def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path:
             "run.dir": str(tmp_path / "runs"),
             "run.name": "run",
             "federation.num-clients": 0,
-            "strategy.name": "s2-lora",
+            "strategy.name": "s2-cyclic",
+            "rounds": 3,
             "method.head": "private",
             "engine.dtype": "float32",
         },
@@ -334,19 +335,21 @@ def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path:
     folder = tmp_path / "runs" / "run"
     assert (folder / "result.json").is_file(), output
     assert "Installing application dependencies" not in output, "torch would be installed again"
-    payload = (2 * (16 + 16) + 4 * 2) * 4  # rank, features of A and B; s of four layers; bytes
-    for line in read_lines(folder / "metrics.jsonl"):
+    turns = [4 * 2 * 4, 2 * 16 * 4, 2 * 16 * 4]  # numbers of s, B and A, four bytes each: a round for each
+    lines = read_lines(folder / "metrics.jsonl")
+    assert len(lines) == 3
+    for payload, line in zip(turns, lines, strict=True):
         assert line["clients_ok"] == 3
         assert line["test_accuracy"] is None
         assert 0.0 <= line["personal_accuracy"] <= 1.0
         assert line["bytes_up"] == 3 * payload
-        assert line["bytes_down"] == 2 * 3 * payload, "sent to train, and again to evaluate"
-        assert line["bytes_down_cached"] == 3 * payload, "clients that keep it need it once"
+        assert line["bytes_down"] == 2 * 3 * sum(turns), "sent to train, and again to evaluate"
+        assert line["bytes_down_cached"] == 3 * payload, "clients that keep it need what has changed, once"
         assert 0.0 <= line["sparsity"] < 1.0
         for way, messages in (("up", 6), ("down", 6)):
             assert line[f"bytes_{way}"] < line[f"message_bytes_{way}"] <= line[f"bytes_{way}"] * 1.02 + messages * 1024
     assert json.loads((folder / "result.json").read_text())["head"] == "private"
-    assert (folder / "private" / "client-0" / "round-3.safetensors").is_file()
+    assert (folder / "private" / "client-0" / "round-4.safetensors").is_file()
 
 
 def test_client_code_of_another_checkout_is_refused(flower: dict[str, str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fedlora.engine.optimizers import build_optimizer
 from fedlora.methods import S2Lora, count_parameters, initial_tensors, soft_threshold
 from fedlora.methods.base import Layer
 from fedlora.runs.export import adapter_files
-from fedlora.runs.ranks import FILE, effective_ranks, strengths
+from fedlora.runs.ranks import FILE, effective_ranks, strengths, zero_share
 from fedlora.seeded import Seeded
 from strategies import S2
 from tests.loop import LoopGrid, node_of
@@ -95,7 +95,11 @@ def test_ranks_are_reported() -> None:
     a, b = tensors["s2.16x16.A"], tensors["s2.16x16.B"]
     expected = [0.0, float(np.linalg.norm(6.0 / 3 * 2.0 * np.outer(b[:, 1], a[1]))), 0.0]
     assert np.allclose(told[first], expected)
-    assert effective_ranks({name: np.array(values) for name, values in told.items()}).tolist() == [1, 3, 3, 3]
+    one = {name: np.array([values]) for name, values in told.items()}
+    assert effective_ranks(one).tolist() == [1, 3, 3, 3]
+    assert zero_share(one) == 2 / 12
+    two = {name: np.array([[1.0, 0.0], [0.0, 2.0]]) for name in told}
+    assert effective_ranks(two).tolist() == [1, 1, 1, 1], "of each client, not of what some client uses"
     files = adapter_files(engine, tensors, CONFIGS["s2-lora"])
     assert json.loads(files[FILE]) == told
     config = json.loads(files["adapter_config.json"])

@@ -18,7 +18,7 @@ from fedlora.methods.base import Layer
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
 from fedlora.wire import Instruction, Reply, encode, from_named_arrays, message_bytes, named_arrays, payload_bytes
-from strategies import FedAvg, FederationError, FFALora, RoleStrategy, Setting
+from strategies import FedAvg, FederationError, FedSVD, FFALora, RoleStrategy, Setting
 from strategies.base import deal
 from tests.loop import Arrays, LoopGrid, Node, examples_of, node_of, update_of
 
@@ -39,6 +39,12 @@ def one_round(strategy: RoleStrategy, grid: LoopGrid) -> Arrays:
     result = strategy.start(grid, start_arrays(strategy), num_rounds=1, timeout=1.0)
     assert result.arrays is not None
     return from_named_arrays(result.arrays)
+
+
+def test_fedsvd_needs_room_for_orthonormal_rows() -> None:
+    narrow = Lora([Layer("n", 16, 4, True, False)], rank=8, alpha=8.0, rslora=False).specs()
+    with pytest.raises(ValueError, match=r"the rank 8 of n.lora_A is above the layer's 4 features.* lower method.rank"):
+        FedSVD(setting(specs=narrow))
 
 
 def test_frozen_tensors_never_cross_the_wire() -> None:

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.config import Config
-from fedlora.methods import build_method
-from simulations.tables import METHODS, MODELS, bytes_of, layers_of, with_tables
-from strategies import STRATEGIES, Setting
+from simulations.tables import METHODS, MODELS, bytes_up, layers_of, with_tables
+from strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,27 +23,22 @@ def test_every_strategy_and_method_is_in_them() -> None:
         assert all(f"| `{name}` | `{method}` |" in text for method in STRATEGIES[name].methods)
 
 
-def up(strategy: str, config: Config, model: str) -> float:
-    method = build_method(config, layers_of(model), [])
-    return bytes_of(STRATEGIES[strategy](Setting(specs=method.specs(), num_clients=2)))[0]
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_promised_shares(model: str) -> None:
     """Of LoRA of rank 8: FFA half for square layers, MoS with e = 1 an eighth, s alone a hundredth."""
     lora, mos, s2 = METHODS["lora"][0][1], METHODS["mos"][1][1], METHODS["s2-lora"][0][1]
-    whole = up("fedavg", lora, model)
+    whole = bytes_up("fedavg", lora, model)
     square = all(layer.d_in == layer.d_out for layer in layers_of(model))
-    share = up("ffa-lora", lora, model) / whole
+    share = bytes_up("ffa-lora", lora, model) / whole
     assert share == 0.5 if square else abs(share - 0.5) < 0.05
-    assert up("mos", mos, model) / whole == 1 / 8
-    assert up("s2-frozen", s2, model) / whole < 1 / 100
+    assert bytes_up("mos", mos, model) / whole == 1 / 8
+    assert bytes_up("s2-frozen", s2, model) / whole < 1 / 100
 
 
 def test_known_sizes() -> None:
     """Numbers of the papers: LoRA of rank 8 on RoBERTa-large and LLaMA-2-7B."""
     lora = METHODS["lora"][0][1]
-    assert up("fedavg", lora, "RoBERTa-large q,v") == 4 * 786_432
-    assert up("fedavg", lora, "Llama-2-7B q,v") == 4 * 4_194_304
-    assert up("fedavg", lora, "Llama-2-7B all") == 4 * 19_988_480
-    assert up("ffa-lora", lora, "Llama-2-7B all") == 4 * 10_878_976
+    assert bytes_up("fedavg", lora, "RoBERTa-large q,v") == 4 * 786_432
+    assert bytes_up("fedavg", lora, "Llama-2-7B q,v") == 4 * 4_194_304
+    assert bytes_up("fedavg", lora, "Llama-2-7B all") == 4 * 19_988_480
+    assert bytes_up("ffa-lora", lora, "Llama-2-7B all") == 4 * 10_878_976

@@ -14,7 +14,7 @@ from clients.trainer import Job, Request, Trainer
 from fedlora.config import Config
 from fedlora.data import load_federated
 from fedlora.roles import Role
-from simulations.setup import plan_shards, resolve
+from simulations.setup import build_strategy, plan_shards, resolve
 from tests.tiny import save_texts, save_tiny_model
 
 
@@ -104,6 +104,29 @@ def test_repeating_a_pack_gives_the_same_bits(tmp_path: Path) -> None:
     assert trainer.loaded
     one, two = (trainer.train(Request(1, (0, 1, 3), roles, trainer.initial)) for _ in range(2))
     assert all(np.array_equal(a.tensors[n], b.tensors[n]) for a, b in zip(one, two, strict=True) for n in a.tensors)
+
+
+@pytest.mark.parametrize("name", ["rolora", "fedsvd", "s2-cyclic", "mos-private", "s2-private"])
+def test_what_the_server_holds_reaches_the_clients(name: str, tmp_path: Path) -> None:
+    """Two cycles of rounds through a trainer: broadcast tensors are used as they come, private ones go on."""
+    trainer = tiny_trainer(tmp_path, **{"strategy.name": name})
+    strategy = build_strategy(trainer.loaded.config, trainer.describe().specs)
+    server = {key: np.asarray(value) for key, value in strategy.initial(trainer.initial).items()}
+    for number in range(1, 2 * strategy.period + 1):
+        roles = strategy.all_roles(number)
+        results = trainer.train(Request(number, (0, 1, 3), roles, server))
+        assert [result.error for result in results] == ["", "", ""]
+        shared = strategy.exchanged(number, Role.SHARED)
+        assert all(result.tensors.keys() == shared.keys() for result in results)
+        mean = {key: np.mean([result.tensors[key] for result in results], axis=0) for key in shared}
+        before, server = server, {k: np.asarray(v) for k, v in strategy.combine(server, mean, number).items()}
+        changed = {strategy.setting.specs[key].kind for key in server if not np.array_equal(server[key], before[key])}
+        assert changed == strategy.changed(number)
+        again = trainer.train(Request(number + 1, (0,), roles, {key: 0.0 * value for key, value in server.items()}))
+        assert any(not np.array_equal(again[0].tensors[key], results[0].tensors[key]) for key in shared), "control"
+    sums = trainer.evaluate_personal(Request(number + 1, (0, 1, 3), strategy.all_roles(number + 1), server), "test")
+    losses = {one["loss"] for one in sums}
+    assert len(losses) == (3 if strategy.has_private else 1)
 
 
 def test_store_drops_what_the_server_went_back_from(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fedlora.messages import first_line
 from fedlora.seeded import Seeded
 
 Rows = NDArray[np.int64]
-_REDRAWS = 30  # of Dirichlet shares, ten draws each
+_REDRAWS = 10  # of Dirichlet shares, ten draws each
 
 
 def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, final: bool = True) -> FederatedData:

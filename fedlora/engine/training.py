@@ -205,8 +205,8 @@ class _Watch:
         for name in still:
             if not unseen[name] and specs[name].l1 and zero[name]:
                 return (
-                    f"the proximal step set all of {name} to zero in {n} steps, so nothing is left to train; lower its "
-                    f"L1 weight of {specs[name].l1}"
+                    f"the proximal step set all of {name} to zero in {n} steps, so nothing is left to train; lower the "
+                    f"weight of its L1 penalty, {specs[name].l1} (s2.sparsity)"
                 )
             if not unseen[name] and still[name]:
                 return f"{name} has a gradient but did not move in {n} steps: train.learning-rate is too small for it"
@@ -216,6 +216,6 @@ class _Watch:
             if unseen[name] and (n > 1 or all(unseen[partner] for partner in partners)):
                 return (
                     f"{name} never had a gradient in {n} steps: it is not connected to the loss, or all that it is "
-                    "multiplied with is zero"
+                    "multiplied with is zero (with s2-lora where s2.sparsity is too large)"
                 )
         return ""

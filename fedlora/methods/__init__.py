@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedlora.config import Config
+from fedlora.config import Config, MethodConfig
 from fedlora.methods.base import (
     Dense,
     Factor,
@@ -37,14 +37,20 @@ def _lora(layers: Sequence[Layer], config: Config) -> Method:
 
 @METHODS.register("mos")
 def _mos(layers: Sequence[Layer], config: Config) -> Method:
-    method = config.method
+    method = _plain_scale(config)
     return Mos(layers, rank=method.rank, alpha=method.alpha, config=config.mos, seeded=Seeded(config.seed))
 
 
 @METHODS.register("s2-lora")
 def _s2_lora(layers: Sequence[Layer], config: Config) -> Method:
-    method, s2 = config.method, config.s2
+    method, s2 = _plain_scale(config), config.s2
     return S2Lora(layers, rank=method.rank, alpha=method.alpha, sparsity=s2.sparsity, orthogonality=s2.orthogonality)
+
+
+def _plain_scale(config: Config) -> MethodConfig:
+    if config.method.rslora:
+        raise ValueError(f"method.rslora = true: is read by lora; {config.method.name} scales by alpha / rank.")
+    return config.method
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:

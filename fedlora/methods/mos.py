@@ -91,7 +91,8 @@ class Mos(Method):
             raise ValueError(
                 f"method.rank = {rank}: of {where} each takes method.rank - mos.private = {taken} ranks without "
                 f"repetition from a pool of (mos.budget - mos.private) x layers = {shared}. Lower method.rank to "
-                f"{shared + config.private}, raise mos.budget, or leave these layers out of method.target-modules."
+                f"{shared + config.private}, raise mos.budget, lower mos.private, or leave these layers out of "
+                "method.target-modules."
             )
         if not config.subset and taken != shared:
             raise ValueError(

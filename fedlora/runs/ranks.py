@@ -32,15 +32,20 @@ def strengths(factors: Mapping[str, Factor]) -> dict[str, list[float]]:
 
 
 def read_strengths(run: Path) -> dict[str, NDArray[np.float64]]:
-    """Return the strengths [r] of each layer of a finished run; where clients have adapters of their own, the mean.
+    """Return the strengths of each layer of a finished run, [adapters, r]: of the server's, or of each client's.
 
     Empty where the run has exported nothing yet.
     """
     files = sorted([*run.glob(f"adapter/{FILE}"), *run.glob(f"adapters/*/{FILE}")])
     told = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return {name: np.mean([one[name] for one in told], axis=0) for name in told[0]} if told else {}
+    return {name: np.array([one[name] for one in told]) for name in told[0]} if told else {}
 
 
-def effective_ranks(told: Mapping[str, NDArray[np.float64]]) -> NDArray[np.int64]:
-    """Return the number of components of each layer that are not zero, [layers]."""
-    return np.array([np.count_nonzero(values) for values in told.values()], dtype=np.int64)
+def effective_ranks(told: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return how many components of each layer are not zero, a mean over the adapters, [layers]."""
+    return np.array([np.count_nonzero(values, axis=1).mean() for values in told.values()])
+
+
+def zero_share(told: Mapping[str, NDArray[np.float64]]) -> float:
+    """Return the share of all components that are exactly zero."""
+    return float(np.mean(np.concatenate([values.ravel() for values in told.values()]) == 0))

@@ -186,9 +186,9 @@ def _outcome(run: Run) -> dict[str, float | None]:
     if f"clients_{metric}" in result:
         rows[f"{metric} on clients' own rows, mean"] = result[f"clients_{metric}"]
         rows[f"{metric} on clients' own rows, worst tenth"] = result[f"clients_{metric}_worst_tenth"]
-    if run.metrics and run.metrics[-1].get("sparsity") is not None:
-        rows["share of rank coefficients that are zero"] = run.metrics[-1]["sparsity"]
-        rows["effective rank of a layer, mean"] = result.get("effective_rank")
+    if result.get("zero_components"):
+        rows["share of rank components that are zero"] = result["zero_components"]
+        rows["effective rank of a layer, mean"] = result["effective_rank"]
     return {**rows, **run.lines_of_comparison()}
 
 
@@ -243,7 +243,7 @@ def summary(run: Run) -> str:
             "| layer | effective rank |",
             "| --- | --- |",
         ]
-        plots += [f"| {name} | {rank} |" for name, rank in zip(told, effective_ranks(told), strict=True)] + [""]
+        plots += [f"| {name} | {rank:g} |" for name, rank in zip(told, effective_ranks(told), strict=True)] + [""]
     return "\n".join(head + rows + plots + ["![rows and labels by client](partition.png)", ""])
 
 
@@ -285,13 +285,16 @@ def draw_clients(run: Run) -> Any:
 
 
 def draw_ranks(run: Run) -> Any:
-    """Return a figure of the strengths of each layer's rank-one components, sorted; white is exactly zero."""
+    """Return a figure of the strengths of each layer's rank-one components, sorted; white is exactly zero.
+
+    Where clients have adapters of their own, of the mean over them.
+    """
     told = read_strengths(run.path)
     figure, axes = _figure()
-    width = max(len(values) for values in told.values())
+    width = max(values.shape[1] for values in told.values())
     grid = np.zeros((len(told), width))
     for row, values in enumerate(told.values()):
-        grid[row, : len(values)] = np.sort(values)[::-1]
+        grid[row, : values.shape[1]] = np.sort(values.mean(0))[::-1]
     image = axes.imshow(np.ma.masked_equal(grid, 0.0), aspect="auto", cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="Frobenius norm")
     if len(told) <= 40:
