@@ -42,8 +42,8 @@ class FedSVD(RoleStrategy):
             features = min(d_in, d_out)
             if rank > features:
                 raise ValueError(
-                    f"strategy 'fedsvd': the rank {rank} of {name_a} is above the layer's {features} features, so its A "
-                    f"cannot have orthonormal rows; lower method.rank to {features}."
+                    f"strategy 'fedsvd': the rank {rank} of {name_a} is above the layer's {features} features, so its "
+                    f"A cannot have orthonormal rows; lower method.rank to {features}."
                 )
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
