@@ -23,16 +23,16 @@ from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from clients.pool import TrainerLostError
 from fedlora.config import Config, ConfigError, from_toml, to_toml
 from fedlora.messages import first_line
-from fedlora.runs.report import human_time, number
+from fedlora.runs.report import human_time
 from fedlora.storage import write_whole
 from fedlora.tasks import TASKS
 from simulations.session import Session
 from simulations.setup import resolve
+from simulations.sweep_tables import summary, terminal_table
 
 _DEV_SHARE = 0.1  # of the training rows that choices are made on, where the file does not say
 _ATTEMPTS = 2  # of a cell in which the whole process died
@@ -250,9 +250,10 @@ class Sweep:
         self.write_tables()
 
     def finish(self, console: Console) -> None:
-        """Write the tables once more and print what came of it."""
+        """Write the tables and ``summary.md``, and print what came of it."""
         self.write_tables()
-        console.print(self.table())
+        write_whole(self.folder / "summary.md", summary(self).encode())
+        console.print(terminal_table(self))
         for name, reason in self.errors().items():
             console.print(f"failed: {name}: {reason}", markup=False)
         console.print(f"sweep folder: {self.folder}", markup=False)
@@ -315,28 +316,6 @@ class Sweep:
                         row[f"{name}_n"] = len(values)  # the others have no such number
             rows.append(row)
         return pd.DataFrame(rows)
-
-    def table(self) -> RichTable:
-        """Return the groups as a table for the terminal."""
-        measure = TASKS[resolve(self.base).task].measure.name
-        groups = pd.read_parquet(self.folder / "groups.parquet")
-        names = [
-            name for name in (f"test_{measure}", f"personal_{measure}", f"dev_{measure}") if f"{name}_mean" in groups
-        ]
-        keys = [key for key in (*self.grid, *self.tune) if key != "seed"]
-        table = RichTable(title=f"{self.base['run.name']}: mean and standard deviation over seeds")
-        for key in keys:
-            table.add_column(key.replace(".", "\n"), no_wrap=True)
-        for column in ("n", *(name.replace("_", "\n") for name in names)):
-            table.add_column(column, justify="right", no_wrap=True)
-        for _, row in groups.iterrows():
-            known = {name: value for name, value in row.items() if not pd.isna(value)}
-            values = [
-                number(known.get(f"{name}_mean")) + (f" ± {known[f'{name}_std']:.4f}" if f"{name}_std" in known else "")
-                for name in names
-            ]
-            table.add_row(*(str(row[key]) for key in keys), str(row["n"]), *values)
-        return table
 
 
 class _Progress:

@@ -150,6 +150,12 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     assert groups["n"].tolist() == [2]
     assert groups["test_accuracy_mean"].iloc[0] == pytest.approx(final["test_accuracy"].mean())
     assert groups["test_accuracy_std"].iloc[0] == pytest.approx(final["test_accuracy"].std())
+    summary = (folder / "summary.md").read_text()
+    best = groups["train.learning-rate"].iloc[0]
+    mean, deviation = final["test_accuracy"].mean(), final["test_accuracy"].std()
+    assert f"| `4` | `{best}` | 2 | {mean:.4f} ± {deviation:.4f} |" in summary
+    assert "`train.learning-rate` was chosen on dev rows among 0.01, 0.1." in summary
+    assert "`500`" not in summary, "no cell of it finished"
     for cell in final["folder"]:
         curve = [json.loads(line) for line in (Path(cell) / "metrics.jsonl").read_text().splitlines()]
         assert all(line["test_accuracy"] is None and line["dev_accuracy"] is not None for line in curve)
