@@ -288,7 +288,7 @@ class MosConfig:
 class S2Config:
     """S2-LoRA; read by ``method.name = 's2-lora'`` only."""
 
-    sparsity: float = 0.01
+    sparsity: float = 0.1
     """Weight of the L1 penalty on the rank coefficients, applied as a proximal step after each optimizer step."""
     orthogonality: float = 0.0
     """Weight of the penalty that keeps the rows of A and the columns of B orthonormal; 0: none."""
