@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,16 +72,6 @@ class Plan:
         """Bytes of one client's tensors that have one of these roles in a round."""
         return payload_bytes(self.strategy.exchanged(server_round, *roles), self.config.engine.tensor_dtype)
 
-    @property
-    def cycle(self) -> range:
-        """The rounds after which the roles repeat."""
-        return range(1, self.strategy.period + 1)
-
-    def roles(self) -> dict[str, str]:
-        """Return each kind's role, or its roles in the rounds of a cycle."""
-        rounds = [self.strategy.all_roles(number) for number in self.cycle]
-        return {kind: ", ".join(dict.fromkeys(str(roles[kind]) for roles in rounds)) for kind in rounds[0]}
-
     def steps(self) -> list[int]:
         """Return each client's local steps in a round that it takes part in."""
         train = self.config.train
@@ -116,7 +106,7 @@ class Plan:
         return {
             "measure": self.measure,
             "higher_is_better": measure.higher_is_better,
-            "roles": self.roles(),
+            "roles": {kind: _in_turn(roles) for kind, roles in self.strategy.roles_in_turn().items()},
             "trained_parameters": self.trained_parameters(),
             "base_parameters": self.num_parameters,
             "bytes_up_per_client": up,
@@ -144,12 +134,12 @@ class Plan:
         table = RichTable(title=f"{config.strategy.name} / {config.method.name} on {config.model.name} ({self.family})")
         for column in ("kind", "role", "tensors", "parameters", "bytes up", "bytes down"):
             table.add_column(column, justify="left" if column in ("kind", "role") else "right")
-        for kind, role in self.roles().items():
+        for kind, roles in self.strategy.roles_in_turn().items():
             own = {name: spec for name, spec in self.specs.items() if spec.kind == kind}
             size = payload_bytes(own, dtype)
-            up = size if Role.SHARED in role.split(", ") else 0
-            down = size if {Role.SHARED, Role.BROADCAST} & set(role.split(", ")) else 0
-            table.add_row(kind, role, str(len(own)), f"{count_parameters(own):,}", f"{up:,}", f"{down:,}")
+            up = size if Role.SHARED in roles else 0
+            down = size if {Role.SHARED, Role.BROADCAST} & set(roles) else 0
+            table.add_row(kind, _in_turn(roles), str(len(own)), f"{count_parameters(own):,}", f"{up:,}", f"{down:,}")
         return table
 
     def _lines(self) -> list[str]:
@@ -193,3 +183,8 @@ class Plan:
             f"note: {len(lone)} of {len(self.data.clients)} clients hold rows of one class only ({shown}): alone they "
             "learn to answer it always, and a private head stays useless for the others"
         ]
+
+
+def _in_turn(roles: Sequence[Role]) -> str:
+    """Return a kind's role, or its different roles in the order of rounds."""
+    return ", ".join(dict.fromkeys(map(str, roles)))

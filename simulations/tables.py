@@ -126,11 +126,11 @@ def roles_table() -> list[str]:
         for kind in STRATEGIES[name].methods:
             method = build_method(METHODS[kind][0][1], layers, [])
             strategy = _strategy(name, method)
-            rounds = [strategy.all_roles(number) for number in range(1, strategy.period + 1)]
-            by_role = {
-                role: [kind for kind in rounds[0] if any(roles[kind] is role for roles in rounds)] for role in Role
-            }
-            turns = [", ".join(k for k, role in roles.items() if role is Role.SHARED) for roles in rounds]
+            in_turn = strategy.roles_in_turn()
+            by_role = {role: [kind for kind, roles in in_turn.items() if role in roles] for role in Role}
+            turns = [
+                _told([k for k, roles in in_turn.items() if roles[n] is Role.SHARED]) for n in range(strategy.period)
+            ]
             if strategy.exact is None:
                 told = "none: no whole update at the server"
             else:
@@ -150,6 +150,14 @@ def _told(kinds: Sequence[str]) -> str:
     return ", ".join(kinds) or "-"
 
 
+def _refused(name: str, config: Config) -> bool:
+    try:
+        STRATEGIES[name].check(config)
+    except ValueError:
+        return True
+    return False
+
+
 def bytes_table() -> list[str]:
     """Return the table of bytes up, and their share of ``fedavg`` on LoRA, as Markdown lines."""
     lines = [
@@ -160,9 +168,8 @@ def bytes_table() -> list[str]:
     for name in STRATEGIES:
         for kind in STRATEGIES[name].methods:
             for label, config in METHODS[kind]:
-                private = name == "mos-private" and not 0 < config.mos.private < config.mos.budget
-                if name == "local" or private:
-                    continue  # sends nothing, or is refused
+                if name == "local" or _refused(name, config):  # the former sends nothing
+                    continue
                 ups = {m: bytes_up(name, config, m) for m in MODELS}
                 cells = [f"{_size(up)} ({_share(up / whole[model])})" for model, up in ups.items()]
                 lines.append(f"| `{name}` | {label} | {' | '.join(cells)} |")

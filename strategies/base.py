@@ -172,7 +172,10 @@ class RoleStrategy(Strategy):
             known: The last round whose outcome the client was sent; 0: what the server started with; -1: nothing, so it
                 has what the seed gives.
         """
-        kinds = set().union(*(self.changed(number) for number in range(known + 1, server_round)))
+        since = max(known + 1, server_round - self.period)  # what a whole cycle changes is all that ever changes
+        kinds = set().union(*(self.changed(number) for number in range(since, server_round)))
+        if known < 0:
+            kinds |= self.changed(0)
         return {name: spec for name, spec in self.exchanged(server_round).items() if spec.kind in kinds}
 
     def bytes_per_round(self, dtype: str) -> tuple[float, float, float]:
@@ -204,11 +207,15 @@ class RoleStrategy(Strategy):
         """Return the server's new tensors, given the clients' mean; by default the mean itself."""
         return {**server, **mean}
 
+    def roles_in_turn(self) -> dict[str, list[Role]]:
+        """Return the roles of each kind in the rounds of a cycle."""
+        rounds = [self.all_roles(number) for number in range(1, self.period + 1)]
+        return {kind: [roles[kind] for roles in rounds] for kind in rounds[0]}
+
     @property
     def trained_kinds(self) -> set[str]:
         """The kinds that clients train in some round."""
-        rounds = (self.all_roles(number) for number in range(1, self.period + 1))
-        return {kind for roles in rounds for kind, role in roles.items() if role in (Role.SHARED, Role.PRIVATE)}
+        return {kind for kind, roles in self.roles_in_turn().items() if {Role.SHARED, Role.PRIVATE} & set(roles)}
 
     @property
     def has_private(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from fedlora.config import Config, MethodConfig, MosConfig, S2Config, TrainConfig
 from fedlora.engine import ClientWork, Engine
-from fedlora.methods import Method, build_method, initial_tensors
+from fedlora.methods import Factor, LowRank, Method, TensorSpec, build_method, initial_tensors
 from fedlora.methods.base import Layer
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
@@ -181,6 +181,27 @@ def alone(
                 threshold = train.learning_rate * (CONFIGS[method].s2.sparsity if specs[name].kind == "s" else 0.0)
                 value.copy_(torch.sign(value) * torch.relu(value.abs() - threshold))
     return {name: value.detach().numpy() for name, value in trained.items()}
+
+
+@final
+class Changed(Method):
+    """A method with something done to its low-rank factors, to plant a bug.
+
+    Args:
+        method: The method.
+        change: What is done to each factor.
+    """
+
+    def __init__(self, method: Method, change: Callable[[LowRank], LowRank]) -> None:
+        self.method = method
+        self.change = change
+
+    def specs(self) -> dict[str, TensorSpec]:
+        return self.method.specs()
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
+        factors = self.method.factors(tensors)
+        return {name: self.change(one) if isinstance(one, LowRank) else one for name, one in factors.items()}
 
 
 # -- bytes --------------------------------------------------------------------------------------------

@@ -342,6 +342,17 @@ def test_bytes_are_theory(name: str, method: str) -> None:
     assert sum(tally.bytes_down_cached for tally in later) / len(later) == pytest.approx(8 * clients * cached)
 
 
+@cases
+def test_what_a_client_lacks_is_all_that_changed_since(name: str, method: str) -> None:
+    """However long ago it took part: a look at one cycle of rounds tells the same as a look at all of them."""
+    strategy = STRATEGIES[name](setting(method))
+    for number in range(1, 9):
+        for known in range(-1, number):
+            changed = set().union(*(strategy.changed(between) for between in range(known + 1, number)))
+            lacking = {spec.kind for spec in strategy.lacking(number, known).values()}
+            assert lacking == changed & {spec.kind for spec in strategy.exchanged(number).values()}
+
+
 def spoiled(kind: str, value: NDArray[Any]) -> NDArray[Any]:
     match kind:
         case "nan":

@@ -13,29 +13,17 @@ from torch import Tensor
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientWork, Engine, optimizers, train_pack
 from fedlora.engine import training as training_module
-from fedlora.methods import Factor, Head, LowRank, TensorSpec
+from fedlora.methods import Factor, Head
 from fedlora.methods.base import Method
+from tests.matrix import Changed
 from tests.test_packing import make_engine, make_works
 
 TRAIN = TrainConfig(learning_rate=0.01)
 
 
-class Planted(Method):
-    """The engine's method with something done to its low-rank factors."""
-
-    def __init__(self, method: Method, **detach: bool) -> None:
-        self.method = method
-        self.detach = detach
-
-    def specs(self) -> dict[str, TensorSpec]:
-        return self.method.specs()
-
-    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
-        factors = self.method.factors(tensors)
-        for name, factor in factors.items():
-            if isinstance(factor, LowRank):
-                factors[name] = factor._replace(**{side: getattr(factor, side).detach() for side in self.detach})
-        return factors
+def detached(method: Method, *sides: str) -> Method:
+    """The method with these sides of its low-rank factors cut off from the loss."""
+    return Changed(method, lambda one: one._replace(**{side: getattr(one, side).detach() for side in sides}))
 
 
 def works_of(engine: Engine, steps: int) -> list[ClientWork]:
@@ -52,7 +40,7 @@ def test_sound_training_passes(steps: int) -> None:
 def test_detached_adapter(steps: int) -> None:
     """The head learns, the loss falls, the adapter is not connected."""
     engine = make_engine("bert")
-    planted = replace(engine, method=Planted(engine.method, A=True, B=True))
+    planted = replace(engine, method=detached(engine.method, "A", "B"))
     errors = [r.error for r in train_pack(planted, works_of(engine, steps), {}, TRAIN)]
     assert all("lora_A never had a gradient" in error for error in errors)
 
@@ -60,7 +48,7 @@ def test_detached_adapter(steps: int) -> None:
 def test_detached_adapter_with_a_frozen_head() -> None:
     """Nothing at all is connected: not torch's error, ours."""
     engine = make_engine("bert")
-    planted = replace(engine, method=Planted(engine.method, A=True, B=True))
+    planted = replace(engine, method=detached(engine.method, "A", "B"))
     specs = engine.method.specs()
     works = works_of(engine, 2)
     common = {n: v for n, v in works[0].start.items() if specs[n].kind == "head"}
@@ -72,7 +60,7 @@ def test_detached_adapter_with_a_frozen_head() -> None:
 def test_one_side_detached(side: str) -> None:
     """A frozen B leaves A without a gradient, too; a detached A shows once B has moved."""
     engine = make_engine("bert")
-    planted = replace(engine, method=Planted(engine.method, **{side: True}))
+    planted = replace(engine, method=detached(engine.method, side))
     errors = [r.error for r in train_pack(planted, works_of(engine, 3), {}, TRAIN)]
     assert all("never had a gradient in 3 steps" in error for error in errors)
 

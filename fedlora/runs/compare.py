@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from fedlora.runs.ranks import read_strengths
 from fedlora.runs.report import (
     Run,
     draw_clients,
@@ -106,7 +105,7 @@ def html_page(runs: list[Run]) -> str:
             )
         if run.scores:
             parts.append(_picture(draw_clients(run), f"{run.metric} of each client"))
-        if read_strengths(run.path):
+        if run.strengths:
             parts.append(_picture(draw_ranks(run), "strength of each layer's components"))
         parts.append(_picture(draw_partition(run), "rows and labels by client"))
         config = [[key, str(value)] for key, value in run.config.to_flat().items()]

@@ -38,16 +38,16 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     ranks: dict[str, int] = {}
     heads: set[str] = set()
     told = strengths(factors)
-    if not any(any(values) for values in told.values()):
-        told[next(iter(told))][0] = 1.0  # PEFT has no empty adapter: one rank of zeros stands for it
+    used = {name: [rank for rank, strength in enumerate(values) if strength] for name, values in told.items()}
+    if not any(used.values()):
+        used[next(iter(used))] = [0]  # PEFT has no empty adapter: one rank of zeros stands for it
     for name, factor in factors.items():
         key = f"base_model.model.{name}"
         if isinstance(factor, LowRank):
-            used = [rank for rank, strength in enumerate(told[name]) if strength]
-            if used:
-                weights[f"{key}.lora_A.weight"] = factor.A[used]
-                weights[f"{key}.lora_B.weight"] = factor.scaled_b()[:, used]
-                ranks[name] = len(used)
+            if used[name]:
+                weights[f"{key}.lora_A.weight"] = factor.A[used[name]]
+                weights[f"{key}.lora_B.weight"] = factor.scaled_b()[:, used[name]]
+                ranks[name] = len(used[name])
         else:
             assert isinstance(factor, Dense), "a factor of a third kind"
             heads.add(name.split(".", 1)[0])
@@ -77,4 +77,4 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         if engine.base.tokenizer is not None:
             engine.base.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-    return {**files, FILE: json.dumps(strengths(factors)).encode()}
+    return {**files, FILE: json.dumps(told).encode()}

@@ -6,10 +6,12 @@ import json
 import math
 import tomllib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table as RichTable
 
@@ -62,6 +64,11 @@ class Run:
             return cls(path, config, lines("metrics.jsonl"), partition, plan, lines("scores.jsonl"), result)
         except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, ConfigError) as error:
             raise ValueError(f"{path} is not a run folder that can be read: {error}") from error
+
+    @cached_property
+    def strengths(self) -> dict[str, NDArray[np.float64]]:
+        """The strengths of each layer's components, [adapters, r]; empty where nothing was exported."""
+        return read_strengths(self.path)
 
     @property
     def measure(self) -> str:
@@ -205,7 +212,7 @@ def write_report(run: Run) -> None:
         draw_curves([run]).savefig(run.path / f"{run.metric}.png", dpi=120)
     if run.scores:
         draw_clients(run).savefig(run.path / "clients.png", dpi=120)
-    if read_strengths(run.path):
+    if run.strengths:
         draw_ranks(run).savefig(run.path / "ranks.png", dpi=120)
     folder.write_text("summary.md", summary(run))
 
@@ -235,7 +242,7 @@ def summary(run: Run) -> str:
     plots = ["", f"![{run.metric} by round]({run.metric}.png)", ""] if run.metrics else [""]
     if run.scores:
         plots += [f"![{run.metric} of each client](clients.png)", ""]
-    told = read_strengths(run.path)
+    told = run.strengths
     if told:
         plots += [
             "![strength of each layer's components](ranks.png)",
@@ -289,7 +296,7 @@ def draw_ranks(run: Run) -> Any:
 
     Where clients have adapters of their own, of the mean over them.
     """
-    told = read_strengths(run.path)
+    told = run.strengths
     figure, axes = _figure()
     width = max(values.shape[1] for values in told.values())
     grid = np.zeros((len(told), width))
