@@ -38,6 +38,7 @@ config: setup
 
 tables: setup
 	$(BIN)/python -m simulations.tables .
+	$(BIN)/python -m benchmarks.comparison .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import logging
+from typing import Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.pool import TrainerPool, split_packs
-from clients.trainer import Request
+from clients.trainer import Request, Update
 from fedlora.exact_sum import ExactSum
 from fedlora.fingerprint import code_fingerprint
 from fedlora.messages import first_line
 from fedlora.wire import Instruction, Reply
 
-if TYPE_CHECKING:
-    from fedlora.engine import ClientResult
-
 app = ClientApp()
+_logger = logging.getLogger(__name__)
 
 
 @app.train()
@@ -27,25 +26,32 @@ def train(message: Message, context: Context) -> Message:
     reply = Reply(total=ExactSum())
     for clients, outcome in _call("train", instruction, context):
         if isinstance(outcome, Exception):
-            _refuse(reply, clients, outcome)
+            _refuse(reply, clients, outcome, private=bool(instruction.heads))
             continue
-        for result in outcome:
+        for update in outcome:
             error = (
-                result.error or ("" if result.steps else "it has no training rows") or _fold(reply, instruction, result)
+                update.error or ("" if update.steps else "it has no training rows") or _fold(reply, instruction, update)
             )
-            facts = {"examples": result.examples, "steps": result.steps, "metrics": {"loss": result.loss}}
-            reply.add(result.client, error=error, **facts)
+            metrics = {} if update.loss is None else {"loss": update.loss}
+            reply.add(
+                update.client,
+                examples=update.examples,
+                steps=update.steps,
+                metrics=metrics,
+                error=error,
+                head=update.head,
+            )
     return Message(reply.to_content(), reply_to=message)
 
 
-def _fold(reply: Reply, instruction: Instruction, result: ClientResult) -> str:
+def _fold(reply: Reply, instruction: Instruction, update: Update) -> str:
     """Take a client's update into the reply, where it is last seen alone; return why not, or ""."""
     if len(instruction.clients) == 1:
-        reply.update = result.tensors
+        reply.update = update.tensors
         return ""
     assert reply.total is not None, "made by train"
     try:
-        reply.total.add(result.tensors, result.examples if instruction.weights == "examples" else 1)
+        reply.total.add(update.tensors, update.examples if instruction.weights == "examples" else 1)
     except OverflowError as error:
         return str(error)
     return ""
@@ -55,7 +61,7 @@ def _fold(reply: Reply, instruction: Instruction, result: ClientResult) -> str:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate each client's own model on the rows that it held out."""
     reply = Reply()
-    for clients, outcome in _call("evaluate_personal", _instruction(message), context):
+    for clients, outcome in _call("answer_evaluation", _instruction(message), context):
         if isinstance(outcome, Exception):
             _refuse(reply, clients, outcome)
             continue
@@ -82,12 +88,27 @@ def _call(method: str, instruction: Instruction, context: Context) -> list[tuple
     """Cut the clients into packs, have the trainers work on all of them, return (pack, outcome) pairs."""
     pool = TrainerPool.connect(context.run_id)
     packs = split_packs(instruction.clients, instruction.pack, len(pool))
-    requests = [(Request(instruction.round, clients, instruction.roles, instruction.tensors),) for clients in packs]
+    heads = dict(zip(instruction.clients, instruction.heads, strict=True)) if instruction.heads else {}
+    requests = [
+        (
+            Request(
+                instruction.round,
+                clients,
+                instruction.roles,
+                instruction.tensors,
+                tuple(heads.get(client, "") for client in clients),
+            ),
+        )
+        for clients in packs
+    ]
     node = int(context.node_config.get("partition-id", 0))
     return list(zip(packs, pool.call(method, requests, first=node), strict=True))
 
 
-def _refuse(reply: Reply, clients: tuple[int, ...], error: Exception) -> None:
-    """Enter a pack that failed as a whole."""
+def _refuse(reply: Reply, clients: tuple[int, ...], error: Exception, *, private: bool = False) -> None:
+    """Enter a pack that failed as a whole; under DP without what the error says, which may quote a row."""
+    told = f": {first_line(error)}"
+    if private:
+        _logger.error("clients %s failed%s", clients, told)
     for client in clients:
-        reply.add(client, error=f"{type(error).__name__}: {first_line(error)}")
+        reply.add(client, error=type(error).__name__ + ("" if private else told))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clients.accounts import Accounts
 from clients.private import PrivateStore
 from fedlora.config import Config, Scalar
 from fedlora.data import FederatedData
@@ -56,12 +57,37 @@ class Request:
         clients: The clients of the pack, ascending.
         roles: Role of each kind of tensor.
         tensors: Current values of the shared and broadcast tensors.
+        heads: Under DP for each client the hash of the last ledger entry that the server was told.
     """
 
     round: int
     clients: tuple[int, ...]
     roles: Mapping[str, Role]
     tensors: Mapping[str, NDArray[np.floating]]
+    heads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client lets out of a round.
+
+    Attributes:
+        client: Its number.
+        tensors: Its shared tensors.
+        examples: How many rows it trains on; 0 under DP.
+        steps: Optimizer steps taken.
+        loss: Mean training loss; None under DP.
+        error: Why the update must not be used; empty when it may.
+        head: Under DP the hash of the ledger entry that pays for it.
+    """
+
+    client: int
+    tensors: Arrays
+    examples: int = 0
+    steps: int = 0
+    loss: float | None = None
+    error: str = ""
+    head: str = ""
 
 
 @dataclass(frozen=True)
@@ -177,32 +203,76 @@ class Trainer:
             base_loads=self._resident.loads,
         )
 
-    def train(self, request: Request) -> list[ClientResult]:
-        """Train a pack for a round and return each client's shared tensors; private ones stay here."""
-        from fedlora.engine import train_pack
+    def train(self, request: Request) -> list[Update]:
+        """Train a pack for a round and return what each client lets out; private tensors stay here."""
+        from fedlora.engine import plan_batches, train_pack
 
         loaded = self.loaded
-        private = with_role(loaded.specs, request.roles, Role.PRIVATE)
-        works, common = self._works(request)
-        results = train_pack(loaded.engine, works, common, loaded.config.train)
+        if loaded.accounts is not None:
+            return self._train_under_dp(request, loaded.accounts)
+        seeded, config = Seeded(loaded.config.seed), loaded.config.train
+        batches = [
+            plan_batches(seeded, request.round, client, self.data.training_rows(client), config)
+            for client in request.clients
+        ]
+        works, common = self._works(request, batches)
+        results = train_pack(loaded.engine, works, common, config)
         for result in results:
-            kept = {name: result.tensors.pop(name) for name in private}
-            if kept and not result.error:
-                loaded.private.save(result.client, request.round, kept)
-        return results
+            self._keep_private(request, result)
+        return [Update(r.client, r.tensors, r.examples, r.steps, r.loss, r.error) for r in results]
 
-    def _works(self, request: Request) -> tuple[list[ClientWork], Arrays]:
+    def _train_under_dp(self, request: Request, accounts: Accounts) -> list[Update]:
+        """Train those that may, have each one's ledger pay for its update, and let out nothing else."""
+        from fedlora.engine import train_pack
+        from fedlora.privacy.step import PrivateStep
+
+        heads = dict(zip(request.clients, request.heads or [""] * len(request.clients), strict=True))
+        refused = {client: reason for client in request.clients if (reason := accounts.refusal(client, heads[client]))}
+        updates = [Update(client, {}, error=reason) for client, reason in refused.items()]
+        request = replace(request, clients=tuple(client for client in request.clients if client not in refused))
+        if not request.clients:
+            return updates
+        mechanism = accounts.mechanism
+        randoms = [accounts.random(client, request.round) for client in request.clients]
+        batches = [
+            mechanism.batches(random, self.data.training_rows(client))
+            for client, random in zip(request.clients, randoms, strict=True)
+        ]
+        works, common = self._works(request, batches)
+        private = PrivateStep(mechanism, randoms)
+        for result in train_pack(self.loaded.engine, works, common, self.loaded.config.train, private):
+            # In this order: once anything has left, the ledger must know of it.
+            head = accounts.charge(result.client, request.round)
+            accounts.note(
+                result.client,
+                request.round,
+                {"loss": result.loss, "steps": result.steps, **result.diagnostics, "error": result.error},
+            )
+            self._keep_private(request, result)
+            error = "its own check refused the update; its diagnostics.jsonl says why" if result.error else ""
+            updates.append(Update(result.client, result.tensors, steps=result.steps, error=error, head=head))
+        return sorted(updates, key=lambda update: update.client)
+
+    def _keep_private(self, request: Request, result: ClientResult) -> None:
+        """Take the client's private tensors out of a result, and keep them if it may be used."""
+        private = with_role(self.loaded.specs, request.roles, Role.PRIVATE)
+        kept = {name: result.tensors.pop(name) for name in private}
+        if kept and not result.error:
+            self.loaded.private.save(result.client, request.round, kept)
+
+    def _works(
+        self, request: Request, batches: Sequence[Sequence[NDArray[np.int64]]]
+    ) -> tuple[list[ClientWork], Arrays]:
         """Return what each client does in the round, and the tensors that none of them trains."""
-        from fedlora.engine import ClientWork, plan_batches
+        from fedlora.engine import ClientWork
 
         loaded, works = self.loaded, []
         trained = with_role(loaded.specs, request.roles, Role.SHARED, Role.PRIVATE)
-        for client in request.clients:
+        for client, own in zip(request.clients, batches, strict=True):
             state = self._state(request, client)
-            rows = self.data.training_rows(client)
-            batches = plan_batches(Seeded(loaded.config.seed), request.round, client, rows, loaded.config.train)
+            count = len(self.data.training_rows(client))
             start = {name: state[name] for name in trained}
-            works.append(ClientWork(client, loaded.examples["train"], len(rows), batches, start))
+            works.append(ClientWork(client, loaded.examples["train"], count, own, start))
         return works, {name: value for name, value in self._common(request).items() if name not in trained}
 
     def probe(self, request: Request) -> Speed:
@@ -210,10 +280,11 @@ class Trainer:
         from fedlora.engine import evaluate, train_pack
 
         loaded = self.loaded
-        works, common = self._works(request)
-        works = [replace(work, batches=work.batches[:1]) for work in works]
+        size = loaded.config.train.batch_size
+        batches = [[self.data.training_rows(client)[:size]] for client in request.clients]
+        works, common = self._works(request, batches)
         examples = loaded.examples["train"]
-        rows = [int(row) for work in works for batch in work.batches for row in batch]
+        rows = [int(row) for (batch,) in batches for row in batch]
         tokens = max(1, int(examples.lengths[rows].sum()))
         for _ in range(2):
             started = time.perf_counter()
@@ -268,6 +339,16 @@ class Trainer:
             for g, own in enumerate(rows)
         ]
 
+    def answer_evaluation(self, request: Request) -> list[dict[str, float]]:
+        """Return what clients tell the server that asks them to evaluate themselves: see :meth:`evaluate_personal`.
+
+        Raises:
+            ValueError: They train under DP: sums over their rows are not covered by its guarantee.
+        """
+        if self.loaded.accounts is not None:
+            raise ValueError("a client under DP does not tell how its model does on its rows")
+        return self.evaluate_personal(request)
+
     def export(self, request: Request) -> list[dict[str, bytes]]:
         """Return the files of a PEFT adapter for the server's tensors, with each client's private ones in place."""
         from fedlora.runs.export import adapter_files
@@ -315,6 +396,7 @@ class _Loaded:
         initial: Their values from the seed.
         examples: The tokenized rows, by split.
         private: The clients' private tensors.
+        accounts: The clients' privacy accounts; None without DP.
     """
 
     job: Job
@@ -324,6 +406,7 @@ class _Loaded:
     initial: Arrays
     examples: dict[str, Examples]
     private: PrivateStore
+    accounts: Accounts | None
 
     @property
     def measured(self) -> str:
@@ -335,7 +418,7 @@ def _load(job: Job, threads: int, resident: _Resident) -> _Loaded:
     """Load the base model and tokenize the rows, but for what is resident already."""
     import torch
 
-    from fedlora.engine import Engine
+    from fedlora.engine import Engine, check_rows_apart
     from fedlora.methods import build_method
     from fedlora.models import check_length, load_base
     from fedlora.tasks import TASKS
@@ -365,12 +448,16 @@ def _load(job: Job, threads: int, resident: _Resident) -> _Loaded:
         if split not in resident.examples or resident.examples[split][0] != source:
             resident.examples[split] = (source, task.encode(table, base.tokenizer, config.train.max_length))
     specs = method.specs()
+    initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype)
+    if config.privacy.mode == "dp":
+        check_rows_apart(engine, initial)
     return _Loaded(
         job=job,
         config=config,
         engine=engine,
         specs=specs,
-        initial=initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype),
+        initial=initial,
         examples={split: resident.examples[split][1] for split in corpus.splits},
         private=PrivateStore(Path(job.private_folder)),
+        accounts=Accounts(Path(job.private_folder), config) if config.privacy.mode == "dp" else None,
     )

@@ -392,14 +392,76 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class PrivacyConfig:
-    """Differential privacy."""
+    """Differential privacy; read with ``privacy.mode = 'dp'`` only."""
 
     mode: str = "none"
-    """Only ``none`` for now: this run gives no formal privacy guarantee."""
+    """``none``: no formal guarantee; ``dp``: clients train with DP-SGD."""
+    unit: str = "record"
+    """What is protected: ``record``, one training row of a client."""
+    trust: str = "local"
+    """Who need not be trusted: ``local``, anybody but the client itself, the server included."""
+    epsilon: float = 0.0
+    """Each client's budget over the whole run; 0: none is enforced, and noise-multiplier must be given."""
+    delta: float = 0.0
+    """Probability with which the guarantee may fail; 0: the power of ten at or below a tenth of 1 / client-size."""
+    noise_multiplier: float = 0.0
+    """Standard deviation of the noise in units of max-grad-norm; 0: the least that keeps to epsilon."""
+    max_grad_norm: float = 1.0
+    """L2 norm that each row's gradient, all trained tensors together, is clipped to."""
+    client_size: int = 0
+    """Training rows of a client as publicly declared: sample rate and denominators come from it, never from the actual
+    number. 0: in a simulation the mean over clients, taken as public."""
+    accountant: str = "pld"
+    """What certifies epsilon: ``pld`` (dp-accounting) or ``prv`` (Opacus); RDP's is reported beside it."""
+    seed: int = 0
+    """For reproducing an experiment: sampling and noise from this number, and so no privacy at all. 0: from each
+    client's operating system."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        _one_of("privacy.mode", self.mode, ("none",))
+        _one_of("privacy.mode", self.mode, ("none", "dp"))
+        rooms = {
+            "unit": ("record", "client", "a whole client as the protected unit does not exist yet"),
+            "trust": (
+                "local",
+                ("central", "distributed"),
+                "noise added by the server, or in shares, does not exist yet",
+            ),
+        }
+        for name, (here, later, why) in rooms.items():
+            value = getattr(self, name)
+            _require(value not in later or value == here, f"privacy.{name}", value, f"{why}; use {here!r}.")
+            _one_of(f"privacy.{name}", value, (here,))
+        why_not = {
+            "gdp": "reports less than was spent (its central-limit approximation is no bound); use 'pld' or 'prv'.",
+            "rdp": "is a looser bound, reported beside the certified one as epsilon_rdp; use 'pld' or 'prv'.",
+        }
+        _require(
+            self.accountant not in why_not, "privacy.accountant", self.accountant, why_not.get(self.accountant, "")
+        )
+        _one_of("privacy.accountant", self.accountant, ("pld", "prv"))
+        _at_least("privacy.epsilon", self.epsilon, 0)
+        _require(0.0 <= self.delta < 1.0, "privacy.delta", self.delta, "must be at least 0 and below 1.")
+        _at_least("privacy.noise-multiplier", self.noise_multiplier, 0)
+        _positive("privacy.max-grad-norm", self.max_grad_norm)
+        _at_least("privacy.client-size", self.client_size, 0)
+        _at_least("privacy.seed", self.seed, 0)
+        if self.mode == "dp":
+            _require(
+                self.epsilon > 0 or self.noise_multiplier > 0,
+                "privacy.mode",
+                self.mode,
+                "needs privacy.epsilon, the budget of each client, or privacy.noise-multiplier.",
+            )
+            return
+        for item in fields(self):
+            value = getattr(self, item.name)
+            _require(
+                value == item.default,
+                _key("privacy", item.name),
+                value,
+                f"is read with privacy.mode = 'dp' only, and this run has {self.mode!r}: it would have no privacy.",
+            )
 
 
 @dataclass(frozen=True)
@@ -442,6 +504,12 @@ class Config:
                 self.method.head,
                 "a language model has no head of the task's own; leave it at 'shared'.",
             )
+        _require(
+            self.privacy.mode == "none" or self.train.clip_norm == 0,
+            "train.clip-norm",
+            self.train.clip_norm,
+            "each row's gradient is clipped to privacy.max-grad-norm here; leave it at 0.",
+        )
         _require(
             self.eval.test or self.data.dev_share > 0,
             "eval.test",

@@ -27,6 +27,8 @@ Tensors = Mapping[str, NDArray[np.floating]]
 _DTYPES = ("float32", "float64")
 _MAX_MANIFEST_BYTES = 1 << 24
 _CODEC = "fedlora.raw"
+BUDGET_SPENT = "its privacy budget is spent"
+"""How the error of a client begins that will not train any more."""
 
 
 class WireError(ValueError):
@@ -156,6 +158,7 @@ class Instruction:
         tensors: Current values of the shared and broadcast tensors.
         fingerprint: The server's code, see :mod:`fedlora.fingerprint`.
         pack: Clients trained together; 0: automatic.
+        heads: Under DP for each client the hash of the last ledger entry that the server was told; empty: none.
     """
 
     round: int
@@ -165,6 +168,7 @@ class Instruction:
     tensors: dict[str, NDArray[np.floating]]
     fingerprint: str
     pack: int = 0
+    heads: tuple[str, ...] = ()
 
     def to_content(self) -> RecordDict:
         """Return the message content."""
@@ -176,8 +180,9 @@ class Instruction:
             "weights": self.weights,
             "fingerprint": self.fingerprint,
             "pack": self.pack,
+            "heads": list(self.heads),
         }
-        return RecordDict({"instruction": ConfigRecord(head), "tensors": encode(self.tensors)})
+        return RecordDict({"instruction": _config_record(head), "tensors": encode(self.tensors)})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> Instruction:
@@ -191,9 +196,13 @@ class Instruction:
         weights = head.one("weights", str)
         if weights not in ("examples", "equal") or len(kinds) != len(roles) or not set(roles) <= set(Role):
             raise WireError("the instruction's roles or weights are not known")
+        clients, heads = tuple(head.list("clients", int)), tuple(head.list("heads", str))
+        if heads and len(heads) != len(clients):
+            raise WireError("the instruction's ledger hashes are not one a client")
         return cls(
             round=head.one("round", int),
-            clients=tuple(head.list("clients", int)),
+            clients=clients,
+            heads=heads,
             roles={kind: Role(role) for kind, role in zip(kinds, roles, strict=True)},
             weights="examples" if weights == "examples" else "equal",
             tensors=decode(content.get("tensors")),
@@ -214,6 +223,7 @@ class Reply:
         steps: Optimizer steps of each.
         metrics: For each metric one number a client: mean training loss, or sums over its own rows.
         errors: Why a client's update was left out; empty where it is in.
+        heads: Under DP the hash of each client's last ledger entry; empty: it has none.
         update: The update of a node's only client.
         total: The weighted sum of several clients' updates.
     """
@@ -223,6 +233,7 @@ class Reply:
     steps: list[int] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    heads: list[str] = field(default_factory=list)
     update: Tensors | None = None
     total: ExactSum | None = None
 
@@ -234,6 +245,7 @@ class Reply:
         steps: int = 0,
         metrics: Mapping[str, float] | None = None,
         error: str = "",
+        head: str = "",
     ) -> None:
         """Enter one client's facts; metrics that it lacks are 0."""
         for name in metrics or {}:
@@ -244,6 +256,7 @@ class Reply:
         self.examples.append(examples)
         self.steps.append(steps)
         self.errors.append(error)
+        self.heads.append(head)
 
     def to_content(self) -> RecordDict:
         """Return the message content."""
@@ -253,6 +266,7 @@ class Reply:
             "steps": self.steps,
             "metrics": list(self.metrics),
             "errors": self.errors,
+            "heads": self.heads,
         }
         head |= {f"metric.{name}": values for name, values in self.metrics.items()}
         records: dict[str, Any] = {}
@@ -261,7 +275,7 @@ class Reply:
         if self.total is not None and self.total.terms:
             head |= {"weight": self.total.weight, "terms": self.total.terms}
             records |= {"coarse": encode(self.total.coarse), "fine": encode(self.total.fine)}
-        return RecordDict({"reply": ConfigRecord(head), **records})
+        return RecordDict({"reply": _config_record(head), **records})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> Reply:
@@ -277,8 +291,9 @@ class Reply:
             steps=head.list("steps", int),
             metrics={name: head.list(f"metric.{name}", float) for name in head.list("metrics", str)},
             errors=head.list("errors", str),
+            heads=head.list("heads", str),
         )
-        lists: list[list[Any]] = [reply.examples, reply.steps, reply.errors, *reply.metrics.values()]
+        lists: list[list[Any]] = [reply.examples, reply.steps, reply.errors, reply.heads, *reply.metrics.values()]
         if any(len(values) != len(reply.clients) for values in lists):
             raise WireError("the reply's lists differ in length")
         if "update" in content:
@@ -292,6 +307,11 @@ class Reply:
                 head.one("terms", int),
             )
         return reply
+
+
+def _config_record(values: dict[str, Any]) -> ConfigRecord:
+    """Return the values as a record without its empty lists, whose bytes Flower cannot count."""
+    return ConfigRecord({key: value for key, value in values.items() if value != []})
 
 
 T = TypeVar("T", int, float, str)
@@ -313,7 +333,7 @@ class _Reader:
         return value  # type: ignore[return-value]
 
     def list(self, key: str, kind: Callable[[Any], T]) -> list[T]:
-        values = self._record.get(key)
+        values = self._record.get(key, [])
         if not isinstance(values, list) or any(type(value) is not kind for value in values):
             raise WireError(f"{self._name}.{key} is not a list of {kind.__name__}")
         return values  # type: ignore[return-value]

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from clients.pool import split_packs
 from clients.trainer import Request
-from fedlora.config import Config
+from fedlora.config import Config, PrivacyConfig
 from fedlora.data import FederatedData
 from fedlora.runs.folder import RunFolder, read_lines, run_path
 from fedlora.seeded import Seeded
@@ -96,6 +96,7 @@ def _config(run: Simulation, name: str, strategy: str) -> Config:
         strategy=replace(config.strategy, name=strategy),
         method=replace(config.method, head=head),
         eval=replace(config.eval, baselines=False),
+        privacy=PrivacyConfig(),  # what privacy costs is seen beside what training comes to without it
     )
 
 

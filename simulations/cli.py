@@ -15,10 +15,15 @@ from rich.console import Console
 from fedlora.config import SMALL_LLAMA, Config, ConfigError, Scalar
 from fedlora.data import load_corpus
 from simulations.setup import build_strategy, resolve
+from strategies import STRATEGIES
 
 if TYPE_CHECKING:
+    from fedlora.data import FederatedData
+    from fedlora.models import Structure
+    from simulations.plan import Plan
     from simulations.sweep import Share, Sweep
 
+_NODES = 2  # SuperNodes that Flower starts by default
 _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")  # what Flower finds in an option; the rest it drops
 
 
@@ -28,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="like `flwr run --stream`, with a truthful exit code and no process left")
     plan = commands.add_parser("plan", help="what a run would do and send, without training")
-    for command in (run, plan):
+    audit = commands.add_parser("audit", help="whether training does what its epsilon assumes, on the run's own model")
+    for command in (run, plan, audit):
         command.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
         command.add_argument("-c", "--run-config", action="append", default=[], help='"key=value ..." or a .toml file')
     run.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
@@ -72,9 +78,13 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         )
     app = Path(options.app).expanduser().resolve()
     overrides = absolute_paths(read_overrides(app, options.run_config))
+    if options.command == "audit" and overrides["privacy.mode"] == "none":
+        overrides |= {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0}
     config = resolve(overrides)
     if options.command == "plan":
         return _plan(config, console)
+    if options.command == "audit":
+        return _audit(config, console)
     from simulations.launch import launch
 
     _prepare(config)
@@ -196,33 +206,74 @@ def _run_share(
     return 1
 
 
+def _loaded(config: Config) -> tuple[Config, FederatedData]:
+    """Load the data; return them with the configuration, its clients counted and its ``privacy`` keys given."""
+    from fedlora.data import load_federated
+    from simulations.privacy import resolve_privacy
+
+    natural = config.data.partition == "natural"
+    num_clients = config.federation.num_clients or (0 if natural else _NODES)
+    data = load_federated(config, num_clients)
+    config = replace(config, federation=replace(config.federation, num_clients=len(data.clients)))
+    return resolve_privacy(config, data), data
+
+
+def _audit(config: Config, console: Console) -> int:
+    """Check the training path under DP."""
+    from simulations.audit import audit, show
+
+    config, data = _loaded(config)
+    if len(data.clients) < 2:
+        raise ConfigError("fedlora audit compares clients with each other: federation.num-clients must be at least 2.")
+    findings = audit(config, data)
+    show(findings, console)
+    failed = [finding for finding in findings if not finding.passed]
+    console.print(f"{len(findings) - len(failed)} of {len(findings)} checks hold")
+    return 1 if failed else 0
+
+
 def _plan(config: Config, console: Console) -> int:
     """Print what a run would do and send."""
-    from fedlora.data import load_federated
     from fedlora.methods import build_method
     from fedlora.models import inspect_by_name
     from fedlora.tasks import TASKS
     from simulations.plan import Plan
 
-    nodes = 2  # SuperNodes that Flower starts by default
-    natural = config.data.partition == "natural"
-    num_clients = config.federation.num_clients or (0 if natural else nodes)
-    data = load_federated(config, num_clients)
-    config = replace(config, federation=replace(config.federation, num_clients=len(data.clients)))
+    config, data = _loaded(config)
     task = TASKS[config.task]
     structure = inspect_by_name(config.model.name, task, len(data.corpus.classes), config.method.target_modules)
     specs = build_method(config, structure.adapted, structure.head).specs()
-    Plan(
+    plan = Plan(
         config=config,
         data=data,
         strategy=build_strategy(config, specs),
         family=structure.family,
         num_parameters=structure.num_parameters,
         num_layers=len(structure.adapted),
-        nodes=nodes,
+        nodes=_NODES,
         trainers=config.engine.trainers or 1,
-    ).show(console)
+    )
+    plan.show(console)
+    if plan.privacy is not None:
+        plan.privacy.show(console, _trained_by_strategy(plan, structure))
     return 0
+
+
+def _trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:
+    """Return the numbers that a client trains in a round under each strategy, on its own method."""
+    from fedlora.methods import build_method
+
+    trained = {}
+    for name in STRATEGIES:
+        base = plan.config.to_flat() | {"strategy.name": name, "method.name": "auto"}
+        try:
+            config = replace(resolve(base), federation=plan.config.federation)
+            specs = build_method(config, structure.adapted, structure.head).specs()
+        except ValueError:
+            continue  # the method's settings do not fit this rank or model; the run's own strategy does
+        other = replace(plan, config=config, strategy=build_strategy(config, specs))
+        trained[name] = other.trained_in_a_round()
+    return trained
 
 
 def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from clients.pool import split_packs
 from fedlora.config import Config
 from fedlora.data import FederatedData
 from fedlora.methods import TensorSpec, count_parameters
-from fedlora.roles import Role
+from fedlora.roles import Role, with_role
 from fedlora.runs.report import clients_table, human_bytes
 from fedlora.tasks import TASKS
 from fedlora.wire import payload_bytes
+from simulations.privacy import PrivacyPlan
 from strategies import RoleStrategy
 from strategies.base import deal
 
@@ -51,6 +53,11 @@ class Plan:
         """The method's tensors."""
         return self.strategy.setting.specs
 
+    @cached_property
+    def privacy(self) -> PrivacyPlan | None:
+        """What its privacy comes to; None where it has none."""
+        return PrivacyPlan(self.config, self.trained_in_a_round()) if self.config.privacy.mode == "dp" else None
+
     @property
     def sampled(self) -> int:
         """Clients that take part in a round."""
@@ -75,13 +82,20 @@ class Plan:
     def steps(self) -> list[int]:
         """Return each client's local steps in a round that it takes part in."""
         train = self.config.train
+        if self.privacy is not None:
+            return [self.privacy.mechanism.steps] * len(self.data.clients)
         rows = [len(self.data.training_rows(client)) for client in range(len(self.data.clients))]
         return [train.local_steps or train.local_epochs * -(-count // train.batch_size) for count in rows]
 
     def examples_by_client(self) -> list[int]:
-        """Return the examples that each client sees in a round that it takes part in."""
+        """Return the examples that each client sees in a round that it takes part in; under DP what it expects to."""
         train = self.config.train
         seen = []
+        if self.privacy is not None:
+            rate = self.privacy.mechanism.sample_rate
+            return [
+                round(steps * rate * len(self.data.training_rows(client))) for client, steps in enumerate(self.steps())
+            ]
         for client, steps in enumerate(self.steps()):
             rows = len(self.data.training_rows(client))
             per_epoch = -(-rows // train.batch_size)
@@ -115,7 +129,16 @@ class Plan:
             "packs": self.packs(),
             "nodes": self.nodes,
             "trainers": self.trainers,
+            **({"privacy": self.privacy.record()} if self.privacy is not None else {}),
         }
+
+    def trained_in_a_round(self) -> int:
+        """Return the most numbers that a client trains in one round."""
+        turns = range(1, self.strategy.period + 1)
+        return max(count_parameters(self._trained(number)) for number in turns)
+
+    def _trained(self, server_round: int) -> Mapping[str, TensorSpec]:
+        return with_role(self.specs, self.strategy.all_roles(server_round), Role.SHARED, Role.PRIVATE)
 
     def trained_parameters(self) -> int:
         """Return the numbers that a client trains, over the rounds of a cycle."""
@@ -168,7 +191,9 @@ class Plan:
         ]
         if self.strategy.has_private:
             lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")
-        lines += [f"server mean of updates: {exact[self.strategy.exact]}", "privacy: none", *self._remarks()]
+        lines.append(f"server mean of updates: {exact[self.strategy.exact]}")
+        lines += ["privacy: none"] if self.privacy is None else self.privacy.lines()
+        lines += self._remarks()
         return lines
 
     def _remarks(self) -> list[str]:

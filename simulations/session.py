@@ -20,6 +20,7 @@ from fedlora.methods import initial_tensors, tensors_digest
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.seeded import Seeded
 from simulations.plan import Plan
+from simulations.privacy import resolve_privacy
 from simulations.setup import build_strategy, plan_shards
 from simulations.simulation import Simulation
 from strategies import FederationError
@@ -71,7 +72,7 @@ class Session:
             config = _with_clients(config, self.nodes)
         data = data or load_federated(config, config.federation.num_clients)
         # Checks federation.clients-per-round against the number of owners, too.
-        config = _with_clients(config, len(data.clients))
+        config = resolve_privacy(_with_clients(config, len(data.clients)), data)
         pool = self.assigned(config, data)
         description = check_trainers(pool, config)
         strategy = build_strategy(config, description.specs, frozen)

@@ -52,7 +52,15 @@ def resolve(flat: Mapping[str, Any]) -> Config:
     data = config.data
     if data.holdout == 0 and (strategy.personal or config.method.head == "private" or config.eval.baselines):
         data = replace(data, holdout=_HOLDOUT)
-    return replace(config, method=replace(config.method, name=method), run=replace(config.run, name=name), data=data)
+    # Under DP the number of a client's examples is not sent.
+    weights = "equal" if config.privacy.mode == "dp" else config.strategy.weights
+    return replace(
+        config,
+        strategy=replace(config.strategy, weights=weights),
+        method=replace(config.method, name=method),
+        run=replace(config.run, name=name),
+        data=data,
+    )
 
 
 def build_strategy(
@@ -72,6 +80,7 @@ def build_strategy(
             pack=config.engine.pack,
             frozen=frozen,
             learning_rate=config.train.learning_rate,
+            private=config.privacy.mode == "dp",
         )
     )
 

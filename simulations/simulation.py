@@ -14,6 +14,7 @@ from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
 from rich.console import Console
 
+from clients.accounts import Accounts
 from clients.pool import TrainerPool, split_packs
 from clients.trainer import Description, Request, Speed
 from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
@@ -21,6 +22,8 @@ from fedlora.methods import initial_tensors
 from fedlora.roles import Role
 from fedlora.runs.card import model_card
 from fedlora.runs.folder import RunFolder, environment, read_lines
+from fedlora.runs.privacy import FILE as PRIVACY_FILE
+from fedlora.runs.privacy import privacy_record, without_privacy
 from fedlora.runs.ranks import effective_ranks, read_strengths, zero_share
 from fedlora.runs.report import Run, human_bytes, human_time, metrics_table, outcome_table, plot_partition, write_report
 from fedlora.seeded import Seeded
@@ -99,6 +102,8 @@ class Simulation:
             tensors = checkpoint.tensors
             self.strategy.have_trained = set(checkpoint.state["have_trained"])
             self.strategy.knows = dict(checkpoint.state["knows"])
+            self.strategy.heads = dict(checkpoint.state["heads"])
+            self.strategy.spent = set(checkpoint.state["spent"])
             self.metrics = read_lines(self.folder.path / "metrics.jsonl")
             self.before = checkpoint.state["before"]
             self.started -= checkpoint.state["seconds"]
@@ -126,15 +131,25 @@ class Simulation:
         classes = list(self.data.corpus.classes)
         self.folder.write_json("partition.json", {"classes": classes, "counts": counts, "names": names})
         self.folder.write_json("plan.json", self.plan.record())
+        self._write_privacy()
         plot_partition(Run.read(self.folder.path))
-        self.folder.write_json(
-            "privacy.json",
-            {"mode": "none", "guarantee": "none: what clients send is not protected by differential privacy"},
-        )
         self.folder.write_json("environment.json", environment(code_fingerprint((*CLIENT_PACKAGES, "strategies"))[0]))
         self.console.print(
             f"{len(self.pool)} trainer(s) of {self.description.threads} thread(s) on {self.description.device}"
         )
+
+    def _write_privacy(self) -> dict[str, float]:
+        """Write ``privacy.json`` from the ledgers; return the most and the least epsilon that a client has spent."""
+        roles = self.strategy.roles_in_turn()
+        if self.plan.privacy is None:
+            self.folder.write_json(PRIVACY_FILE, without_privacy(roles))
+            return {}
+        accounts = Accounts(self.folder.path / "private", self.config)
+        ledgers = {client: accounts.ledger(client).entries() for client in range(len(self.data.clients))}
+        record = privacy_record(self.config, ledgers, self.description.device, roles)
+        self.folder.write_json(PRIVACY_FILE, record)
+        spent = [one["epsilon"] for one in record["clients"]]
+        return {"epsilon": max(spent), "epsilon_least": min(spent)}
 
     def _estimate(self, tensors: dict[str, NDArray[np.floating]], completed: int) -> None:
         """Print how long the rounds will take, by a short probe."""
@@ -185,6 +200,24 @@ class Simulation:
         told = self._facts(tensors, split, range(len(self.data.corpus.splits[split])))
         return self.task.metrics({name: float(values.mean()) for name, values in told.items()})
 
+    def _look(self, server_round: int, tensors: dict[str, NDArray[np.floating]]) -> dict[str, Any]:
+        """Return what clients' own models come to on the rows that they hold out.
+
+        Under DP clients do not tell the server. In a simulation the rows are here, and the researcher may look; what is
+        seen is outside the guarantee.
+        """
+        packs = split_packs(sorted(self.strategy.have_trained), self.config.engine.pack, len(self.pool))
+        roles = self.strategy.all_roles(server_round + 1)
+        requests = [(Request(server_round + 1, pack, roles, tensors),) for pack in packs]
+        sums = [one for part in self.pool.call_all("evaluate_personal", requests) for one in part]
+        clients = [client for pack in packs for client in pack]
+        self.strategy.personal_sums = dict(zip(clients, sums, strict=True))
+        examples = sum(one["examples"] for one in sums)
+        means = {
+            f"personal_{name}": sum(one[name] for one in sums) / examples for name in sums[0] if name != "examples"
+        }
+        return {**means, "personal_clients": len(sums)}
+
     def _sparsity(self, tensors: dict[str, NDArray[np.floating]]) -> float | None:
         """Return the share of zeros among the server's tensors that have an L1 weight; None where there is none."""
         sparse = [tensors[name] for name, spec in self.description.specs.items() if spec.l1 and name in tensors]
@@ -199,6 +232,8 @@ class Simulation:
         assert tally is not None, "a round leaves a tally"
         measured = dict(result.evaluate_metrics_serverapp.get(server_round, MetricRecord()))
         personal = dict(result.evaluate_metrics_clientapp.get(server_round, MetricRecord()))
+        if self.plan.privacy is not None and self.strategy.has_private:
+            personal = self._look(server_round, from_named_arrays(arrays))
         clients = personal.pop("personal_clients", None)
         means = {name.removeprefix("personal_"): float(value) for name, value in personal.items()}  # type: ignore[arg-type]
         own = self.task.metrics(means) if means else {}
@@ -210,7 +245,8 @@ class Simulation:
             **{f"personal_{name}": own.get(name) for name in names},
             "personal_clients": clients,
             "head": str(self.strategy.all_roles(server_round).get("head", "none")),
-            "train_loss": train["train_loss"],
+            "train_loss": train.get("train_loss"),
+            **self._write_privacy(),
             "clients_ok": train["clients_ok"],
             "clients_refused": train["clients_refused"],
             "bytes_up": tally.bytes_up,
@@ -235,6 +271,8 @@ class Simulation:
             "strategy": self.strategy.name,
             "have_trained": sorted(self.strategy.have_trained),
             "knows": sorted(self.strategy.knows.items()),
+            "heads": sorted(self.strategy.heads.items()),
+            "spent": sorted(self.strategy.spent),
             "base": self.description.digest,
             "packing": self._packing(),
             "before": self.before,
@@ -245,7 +283,7 @@ class Simulation:
         left = (self.config.rounds - server_round) * line["seconds"]
         self.console.print(
             f"round {server_round}/{self.config.rounds}  {self.plan.measure.replace('_', ' ')} "
-            f"{'-' if value is None else f'{value:.4f}'}  train loss {line['train_loss']:.4f}  "
+            f"{'-' if value is None else f'{value:.4f}'}  {_told(line)}  "
             f"{line['clients_ok']} ok, {line['clients_refused']} refused  up {human_bytes(line['bytes_up'])}  "
             f"down {human_bytes(line['bytes_down'])}  {line['seconds']:.1f} s"
             + (f", {human_time(left)} left" if left >= 60 else "")
@@ -258,6 +296,10 @@ class Simulation:
         from simulations.baselines import run_baselines
 
         last = self.metrics[-1]
+        if last["round"] < self.config.rounds:
+            self.console.print(
+                f"stopped after round {last['round']} of {self.config.rounds}: privacy budgets are spent"
+            )
         outcome: dict[str, Any] = {
             "head": last["head"],
             **self.before,
@@ -277,6 +319,9 @@ class Simulation:
         if self.task.measure.name == "accuracy":
             measured = self.data.corpus.splits.get("test") or self.data.corpus.splits["dev"]
             outcome["majority_share"] = self.data.corpus.majority_share(measured)
+        if self.plan.privacy is not None:
+            outcome |= {name: last[name] for name in ("epsilon", "epsilon_least")}
+            outcome |= {"delta": self.config.privacy.delta, "noise_multiplier": self.config.privacy.noise_multiplier}
         self._export(tensors, outcome)
         told = read_strengths(self.folder.path)
         ranks = effective_ranks(told)
@@ -290,7 +335,7 @@ class Simulation:
         if self.config.eval.baselines:
             outcome |= run_baselines(self)
         outcome |= {
-            "rounds": self.config.rounds,
+            "rounds": last["round"],
             "bytes_up": int(np.sum([line["bytes_up"] for line in self.metrics])),
             "bytes_down": int(np.sum([line["bytes_down"] for line in self.metrics])),
             "bytes_down_cached": int(np.sum([line["bytes_down_cached"] for line in self.metrics])),
@@ -370,14 +415,20 @@ class Simulation:
         requests = requests or [Request(self.config.rounds + 1, (), roles, tensors)]
         exported = [files[0] for files in self.pool.call_all("export", [(request,) for request in requests])]
         lines = [f"- {key}: {value}" for key, value in outcome.items()]
+        guarantee = Run.read(self.folder.path).privacy["guarantee"]
         for request, files in zip(requests, exported, strict=True):
             name = f"adapters/client-{request.clients[0]}" if request.clients else "adapter"
-            card = model_card(self.config, self.data.corpus.classes, lines, roles, request.clients)
+            card = model_card(self.config, self.data.corpus.classes, lines, roles, guarantee, request.clients)
             for file, content in {**files, "README.md": card.encode()}.items():
                 self.folder.write_bytes(f"{name}/{file}", content)
         trainers = [asdict(described) for described in self.pool.call_all("describe", [()] * len(self.pool))]
         kept = ("device", "threads", "pid", "base_loads", "digest")
         self.folder.write_json("trainers.json", [{key: trainer[key] for key in kept} for trainer in trainers])
+
+
+def _told(line: dict[str, Any]) -> str:
+    """Return what a round's line says beside its measure: the training loss, or epsilon under DP, which hides it."""
+    return f"epsilon {line['epsilon']:.3f}" if "epsilon" in line else f"train loss {line['train_loss']:.4f}"
 
 
 def summarise(scores: list[dict[str, Any]], measure: str, higher_is_better: bool) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -205,9 +205,9 @@ def _share(share: float) -> str:
 TABLES = {"roles": roles_table, "bytes": bytes_table, "down": down_table}
 
 
-def with_tables(text: str) -> str:
-    """Return the text of ``docs/strategies.md`` with every table between its marks made anew."""
-    for name, table in TABLES.items():
+def with_tables(text: str, tables: Mapping[str, Callable[[], list[str]]]) -> str:
+    """Return the text of a page with every one of ``tables`` made anew between its marks."""
+    for name, table in tables.items():
         before, mark, rest = text.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         assert all([mark, end]), f"no pair of marks for the table {name}"
@@ -218,7 +218,7 @@ def with_tables(text: str) -> str:
 def main(root: str) -> None:
     """Rewrite the tables of the project in the folder ``root``."""
     file = Path(root) / "docs" / "strategies.md"
-    file.write_text(with_tables(file.read_text(encoding="utf-8")), encoding="utf-8")
+    file.write_text(with_tables(file.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
 
 
 if __name__ == "__main__":

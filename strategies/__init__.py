@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedlora.registry import Registry
-from strategies.base import FederationError, RoleStrategy, Setting
+from strategies.base import BudgetSpentError, FederationError, RoleStrategy, Setting, sampled
 from strategies.fedavg import FedAvg
 from strategies.fedsa_lora import FedSALora
 from strategies.fedsvd import FedSVD
@@ -37,6 +37,7 @@ for _strategy in (
 __all__ = [
     "S2",
     "STRATEGIES",
+    "BudgetSpentError",
     "FFALora",
     "FedAvg",
     "FedSALora",
@@ -51,4 +52,5 @@ __all__ = [
     "S2Frozen",
     "S2Private",
     "Setting",
+    "sampled",
 ]

@@ -27,6 +27,7 @@ from fedlora.methods import TensorSpec, soft_threshold, zero_kinds
 from fedlora.roles import Role, Roles, with_role
 from fedlora.seeded import Seeded
 from fedlora.wire import (
+    BUDGET_SPENT,
     Instruction,
     Reply,
     WireError,
@@ -46,6 +47,10 @@ class FederationError(RuntimeError):
     """Too many clients failed for the round to mean anything."""
 
 
+class BudgetSpentError(FederationError):
+    """Too few clients have privacy budget left for another round."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What a strategy needs to know of the run.
@@ -62,6 +67,7 @@ class Setting:
         pack: Clients trained together; 0: automatic.
         frozen: Kinds that stay as the seed gives them, whatever the strategy does with them.
         learning_rate: Of local training: the size of the server's proximal step on tensors that have an L1 weight.
+        private: Whether clients train under DP, and so tell nothing but their updates.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -75,6 +81,7 @@ class Setting:
     pack: int = 0
     frozen: frozenset[str] = frozenset()
     learning_rate: float = 0.0
+    private: bool = False
 
 
 @dataclass
@@ -139,6 +146,10 @@ class RoleStrategy(Strategy):
         self.have_trained: set[int] = set()
         self.knows: dict[int, int] = {}
         """The last round whose outcome a client was sent, by client."""
+        self.heads: dict[int, str] = {}
+        """Under DP the hash of the last ledger entry that a client told, by client."""
+        self.spent: set[int] = set()
+        """Clients whose privacy budget is spent."""
         self.personal_sums: dict[int, dict[str, float]] = {}
         self._server: dict[str, NDArray[np.floating]] = {}
         self._check_gradients()
@@ -236,9 +247,7 @@ class RoleStrategy(Strategy):
 
     def sample(self, server_round: int) -> list[int]:
         """Return the round's clients, ascending; they depend on the seed and the round alone."""
-        count = self.setting.clients_per_round or self.setting.num_clients
-        order = Seeded(self.setting.seed).permutation("sample", server_round, size=self.setting.num_clients)
-        return sorted(int(client) for client in order[:count])
+        return sampled(server_round, self.setting.seed, self.setting.num_clients, self.setting.clients_per_round)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -251,7 +260,10 @@ class RoleStrategy(Strategy):
             raise ValueError(
                 f"the initial arrays lack {missing[0]} and {len(missing) - 1} more of the exchanged tensors"
             )
-        dealt = deal(self.sample(server_round), list(grid.get_node_ids()))
+        clients = self.sample(server_round)
+        able = [client for client in clients if client not in self.spent]
+        self._check_budgets(server_round, able, len(clients))
+        dealt = deal(able, list(grid.get_node_ids()))
         self.tally = Tally(server_round, dealt, self.exchanged(server_round, Role.SHARED))
         self._count_down(self.tally, dealt, server_round)
         return self._messages(MessageType.TRAIN, server_round, {name: self._server[name] for name in sent}, dealt)
@@ -271,8 +283,9 @@ class RoleStrategy(Strategy):
         for clients in tally.pending.values():
             tally.facts |= dict.fromkeys(clients, _NO_FACTS)
             tally.refuse(clients, "no reply arrived in time")
-        sampled = len(tally.facts)
-        self._check_failures(tally, sampled, good=tally.total.terms)
+        spent = self.spent & tally.refused.keys()
+        self._check_budgets(server_round, sorted(tally.facts.keys() - spent), len(tally.facts))
+        self._check_failures(tally, len(tally.facts), good=tally.total.terms)
         self.have_trained |= tally.facts.keys() - tally.refused.keys()
         mean = {name: value.astype(self.setting.dtype) for name, value in tally.total.mean().items()}
         combined = self.combine(self._server, mean, server_round)
@@ -281,10 +294,13 @@ class RoleStrategy(Strategy):
         sparse = {name: soft_threshold(combined[name], self.setting.learning_rate * l1[name]) for name in l1}
         self._server = {name: value.astype(self.setting.dtype) for name, value in {**combined, **sparse}.items()}
         # By client, not by arrival: this mean, too, must not depend on the order of replies.
-        losses = [fact["loss"] for client, fact in sorted(tally.facts.items()) if client not in tally.refused]
+        told = {}
+        if not self.setting.private:
+            losses = [fact["loss"] for client, fact in sorted(tally.facts.items()) if client not in tally.refused]
+            told["train_loss"] = float(np.mean(losses))
         metrics = MetricRecord(
             {
-                "train_loss": float(np.mean(losses)),
+                **told,
                 "clients_ok": tally.total.terms,
                 "clients_refused": len(tally.refused),
                 "bytes_up": tally.bytes_up,
@@ -301,9 +317,10 @@ class RoleStrategy(Strategy):
     ) -> Iterable[Message]:
         """Ask clients to evaluate themselves, where they keep tensors that the server cannot evaluate.
 
-        Those are asked that have trained so far: another's private tensors are still the seed's.
+        Those are asked that have trained so far: another's private tensors are still the seed's. Under DP nobody is:
+        sums over a client's rows are not covered by its guarantee.
         """
-        if not self.has_private or not self.have_trained:
+        if not self.has_private or not self.have_trained or self.setting.private:
             return []
         server = from_named_arrays(arrays)
         sent = {name: server[name] for name in self.exchanged(server_round)}
@@ -386,7 +403,8 @@ class RoleStrategy(Strategy):
             Flower's result object.
 
         Raises:
-            FederationError: More clients of a round failed than the threshold allows.
+            FederationError: More clients of a round failed than the threshold allows. Where clients have spent their
+                privacy budgets after some rounds, the rounds end early instead.
         """
         train_config = train_config or ConfigRecord()
         evaluate_config = evaluate_config or ConfigRecord()
@@ -404,8 +422,14 @@ class RoleStrategy(Strategy):
             ask(completed, initial_arrays)  # what clients said after the last round is not in a checkpoint
         for server_round in range(completed + 1 if completed else 0, num_rounds + 1):
             if server_round:
-                instructions = self.configure_train(server_round, result.arrays, train_config, grid)
-                arrays, metrics = self.aggregate_train(server_round, arriving(grid, instructions, timeout))
+                try:
+                    instructions = self.configure_train(server_round, result.arrays, train_config, grid)
+                    arrays, metrics = self.aggregate_train(server_round, arriving(grid, instructions, timeout))
+                except BudgetSpentError as error:
+                    if server_round == 1:
+                        raise  # nothing was trained
+                    _logger.warning("%s", error)
+                    break
                 assert arrays is not None, "a round without a result raises"
                 assert metrics is not None, "a round without a result raises"
                 result.arrays = arrays
@@ -462,6 +486,7 @@ class RoleStrategy(Strategy):
                 tensors=dict(tensors),
                 fingerprint=code_fingerprint()[0],
                 pack=self.setting.pack,
+                heads=tuple(self.heads.get(client, "") for client in clients) if self.setting.private else (),
             )
             content = instruction.to_content()
             if self.tally is not None:
@@ -491,14 +516,25 @@ class RoleStrategy(Strategy):
             tally.refuse(clients, str(error))
             return
         tally.facts |= facts
-        for client, reason in zip(reply.clients, reply.errors, strict=True):
+        for client, reason, head in zip(reply.clients, reply.errors, reply.heads, strict=True):
             if reason:
                 tally.refuse([client], reason)
+            if reason.startswith(BUDGET_SPENT):
+                self.spent.add(client)
+            if head:
+                self.heads[client] = head
 
     def _fold(self, tally: Tally, reply: Reply, good: list[int], facts: Mapping[int, Mapping[str, Any]]) -> None:
         """Check a reply's tensors and add them to the round's sum."""
         by_examples = self.setting.weights == "examples"
-        if any(facts[client]["examples"] < 1 or not np.isfinite(facts[client].get("loss", np.nan)) for client in good):
+        if self.setting.private:
+            if any(reply.examples) or reply.metrics:
+                raise WireError("it tells of its rows, which a client under DP must not")
+            if not all(reply.heads[reply.clients.index(client)] for client in good):
+                raise WireError("it holds an update that no ledger entry pays for")
+        elif any(
+            facts[client]["examples"] < 1 or not np.isfinite(facts[client].get("loss", np.nan)) for client in good
+        ):
             raise WireError("it reports no training examples, or no finite loss")
         weight = sum(facts[client]["examples"] if by_examples else 1 for client in good)
         if reply.update is not None and len(good) == 1:
@@ -515,6 +551,16 @@ class RoleStrategy(Strategy):
             raise WireError("its sum cannot come from that many updates")
         tally.total.merge(reply.total)
 
+    def _check_budgets(self, server_round: int, able: Sequence[int], sampled: int) -> None:
+        """Stop where more of a round's clients than may fail have spent their privacy budgets."""
+        spent = sampled - len(able)
+        if able and spent <= self.setting.failure_threshold * sampled:
+            return
+        raise BudgetSpentError(
+            f"round {server_round}: {spent} of {sampled} clients have spent their privacy budgets, and the others are "
+            "too few to go on; the rounds so far stand. A larger privacy.epsilon allows more."
+        )
+
     def _check_failures(self, tally: Tally, sampled: int, *, good: int) -> None:
         failed = len(tally.refused)
         if good and failed <= self.setting.failure_threshold * sampled:
@@ -527,6 +573,12 @@ class RoleStrategy(Strategy):
 
 
 _NO_FACTS: dict[str, Any] = {"examples": 0, "steps": 0, "loss": None}
+
+
+def sampled(server_round: int, seed: int, num_clients: int, clients_per_round: int) -> list[int]:
+    """Return a round's clients, ascending; ``clients_per_round`` = 0: all of them."""
+    order = Seeded(seed).permutation("sample", server_round, size=num_clients)
+    return sorted(int(client) for client in order[: clients_per_round or num_clients])
 
 
 def deal(clients: Sequence[int], nodes: Sequence[int]) -> dict[int, tuple[int, ...]]:

@@ -18,6 +18,9 @@ ROOT = Path(__file__).parents[1]
 KEYS = sorted(Config().to_flat())
 
 
+DP = {"privacy.mode": "dp", "privacy.epsilon": 8.0}
+
+
 @pytest.mark.parametrize(
     ("flat", "message"),
     [
@@ -39,7 +42,18 @@ KEYS = sorted(Config().to_flat())
         ),
         ({"federation.clients-per-round": 11}, r"federation.clients-per-round = 11: must be at most .* = 10"),
         ({"run.name": "a/b"}, r"run.name = 'a/b': must be a plain folder name"),
-        ({"privacy.mode": "dp"}, r"privacy.mode = 'dp': must be one of none"),
+        ({"privacy.mode": "dp"}, r"privacy.mode = 'dp': needs privacy.epsilon, .* or privacy.noise-multiplier"),
+        ({"privacy.mode": "pd"}, r"privacy.mode = 'pd': must be one of none, dp"),
+        ({"privacy.epsilon": 3.0}, r"privacy.epsilon = 3.0: is read with privacy.mode = 'dp' only.* no privacy"),
+        ({**DP, "privacy.unit": "client"}, r"privacy.unit = 'client': a whole client .* does not exist yet"),
+        ({**DP, "privacy.unit": "row"}, r"privacy.unit = 'row': must be one of record"),
+        ({**DP, "privacy.trust": "central"}, r"privacy.trust = 'central': .* does not exist yet; use 'local'"),
+        ({**DP, "privacy.trust": "distributed"}, r"privacy.trust = 'distributed': .* does not exist yet"),
+        ({**DP, "privacy.accountant": "gdp"}, r"privacy.accountant = 'gdp': reports less than was spent"),
+        ({**DP, "privacy.accountant": "rdp"}, r"privacy.accountant = 'rdp': is a looser bound"),
+        ({**DP, "privacy.delta": 1.0}, r"privacy.delta = 1.0: must be at least 0 and below 1"),
+        ({**DP, "privacy.max-grad-norm": 0.0}, r"privacy.max-grad-norm = 0.0: must be greater than 0"),
+        ({**DP, "train.clip-norm": 1.0}, r"train.clip-norm = 1.0: each row's gradient is clipped to privacy.max"),
         ({"method.head": "shard"}, r"method.head = 'shard': .* Did you mean 'shared'"),
         ({"train.momentum": 0.9}, r"train.momentum = 0.9: is read by train.optimizer = 'sgd' only"),
         (

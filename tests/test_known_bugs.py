@@ -1,7 +1,7 @@
 """Bugs that published code has: each that can be planted here is, and is caught.
 
 The numbers are those of a list of fourteen, made by reading the code of FedEx-LoRA, Fed-SB, FLoRA, FlexLoRA, LA-LoRA,
-DP-FedLoRA, FedSVD, FedASK, FlyLoRA and MoS. Seven to ten are about differential privacy, which this version refuses.
+DP-FedLoRA, FedSVD, FedASK, FlyLoRA and MoS.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ from fedlora.methods import (
     check_start,
     initial_tensors,
 )
+from fedlora.privacy import Entry, Mechanism, PrivateRandom, default_delta, epsilon, least_noise_multiplier
+from fedlora.privacy.step import PrivateStep, clip_rows
 from fedlora.roles import Role, Roles
+from fedlora.runs.privacy import client_record
 from fedlora.seeded import Seeded
 from fedlora.wire import Reply
+from simulations.privacy import participations
 from simulations.session import check_trainers
-from simulations.setup import resolve
 from simulations.tables import updates
 from strategies import STRATEGIES, FedAvg, FFALora, RoleStrategy
 from tests.loop import LoopGrid, Node, examples_of, node_of, update_of
 from tests.matrix import CONFIGS, HEAD, LAYERS, Arrays, Changed, alone, engine_of, random_start, setting
+from tests.test_dp_trainer import dp_config
 from tests.test_matrix import run, seeded_of, works
 from tests.test_pool import InProcess
 from tests.test_trainer import tiny_trainer
@@ -172,14 +176,59 @@ def test_6_the_scale_of_an_update() -> None:
         assert np.abs(wrong[layer.name] - formula).max() > 1e-2
 
 
-def test_7_to_10_cannot_be_planted_yet() -> None:
-    """Delta above 1/n, a budget of one round, clipping the mean, clipping parameters: there is no guarantee to spoil.
+def test_7_delta_below_one_over_batches(tmp_path: Path) -> None:
+    """Fed-SB takes delta below one over the number of *batches*, which is far above one over the rows."""
+    config = dp_config(tmp_path, **{"privacy.delta": 0.0})
+    size, batch = config.privacy.client_size, config.train.batch_size
+    planted = 0.5 * batch / size
+    assert default_delta(size) <= 0.1 / size < planted
+    with pytest.raises(ConfigError, match=rf"privacy.delta = {planted:g}: must be below 1 / {size}"):
+        dp_config(tmp_path, **{"privacy.delta": planted})
 
-    Until differential privacy is there a run that asks for it is refused, and no artefact holds an epsilon.
-    """
-    with pytest.raises(ConfigError, match=r"privacy.mode = 'dp': must be one of none"):
-        resolve({"privacy.mode": "dp"})
-    assert not [key for key in resolve({}).to_flat() if "epsilon" in key]
+
+def test_8_one_round_sold_as_all(tmp_path: Path) -> None:
+    """FedSVD logs the epsilon of one round, others that of expected participation: noise is for the worst client."""
+    changes = {"privacy.epsilon": 2.0, "privacy.noise-multiplier": 0.0, "rounds": 12, "federation.clients-per-round": 2}
+    config = dp_config(tmp_path, **changes)
+    mechanism, delta = Mechanism.of(config), config.privacy.delta
+    counts = participations(config)
+    assert max(counts) > 6, "more than the expected half of the rounds"
+    assert epsilon([mechanism.use(max(counts))], target_delta=delta) <= 2.0
+    planted = least_noise_multiplier(  # by expected participation
+        target_epsilon=2.0, target_delta=delta, sample_rate=mechanism.sample_rate, steps=6 * mechanism.steps
+    )
+    assert epsilon([mechanism.use(max(counts))._replace(noise_multiplier=planted)], target_delta=delta) > 2.0
+    one_round = epsilon([mechanism.use()], target_delta=delta)
+    record = client_record(config, 0, [Entry(n, mechanism.use(), "") for n in range(1, 7)])
+    assert record["epsilon"] > 1.2 * one_round
+    assert record["ledger"] == [mechanism.use(6)._asdict()]
+
+
+def test_9_a_threshold_that_depends_on_the_batch() -> None:
+    """LA-LoRA clips to a norm taken from the batch itself: one row then changes what others may contribute."""
+    grads = torch.tensor([[1.0, 0.0], [1.0, 0.0], [10.0, 0.0], [10.0, 0.0], [90.0, 0.0]], dtype=torch.float64)
+
+    def change(clip: Callable[[torch.Tensor], float]) -> float:
+        with_it, without = (clip_rows(part, clip(part))[0].sum(0) for part in (grads, grads[:-1]))
+        return float((with_it - without).norm())
+
+    assert change(lambda part: 10.0) <= 10.0
+    planted = change(lambda part: float(part.norm(dim=1).median()))
+    assert planted > 2 * 10.0, "more than twice the larger threshold"
+
+
+def test_10_parameters_clipped_in_place_of_updates(tmp_path: Path) -> None:
+    """DP-FedLoRA clips what it sends tensor by tensor: here one clip holds the gradient of all tensors of a row."""
+    engine = engine_of("lora", "bert")
+    start = {name: 10.0 * value for name, value in random_start(engine).items()}  # far above any clip
+    work = [replace(works(start, "bert")[0], batches=[np.array([0])])]
+    mechanism = Mechanism(0.0, 0.01, sample_rate=1.0, expected_batch_size=1, steps=1)
+    train = TrainConfig(optimizer="sgd", learning_rate=1.0)
+    result = train_pack(engine, work, {}, train, PrivateStep(mechanism, [PrivateRandom()]))[0]
+    moved = [np.linalg.norm(result.tensors[name] - start[name]) for name in start]
+    assert np.linalg.norm(moved) == pytest.approx(0.01, rel=1e-3), "the update, of all tensors together"
+    assert sum(norm > 0 for norm in moved) > 5
+    assert all(np.abs(result.tensors[name] - start[name]).max() <= 0.01 for name in start), "tensors are not scaled"
 
 
 def test_11_a_start_that_depends_on_data(tmp_path: Path) -> None:

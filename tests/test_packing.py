@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.families import (
     task_of,
     without_float32,
 )
+from tests.matrix import CONFIGS, engine_of, random_start
 
 METHOD = MethodConfig(name="lora", rank=3, alpha=6.0)
 TARGETS = {"distilbert": "q_lin,v_lin"}  # PEFT has no choice of its own for this family
@@ -55,15 +57,10 @@ def make_works(
     return works
 
 
-def peft_alone(
-    family: str,
-    work: ClientWork,
-    method: MethodConfig,
-    train: TrainConfig,
-    targets: str = "",
-    frozen: frozenset[str] = frozenset(),
-) -> dict[str, Any]:
-    """The slow reference: one client, plain PEFT, plain torch optimizer, one forward a row."""
+def peft_model(
+    family: str, start: Mapping[str, Any], method: MethodConfig, targets: str = "", frozen: frozenset[str] = frozenset()
+) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+    """Return PEFT's model, and its trained parameters by our names, at ``start``."""
     model = without_float32(small_model(family))
     targets = targets or TARGETS.get(family, "auto")
     wanted: Any = {"auto": None}.get(targets, targets if targets == "all-linear" else targets.split(","))
@@ -79,15 +76,28 @@ def peft_alone(
     for key, parameter in adapted.named_parameters():
         name = key.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
         name = name.replace("lora_A.default.weight", "lora_A").replace("lora_B.default.weight", "lora_B")
-        parameter.requires_grad_(name in work.start and ".original_module." not in key)
+        parameter.requires_grad_(name in start and ".original_module." not in key)
         if parameter.requires_grad:
             named[name] = parameter
-    assert named.keys() == work.start.keys()
+    assert named.keys() == start.keys()
     with torch.no_grad():
         for name, parameter in named.items():
-            parameter.copy_(torch.from_numpy(np.asarray(work.start[name])))
+            parameter.copy_(torch.from_numpy(np.asarray(start[name])))
     for name in frozen:
         named[name].requires_grad_(False)
+    return adapted, named
+
+
+def peft_alone(
+    family: str,
+    work: ClientWork,
+    method: MethodConfig,
+    train: TrainConfig,
+    targets: str = "",
+    frozen: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """The slow reference: one client, plain PEFT, plain torch optimizer, one forward a row."""
+    adapted, named = peft_model(family, work.start, method, targets, frozen)
     parameters = [parameter for name, parameter in named.items() if name not in frozen]
     rate = train.learning_rate
     optimizer: torch.optim.Optimizer
@@ -208,6 +218,17 @@ def test_one_clients_nan_stays_its_own() -> None:
         assert results[g].error == ""
         for key in clean[g].tensors:
             assert np.array_equal(clean[g].tensors[key], results[g].tensors[key])
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_training_after_an_evaluation(method: str) -> None:
+    """What a method keeps from an evaluation must not stand in the way of gradients."""
+    engine = engine_of(method, "bert")
+    start = random_start(engine)
+    examples = random_examples(4, 0)
+    evaluate(engine, start, examples, range(4))
+    work = ClientWork(0, examples, 4, [np.arange(4)], start)
+    assert train_pack(engine, [work], {}, ADAMW)[0].error == ""
 
 
 def test_other_packs_and_micro_batches_agree() -> None:

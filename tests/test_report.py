@@ -36,7 +36,7 @@ def test_class_names_are_text_not_markup() -> None:
 
 def test_plots_take_any_class_name(tmp_path: Path) -> None:
     plan = {"measure": "test_accuracy", "higher_is_better": True, "roles": {"A": "frozen"}}
-    run = Run(tmp_path, Config(), [], {"classes": CLASSES, "counts": COUNTS}, plan, [], None)
+    run = Run(tmp_path, Config(), [], {"classes": CLASSES, "counts": COUNTS}, plan, [], {"guarantee": "none"}, None)
     plot_partition(run)
     assert (tmp_path / "partition.png").stat().st_size > 5000
     write_report(run)
@@ -51,6 +51,7 @@ def fake_run(folder: Path, name: str, values: list[float], **flat: Any) -> Run:
     higher = measure == "test_accuracy"
     written.write_json("plan.json", {"measure": measure, "higher_is_better": higher, "roles": {"A": "frozen"}})
     written.write_json("partition.json", {"classes": CLASSES, "counts": COUNTS, "names": []})
+    written.write_json("privacy.json", {"guarantee": "none"})
     for at, value in enumerate(values):
         line = {"round": at + 1, measure: value, "test_loss": 1.0, "clients_ok": 2, "clients_refused": 0}
         written.append("metrics.jsonl", {**line, "bytes_up": 1000, "bytes_down": 2000, "seconds": 2.0})

@@ -1,4 +1,4 @@
-"""The tables of docs/strategies.md are what their command makes, and hold what the strategies promise."""
+"""The tables of docs/ are what their command makes, and hold what the strategies promise."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from simulations.tables import METHODS, MODELS, bytes_up, layers_of, with_tables
+from benchmarks import comparison
+from simulations.tables import METHODS, MODELS, TABLES, bytes_up, layers_of, with_tables
 from strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_tables_are_made_by_their_command() -> None:
-    text = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
-    assert with_tables(text) == text, "run `make tables`"
+    for page, tables in (("strategies", TABLES), ("comparison", comparison.TABLES)):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        assert with_tables(text, tables) == text, "run `make tables`"
 
 
 def test_every_strategy_and_method_is_in_them() -> None:

@@ -23,6 +23,7 @@ Arrays = Mapping[str, NDArray[np.floating]]
 _TOKENS_CPU = 1024
 _TOKENS_GPU = 32768
 _LOGITS = 2**30  # and logits of a language model, one for each token and word
+_COPIES = 2**26  # and trained numbers, where each row has a copy of them (DP-SGD)
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,12 @@ class Engine:
         """Return a copy of ``array`` on the engine's device, in the adapter's dtype."""
         return torch.tensor(array, dtype=self.dtype, device=self.device)
 
-    def micro_batches(self, lengths: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    def micro_batches(self, lengths: NDArray[np.int64], copied: int = 0) -> Iterator[NDArray[np.int64]]:
         """Deal rows of the given lengths out to forward passes: alike in length, within the token bound.
+
+        Args:
+            lengths: Tokens of each row.
+            copied: Trained numbers that each row has a copy of.
 
         Yields:
             Positions in ``lengths``; every position once.
@@ -81,8 +86,46 @@ class Engine:
         start = 0
         while start < len(order):
             size = max(1, self.tokens // int(lengths[order[start]]))
+            size = max(1, min(size, _COPIES // copied)) if copied else size
             yield order[start : start + size]
             start += size
+
+
+def check_rows_apart(engine: Engine, tensors: Arrays) -> None:
+    """Check, on made-up rows, that a row's loss does not depend on the other rows of its batch.
+
+    DP-SGD bounds what one row can change by clipping its gradient. Where losses are coupled (a mean over all tokens of
+    the batch, normalisation over the batch) a row also changes the gradients of others, and the bound does not hold.
+
+    Args:
+        engine: The engine.
+        tensors: All of the method's tensors.
+
+    Raises:
+        ValueError: It does.
+    """
+    tokens = [token for token in range(2, 40) if token != engine.task.pad_token_id]
+    rows = tuple(np.array(tokens[:length], dtype=np.int64) for length in (3, 17, 5, 29))
+    made_up = Examples(rows, np.ones(len(rows), dtype=np.int64))
+    values = {name: engine.tensor(value) for name, value in tensors.items()}
+
+    def losses(chosen: list[int]) -> Tensor:
+        one = {name: value.unsqueeze(0) for name, value in values.items()}
+        layout = Layout.of(torch.zeros(len(chosen), dtype=torch.int64, device=engine.device), 1)
+        batch = engine.task.collate(made_up, chosen, engine.device)
+        with torch.inference_mode(), engine.grouped.placed(engine.method.factors(one), layout) as model:
+            return engine.task.row_losses(model, batch).double()
+
+    together = losses(list(range(len(rows))))
+    alone = torch.cat([losses([row]) for row in range(len(rows))])
+    # Matrix products of other shapes round differently; a coupling changes losses by far more.
+    coarse = next(engine.base.model.parameters()).dtype == torch.bfloat16
+    if not torch.allclose(together, alone, rtol=5e-2 if coarse else 1e-3, atol=1e-4):
+        raise ValueError(
+            "privacy.mode = 'dp': a row's loss depends on the other rows of its batch "
+            f"({together.tolist()} together, {alone.tolist()} alone), so clipping its gradient does not bound what it "
+            "changes. Use a task and a model whose loss is one mean a row, without normalisation over the batch."
+        )
 
 
 def evaluate(

@@ -40,7 +40,10 @@ class Stack:
 
     def tensors(self, groups: Tensor | None = None) -> dict[str, Tensor]:
         """Return the tensors by name, [G, ...], of all groups or of those numbered in ``groups``."""
-        rows = self.values if groups is None else self.values[groups]
+        return self.named(self.values if groups is None else self.values[groups])
+
+    def named(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return rows of numbers [n, P] as tensors by name, [n, ...]."""
         sizes = [shape.numel() for shape in self._shapes.values()]
         parts = rows.split(sizes, 1)  # type: ignore[no-untyped-call]
         return {

@@ -3,12 +3,15 @@
 The loss is the sum over clients of the mean of that client's row losses, and every trained tensor carries
 a client axis, so no gradient crosses from one client to another. Clients may differ in rows, batch sizes,
 lengths and numbers of steps; one that has finished drops out of the batches and is not moved any more.
+
+DP-SGD is the same computation with one row to a group: the gradients of the grouped tensors are then those of single
+rows. Each is clipped, they are summed by client, and the noise comes on top (:mod:`fedlora.privacy.step`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from fedlora.engine.layers import Layout
 from fedlora.engine.optimizers import build_optimizer
 from fedlora.engine.stack import Stack
 from fedlora.methods import TensorSpec
+from fedlora.privacy.step import PrivateStep, PrivateSum
 from fedlora.seeded import Seeded
 from fedlora.tasks import Examples
 
@@ -33,7 +37,7 @@ class ClientWork:
         client: Its number.
         examples: Its rows.
         num_examples: How many rows it trains on, its weight in an average by examples.
-        batches: Row numbers of each step's batch, in order; none is empty.
+        batches: Row numbers of each step's batch, in order; only under DP may one be empty.
         start: Its trained tensors before the first step.
     """
 
@@ -55,6 +59,8 @@ class ClientResult:
         steps: Optimizer steps taken.
         loss: Mean over the steps of the batch's mean loss, each before its step.
         error: Why the result must not be used; empty when it may.
+        diagnostics: Under DP what was measured on single rows; like ``loss`` and ``examples``, it is not covered by
+            the guarantee and must not leave the client.
     """
 
     client: int
@@ -63,6 +69,7 @@ class ClientResult:
     steps: int
     loss: float
     error: str
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
 
 def plan_batches(
@@ -82,7 +89,13 @@ def plan_batches(
     return batches[:steps]
 
 
-def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, config: TrainConfig) -> list[ClientResult]:
+def train_pack(
+    engine: Engine,
+    works: Sequence[ClientWork],
+    common: Arrays,
+    config: TrainConfig,
+    private: PrivateStep | None = None,
+) -> list[ClientResult]:
     """Train the clients of a pack together.
 
     Args:
@@ -90,6 +103,7 @@ def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, conf
         works: One entry a client; all start with the same tensor names. A client without rows takes no step.
         common: The tensors that are not trained, the same for all clients.
         config: Local training.
+        private: Mechanism and noise of DP-SGD; None: without privacy.
 
     Returns:
         One result for each entry of ``works``, in order. A client whose tensors did not train, or are not
@@ -102,18 +116,23 @@ def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, conf
     l1 = {name: specs[name].l1 for name in stack.places if specs[name].l1}
     optimizer = build_optimizer(stack.values, config, steps_g, stack.spread(l1) if l1 else None)
     loss_g = torch.zeros(len(works), dtype=torch.float64, device=engine.device)
+    private_sum = PrivateSum(stack.grads, private) if private is not None else None
     watch = _Watch(stack)
     for step in range(int(steps_g.max())):
         stack.grads.zero_()
-        loss_g += _backward(engine, works, step, stack, fixed)
+        loss_g += _backward(engine, works, step, stack, fixed, private_sum)
         watch.look()
-        # After the watch has looked: a penalty has a gradient also where the data's loss has none.
+        if private_sum is not None:
+            private_sum.release()
+        # After the watch has looked: a penalty has a gradient also where the data's loss has none. And after the noise,
+        # because it sees no data.
         penalty_g = engine.method.penalty({**fixed, **stack.tensors()})
         if penalty_g is not None and penalty_g.requires_grad:
             penalty_g.sum().backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             optimizer.step(stack.grads, step < steps_g)
-    errors = watch.errors(specs, [len(work.batches) for work in works])
+    taken = [sum(len(batch) > 0 for batch in work.batches) for work in works]
+    errors = watch.errors(specs, taken)
     arrays = {name: value.detach().cpu().numpy() for name, value in stack.tensors().items()}
     return [
         ClientResult(
@@ -121,41 +140,57 @@ def train_pack(engine: Engine, works: Sequence[ClientWork], common: Arrays, conf
             tensors={name: value[g] for name, value in arrays.items()},
             examples=work.num_examples,
             steps=len(work.batches),
-            loss=float(loss_g[g]) / max(1, len(work.batches)),
+            loss=float(loss_g[g]) / max(1, taken[g]),
             error=errors[g],
+            diagnostics=private_sum.diagnostics(g, len(work.batches)) if private_sum is not None else {},
         )
         for g, work in enumerate(works)
     ]
 
 
 def _backward(
-    engine: Engine, works: Sequence[ClientWork], step: int, stack: Stack, fixed: Mapping[str, Tensor]
+    engine: Engine,
+    works: Sequence[ClientWork],
+    step: int,
+    stack: Stack,
+    fixed: Mapping[str, Tensor],
+    private: PrivateSum | None,
 ) -> Tensor:
-    """Add the gradients of one step to the stack's and return each client's mean row loss, [G]."""
+    """Add the gradients of one step to the stack's and return each client's mean row loss, [G].
+
+    Under DP they are sums of clipped gradients of rows, else gradients of the mean.
+    """
     places = [(g, int(row)) for g, work in enumerate(works) if step < len(work.batches) for row in work.batches[step]]
     lengths = np.array([len(works[g].examples.tokens[row]) for g, row in places], dtype=np.int64)
     size_g = np.array([len(work.batches[step]) if step < len(work.batches) else 1 for work in works])
     loss_g = torch.zeros(len(works), dtype=torch.float64, device=engine.device)
-    for chosen in engine.micro_batches(lengths):
+    for chosen in engine.micro_batches(lengths, stack.values.shape[1] if private else 0):
         here = sorted((places[at] for at in chosen), key=lambda place: place[0])
         rows = Examples(
             tuple(works[g].examples.tokens[row] for g, row in here),
             np.array([works[g].examples.targets[row] for g, row in here], dtype=np.int64),
         )
         batch = engine.task.collate(rows, range(len(here)), engine.device)
-        # Only the clients of this batch take part in it: late in a round they may be few of many.
-        present = sorted({g for g, _ in here})
-        slot_of = {g: slot for slot, g in enumerate(present)}
-        group_n = torch.tensor([slot_of[g] for g, _ in here], device=engine.device)
+        owner_n = torch.tensor([g for g, _ in here], device=engine.device)
         weight_n = torch.tensor([1.0 / size_g[g] for g, _ in here], dtype=engine.dtype, device=engine.device)
-        groups = torch.tensor(present, device=engine.device)
-        own = stack.tensors(None if len(present) == len(works) else groups)
+        if private is None:
+            # Only the clients of this batch take part in it: late in a round they may be few of many.
+            present, group_n = torch.unique(owner_n, return_inverse=True)
+            own = stack.tensors(None if len(present) == len(works) else present)
+            layout = Layout.of(group_n, len(present))
+        else:
+            copies = stack.values.detach()[owner_n].requires_grad_()
+            own = stack.named(copies)
+            layout = Layout.of(torch.arange(len(here), device=engine.device), len(here))
         factors = engine.method.factors({**fixed, **own})
-        with engine.grouped.placed(factors, Layout.of(group_n, len(present))) as model:
-            weighted_n = engine.task.row_losses(model, batch) * weight_n
-            if weighted_n.requires_grad:  # what does not is reported by the watch, with names
-                weighted_n.sum().backward()  # type: ignore[no-untyped-call]
-        loss_g.index_add_(0, groups[group_n], weighted_n.detach().double())
+        with engine.grouped.placed(factors, layout) as model:
+            losses_n = engine.task.row_losses(model, batch)
+            weighted_n = losses_n * weight_n
+            if losses_n.requires_grad:  # what does not is reported by the watch, with names
+                (weighted_n if private is None else losses_n).sum().backward()  # type: ignore[no-untyped-call]
+        if private is not None and copies.grad is not None:
+            private.add(owner_n, copies.grad)
+        loss_g.index_add_(0, owner_n, weighted_n.detach().double())
     return loss_g
 
 

@@ -167,7 +167,10 @@ class Mos(Method):
         pool = torch.cat([part.expand(*lead, *part.shape[-2:]) for part in parts], -2)
         key = (one.name, side, pool.device)
         if key not in self._placed:
-            self._placed[key] = torch.from_numpy(one.index[side]).to(pool.device)
+            with torch.inference_mode(
+                mode=False
+            ):  # a tensor made in that mode, as in evaluation, could not be trained with
+                self._placed[key] = torch.from_numpy(one.index[side]).to(pool.device)
         index = self._placed[key]
         # Shards are used by many layers, so their gradients are sums. These two ways add in a fixed order, each on its
         # own device; exchanged, they would add in whatever order threads happen to come.

@@ -12,7 +12,12 @@ from fedlora.tasks import TASKS
 
 
 def model_card(
-    config: Config, classes: tuple[str, ...], lines: list[str], roles: Roles, clients: Sequence[int] = ()
+    config: Config,
+    classes: tuple[str, ...],
+    lines: list[str],
+    roles: Roles,
+    guarantee: str,
+    clients: Sequence[int] = (),
 ) -> str:
     """Return the adapter's README: what it is, how it was made, how to load it.
 
@@ -21,6 +26,7 @@ def model_card(
         classes: Class names by class number.
         lines: The result, one Markdown line each.
         roles: What the strategy did with each kind of tensor.
+        guarantee: What is promised about the clients' data.
         clients: The client whose own adapter this is; empty: the server's.
     """
     task = TASKS[config.task]
@@ -59,7 +65,7 @@ tags: [lora, federated-learning, fedlora]
 Made by fedlora {__version__}: {config.rounds} rounds, {config.federation.num_clients} clients, strategy
 `{config.strategy.name}`, method `{config.method.name}` of rank {config.method.rank}, data `{config.data.name}`.
 {told} {whose}
-Privacy: none; this adapter comes with no formal guarantee about the clients' data.
+Privacy: {guarantee}
 
 {labels}Result:
 

@@ -24,10 +24,13 @@ from fedlora import __version__
 from fedlora.config import Config, from_toml, to_toml
 from fedlora.storage import write_whole
 
-_LIBRARIES = ("flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy", "datasets", "tokenizers")
+_LIBRARIES = (
+    *("flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy", "datasets", "tokenizers"),
+    *("opacus", "dp-accounting", "cryptography"),
+)
 
 
-CHECKPOINT_FORMAT = 2  # raise when what a checkpoint holds, or what it means, changes
+CHECKPOINT_FORMAT = 3  # raise when what a checkpoint holds, or what it means, changes
 _MAY_DIFFER = ("run.resume", "rounds", "federation.timeout", "federation.failure-threshold")
 
 

@@ -17,6 +17,7 @@ from rich.table import Table as RichTable
 
 from fedlora.config import Config, ConfigError, from_toml
 from fedlora.runs.folder import RunFolder, read_lines
+from fedlora.runs.privacy import FILE as PRIVACY_FILE
 from fedlora.runs.ranks import effective_ranks, read_strengths
 
 _MANY = 200  # clients beyond which plots show their distribution and not each of them
@@ -33,6 +34,7 @@ class Run:
         partition: ``partition.json``: classes, and label counts by client.
         plan: ``plan.json``: what is measured, roles, bytes.
         scores: Lines of ``scores.jsonl``: each client on its own rows; empty where that is not measured.
+        privacy: ``privacy.json``: what left the clients, under which guarantee, and what it cost.
         result: ``result.json``, or None where the run did not finish.
     """
 
@@ -42,6 +44,7 @@ class Run:
     partition: dict[str, Any]
     plan: dict[str, Any]
     scores: list[dict[str, Any]]
+    privacy: dict[str, Any]
     result: dict[str, Any] | None
 
     @classmethod
@@ -59,9 +62,10 @@ class Run:
             config = Config.from_flat(from_toml((path / "config.toml").read_text(encoding="utf-8")))
             partition = json.loads((path / "partition.json").read_text(encoding="utf-8"))
             plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
+            privacy = json.loads((path / PRIVACY_FILE).read_text(encoding="utf-8"))
             done = path / "result.json"
             result = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
-            return cls(path, config, lines("metrics.jsonl"), partition, plan, lines("scores.jsonl"), result)
+            return cls(path, config, lines("metrics.jsonl"), partition, plan, lines("scores.jsonl"), privacy, result)
         except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, ConfigError) as error:
             raise ValueError(f"{path} is not a run folder that can be read: {error}") from error
 
@@ -96,6 +100,15 @@ class Run:
         """Return the rounds that were measured, and their measure."""
         points = [(line["round"], line[self.measure]) for line in self.metrics if line[self.measure] is not None]
         return [x for x, _ in points], [y for _, y in points]
+
+    @property
+    def spent(self) -> list[tuple[int, float, float]]:
+        """Rounds, and epsilon of the clients that spent the most and the least until then; empty without DP."""
+        return [
+            (line["round"], line["epsilon"], line["epsilon_least"])
+            for line in self.metrics
+            if line.get("epsilon") is not None
+        ]
 
     def lines_of_comparison(self) -> dict[str, float]:
         """Return what gives the curve its meaning, by what it is called."""
@@ -178,6 +191,10 @@ def outcome_table(run: Run) -> RichTable:
     table.add_column("value", justify="right")
     for name, value in _outcome(run).items():
         table.add_row(name, number(value))
+    if run.spent:
+        table.add_row(
+            f"epsilon of the client that spent most, delta {run.privacy['delta']:g}", number(run.spent[-1][1])
+        )
     if run.result:
         table.add_row("sent by clients in all", human_bytes(run.result["bytes_up"]))
         table.add_row("time", human_time(run.result["seconds"]))
@@ -210,6 +227,8 @@ def write_report(run: Run) -> None:
     plot_partition(run)
     if run.metrics:
         draw_curves([run]).savefig(run.path / f"{run.metric}.png", dpi=120)
+    if run.spent:
+        draw_epsilon(run).savefig(run.path / "epsilon.png", dpi=120)
     if run.scores:
         draw_clients(run).savefig(run.path / "clients.png", dpi=120)
     if run.strengths:
@@ -227,7 +246,7 @@ def summary(run: Run) -> str:
         f"Strategy `{config.strategy.name}`, method `{config.method.name}` (rank {config.method.rank}), "
         f"model `{config.model.name}`, data `{config.data.name}`, task `{config.task}`, "
         f"head policy `{run.plan['roles'].get('head', 'none')}`. Run {state}.",
-        "Privacy: none.",
+        f"Privacy: {run.privacy['guarantee']}",
         "",
     ]
     if run.result:
@@ -240,6 +259,8 @@ def summary(run: Run) -> str:
         for line in run.metrics
     ]
     plots = ["", f"![{run.metric} by round]({run.metric}.png)", ""] if run.metrics else [""]
+    if run.spent:
+        plots += ["![epsilon by round](epsilon.png)", "", *_spent_table(run), ""]
     if run.scores:
         plots += [f"![{run.metric} of each client](clients.png)", ""]
     told = run.strengths
@@ -252,6 +273,20 @@ def summary(run: Run) -> str:
         ]
         plots += [f"| {name} | {rank:g} |" for name, rank in zip(told, effective_ranks(told), strict=True)] + [""]
     return "\n".join(head + rows + plots + ["![rows and labels by client](partition.png)", ""])
+
+
+def _spent_table(run: Run) -> list[str]:
+    """Return what each client has spent, as lines of a table."""
+    columns = ("client", "rounds", "epsilon", "epsilon by RDP", "budget", "remaining")
+    return [
+        f"| {' | '.join(columns)} |",
+        "|" + " --- |" * len(columns),
+        *(
+            f"| {one['client']} | {one['rounds']} | {number(one['epsilon'])} | {number(one['epsilon_rdp'])} | "
+            f"{number(one['budget'])} | {number(one['remaining'])} |"
+            for one in run.privacy["clients"][:_MANY]
+        ),
+    ]
 
 
 def _shown(value: Any) -> str:
@@ -273,6 +308,22 @@ def draw_curves(runs: list[Run]) -> Any:
         axes.set_ylim(0, 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=8)  # matplotlib finds the emptiest corner
+    return figure
+
+
+def draw_epsilon(run: Run) -> Any:
+    """Return a figure of epsilon by round: of the clients that spent the most and the least, with the budget."""
+    figure, axes = _figure()
+    rounds, most, least = zip(*run.spent, strict=True)
+    axes.plot(rounds, most, marker="o", label="the client that spent most")
+    if most != least:
+        axes.plot(rounds, least, marker=".", label="the client that spent least")
+    if run.config.privacy.epsilon:
+        axes.axhline(run.config.privacy.epsilon, color="#777777", linestyle="--", label="budget")
+    axes.set(xlabel="round", ylabel=f"epsilon at delta {run.privacy['delta']:g}")
+    axes.set_ylim(0, None)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -1,0 +1,80 @@
+"""Makes the tables of ``docs/comparison.md`` from what the sweeps of ``simulations/sweeps/sst2-*.toml`` came to.
+
+``benchmarks/results/NAME.csv`` is the ``groups.csv`` of the sweep of that name, without timings. ``make tables`` runs
+this.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedlora.runs.report import human_bytes
+from simulations.tables import with_tables
+
+RESULTS = Path(__file__).parent / "results"
+_KEYS = {"strategy.name": "strategy", "train.learning-rate": "learning rate", "data.alpha": "Dirichlet"}
+
+
+def table(name: str, measure: str, where: str = "") -> list[str]:
+    """Return a sweep's groups as Markdown lines.
+
+    Args:
+        name: The sweep.
+        measure: What is shown, such as ``test_accuracy``; groups without it are left out.
+        where: Which groups, as a query of pandas.
+    """
+    groups = pd.read_csv(RESULTS / f"{name}.csv")
+    groups = groups.query(where) if where else groups
+    groups = groups[groups[f"{measure}_mean"].notna()]
+    keys = [str(key) for key in groups.columns[: groups.columns.get_loc("n")]]
+    keys = [key for key in keys if key not in where]
+    named = [_KEYS.get(key, f"`{key}`") for key in keys]
+    columns = [*named, measure.replace("_", " "), "trained parameters", "sent by clients", "sent until 0.84"]
+    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(named) + " ---: |" * 4]
+    for row in groups.to_dict("records"):
+        cells = [_key(row[key]) for key in keys]
+        cells.append(f"{row[f'{measure}_mean']:.4f} ± {row[f'{measure}_std']:.4f}")
+        cells += [f"{row['trained_parameters_mean']:,.0f}", human_bytes(row["bytes_up_mean"]), _until(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _key(value: Any) -> str:
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _until(row: dict[Any, Any]) -> str:
+    """Return the bytes until the target was reached, and in how many runs it was where not in all."""
+    if pd.isna(row.get("bytes_up_to_target_mean")):
+        return "never"
+    reached = row.get("bytes_up_to_target_n", float("nan"))
+    told = "" if pd.isna(reached) or reached == row["n"] else f" ({reached:.0f} of {row['n']:.0f})"
+    return human_bytes(row["bytes_up_to_target_mean"]) + told
+
+
+_SWEEPS = ("sst2-lora", "sst2-mos", "sst2-s2")
+TABLES = {
+    **{
+        f"{name} {measure} {alpha}": partial(table, name, measure, f"`data.alpha` == {alpha}")
+        for name in _SWEEPS
+        for measure in ("test_accuracy", "personal_accuracy")
+        for alpha in (0.5, 0.1)
+    },
+    **{name: partial(table, name, "dev_accuracy") for name in ("sst2-mos-devices", "sst2-mos-budget")},
+    **{name: partial(table, name, "dev_accuracy") for name in ("sst2-s2-rank", "sst2-s2-scale", "sst2-head")},
+}
+
+
+def main(root: str) -> None:
+    """Rewrite the tables of the project in the folder ``root``."""
+    file = Path(root) / "docs" / "comparison.md"
+    file.write_text(with_tables(file.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,21 @@
+"""Differential privacy: accounting, the ledger, private randomness, and the DP step."""
+
+from fedlora.privacy.accounting import Accountant, Use, default_delta, epsilon, least_noise_multiplier, merged
+from fedlora.privacy.ledger import Entry, Ledger, LedgerError
+from fedlora.privacy.mechanism import Mechanism, statement
+from fedlora.privacy.randomness import PrivateRandom
+
+__all__ = [
+    "Accountant",
+    "Entry",
+    "Ledger",
+    "LedgerError",
+    "Mechanism",
+    "PrivateRandom",
+    "Use",
+    "default_delta",
+    "epsilon",
+    "least_noise_multiplier",
+    "merged",
+    "statement",
+]

@@ -1,0 +1,203 @@
+"""The ledger: what each client's rows have been used for, in a file of its own that never forgets.
+
+A line is one round's use. Each carries the hash of the line before it, so that no line can be changed, dropped or moved
+without breaking the chain; the first names the client and a random number, so that no other client's ledger can stand
+in. A line is on the disk before the update that it pays for leaves (:meth:`Ledger.charge` returns after ``fsync``).
+Cutting lines off the end leaves a valid chain: that shows when the last hash that the server was told is missing, which
+is why clients send it. Server and client both rolled back together cannot be told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from filelock import FileLock
+
+from fedlora.privacy.accounting import Use
+
+_FORMAT = 1
+
+
+class LedgerError(ValueError):
+    """A ledger cannot be trusted; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the ledger.
+
+    Attributes:
+        round: The round, from 1. A round that was repeated is there twice.
+        use: What the client's rows were used for.
+        hash: Of this line and, through it, of all before.
+    """
+
+    round: int
+    use: Use
+    hash: str
+
+
+@final
+class Ledger:
+    """A client's ledger.
+
+    Args:
+        path: Its file; made by the first charge.
+        client: Whose it is.
+    """
+
+    def __init__(self, path: Path, client: int) -> None:
+        self.path = path
+        self.client = client
+
+    def entries(self) -> list[Entry]:
+        """Return all entries, with the chain checked.
+
+        A last line without its end is what a process leaves that is killed while it writes. Nothing that it would have
+        paid for has left, so it does not count.
+
+        Raises:
+            LedgerError: The file is not a ledger, belongs to another client, or was changed.
+        """
+        return self._read()[0]
+
+    def head(self) -> str:
+        """Return the hash of the last entry; empty where there is none.
+
+        Raises:
+            LedgerError: As for :meth:`entries`.
+        """
+        entries = self.entries()
+        return entries[-1].hash if entries else ""
+
+    def uses(self) -> list[Use]:
+        """Return what the client's rows were used for, entry by entry.
+
+        Raises:
+            LedgerError: As for :meth:`entries`.
+        """
+        return [entry.use for entry in self.entries()]
+
+    def check_knows(self, head: str) -> None:
+        """Refuse a ledger that lacks what the server last saw of it.
+
+        Args:
+            head: The last hash that the server was told; empty: it was told none.
+
+        Raises:
+            LedgerError: It does, or as for :meth:`entries`.
+        """
+        entries = self.entries()
+        if head and head not in {entry.hash for entry in entries}:
+            raise LedgerError(
+                f"the privacy ledger {self.path} has {len(entries)} entries, not the one that the server last saw: "
+                "it was deleted, cut short or replaced by an older copy. Restore the newest copy; without it what was "
+                "spent is not known, and this client must not train."
+            )
+
+    def charge(self, round_number: int, use: Use) -> Entry:
+        """Add an entry, and return it when it is on the disk.
+
+        Raises:
+            LedgerError: As for :meth:`entries`.
+            OSError: It cannot be written.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock")):
+            entries, opening, whole = self._read()
+            lines = b""
+            if not opening:
+                opening = self._opening()
+                lines += _line(opening)
+            record = {
+                "round": round_number,
+                **use._asdict(),
+                "time": _now(),
+                "previous": entries[-1].hash if entries else opening["hash"],
+            }
+            record["hash"] = _hash(record)
+            lines += _line(record)
+            with self.path.open("ab") as file:
+                file.truncate(whole)  # of what a killed process left
+                file.seek(0, os.SEEK_END)
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            if not entries:
+                _sync_folder(self.path.parent)
+        return Entry(round_number, use, record["hash"])
+
+    def _opening(self) -> dict[str, Any]:
+        record = {"ledger": _FORMAT, "client": self.client, "nonce": secrets.token_hex(16), "time": _now()}
+        return {**record, "hash": _hash(record)}
+
+    def _read(self) -> tuple[list[Entry], dict[str, Any], int]:
+        """Return the entries, the first line, and the bytes that whole lines take up."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data.rfind(b"\n") + 1
+        records = [self._record(line, number) for number, line in enumerate(data[:whole].splitlines(), start=1)]
+        if not records:
+            return [], {}, whole
+        opening, *rest = records
+        if opening.get("ledger") != _FORMAT:
+            raise LedgerError(f"{self.path} is not a privacy ledger of this version.")
+        if opening.get("client") != self.client:
+            raise LedgerError(
+                f"the privacy ledger {self.path} is client {opening.get('client')}'s, not client {self.client}'s: "
+                "it was copied or moved. Restore this client's own."
+            )
+        entries: list[Entry] = []
+        previous = opening["hash"]
+        for number, record in enumerate(rest, start=2):
+            if record.get("previous") != previous:
+                raise self._changed(number, "does not follow the line before it")
+            previous = record["hash"]
+            use = Use(float(record["noise_multiplier"]), float(record["sample_rate"]), int(record["steps"]))
+            entries.append(Entry(int(record["round"]), use, record["hash"]))
+        return entries, opening, whole
+
+    def _record(self, line: bytes, number: int) -> dict[str, Any]:
+        """Return a line's record, if it has the hash that it says it has."""
+        try:
+            record = json.loads(line)
+            told = record.pop("hash")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise self._changed(number, f"cannot be read ({error})") from error
+        if _hash(record) != told:
+            raise self._changed(number, "does not have the hash that it says it has")
+        return {**record, "hash": told}
+
+    def _changed(self, number: int, what: str) -> LedgerError:
+        return LedgerError(
+            f"line {number} of the privacy ledger {self.path} {what}: the file was changed. Restore an unchanged copy; "
+            "without it what was spent is not known, and this client must not train."
+        )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def _hash(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _sync_folder(path: Path) -> None:
+    """Put a folder's entries on the disk: a new file's name is part of its folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

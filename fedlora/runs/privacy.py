@@ -1,0 +1,103 @@
+"""What a run's ``privacy.json`` says: what left each client, under which guarantee, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedlora.config import Config
+from fedlora.privacy import Entry, Mechanism, epsilon, merged, statement
+from fedlora.privacy.mechanism import ADVERSARIES, NEIGHBOURS, SAMPLING
+from fedlora.privacy.randomness import describe
+from fedlora.roles import Role
+
+FILE = "privacy.json"
+_COVERED = "differential privacy, as stated here"
+_PUBLIC = "tells nothing of rows: it follows from the configuration and the schedule"
+
+
+def without_privacy(roles: Mapping[str, Sequence[Role]]) -> dict[str, Any]:
+    """Return the record of a run without DP.
+
+    Args:
+        roles: Roles of each kind of tensor, in turn.
+    """
+    told = [f"trained tensors of kind {', '.join(_shared(roles))}", "number of training rows", "mean training loss"]
+    if any(Role.PRIVATE in turns for turns in roles.values()):
+        told.append("sums of metrics over the rows that a client holds out")
+    return {
+        "mode": "none",
+        "guarantee": "none: what clients send is not protected by differential privacy",
+        "released": [{"what": what, "guarantee": "none"} for what in told],
+    }
+
+
+def privacy_record(
+    config: Config, ledgers: Mapping[int, Sequence[Entry]], device: str, roles: Mapping[str, Sequence[Role]]
+) -> dict[str, Any]:
+    """Return the record of a run under DP.
+
+    Args:
+        config: The configuration, with all ``privacy`` keys given.
+        ledgers: Every client's ledger.
+        device: Where clients compute.
+        roles: Roles of each kind of tensor, in turn.
+    """
+    privacy, mechanism = config.privacy, Mechanism.of(config)
+    clients = [client_record(config, client, entries) for client, entries in sorted(ledgers.items())]
+    spent = max((one["epsilon"] for one in clients), default=0.0)
+    kinds = ", ".join(_shared(roles))
+    return {
+        "mode": privacy.mode,
+        "guarantee": statement(config, spent),
+        "private": privacy.seed == 0,
+        "unit": privacy.unit,
+        "trust": privacy.trust,
+        "adversary": ADVERSARIES[privacy.trust],
+        "neighbours": NEIGHBOURS,
+        "sampling": SAMPLING,
+        "delta": privacy.delta,
+        "accountant": privacy.accountant,
+        "rng": describe(privacy.seed, device),
+        "noise_multiplier": mechanism.noise_multiplier,
+        "max_grad_norm": mechanism.max_grad_norm,
+        "sample_rate": mechanism.sample_rate,
+        "client_size": privacy.client_size,
+        "steps_per_round": mechanism.steps,
+        "released": [
+            {"what": f"trained tensors of kind {kinds}, each round, as they are after it", "guarantee": _COVERED},
+            {"what": "number of local steps", "guarantee": _PUBLIC},
+            {"what": "hash of the last ledger entry", "guarantee": _PUBLIC},
+            {"what": "that a client takes part, or that its budget is spent", "guarantee": _PUBLIC},
+            {
+                "what": "that its own check refused an update (not finite, or nothing trained), without the reason",
+                "guarantee": "none: one bit, in case of a fault",
+            },
+        ],
+        "not_released": [
+            "number of rows, losses, accuracies, clipped fraction, signal to noise: in "
+            "private/client-*/diagnostics.jsonl, for the site to look at. What this simulation's researcher sees of "
+            "clients' own rows (partition.json, metrics of clients, scores) is outside the guarantee.",
+        ],
+        "clients": clients,
+    }
+
+
+def client_record(config: Config, client: int, entries: Sequence[Entry]) -> dict[str, Any]:
+    """Return what a client's rows were used for, and what that comes to."""
+    privacy = config.privacy
+    uses = merged(entry.use for entry in entries)
+    certified = epsilon(uses, target_delta=privacy.delta, accountant="prv" if privacy.accountant == "prv" else "pld")
+    return {
+        "client": client,
+        "rounds": len(entries),
+        "ledger": [use._asdict() for use in uses],
+        "epsilon": certified,
+        "epsilon_rdp": epsilon(uses, target_delta=privacy.delta, accountant="rdp"),
+        "budget": privacy.epsilon or None,
+        "remaining": max(0.0, privacy.epsilon - certified) if privacy.epsilon else None,
+    }
+
+
+def _shared(roles: Mapping[str, Sequence[Role]]) -> list[str]:
+    return [kind for kind, turns in roles.items() if Role.SHARED in turns] or ["none"]

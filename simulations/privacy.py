@@ -1,0 +1,214 @@
+"""The privacy of a run, settled and told before its first step: noise, sample rate, and what they come to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from fedlora.config import Config, ConfigError
+from fedlora.data import FederatedData
+from fedlora.privacy import Accountant, Mechanism, default_delta, epsilon, least_noise_multiplier, statement
+from strategies import sampled
+
+
+def resolve_privacy(config: Config, data: FederatedData) -> Config:
+    """Return the configuration with every ``privacy`` key given: declared size, delta and noise multiplier.
+
+    Raises:
+        ConfigError: They cannot work with the data or the schedule.
+    """
+    privacy, train = config.privacy, config.train
+    if privacy.mode == "none":
+        return config
+    rows = [len(data.training_rows(client)) for client in range(len(data.clients))]
+    size = privacy.client_size or max(1, int(np.mean(rows)))
+    if train.batch_size > size:
+        raise ConfigError(
+            f"train.batch-size = {train.batch_size}: is more than the declared {size} training rows of a client "
+            "(privacy.client-size), so that no sample rate gives it; make it smaller."
+        )
+    delta = privacy.delta or default_delta(size)
+    if delta >= 1 / size:
+        raise ConfigError(
+            f"privacy.delta = {delta:g}: must be below 1 / {size}, one over the declared training rows of a client: a "
+            "mechanism that publishes one row of each would satisfy it otherwise."
+        )
+    config = replace(config, privacy=replace(privacy, client_size=size, delta=delta))
+    if privacy.noise_multiplier == 0:
+        settled = replace(config.privacy, noise_multiplier=_noise(config, max(participations(config))))
+        config = replace(config, privacy=settled)
+    return config
+
+
+def _noise(config: Config, rounds: int) -> float:
+    """Return the least noise multiplier with which so many rounds keep to the budget."""
+    use = Mechanism.of(config).use(rounds)
+    try:
+        return least_noise_multiplier(
+            target_epsilon=config.privacy.epsilon,
+            target_delta=config.privacy.delta,
+            sample_rate=use.sample_rate,
+            steps=use.steps,
+            accountant=accountant(config),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def accountant(config: Config) -> Accountant:
+    """Return the accountant that certifies."""
+    return "prv" if config.privacy.accountant == "prv" else "pld"
+
+
+def participations(config: Config) -> list[int]:
+    """Return the number of rounds that each client is sampled in: known beforehand, to the server, too."""
+    federation = config.federation
+    counts = [0] * federation.num_clients
+    for number in range(1, config.rounds + 1):
+        for client in sampled(number, config.seed, federation.num_clients, federation.clients_per_round):
+            counts[client] += 1
+    return counts
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """What a run's privacy comes to.
+
+    Attributes:
+        config: The configuration, with all ``privacy`` keys given.
+        trained: Numbers that each client trains in a round.
+    """
+
+    config: Config
+    trained: int
+
+    @cached_property
+    def mechanism(self) -> Mechanism:
+        """What each client does in a round."""
+        return Mechanism.of(self.config)
+
+    @cached_property
+    def rounds(self) -> tuple[int, int]:
+        """Rounds of the client that is sampled least often, and of the one that is most often."""
+        counts = participations(self.config)
+        return min(counts), max(counts)
+
+    def epsilon(self, rounds: int, by: Accountant | None = None) -> float:
+        """Return the epsilon of a client that has taken part in so many rounds."""
+        uses = [self.mechanism.use(rounds)] if rounds else []
+        return epsilon(uses, target_delta=self.config.privacy.delta, accountant=by or accountant(self.config))
+
+    def signal_to_noise(self) -> float:
+        """Return the most that the norm of a step's sum can be, over the expected norm of its noise."""
+        return _signal_to_noise(self.mechanism, self.trained)
+
+    def lines(self) -> list[str]:
+        """Return the plan as lines."""
+        privacy, mechanism, (least, most) = self.config.privacy, self.mechanism, self.rounds
+        spent = self.epsilon(most)
+        lines = [
+            f"privacy: {statement(self.config, spent)} (by plan)",
+            f"privacy: noise multiplier {mechanism.noise_multiplier:.4g}, clip {mechanism.max_grad_norm:g}, sample "
+            f"rate {mechanism.sample_rate:.4g} ({mechanism.expected_batch_size} of {privacy.client_size} declared "
+            f"rows), {mechanism.steps} steps a round; epsilon by RDP {self.epsilon(most, 'rdp'):.4g}",
+            f"privacy: a step's sum has at most {self.signal_to_noise():.3g} times the norm of its noise "
+            f"({self.trained:,} trained numbers a client)",
+        ]
+        if least != most:
+            lines.append(
+                f"privacy: the client sampled least takes part in {least} round(s) and spends "
+                f"{self.epsilon(least):.4g}, the one sampled most in {most}"
+            )
+        if privacy.epsilon and spent > privacy.epsilon:
+            able = max(number for number in range(most + 1) if self.epsilon(number) <= privacy.epsilon)
+            lines.append(
+                f"note: the budget of {privacy.epsilon:g} is enough for {able} of {most} rounds of a client: it "
+                "refuses the others. Raise privacy.noise-multiplier (0: the least that is enough), or plan fewer "
+                "rounds."
+            )
+        return lines
+
+    def record(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        least, most = self.rounds
+        return {
+            "noise_multiplier": self.mechanism.noise_multiplier,
+            "sample_rate": self.mechanism.sample_rate,
+            "steps_per_round": self.mechanism.steps,
+            "epsilon": self.epsilon(most),
+            "epsilon_least": self.epsilon(least),
+            "signal_to_noise": self.signal_to_noise(),
+        }
+
+    def show(self, console: Console, others: Mapping[str, int]) -> None:
+        """Print epsilon by round, what other settings would buy, and what other strategies would get.
+
+        Args:
+            console: Where to.
+            others: Numbers that a client trains under other strategies, by name.
+        """
+        console.print(self._by_round())
+        if self.config.privacy.epsilon:
+            console.print(self._alternatives())
+        console.print(self._by_strategy(others))
+
+    def _by_round(self) -> RichTable:
+        least, most = self.rounds
+        shown = sorted({max(1, round(self.config.rounds * share)) for share in (0.1, 0.25, 0.5, 0.75, 1.0)})
+        table = RichTable(
+            title=f"epsilon at delta {self.config.privacy.delta:g} after rounds (privacy.epsilon "
+            f"{self.config.privacy.epsilon or 'not set'})"
+        )
+        table.add_column("client")
+        for number in shown:
+            table.add_column(str(number), justify="right")
+        counts = np.zeros((self.config.rounds + 1, self.config.federation.num_clients), dtype=int)
+        federation = self.config.federation
+        for number in range(1, self.config.rounds + 1):
+            counts[number] = counts[number - 1]
+            counts[number, sampled(number, self.config.seed, federation.num_clients, federation.clients_per_round)] += 1
+        for name, total in {"sampled most": most, "sampled least": least}.items():
+            client = int(np.flatnonzero(counts[-1] == total)[0])
+            table.add_row(name, *(f"{self.epsilon(int(counts[number, client])):.4g}" for number in shown))
+            if least == most:
+                break
+        return table
+
+    def _alternatives(self) -> RichTable:
+        config = self.config
+        table = RichTable(title=f"noise that keeps to epsilon {config.privacy.epsilon:g}, by batch size and rounds")
+        for column in ("batch size", "rounds", "noise multiplier", "signal to noise, at most"):
+            table.add_column(column, justify="right")
+        for batch, rounds in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)):
+            size, count = config.train.batch_size * batch, max(1, config.rounds // rounds)
+            if size > config.privacy.client_size or (rounds > 1 and config.rounds < rounds):
+                continue
+            other = replace(config, rounds=count, train=replace(config.train, batch_size=size))
+            noise = _noise(other, max(participations(other)))
+            other = replace(other, privacy=replace(other.privacy, noise_multiplier=noise))
+            ratio = _signal_to_noise(Mechanism.of(other), self.trained)
+            table.add_row(str(size), str(count), f"{noise:.4g}", f"{ratio:.3g}")
+        return table
+
+    def _by_strategy(self, others: Mapping[str, int]) -> RichTable:
+        table = RichTable(
+            title="signal to noise by strategy: the clip bounds the whole gradient, noise is on each number"
+        )
+        for column in ("strategy", "trained numbers", "signal to noise, at most"):
+            table.add_column(column, justify="left" if column == "strategy" else "right")
+        for name, count in others.items():
+            table.add_row(name, f"{count:,}", f"{_signal_to_noise(self.mechanism, count):.3g}")
+        return table
+
+
+def _signal_to_noise(mechanism: Mechanism, trained: int) -> float:
+    if mechanism.noise_multiplier == 0:
+        return math.inf
+    return mechanism.expected_batch_size / (mechanism.noise_multiplier * math.sqrt(trained))

@@ -1,0 +1,205 @@
+"""``fedlora audit`` passes on the shipped code and fails on each of thirteen planted bugs."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clients.accounts import Accounts
+from fedlora.data import load_federated
+from fedlora.privacy import Ledger, Mechanism, PrivateRandom, step
+from simulations.audit import Finding, audit
+from tests.test_dp_trainer import TokenMean, dp_config
+
+Patch = pytest.MonkeyPatch
+
+
+def findings(folder: Path, **changes: Any) -> list[Finding]:
+    config = dp_config(folder, **{"privacy.noise-multiplier": 0.8, **changes})
+    return audit(config, load_federated(config, 4))
+
+
+@pytest.mark.parametrize("strategy", ["ffa-lora", "fedsa-lora", "mos-private", "s2-lora"])
+def test_the_shipped_code_passes(strategy: str, tmp_path: Path) -> None:
+    found = findings(tmp_path, **{"strategy.name": strategy})
+    assert [finding for finding in found if not finding.passed] == []
+    assert len(found) == 14
+
+
+def test_full_batches_pass(tmp_path: Path) -> None:
+    """A sample rate of one: every row in every batch."""
+    found = findings(tmp_path, **{"train.batch-size": 20, "privacy.client-size": 20})
+    assert [finding for finding in found if not finding.passed] == []
+
+
+def scaled_noise(factor: float) -> Callable[[Patch], None]:
+    def plant(patch: Patch) -> None:
+        real = step.noisy_mean
+
+        def noisy_mean(sums: torch.Tensor, private: step.PrivateStep) -> torch.Tensor:
+            less = replace(private.mechanism, noise_multiplier=factor * private.mechanism.noise_multiplier)
+            return real(sums, replace(private, mechanism=less))
+
+        patch.setattr(step, "noisy_mean", noisy_mean)
+
+    return plant
+
+
+def clip_per_layer(patch: Patch) -> None:
+    real = step.clip_rows
+
+    def clip_rows(grads: torch.Tensor, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+        half = grads.shape[1] // 2
+        return torch.cat([real(grads[:, :half], norm)[0], real(grads[:, half:], norm)[0]], 1), grads.norm(dim=1)
+
+    patch.setattr(step, "clip_rows", clip_rows)
+
+
+def clip_the_mean(patch: Patch) -> None:
+    patch.setattr(step, "clip_rows", lambda grads, norm: (grads, grads.norm(dim=1)))
+    real = step.PrivateSum.release
+
+    def release(self: Any) -> None:
+        bound = self._step.mechanism.max_grad_norm * self._step.mechanism.expected_batch_size
+        norms = self._sums.norm(dim=1, keepdim=True)
+        self._sums.mul_(torch.clamp(bound / (norms + 1e-6), max=1.0))
+        real(self)
+
+    patch.setattr(step.PrivateSum, "release", release)
+
+
+def token_mean(patch: Patch) -> None:
+    from fedlora import engine
+    from fedlora.tasks import TASKS
+
+    patch.setitem(TASKS._entries, "classification", TokenMean)
+    patch.setattr(engine, "check_rows_apart", lambda *_: None)
+
+
+def fixed_size_batches(patch: Patch) -> None:
+    def sample(self: PrivateRandom, rows: Any, rate: float) -> Any:
+        return rows[np.argsort(self.words(len(rows)))[: round(rate * len(rows))]]
+
+    patch.setattr(PrivateRandom, "sample", sample)
+
+
+def skip_empty_batches(patch: Patch) -> None:
+    real = step.PrivateSum.release
+
+    def release(self: Any) -> None:
+        empty = (self._rows_g == self._before_g)[:, None]
+        real(self)
+        self._sums.masked_fill_(empty, 0.0)
+
+    patch.setattr(step.PrivateSum, "release", release)
+
+
+def actual_batch_size(patch: Patch) -> None:
+    real = step.PrivateSum.release
+
+    def release(self: Any) -> None:
+        rows = (self._rows_g - self._before_g).clamp(min=1)
+        real(self)
+        self._sums.mul_((self._step.mechanism.expected_batch_size / rows).to(self._sums.dtype)[:, None])
+
+    patch.setattr(step.PrivateSum, "release", release)
+
+
+def seed_of_all_clients(patch: Patch) -> None:
+    keys: dict[int, bytes] = {}
+
+    def random(self: Accounts, client: int, number: int) -> PrivateRandom:
+        return PrivateRandom(keys.setdefault(number, os.urandom(32)))
+
+    patch.setattr(Accounts, "random", random)
+
+
+def run_seed(patch: Patch) -> None:
+    def random(self: Accounts, client: int, number: int) -> PrivateRandom:
+        return PrivateRandom.reproducible(self.config.seed, client, number)
+
+    patch.setattr(Accounts, "random", random)
+
+
+def private_head_without_noise(patch: Patch) -> None:
+    real = step.noisy_mean
+
+    def noisy_mean(sums: torch.Tensor, private: step.PrivateStep) -> torch.Tensor:
+        out = real(sums, private)
+        out[:, -2:] = sums[:, -2:] / private.mechanism.expected_batch_size  # the head's bias
+        return out
+
+    patch.setattr(step, "noisy_mean", noisy_mean)
+
+
+def ledger_reset_by_round(patch: Patch) -> None:
+    real = Ledger.charge
+
+    def charge(self: Ledger, number: int, use: Any) -> Any:
+        self.path.unlink(missing_ok=True)
+        return real(self, number, use)
+
+    patch.setattr(Ledger, "charge", charge)
+
+
+def sent_before_it_is_written(patch: Patch) -> None:
+    real = Accounts.charge
+
+    def charge(self: Accounts, client: int, number: int) -> str:
+        def later() -> None:
+            with suppress(OSError):
+                real(self, client, number)
+
+        thread = threading.Thread(target=later)
+        thread.start()
+        thread.join()  # so that all other checks see a ledger that is whole
+        entries = self.ledger(client).entries()
+        return entries[-1].hash
+
+    patch.setattr(Accounts, "charge", charge)
+
+
+def fewer_steps_in_the_ledger(patch: Patch) -> None:
+    patch.setattr(Mechanism, "use", lambda self, rounds=1: claimed_use(self, rounds))
+
+
+def claimed_use(mechanism: Mechanism, rounds: int) -> Any:
+    from fedlora.privacy import Use
+
+    return Use(mechanism.noise_multiplier, mechanism.sample_rate, rounds)
+
+
+BUGS: dict[str, tuple[Callable[[Patch], None], str]] = {
+    "noise halved": (scaled_noise(0.5), "noise"),
+    "noise x 0.97": (scaled_noise(0.97), "noise is as large"),
+    "clipping per layer": (clip_per_layer, "clipped to C"),
+    "clipping the mean": (clip_the_mean, "clipped to C"),
+    "batch-wide token mean": (token_mean, "a batch's sum is that of its rows"),
+    "fixed-size batches accounted as Poisson": (fixed_size_batches, "batch sizes are binomial"),
+    "skipped empty batches": (skip_empty_batches, "also where no row was sampled"),
+    "actual batch size in the denominator": (actual_batch_size, "by the expected batch size"),
+    "seed shared between clients": (seed_of_all_clients, "share noise"),
+    "run seed used for sampling": (run_seed, "share samples"),
+    "private tensor without noise": (private_head_without_noise, "every tensor has the noise"),
+    "ledger reset by round": (ledger_reset_by_round, "the ledger holds every step"),
+    "update sent before the ledger is written": (sent_before_it_is_written, "no update leaves before"),
+    "fewer steps in the ledger than were taken": (fewer_steps_in_the_ledger, "the ledger holds every step"),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_fails_the_audit(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    plant, expected = BUGS[name]
+    changes = {"method.head": "private"} if "private tensor" in name else {}
+    plant(monkeypatch)
+    failed = [finding.name for finding in findings(tmp_path, **changes) if not finding.passed]
+    assert any(expected in one for one in failed), failed

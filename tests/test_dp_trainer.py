@@ -1,0 +1,239 @@
+"""Clients under DP, in this process: what leaves, what it costs, and who may not train."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clients.trainer import Job, Request, Trainer, Update
+from fedlora.config import Config
+from fedlora.data import load_federated
+from fedlora.privacy import Ledger, Mechanism, Use, epsilon
+from fedlora.roles import Role
+from fedlora.tasks import Classification
+from fedlora.wire import BUDGET_SPENT
+from simulations.privacy import resolve_privacy
+from simulations.setup import build_strategy, resolve
+from tests.test_trainer import tiny_flat
+
+EQUAL_PARTS = {"data.partition": "iid"}
+
+
+def dp_config(folder: Path, **changes: Any) -> Config:
+    keys = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, **EQUAL_PARTS, **changes}
+    config = resolve(tiny_flat(folder, **keys))
+    return resolve_privacy(config, load_federated(config, 4))
+
+
+def dp_trainer(folder: Path, **changes: Any) -> Trainer:
+    config = dp_config(folder, **changes)
+    job = Job(config.to_flat(), load_federated(config, 4), str(folder / "private"))
+    return Trainer(lambda: job, 1)
+
+
+def ask(trainer: Trainer, clients: tuple[int, ...] = (0, 1, 2, 3), number: int = 1, heads: Any = ()) -> list[Update]:
+    strategy = build_strategy(trainer.loaded.config, trainer.loaded.specs)
+    sent = strategy.initial(trainer.initial)
+    return trainer.train(Request(number, clients, strategy.all_roles(number), sent, heads))
+
+
+def ledger(folder: Path, client: int) -> Ledger:
+    return Ledger(folder / "private" / f"client-{client}" / "ledger.jsonl", client)
+
+
+def test_nothing_but_noisy_tensors_leaves(tmp_path: Path) -> None:
+    """No number of rows, no loss: what is left of a reply is the update, a public number and a hash."""
+    for update in ask(dp_trainer(tmp_path)):
+        assert (update.examples, update.loss, update.error, update.steps) == (0, None, "", 3)
+        assert update.head == ledger(tmp_path, update.client).head() != ""
+
+
+def test_the_ledger_holds_the_steps_really_taken(tmp_path: Path) -> None:
+    trainer = dp_trainer(tmp_path)
+    for number, clients in ((1, (0, 1)), (2, (0, 2, 3)), (3, (0, 1))):
+        ask(trainer, clients, number)
+    mechanism = Mechanism.of(trainer.loaded.config)
+    rounds = [[entry.round for entry in ledger(tmp_path, client).entries()] for client in range(4)]
+    assert rounds == [[1, 2, 3], [1, 3], [2], [2]]
+    assert set(ledger(tmp_path, 0).uses()) == {Use(1.0, mechanism.sample_rate, 3)}
+
+
+def test_private_tensors_are_under_the_noise_and_stay(tmp_path: Path) -> None:
+    trainer = dp_trainer(tmp_path, **{"method.head": "private", "privacy.noise-multiplier": 50.0})
+    updates = ask(trainer, (0, 1))
+    assert all("classifier" not in name for update in updates for name in update.tensors)
+    kept = [trainer.private.load(client, 2) for client in (0, 1)]
+    assert all(
+        one is not None and (one["classifier.weight"] != trainer.initial["classifier.weight"]).all() for one in kept
+    )
+
+
+def test_the_run_seed_does_not_decide_noise_or_samples(tmp_path: Path) -> None:
+    """The server knows the seed; two runs with the same one must have nothing in common."""
+    one, two = ask(dp_trainer(tmp_path / "a"), (0,)), ask(dp_trainer(tmp_path / "b"), (0,))
+    assert not any((one[0].tensors[name] == two[0].tensors[name]).any() for name in one[0].tensors if "lora" in name)
+
+
+def test_a_repeated_round_draws_fresh_noise_and_is_charged_again(tmp_path: Path) -> None:
+    trainer = dp_trainer(tmp_path)
+    one, two = ask(trainer, (0,)), ask(trainer, (0,))
+    assert all((one[0].tensors[name] != two[0].tensors[name]).any() for name in one[0].tensors)
+    assert [entry.round for entry in ledger(tmp_path, 0).entries()] == [1, 1]
+
+
+def test_a_privacy_seed_reproduces(tmp_path: Path) -> None:
+    one, two, other = (
+        ask(dp_trainer(tmp_path / name, **{"privacy.seed": seed}), (0, 1))
+        for name, seed in zip("abc", (5, 5, 6), strict=True)
+    )
+    assert all(np.array_equal(one[k].tensors[name], two[k].tensors[name]) for k in (0, 1) for name in one[k].tensors)
+    assert not any(np.array_equal(one[0].tensors[name], other[0].tensors[name]) for name in one[0].tensors)
+    assert not np.array_equal(one[0].tensors["classifier.weight"], one[1].tensors["classifier.weight"])
+
+
+def test_a_client_refuses_the_round_that_would_pass_its_budget(tmp_path: Path) -> None:
+    """The client that has taken part less often goes on."""
+    trainer = dp_trainer(tmp_path, **{"privacy.epsilon": 1.0, "privacy.delta": 1e-3, "privacy.noise-multiplier": 2.0})
+    config = trainer.loaded.config
+    use = Mechanism.of(config).use()
+    able = 0
+    while epsilon([use] * (able + 1), target_delta=1e-3) <= 1.0:
+        able += 1
+    assert 0 < able < 60
+    for number in range(1, able + 1):
+        assert [update.error for update in ask(trainer, (0,), number)] == [""]
+    refused, fine = ask(trainer, (0, 1), able + 1)
+    assert refused.error.startswith(BUDGET_SPENT)
+    assert "above privacy.epsilon = 1" in refused.error
+    assert refused.tensors == {}
+    assert fine.error == ""
+    assert len(ledger(tmp_path, 0).uses()) == able
+    spent = epsilon(ledger(tmp_path, 0).uses(), target_delta=1e-3)
+    assert spent <= 1.0
+
+
+def test_an_older_ledger_refuses_to_train(tmp_path: Path) -> None:
+    trainer = dp_trainer(tmp_path)
+    ask(trainer, (0, 1))
+    old = ledger(tmp_path, 0).path.read_bytes()
+    heads = tuple(update.head for update in ask(trainer, (0, 1), 2))
+    ledger(tmp_path, 0).path.write_bytes(old)
+    refused, fine = ask(trainer, (0, 1), 3, heads)
+    assert "older copy" in refused.error
+    assert refused.tensors == {}
+    assert fine.error == ""
+
+
+def test_an_edited_ledger_refuses_to_train(tmp_path: Path) -> None:
+    trainer = dp_trainer(tmp_path)
+    ask(trainer, (0,))
+    path = ledger(tmp_path, 0).path
+    path.write_text(path.read_text().replace('"steps": 3', '"steps": 1'))
+    assert "the file was changed" in ask(trainer, (0,), 2)[0].error
+
+
+def test_where_the_ledger_cannot_be_written_nothing_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = dp_trainer(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Ledger, "charge", full)
+    with pytest.raises(OSError, match="No space left"):
+        ask(trainer, (0,))
+
+
+def test_a_client_under_dp_does_not_evaluate_itself_for_the_server(tmp_path: Path) -> None:
+    trainer = dp_trainer(tmp_path, **{"method.head": "private"})
+    strategy = build_strategy(trainer.loaded.config, trainer.loaded.specs)
+    request = Request(2, (0,), strategy.all_roles(2), {})
+    with pytest.raises(ValueError, match="does not tell how its model does"):
+        trainer.answer_evaluation(request)
+
+
+def test_diagnostics_stay_at_the_site(tmp_path: Path) -> None:
+    trainer = dp_trainer(tmp_path)
+    ask(trainer, (2,))
+    lines = (tmp_path / "private" / "client-2" / "diagnostics.jsonl").read_text().splitlines()
+    facts = json.loads(lines[0])
+    assert facts["round"] == 1
+    assert {"loss", "rows", "empty_steps", "clipped_fraction", "signal_to_noise", "error"} <= facts.keys()
+
+
+def test_why_an_update_is_refused_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason may tell of rows; it is charged all the same, because the refusal leaves."""
+    from fedlora.engine import training
+
+    trainer = dp_trainer(tmp_path)
+    monkeypatch.setattr(training._Watch, "errors", lambda *_: ["lora_B never had a gradient in 3 steps"])
+    update = ask(trainer, (0,))[0]
+    assert update.error == "its own check refused the update; its diagnostics.jsonl says why"
+    assert "never had a gradient" in (tmp_path / "private" / "client-0" / "diagnostics.jsonl").read_text()
+    assert len(ledger(tmp_path, 0).uses()) == 1
+
+
+def test_all_take_the_declared_steps_whatever_rows_they_have(tmp_path: Path) -> None:
+    """Sample rate, denominator and steps come from the declared size, and tell nothing of the real one."""
+    changes = {"data.partition": "quantity", "data.alpha": 0.3, "train.local-steps": 0, "privacy.client-size": 20}
+    trainer = dp_trainer(tmp_path, **changes)
+    sizes = {len(trainer.data.training_rows(client)) for client in range(4)}
+    assert len(sizes) > 1
+    assert {update.steps for update in ask(trainer)} == {5}
+    assert {use for client in range(4) for use in ledger(tmp_path, client).uses()} == {Use(1.0, 0.2, 5)}
+
+
+class TokenMean(Classification):  # type: ignore[misc]
+    """The planted bug: one mean over the batch, as the losses of many models are."""
+
+    def row_losses(self, model: Any, batch: Any) -> torch.Tensor:
+        losses = super().row_losses(model, batch)
+        share = batch["attention_mask"].sum(1) / batch["attention_mask"].sum()
+        return losses * share * len(losses)
+
+
+def test_a_loss_that_couples_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedlora.tasks import TASKS
+
+    monkeypatch.setitem(TASKS._entries, "classification", TokenMean)
+    with pytest.raises(ValueError, match="a row's loss depends on the other rows of its batch"):
+        ask(dp_trainer(tmp_path))
+    plain = resolve(tiny_flat(tmp_path))
+    job = Job(plain.to_flat(), load_federated(plain, 4), str(tmp_path / "private"))
+    assert ask(Trainer(lambda: job, 1))[0].error == "", "without DP it may be"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.batch-size": 64}, r"train.batch-size = 64: is more than the declared \d+ training rows of a client"),
+        ({"privacy.delta": 0.05}, r"privacy.delta = 0.05: must be below 1 / \d+"),
+        ({"privacy.epsilon": 1e-7, "privacy.noise-multiplier": 0.0}, r"privacy.epsilon = 1e-07: no noise multiplier"),
+    ],
+)
+def test_what_cannot_be_private_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        dp_config(tmp_path, **changes)
+
+
+def test_noise_is_found_for_the_client_that_is_sampled_most(tmp_path: Path) -> None:
+    changes = {"privacy.noise-multiplier": 0.0, "privacy.epsilon": 2.0, "federation.clients-per-round": 2, "rounds": 7}
+    config = dp_config(tmp_path, **changes)
+    from simulations.privacy import participations
+
+    counts = participations(config)
+    assert max(counts) < 7
+    most = epsilon([Mechanism.of(config).use(max(counts))], target_delta=config.privacy.delta)
+    assert 1.98 < most <= 2.0
+
+
+def test_weights_are_equal_under_dp(tmp_path: Path) -> None:
+    config = dp_config(tmp_path, **{"strategy.weights": "examples"})
+    assert config.strategy.weights == "equal"
+    assert replace(config.privacy, mode="none", noise_multiplier=0.0, client_size=0, delta=0.0).mode == "none"
+    assert Role.SHARED in build_strategy(config, dp_trainer(tmp_path).loaded.specs).all_roles(1).values()
