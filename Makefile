@@ -1,10 +1,10 @@
-# Everything a newcomer needs: make demo, make test.
+# Everything a newcomer needs: make demo, make demo-dp, make test.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format config tables clean
+.PHONY: setup demo demo-dp test check format config tables clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/fedlora run
+
+demo-dp: setup
+	$(BIN)/fedlora run -c simulations/recipes/dp.toml
 
 test: setup
 	$(BIN)/python -m pytest

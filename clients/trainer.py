@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, NDArray[np.floating]]
 
+_PROBED = 8  # rows of a client that a probe takes, at most
+
 
 @dataclass(frozen=True)
 class Job:
@@ -276,11 +278,11 @@ class Trainer:
         return works, {name: value for name, value in self._common(request).items() if name not in trained}
 
     def probe(self, request: Request) -> Speed:
-        """Train and evaluate a pack's first step, twice, and time the second; nothing is kept of it."""
+        """Train and evaluate a few rows of each client, twice, and time the second; nothing is kept of it."""
         from fedlora.engine import evaluate, train_pack
 
         loaded = self.loaded
-        size = loaded.config.train.batch_size
+        size = min(_PROBED, loaded.config.train.batch_size)
         batches = [[self.data.training_rows(client)[:size]] for client in request.clients]
         works, common = self._works(request, batches)
         examples = loaded.examples["train"]

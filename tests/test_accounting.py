@@ -40,6 +40,7 @@ def test_nothing_done_costs_nothing() -> None:
 
 def test_no_noise_costs_everything() -> None:
     assert epsilon([Use(1.0, 0.1, 5), Use(0.0, 0.1, 1)], target_delta=1e-5) == math.inf
+    assert epsilon([Use(1e-6, 0.1, 5)], target_delta=1e-5) == math.inf, "at once"
 
 
 @pytest.mark.parametrize("accountant", ["pld", "prv", "rdp"])

@@ -12,8 +12,10 @@ import torch
 from fedlora.engine import ClientResult, Engine, train_pack
 from fedlora.methods import build_method
 from fedlora.models import prepare_base
+from fedlora.privacy import PrivateRandom
 from tests.families import small_model, small_task, task_of, without_float32
 from tests.matrix import CONFIGS, random_start
+from tests.test_dp_step import TRAIN, off, private_step, ragged
 from tests.test_packing import ADAMW, make_works
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
@@ -63,3 +65,34 @@ def test_equal_packs_give_equal_bits(method: str) -> None:
     one, two = (trained(method, "bert", "cuda", torch.float32) for _ in range(2))
     for first, second in zip(one, two, strict=True):
         assert all(np.array_equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+
+
+@METHODS
+@FAMILIES
+def test_dp_steps_on_the_gpu_equal_the_cpu(method: str, family: str) -> None:
+    """Float64, with the same noise: ragged batches, an empty client and a step that is empty for all."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model: Any = without_float32(small_model(family))
+        has_head = task_of(family).has_head
+        base = prepare_base(model, None, "auto", has_head=has_head, device=torch.device(device))
+        built = build_method(CONFIGS[method], base.structure.adapted, base.structure.head)
+        engine = Engine.build(base, built, small_task(family))
+        results.append(train_pack(engine, ragged(random_start(engine), family), {}, TRAIN, private_step(3)))
+    for one, two in zip(*results, strict=True):
+        assert two.error == ""
+        assert off(one.tensors, two.tensors) < TOLERANCE[family]
+        assert one.diagnostics["rows"] == two.diagnostics["rows"]
+
+
+def test_noise_of_the_gpu() -> None:
+    """Philox, keyed by the client's own operating system: standard normal, and no client's is another's."""
+    like = torch.zeros(200_000, device="cuda")
+    drawn = [PrivateRandom().normal(like) for _ in range(2)]
+    again = PrivateRandom.reproducible(3, 0, 1), PrivateRandom.reproducible(3, 0, 1)
+    for one in drawn:
+        assert one.device.type == "cuda"
+        assert abs(float((one**2).mean()) - 1) < 6 * (2 / len(like)) ** 0.5
+        assert abs(float(one.mean())) < 6 / len(like) ** 0.5
+    assert abs(float((drawn[0] * drawn[1]).mean())) < 6 / len(like) ** 0.5
+    assert torch.equal(again[0].normal(like), again[1].normal(like))

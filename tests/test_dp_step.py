@@ -35,7 +35,7 @@ class Injected:
 
     def normal(self, like: torch.Tensor) -> torch.Tensor:
         self.drawn.append(torch.randn(like.shape, generator=self.generator, dtype=like.dtype))
-        return self.drawn[-1]
+        return self.drawn[-1].to(like.device)
 
 
 def private_step(clients: int, noise: float = 0.7, clip: float = 1.0, batch: int = 4) -> PrivateStep:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from safetensors.numpy import load_file
 
 from fedlora.config import Config, from_toml, to_toml
 from fedlora.data import load_federated
+from fedlora.privacy import Ledger, Use, epsilon, merged
 from fedlora.runs.folder import read_lines
 from simulations.launch import end_processes, flower_environment
 from tests.test_trainer import tiny_flat
@@ -566,6 +568,90 @@ def test_killed_runs_go_on_to_the_same_bits(undisturbed: Finished, tmp_path: Pat
     one, two = comparable(undisturbed.folder), comparable(folder)
     assert one.keys() == two.keys()
     assert [key for key in one if one[key] != two[key]] == []
+
+
+PRIVATE: dict[str, Any] = {
+    "rounds": 12,
+    "engine.pack": 2,
+    "strategy.name": "fedsa-lora",
+    "data.partition": "iid",
+    "privacy.mode": "dp",
+    "privacy.epsilon": 40.0,
+    "privacy.noise-multiplier": 0.8,  # what is charged twice must fit, too
+    "privacy.delta": 1e-3,
+}
+
+
+def test_five_kills_of_a_private_run(tmp_path: Path) -> None:
+    """kill -9 of trainers and of everything, at random moments: no ledger shows less than what was released."""
+    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "run.name": "run", **PRIVATE})
+    config, folder = tmp_path / "config.toml", tmp_path / "runs" / "run"
+    config.write_text(to_toml(flat), encoding="utf-8")
+    generator = random.Random(5)
+    kills = 0
+
+    def kill_a_trainer(mark: str) -> None:
+        nonlocal kills
+        time.sleep(generator.uniform(0.0, 0.5))
+        for _ in range(50):  # one that was killed just now may not be back yet
+            trainers = [found for found in marked(mark) if "".join(found.cmdline()).startswith("ray::Trainer")]
+            if trainers:
+                trainers[0].send_signal(signal.SIGKILL)
+                kills += 1
+                return
+            time.sleep(0.1)
+
+    mark = uuid.uuid4().hex
+    process = start(config, "", mark)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(("round 1/", "round 2/", "round 3/")):
+            kill_a_trainer(mark)
+        if line.startswith("round 4/"):
+            time.sleep(generator.uniform(0.0, 0.5))
+            break
+    kill_everything(process, mark)
+    kills += 1
+    process.stdout.close()
+    process.wait()
+    mark, output = uuid.uuid4().hex, ""
+    with start(config, "run.resume=true", mark) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            output += line
+            if line.startswith("round ") and kills == 4:
+                kill_a_trainer(mark)
+    assert process.returncode == 0, output
+    assert kills == 5
+    accepted = [(line["round"], line["client"]) for line in read_lines(folder / "clients.jsonl") if not line["refused"]]
+    assert len(accepted) > 20
+    record = json.loads((folder / "privacy.json").read_text())
+    for client in range(4):
+        entries = Ledger(folder / "private" / f"client-{client}" / "ledger.jsonl", client).entries()
+        rounds = [entry.round for entry in entries]
+        assert {number for number, one in accepted if one == client} <= set(rounds)
+        told = record["clients"][client]
+        assert (told["client"], told["rounds"]) == (client, len(entries))
+        assert [Use(**use) for use in told["ledger"]] == list(merged(entry.use for entry in entries))
+        assert told["epsilon"] == epsilon([entry.use for entry in entries], target_delta=1e-3) <= 40.0
+        assert told["epsilon"] < told["epsilon_rdp"]
+        assert told["remaining"] == pytest.approx(told["budget"] - told["epsilon"])
+    assert {"unit": "record", "trust": "local", "delta": 1e-3, "accountant": "pld"}.items() <= record.items()
+    assert "AES-256-CTR" in record["rng"]
+    assert record["released"][0]["guarantee"].startswith("differential privacy")
+    lines = read_lines(folder / "metrics.jsonl")
+    spent = [line["epsilon"] for line in lines]
+    assert spent == sorted(spent)
+    assert spent[0] > 0
+    assert all("loss" not in str(line.get("train_loss")) and line["train_loss"] is None for line in lines)
+    assert all(0 <= line["personal_accuracy"] <= 1 for line in lines), "the researcher's look, not the clients' telling"
+    assert all(line["examples"] == 0 and "loss" not in line for line in read_lines(folder / "clients.jsonl"))
+    told = f"epsilon {spent[-1]:.4g} at delta 0.001 of a budget of 40"
+    for file in ("summary.md", "adapters/client-0/README.md"):
+        text = (folder / file).read_text()
+        assert told in text, file
+        assert "neighbours: add or remove one record" in text
+    assert (folder / "epsilon.png").is_file()
 
 
 def test_what_cannot_be_resumed_is_refused(packed: Finished, tmp_path: Path) -> None:

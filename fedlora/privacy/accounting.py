@@ -23,6 +23,8 @@ Accountant = Literal["pld", "prv", "rdp"]
 # Grid on which losses are rounded, always up: five times dp-accounting's own, five times faster, and on the table of
 # the tests at most 0.001 more epsilon.
 _GRID = 5e-4
+# Below this noise epsilon is in the hundreds for a single step, and accountants take minutes to say so.
+_LEAST_NOISE = 0.05
 _PRECISION = 1e-3  # of a noise multiplier that is searched for, relative; always rounded up
 
 
@@ -50,7 +52,7 @@ def merged(uses: Iterable[Use]) -> tuple[Use, ...]:
 
 
 def epsilon(uses: Iterable[Use], *, target_delta: float, accountant: Accountant = "pld") -> float:
-    """Return the epsilon of all uses together; 0 where there are none, infinity where there is no noise.
+    """Return the epsilon of all uses together; 0 where there are none, infinity where there is next to no noise.
 
     Args:
         uses: What was done.
@@ -63,7 +65,7 @@ def epsilon(uses: Iterable[Use], *, target_delta: float, accountant: Accountant 
     whole = merged(uses)
     if not whole:
         return 0.0
-    if any(use.noise_multiplier == 0 for use in whole):
+    if any(use.noise_multiplier < _LEAST_NOISE for use in whole):
         return math.inf
     return _epsilon(whole, target_delta, accountant)
 

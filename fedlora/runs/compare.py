@@ -96,7 +96,7 @@ def html_page(runs: list[Run]) -> str:
     for run in runs:
         parts.append(f"<h2>{_escaped(run.path.name)}</h2>")
         parts.append(
-            f"<p>privacy: {_escaped(run.config.privacy.mode)}; folder <code>{_escaped(str(run.path))}</code></p>"
+            f"<p>privacy: {_escaped(run.privacy['guarantee'])}; folder <code>{_escaped(str(run.path))}</code></p>"
         )
         outcome = {**run.lines_of_comparison()}
         if outcome:

@@ -134,8 +134,8 @@ class RunFolder:
         write_whole(target, data)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Write a JSON file."""
-        self.write_text(name, json.dumps(value, indent=2) + "\n")
+        """Write a JSON file; numbers that are not finite become null, JSON has none."""
+        self.write_text(name, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
 
     def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Write a file of JSON lines whole."""
@@ -190,8 +190,16 @@ class RunFolder:
 
 def _line(record: Mapping[str, Any]) -> str:
     """Return a record as a line; numbers that are not finite become null, JSON has none."""
-    plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in record.items()}
-    return json.dumps(plain, allow_nan=False) + "\n"
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with null for every number in it that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_path(config: Config) -> Path:
