@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import final
 
 from fedlora.config import Config
-from fedlora.privacy import Ledger, LedgerError, Mechanism, PrivateRandom, epsilon
+from fedlora.privacy import Ledger, LedgerError, Mechanism, PrivateRandom, certifier, epsilon
 from fedlora.wire import BUDGET_SPENT
 
 
@@ -62,7 +62,7 @@ class Accounts:
         after = epsilon(
             [*uses, self.mechanism.use()],
             target_delta=privacy.delta,
-            accountant="prv" if privacy.accountant == "prv" else "pld",
+            accountant=certifier(self.config),
         )
         if after <= privacy.epsilon:
             return ""

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 
 from fedlora.config import Config, ConfigError
 from fedlora.data import FederatedData
-from fedlora.privacy import Accountant, Mechanism, default_delta, epsilon, least_noise_multiplier, statement
+from fedlora.privacy import Accountant, Mechanism, certifier, default_delta, epsilon, least_noise_multiplier, statement
 from strategies import sampled
 
 
@@ -56,15 +56,10 @@ def _noise(config: Config, rounds: int) -> float:
             target_delta=config.privacy.delta,
             sample_rate=use.sample_rate,
             steps=use.steps,
-            accountant=accountant(config),
+            accountant=certifier(config),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def accountant(config: Config) -> Accountant:
-    """Return the accountant that certifies."""
-    return "prv" if config.privacy.accountant == "prv" else "pld"
 
 
 def participations(config: Config) -> list[int]:
@@ -103,7 +98,7 @@ class PrivacyPlan:
     def epsilon(self, rounds: int, by: Accountant | None = None) -> float:
         """Return the epsilon of a client that has taken part in so many rounds."""
         uses = [self.mechanism.use(rounds)] if rounds else []
-        return epsilon(uses, target_delta=self.config.privacy.delta, accountant=by or accountant(self.config))
+        return epsilon(uses, target_delta=self.config.privacy.delta, accountant=by or certifier(self.config))
 
     def signal_to_noise(self) -> float:
         """Return the most that the norm of a step's sum can be, over the expected norm of its noise."""
@@ -121,6 +116,7 @@ class PrivacyPlan:
             f"privacy: a step's sum has at most {self.signal_to_noise():.3g} times the norm of its noise "
             f"({self.trained:,} trained numbers a client)",
         ]
+        lines.append("privacy: averages weigh clients equally, because the number of a client's rows is not sent")
         if least != most:
             lines.append(
                 f"privacy: the client sampled least takes part in {least} round(s) and spends "

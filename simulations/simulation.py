@@ -372,9 +372,11 @@ class Simulation:
 
     def _next(self) -> list[str]:
         """Return commands that a user may want to type now."""
+        file = self.folder.path / "config.toml"
+        if self.plan.privacy is not None:  # another strategy would need its privacy keys, more rounds another budget
+            return [f"fedlora audit -c {file}"]
         # A smaller rate than FFA-LoRA's: with both factors trained a step moves the product by more.
         other = {"ffa-lora": "'fedavg' train.learning-rate=0.005"}.get(self.config.strategy.name, "'ffa-lora'")
-        file = self.folder.path / "config.toml"
         more = f"run.resume=true rounds={2 * self.config.rounds}"
         return [
             f'fedlora run -c "strategy.name={other}"',

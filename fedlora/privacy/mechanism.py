@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config
-from fedlora.privacy.accounting import Use
+from fedlora.privacy.accounting import Accountant, Use
 from fedlora.privacy.randomness import PrivateRandom
 
 NEIGHBOURS = "add or remove one record"
@@ -60,6 +60,11 @@ class Mechanism:
     def use(self, rounds: int = 1) -> Use:
         """Return what so many rounds use a client's rows for."""
         return Use(self.noise_multiplier, self.sample_rate, rounds * self.steps)
+
+
+def certifier(config: Config) -> Accountant:
+    """Return the accountant whose epsilon counts."""
+    return "prv" if config.privacy.accountant == "prv" else "pld"
 
 
 def statement(config: Config, epsilon: float) -> str:

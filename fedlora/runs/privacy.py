@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config import Config
-from fedlora.privacy import Entry, Mechanism, epsilon, merged, statement
+from fedlora.privacy import Entry, Mechanism, certifier, epsilon, merged, statement
 from fedlora.privacy.mechanism import ADVERSARIES, NEIGHBOURS, SAMPLING
 from fedlora.privacy.randomness import describe
 from fedlora.roles import Role
@@ -87,7 +87,7 @@ def client_record(config: Config, client: int, entries: Sequence[Entry]) -> dict
     """Return what a client's rows were used for, and what that comes to."""
     privacy = config.privacy
     uses = merged(entry.use for entry in entries)
-    certified = epsilon(uses, target_delta=privacy.delta, accountant="prv" if privacy.accountant == "prv" else "pld")
+    certified = epsilon(uses, target_delta=privacy.delta, accountant=certifier(config))
     return {
         "client": client,
         "rounds": len(entries),
