@@ -8,13 +8,19 @@ clipped) goes into a file beside the ledger, for the site to look at.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from fedlora.config import Config
-from fedlora.privacy import Ledger, LedgerError, Mechanism, PrivateRandom, certifier, epsilon
+from fedlora.privacy import Ledger, LedgerError, Mechanism, PrivateRandom, Use, certifier, epsilon
+from fedlora.runs.folder import read_lines
 from fedlora.wire import BUDGET_SPENT
+
+
+class RefusedError(RuntimeError):
+    """A client must not train; the message is all that leaves of the reason."""
 
 
 @final
@@ -44,38 +50,44 @@ class Accounts:
         seed = self.config.privacy.seed
         return PrivateRandom.reproducible(seed, client, round_number) if seed else PrivateRandom()
 
-    def refusal(self, client: int, head: str) -> str:
-        """Return why a client must not train in a round; empty where it may.
+    def charge(self, client: int, round_number: int, head: str) -> str:
+        """Pay for a round before any of it is computed; return the hash of the entry when it is on the disk.
+
+        A round that then fails is paid for all the same: that it failed is seen.
 
         Args:
             client: The client.
+            round_number: The round, from 1.
             head: The hash of the last ledger entry that the server was told; empty: none.
-        """
-        ledger, privacy = self.ledger(client), self.config.privacy
-        try:
-            ledger.check_knows(head)
-            uses = ledger.uses()
-        except LedgerError as error:
-            return str(error)
-        if not privacy.epsilon:
-            return ""
-        after = epsilon(
-            [*uses, self.mechanism.use()],
-            target_delta=privacy.delta,
-            accountant=certifier(self.config),
-        )
-        if after <= privacy.epsilon:
-            return ""
-        return (
-            f"{BUDGET_SPENT}: one more round would bring epsilon to {after:.4g}, above privacy.epsilon = "
-            f"{privacy.epsilon:g}"
-        )
 
-    def charge(self, client: int, round_number: int) -> str:
-        """Enter a round's use into a client's ledger; return the hash of the entry when it is on the disk."""
-        return self.ledger(client).charge(round_number, self.mechanism.use()).hash
+        Raises:
+            RefusedError: The client must not train. What the error says leaves; the rest is noted at the site.
+            OSError: The ledger cannot be written.
+        """
+        try:
+            entry = self.ledger(client).charge(round_number, self.mechanism.use(), head=head, budget=self._check_budget)
+        except LedgerError as error:
+            self.note(client, round_number, {"error": str(error)})
+            raise RefusedError("its privacy ledger cannot be trusted; its own diagnostics.jsonl says why") from error
+        return entry.hash
+
+    def _check_budget(self, uses: Sequence[Use]) -> None:
+        privacy = self.config.privacy
+        spent = epsilon(uses, target_delta=privacy.delta, accountant=certifier(self.config)) if privacy.epsilon else 0.0
+        if spent > privacy.epsilon:
+            raise RefusedError(f"{BUDGET_SPENT}: one more round would pass privacy.epsilon = {privacy.epsilon:g}")
 
     def note(self, client: int, round_number: int, facts: dict[str, float | str]) -> None:
         """Write down what a site may look at: not covered by the guarantee, and never sent."""
-        with (self.folder / f"client-{client}" / "diagnostics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"round": round_number, **facts}) + "\n")
+        file = self._diagnostics(client)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"round": round_number, **facts}) + "\n")
+
+    def noted(self, client: int, round_number: int) -> list[dict[str, Any]]:
+        """Return what was noted of a client's round."""
+        file = self._diagnostics(client)
+        return [line for line in read_lines(file) if line["round"] == round_number] if file.is_file() else []
+
+    def _diagnostics(self, client: int) -> Path:
+        return self.folder / f"client-{client}" / "diagnostics.jsonl"

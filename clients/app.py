@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from flwr.app import Context, Message
@@ -16,7 +15,6 @@ from fedlora.messages import first_line
 from fedlora.wire import Instruction, Reply
 
 app = ClientApp()
-_logger = logging.getLogger(__name__)
 
 
 @app.train()
@@ -26,7 +24,7 @@ def train(message: Message, context: Context) -> Message:
     reply = Reply(total=ExactSum())
     for clients, outcome in _call("train", instruction, context):
         if isinstance(outcome, Exception):
-            _refuse(reply, clients, outcome, private=bool(instruction.heads))
+            _refuse(reply, clients, outcome)
             continue
         for update in outcome:
             error = (
@@ -105,10 +103,7 @@ def _call(method: str, instruction: Instruction, context: Context) -> list[tuple
     return list(zip(packs, pool.call(method, requests, first=node), strict=True))
 
 
-def _refuse(reply: Reply, clients: tuple[int, ...], error: Exception, *, private: bool = False) -> None:
-    """Enter a pack that failed as a whole; under DP without what the error says, which may quote a row."""
-    told = f": {first_line(error)}"
-    if private:
-        _logger.error("clients %s failed%s", clients, told)
+def _refuse(reply: Reply, clients: tuple[int, ...], error: Exception) -> None:
+    """Enter a pack that failed as a whole."""
     for client in clients:
-        reply.add(client, error=type(error).__name__ + ("" if private else told))
+        reply.add(client, error=f"{type(error).__name__}: {first_line(error)}")

@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.accounts import Accounts
+from clients.accounts import Accounts, RefusedError
 from clients.private import PrivateStore
-from fedlora.config import Config, Scalar
+from fedlora.config import Config, Scalar, TrainConfig
 from fedlora.data import FederatedData
 from fedlora.fingerprint import code_fingerprint
 from fedlora.methods import TensorSpec, initial_tensors, tensors_digest
+from fedlora.privacy import PrivateRandom
 from fedlora.roles import Role, with_role
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
     from fedlora.engine import ClientResult, ClientWork, Engine
+    from fedlora.privacy.step import PrivateStep
     from fedlora.tasks import Examples
 
 Arrays = dict[str, NDArray[np.floating]]
@@ -224,16 +226,47 @@ class Trainer:
         return [Update(r.client, r.tensors, r.examples, r.steps, r.loss, r.error) for r in results]
 
     def _train_under_dp(self, request: Request, accounts: Accounts) -> list[Update]:
-        """Train those that may, have each one's ledger pay for its update, and let out nothing else."""
+        """Pay for the round, train those that may, and let out nothing that the guarantee does not cover.
+
+        Raises:
+            ValueError: What the server sent cannot train.
+            RuntimeError: Something failed; the message is the same whatever it was.
+        """
+        if len(request.heads) != len(request.clients):
+            raise ValueError("a client under DP trains only for a server that says what it last saw of its ledger")
+        self._check_trains(request)
+        updates, paid = [], {}
+        for client, head in zip(request.clients, request.heads, strict=True):
+            try:
+                paid[client] = accounts.charge(client, request.round, head)
+            except RefusedError as refused:
+                updates.append(Update(client, {}, error=str(refused)))
+        request = replace(request, clients=tuple(paid), heads=())
+        try:
+            results = self._private_results(request, accounts) if paid else []
+        except Exception as error:  # its text may quote a row, and its kind may tell of one
+            for client in paid:
+                accounts.note(client, request.round, {"error": f"{type(error).__name__}: {error}"})
+            raise RuntimeError("training failed at the site; its own diagnostics.jsonl says why") from None
+        for result in results:
+            # What the watch saw in rows' gradients stays here; of the tensors, noise included, all may know.
+            finite = all(np.isfinite(value).all() for value in result.tensors.values())
+            fault = "" if finite else "its tensors are not finite after the round; lower train.learning-rate"
+            accounts.note(
+                result.client,
+                request.round,
+                {"loss": result.loss, "steps": result.steps, **result.diagnostics, "error": result.error},
+            )
+            self._keep_private(request, replace(result, error=fault))
+            updates.append(
+                Update(result.client, result.tensors, steps=result.steps, error=fault, head=paid[result.client])
+            )
+        return sorted(updates, key=lambda update: update.client)
+
+    def _private_results(self, request: Request, accounts: Accounts) -> list[ClientResult]:
         from fedlora.engine import train_pack
         from fedlora.privacy.step import PrivateStep
 
-        heads = dict(zip(request.clients, request.heads or [""] * len(request.clients), strict=True))
-        refused = {client: reason for client in request.clients if (reason := accounts.refusal(client, heads[client]))}
-        updates = [Update(client, {}, error=reason) for client, reason in refused.items()]
-        request = replace(request, clients=tuple(client for client in request.clients if client not in refused))
-        if not request.clients:
-            return updates
         mechanism = accounts.mechanism
         randoms = [accounts.random(client, request.round) for client in request.clients]
         batches = [
@@ -242,18 +275,23 @@ class Trainer:
         ]
         works, common = self._works(request, batches)
         private = PrivateStep(mechanism, randoms)
-        for result in train_pack(self.loaded.engine, works, common, self.loaded.config.train, private):
-            # In this order: once anything has left, the ledger must know of it.
-            head = accounts.charge(result.client, request.round)
-            accounts.note(
-                result.client,
-                request.round,
-                {"loss": result.loss, "steps": result.steps, **result.diagnostics, "error": result.error},
-            )
-            self._keep_private(request, result)
-            error = "its own check refused the update; its diagnostics.jsonl says why" if result.error else ""
-            updates.append(Update(result.client, result.tensors, steps=result.steps, error=error, head=head))
-        return sorted(updates, key=lambda update: update.client)
+        return train_pack(self.loaded.engine, works, common, self.loaded.config.train, private)
+
+    def _check_trains(self, request: Request) -> None:
+        """Have the watch see two steps on made-up rows: what it sees in real ones must not leave under DP."""
+        from fedlora.engine import ClientWork, made_up_rows, train_pack
+
+        trained = frozenset(with_role(self.loaded.specs, request.roles, Role.SHARED, Role.PRIVATE))
+        if trained in self.loaded.seen_to_train:
+            return
+        tensors, examples = self._common(request), made_up_rows(self.loaded.engine)
+        start = {name: value for name, value in tensors.items() if name in trained}
+        common = {name: value for name, value in tensors.items() if name not in trained}
+        work = ClientWork(0, examples, len(examples), [np.arange(len(examples))] * 2, start)
+        error = train_pack(self.loaded.engine, [work], common, TrainConfig())[0].error
+        if error:
+            raise ValueError(error)
+        self.loaded.seen_to_train.add(trained)
 
     def _keep_private(self, request: Request, result: ClientResult) -> None:
         """Take the client's private tensors out of a result, and keep them if it may be used."""
@@ -285,12 +323,13 @@ class Trainer:
         size = min(_PROBED, loaded.config.train.batch_size)
         batches = [[self.data.training_rows(client)[:size]] for client in request.clients]
         works, common = self._works(request, batches)
+        private = loaded.accounts and _throwaway(loaded.accounts, len(works))
         examples = loaded.examples["train"]
         rows = [int(row) for (batch,) in batches for row in batch]
         tokens = max(1, int(examples.lengths[rows].sum()))
         for _ in range(2):
             started = time.perf_counter()
-            train_pack(loaded.engine, works, common, loaded.config.train)
+            train_pack(loaded.engine, works, common, loaded.config.train, private)
             trained = time.perf_counter()
             evaluate(loaded.engine, self._common(request), examples, rows)
             evaluated = time.perf_counter()
@@ -399,6 +438,7 @@ class _Loaded:
         examples: The tokenized rows, by split.
         private: The clients' private tensors.
         accounts: The clients' privacy accounts; None without DP.
+        seen_to_train: Sets of trained tensors that were seen to train on made-up rows.
     """
 
     job: Job
@@ -409,11 +449,19 @@ class _Loaded:
     examples: dict[str, Examples]
     private: PrivateStore
     accounts: Accounts | None
+    seen_to_train: set[frozenset[str]] = field(default_factory=set)
 
     @property
     def measured(self) -> str:
         """The split that a round is measured on."""
         return "dev" if "dev" in self.examples else "test"
+
+
+def _throwaway(accounts: Accounts, clients: int) -> PrivateStep:
+    """Return what steps under DP need whose result nobody sees."""
+    from fedlora.privacy.step import PrivateStep
+
+    return PrivateStep(accounts.mechanism, [PrivateRandom() for _ in range(clients)])
 
 
 def _load(job: Job, threads: int, resident: _Resident) -> _Loaded:

@@ -70,7 +70,7 @@ def _alone_on(run: Simulation, config: Config, split: str) -> list[dict[str, Any
 def _central(run: Simulation, measure: str) -> dict[str, float]:
     clients = range(len(run.data.clients))
     rows = np.sort(np.concatenate([run.data.training_rows(client) for client in clients]))
-    examples = run.plan.examples(run.config.rounds)
+    examples = run.plan.examples(run.metrics[-1]["round"])
     config = _config(run, "central", "fedavg")
     config = replace(
         config,
@@ -89,9 +89,13 @@ def _central(run: Simulation, measure: str) -> dict[str, float]:
 
 def _config(run: Simulation, name: str, strategy: str) -> Config:
     config = run.config
+    if run.plan.privacy is not None:  # as many steps as clients took, whatever their rows
+        steps = run.plan.privacy.mechanism.steps
+        config = replace(config, train=replace(config.train, local_steps=steps, local_epochs=1))
     head = "frozen" if config.method.head == "frozen" else "shared"
     return replace(
         config,
+        rounds=run.metrics[-1]["round"],
         run=replace(config.run, dir=str(run.folder.path / "baselines"), name=name, resume=False),
         strategy=replace(config.strategy, name=strategy),
         method=replace(config.method, head=head),

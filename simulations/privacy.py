@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -29,20 +30,22 @@ def resolve_privacy(config: Config, data: FederatedData) -> Config:
         return config
     rows = [len(data.training_rows(client)) for client in range(len(data.clients))]
     size = privacy.client_size or max(1, int(np.mean(rows)))
+    # Where nobody declares sizes, delta is below one over the rows of the largest client, and so of all of them.
+    most = privacy.client_size or max(1, *rows)
     if train.batch_size > size:
         raise ConfigError(
             f"train.batch-size = {train.batch_size}: is more than the declared {size} training rows of a client "
             "(privacy.client-size), so that no sample rate gives it; make it smaller."
         )
-    delta = privacy.delta or default_delta(size)
-    if delta >= 1 / size:
+    delta = privacy.delta or default_delta(most)
+    if delta >= 1 / most:
         raise ConfigError(
-            f"privacy.delta = {delta:g}: must be below 1 / {size}, one over the declared training rows of a client: a "
-            "mechanism that publishes one row of each would satisfy it otherwise."
+            f"privacy.delta = {delta:g}: must be below 1 / {most}, one over the training rows of a client: to publish "
+            "one of its rows would satisfy it otherwise."
         )
     config = replace(config, privacy=replace(privacy, client_size=size, delta=delta))
     if privacy.noise_multiplier == 0:
-        settled = replace(config.privacy, noise_multiplier=_noise(config, max(participations(config))))
+        settled = replace(config.privacy, noise_multiplier=_noise(config, int(participations(config)[-1].max())))
         config = replace(config, privacy=settled)
     return config
 
@@ -62,13 +65,13 @@ def _noise(config: Config, rounds: int) -> float:
         raise ConfigError(str(error)) from error
 
 
-def participations(config: Config) -> list[int]:
-    """Return the number of rounds that each client is sampled in: known beforehand, to the server, too."""
+def participations(config: Config) -> NDArray[np.int64]:
+    """Return the rounds that each client has been sampled in, [rounds + 1, clients]; the server knows it beforehand."""
     federation = config.federation
-    counts = [0] * federation.num_clients
+    counts = np.zeros((config.rounds + 1, federation.num_clients), dtype=np.int64)
     for number in range(1, config.rounds + 1):
-        for client in sampled(number, config.seed, federation.num_clients, federation.clients_per_round):
-            counts[client] += 1
+        counts[number] = counts[number - 1]
+        counts[number, sampled(number, config.seed, federation.num_clients, federation.clients_per_round)] += 1
     return counts
 
 
@@ -92,8 +95,8 @@ class PrivacyPlan:
     @cached_property
     def rounds(self) -> tuple[int, int]:
         """Rounds of the client that is sampled least often, and of the one that is most often."""
-        counts = participations(self.config)
-        return min(counts), max(counts)
+        counts = participations(self.config)[-1]
+        return int(counts.min()), int(counts.max())
 
     def epsilon(self, rounds: int, by: Accountant | None = None) -> float:
         """Return the epsilon of a client that has taken part in so many rounds."""
@@ -101,7 +104,7 @@ class PrivacyPlan:
         return epsilon(uses, target_delta=self.config.privacy.delta, accountant=by or certifier(self.config))
 
     def signal_to_noise(self) -> float:
-        """Return the most that the norm of a step's sum can be, over the expected norm of its noise."""
+        """Return the norm of a step's sum over that of its noise, at best: as many rows as expected, and all alike."""
         return _signal_to_noise(self.mechanism, self.trained)
 
     def lines(self) -> list[str]:
@@ -113,8 +116,8 @@ class PrivacyPlan:
             f"privacy: noise multiplier {mechanism.noise_multiplier:.4g}, clip {mechanism.max_grad_norm:g}, sample "
             f"rate {mechanism.sample_rate:.4g} ({mechanism.expected_batch_size} of {privacy.client_size} declared "
             f"rows), {mechanism.steps} steps a round; epsilon by RDP {self.epsilon(most, 'rdp'):.4g}",
-            f"privacy: a step's sum has at most {self.signal_to_noise():.3g} times the norm of its noise "
-            f"({self.trained:,} trained numbers a client)",
+            f"privacy: signal to noise of a step {self.signal_to_noise():.3g} at best: "
+            f"{mechanism.expected_batch_size} rows that agree, against noise on {self.trained:,} trained numbers",
         ]
         lines.append("privacy: averages weigh clients equally, because the number of a client's rows is not sent")
         if least != most:
@@ -141,6 +144,7 @@ class PrivacyPlan:
             "epsilon": self.epsilon(most),
             "epsilon_least": self.epsilon(least),
             "signal_to_noise": self.signal_to_noise(),
+            "guarantee": statement(self.config, self.epsilon(most)),
         }
 
     def show(self, console: Console, others: Mapping[str, int]) -> None:
@@ -165,11 +169,7 @@ class PrivacyPlan:
         table.add_column("client")
         for number in shown:
             table.add_column(str(number), justify="right")
-        counts = np.zeros((self.config.rounds + 1, self.config.federation.num_clients), dtype=int)
-        federation = self.config.federation
-        for number in range(1, self.config.rounds + 1):
-            counts[number] = counts[number - 1]
-            counts[number, sampled(number, self.config.seed, federation.num_clients, federation.clients_per_round)] += 1
+        counts = participations(self.config)
         for name, total in {"sampled most": most, "sampled least": least}.items():
             client = int(np.flatnonzero(counts[-1] == total)[0])
             table.add_row(name, *(f"{self.epsilon(int(counts[number, client])):.4g}" for number in shown))
@@ -180,14 +180,14 @@ class PrivacyPlan:
     def _alternatives(self) -> RichTable:
         config = self.config
         table = RichTable(title=f"noise that keeps to epsilon {config.privacy.epsilon:g}, by batch size and rounds")
-        for column in ("batch size", "rounds", "noise multiplier", "signal to noise, at most"):
+        for column in ("batch size", "rounds", "noise multiplier", "signal to noise, at best"):
             table.add_column(column, justify="right")
         for batch, rounds in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)):
             size, count = config.train.batch_size * batch, max(1, config.rounds // rounds)
             if size > config.privacy.client_size or (rounds > 1 and config.rounds < rounds):
                 continue
             other = replace(config, rounds=count, train=replace(config.train, batch_size=size))
-            noise = _noise(other, max(participations(other)))
+            noise = _noise(other, int(participations(other)[-1].max()))
             other = replace(other, privacy=replace(other.privacy, noise_multiplier=noise))
             ratio = _signal_to_noise(Mechanism.of(other), self.trained)
             table.add_row(str(size), str(count), f"{noise:.4g}", f"{ratio:.3g}")
@@ -197,7 +197,7 @@ class PrivacyPlan:
         table = RichTable(
             title="signal to noise by strategy: the clip bounds the whole gradient, noise is on each number"
         )
-        for column in ("strategy", "trained numbers", "signal to noise, at most"):
+        for column in ("strategy", "trained numbers", "signal to noise, at best"):
             table.add_column(column, justify="left" if column == "strategy" else "right")
         for name, count in others.items():
             table.add_row(name, f"{count:,}", f"{_signal_to_noise(self.mechanism, count):.3g}")

@@ -19,6 +19,7 @@ from clients.pool import TrainerPool, split_packs
 from clients.trainer import Description, Request, Speed
 from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
 from fedlora.methods import initial_tensors
+from fedlora.privacy import Entry, LedgerError
 from fedlora.roles import Role
 from fedlora.runs.card import model_card
 from fedlora.runs.folder import RunFolder, environment, read_lines
@@ -79,15 +80,18 @@ class Simulation:
         """Run the rounds, write the run's files, and return the outcome."""
         tensors, completed = self._start()
         self.round_started = time.monotonic()
-        result = self.strategy.start(
-            grid,
-            named_arrays(tensors),
-            num_rounds=self.config.rounds,
-            timeout=self.config.federation.timeout,
-            evaluate_fn=self._evaluate,
-            on_round=self._on_round,
-            completed=completed,
-        )
+        try:
+            result = self.strategy.start(
+                grid,
+                named_arrays(tensors),
+                num_rounds=self.config.rounds,
+                timeout=self.config.federation.timeout,
+                evaluate_fn=self._evaluate,
+                on_round=self._on_round,
+                completed=completed,
+            )
+        finally:
+            self._write_privacy()  # what a round that did not end has cost, too
         assert result.arrays is not None, "a run has a result"
         return self._finish(from_named_arrays(result.arrays))
 
@@ -144,12 +148,23 @@ class Simulation:
         if self.plan.privacy is None:
             self.folder.write_json(PRIVACY_FILE, without_privacy(roles))
             return {}
-        accounts = Accounts(self.folder.path / "private", self.config)
-        ledgers = {client: accounts.ledger(client).entries() for client in range(len(self.data.clients))}
+        ledgers: dict[int, Sequence[Entry] | str] = {}
+        for client in range(len(self.data.clients)):
+            ledger = self.accounts.ledger(client)
+            try:
+                ledger.check_knows(self.strategy.heads.get(client, ""))
+                ledgers[client] = ledger.entries()
+            except LedgerError as error:
+                ledgers[client] = str(error)
         record = privacy_record(self.config, ledgers, self.description.device, roles)
         self.folder.write_json(PRIVACY_FILE, record)
         spent = [one["epsilon"] for one in record["clients"]]
         return {"epsilon": max(spent), "epsilon_least": min(spent)}
+
+    @property
+    def accounts(self) -> Accounts:
+        """The clients' privacy accounts, which are in a simulation's folder."""
+        return Accounts(self.folder.path / "private", self.config)
 
     def _estimate(self, tensors: dict[str, NDArray[np.floating]], completed: int) -> None:
         """Print how long the rounds will take, by a short probe."""
@@ -212,11 +227,7 @@ class Simulation:
         sums = [one for part in self.pool.call_all("evaluate_personal", requests) for one in part]
         clients = [client for pack in packs for client in pack]
         self.strategy.personal_sums = dict(zip(clients, sums, strict=True))
-        examples = sum(one["examples"] for one in sums)
-        means = {
-            f"personal_{name}": sum(one[name] for one in sums) / examples for name in sums[0] if name != "examples"
-        }
-        return {**means, "personal_clients": len(sums)}
+        return dict(self.strategy.personal_means())
 
     def _sparsity(self, tensors: dict[str, NDArray[np.floating]]) -> float | None:
         """Return the share of zeros among the server's tensors that have an L1 weight; None where there is none."""
@@ -288,6 +299,16 @@ class Simulation:
             f"down {human_bytes(line['bytes_down'])}  {line['seconds']:.1f} s"
             + (f", {human_time(left)} left" if left >= 60 else "")
         )
+        self._tell_faults(server_round)
+
+    def _tell_faults(self, server_round: int) -> None:
+        """Print what clients under DP noted and did not tell: the researcher may look, outside the guarantee."""
+        if self.plan.privacy is None:
+            return
+        for client in range(len(self.data.clients)):
+            for line in self.accounts.noted(client, server_round):
+                if line["error"]:
+                    self.console.print(f"note: client {client}, not told to the server: {line['error']}", markup=False)
 
     # -- after the rounds ---------------------------------------------------------------------------------
 
@@ -312,6 +333,8 @@ class Simulation:
         if self.plan.measured == "dev" and self.config.eval.test:
             final = self._metrics(tensors, "test")
             outcome |= {f"test_{name}": value for name, value in final.items()}
+        if self.plan.privacy is not None and self.strategy.has_private and not self.strategy.personal_sums:
+            self._look(last["round"], tensors)  # a run that was continued after its last round
         scores = self._scores(tensors)
         if scores:
             self.folder.write_lines("scores.jsonl", scores)
@@ -320,8 +343,9 @@ class Simulation:
             measured = self.data.corpus.splits.get("test") or self.data.corpus.splits["dev"]
             outcome["majority_share"] = self.data.corpus.majority_share(measured)
         if self.plan.privacy is not None:
-            outcome |= {name: last[name] for name in ("epsilon", "epsilon_least")}
+            outcome |= self._write_privacy()
             outcome |= {"delta": self.config.privacy.delta, "noise_multiplier": self.config.privacy.noise_multiplier}
+            outcome["guarantee"] = Run.read(self.folder.path).privacy["guarantee"]
         self._export(tensors, outcome)
         told = read_strengths(self.folder.path)
         ranks = effective_ranks(told)
@@ -347,6 +371,8 @@ class Simulation:
         write_report(run)
         self.console.print(metrics_table(run))
         self.console.print(outcome_table(run))
+        if self.plan.privacy is not None:
+            self.console.print(f"privacy: {run.privacy['guarantee']}", markup=False)
         self.console.print(f"run folder: {self.folder.path}", markup=False)
         self.console.print(f"next: fedlora report {self.folder.path}", markup=False)
         for line in self._next():
@@ -408,6 +434,10 @@ class Simulation:
         means = {name: value / examples for name, value in sums.items() if name != "examples"}
         return {"client": client, "examples": int(examples), **self.task.metrics(means)}
 
+    def _is_outside(self, key: str) -> bool:
+        """Return whether a number under DP comes from clients' rows without noise."""
+        return self.plan.privacy is not None and key.startswith(("clients_", "personal_", "alone_", "central_"))
+
     def _export(self, tensors: dict[str, NDArray[np.floating]], outcome: dict[str, Any]) -> None:
         """Write the adapter; where clients keep factors of their own, an adapter for each of them."""
         roles = self.strategy.all_roles(self.config.rounds + 1)
@@ -416,7 +446,10 @@ class Simulation:
         requests = [Request(self.config.rounds + 1, (client,), roles, tensors) for client in clients]
         requests = requests or [Request(self.config.rounds + 1, (), roles, tensors)]
         exported = [files[0] for files in self.pool.call_all("export", [(request,) for request in requests])]
-        lines = [f"- {key}: {value}" for key, value in outcome.items()]
+        lines = [
+            f"- {key}: {value}" + (" (of clients' own rows: outside the guarantee)" if self._is_outside(key) else "")
+            for key, value in outcome.items()
+        ]
         guarantee = Run.read(self.folder.path).privacy["guarantee"]
         for request, files in zip(requests, exported, strict=True):
             name = f"adapters/client-{request.clients[0]}" if request.clients else "adapter"

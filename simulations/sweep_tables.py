@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from rich.table import Table as RichTable
 
+from fedlora.privacy import terms
 from fedlora.runs.report import human_bytes, number
 from fedlora.tasks import TASKS
 from simulations.setup import resolve
@@ -53,11 +54,14 @@ def summary(sweep: Sweep) -> str:
     keys, measures, rows = _groups(sweep)
     target = resolve(sweep.base).eval.target
     columns = [*keys, "n", *(name.replace("_", " ") for name in measures), "trained parameters", "sent by clients"]
+    private = resolve(sweep.base).privacy.mode == "dp"
+    columns += ["epsilon", "delta"] if private else []
     columns += [f"rounds to {target:g}", "sent until then"] if target else []
     lines = [
         f"# {sweep.base['run.name']}",
         "",
         f"Mean ± standard deviation over n runs; {sweep.base['rounds']} rounds; bytes are those of all clients.",
+        *([f"Epsilon is that of the client that spent most, {terms(resolve(sweep.base))}"] if private else []),
         *(f"`{key}` was chosen on dev rows among {', '.join(map(str, tried))}." for key, tried in sweep.tune.items()),
         "",
         f"| {' | '.join(columns)} |",
@@ -66,6 +70,7 @@ def summary(sweep: Sweep) -> str:
     for row in rows:
         cells = [f"`{row.get(key, '-')}`" for key in keys] + [str(row["n"]), *(_spread(row, name) for name in measures)]
         cells += [f"{row['trained_parameters_mean']:,.0f}", human_bytes(row["bytes_up_mean"])]
+        cells += [number(row.get("epsilon_mean")), f"{row.get('delta_mean', 0):g}"] if private else []
         if target:
             reached = row.get("rounds_to_target_n", row["n"]) if "rounds_to_target_mean" in row else 0
             told = f" ({reached} of {row['n']})" if reached != row["n"] else ""

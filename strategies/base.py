@@ -261,9 +261,8 @@ class RoleStrategy(Strategy):
                 f"the initial arrays lack {missing[0]} and {len(missing) - 1} more of the exchanged tensors"
             )
         clients = self.sample(server_round)
-        able = [client for client in clients if client not in self.spent]
-        self._check_budgets(server_round, able, len(clients))
-        dealt = deal(able, list(grid.get_node_ids()))
+        self._check_budgets(server_round)
+        dealt = deal([client for client in clients if client not in self.spent], list(grid.get_node_ids()))
         self.tally = Tally(server_round, dealt, self.exchanged(server_round, Role.SHARED))
         self._count_down(self.tally, dealt, server_round)
         return self._messages(MessageType.TRAIN, server_round, {name: self._server[name] for name in sent}, dealt)
@@ -283,9 +282,8 @@ class RoleStrategy(Strategy):
         for clients in tally.pending.values():
             tally.facts |= dict.fromkeys(clients, _NO_FACTS)
             tally.refuse(clients, "no reply arrived in time")
-        spent = self.spent & tally.refused.keys()
-        self._check_budgets(server_round, sorted(tally.facts.keys() - spent), len(tally.facts))
-        self._check_failures(tally, len(tally.facts), good=tally.total.terms)
+        self._check_budgets(server_round)
+        self._check_failures(tally, len(tally.facts.keys() - self.spent), good=tally.total.terms)
         self.have_trained |= tally.facts.keys() - tally.refused.keys()
         mean = {name: value.astype(self.setting.dtype) for name, value in tally.total.mean().items()}
         combined = self.combine(self._server, mean, server_round)
@@ -360,12 +358,15 @@ class RoleStrategy(Strategy):
             tally.refuse(clients, "evaluation: no reply arrived in time")
         total = sum(len(clients) for clients in asked.values())
         self._check_failures(tally, total, good=total - len(tally.refused))
+        return MetricRecord(dict(self.personal_means()))
+
+    def personal_means(self) -> dict[str, int | float | list[int] | list[float]]:
+        """Return each metric's mean over the clients' own rows, as ``personal_<metric>``, and ``personal_clients``."""
         sums = [self.personal_sums[client] for client in sorted(self.personal_sums)]  # any order of replies, one result
         examples = sum(one["examples"] for one in sums)
-        means = {
-            f"personal_{name}": sum(one[name] for one in sums) / examples for name in sums[0] if name != "examples"
-        }
-        return MetricRecord({**means, "personal_clients": len(sums)})
+        names = [name for name in sums[0] if name != "examples"]
+        means = {f"personal_{name}": sum(one[name] for one in sums) / examples for name in names}
+        return {**means, "personal_clients": len(sums)}
 
     def summary(self) -> None:
         """Log what the strategy exchanges."""
@@ -551,21 +552,23 @@ class RoleStrategy(Strategy):
             raise WireError("its sum cannot come from that many updates")
         tally.total.merge(reply.total)
 
-    def _check_budgets(self, server_round: int, able: Sequence[int], sampled: int) -> None:
+    def _check_budgets(self, server_round: int) -> None:
         """Stop where more of a round's clients than may fail have spent their privacy budgets."""
-        spent = sampled - len(able)
-        if able and spent <= self.setting.failure_threshold * sampled:
+        clients = self.sample(server_round)
+        spent = len(self.spent & set(clients))
+        if spent <= self.setting.failure_threshold * len(clients):
             return
         raise BudgetSpentError(
-            f"round {server_round}: {spent} of {sampled} clients have spent their privacy budgets, and the others are "
-            "too few to go on; the rounds so far stand. A larger privacy.epsilon allows more."
+            f"round {server_round}: {spent} of {len(clients)} clients have spent their privacy budgets, and the others "
+            "are too few to go on; the rounds so far stand. A larger privacy.epsilon allows more."
         )
 
     def _check_failures(self, tally: Tally, sampled: int, *, good: int) -> None:
-        failed = len(tally.refused)
+        failed = len(tally.refused.keys() - self.spent)
         if good and failed <= self.setting.failure_threshold * sampled:
             return
-        reasons = [f"client {client}: {reason}" for client, reason in sorted(tally.refused.items())[:3]]
+        told = sorted((client, reason) for client, reason in tally.refused.items() if client not in self.spent)
+        reasons = [f"client {client}: {reason}" for client, reason in told[:3]]
         raise FederationError(
             f"round {tally.round}: {failed} of {sampled} clients failed, more than federation.failure-threshold = "
             f"{self.setting.failure_threshold} allows. {'; '.join(reasons)}{'; ...' if failed > 3 else ''}"

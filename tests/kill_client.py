@@ -25,7 +25,7 @@ from tests.test_dp_trainer import ask, dp_trainer
 CLIENTS = (0, 1)
 
 
-def late(self: Accounts, client: int, number: int) -> str:
+def late(self: Accounts, client: int, number: int, head: str) -> str:
     """Say that the ledger is written, and write it a moment later."""
     self.ledger(client).path.parent.mkdir(parents=True, exist_ok=True)
     owed.append((self.ledger(client), number, self.mechanism.use()))

@@ -220,10 +220,11 @@ def test_a_row_that_is_not_finite_does_not_show() -> None:
     """A sum that becomes NaN by one row would tell that the row is there."""
     engine = engine_of("lora", "bert")
     start = random_start(engine)
-    pack = ragged(start, "bert", [[[0, 1, 2]]])
-    poisoned = [replace(pack[0], start={**start, "classifier.bias": np.full(3, 1e300)})]
-    result = train_pack(engine, poisoned, {}, TrainConfig(optimizer="sgd", learning_rate=1e-9), private_step(1))[0]
-    assert all(np.isfinite(value).all() for value in result.tensors.values())
+    poisoned = {**start, "classifier.bias": np.array([np.inf, 0.0, 0.0])}
+    result = train_pack(engine, ragged(poisoned, "bert", [[[0, 1, 2]]]), {}, TRAIN, private_step(1))[0]
+    assert result.diagnostics["dropped_rows"] == 3
+    others = {name: value for name, value in result.tensors.items() if name != "classifier.bias"}
+    assert all(np.isfinite(value).all() for value in others.values())
 
 
 def test_noise_reaches_every_number_and_no_two_clients_share_it() -> None:

@@ -126,6 +126,20 @@ def test_no_budget_from_the_start_is_an_error() -> None:
         run(private(), 3, dict.fromkeys(range(4), 0))
 
 
+def test_spent_budgets_are_no_failures() -> None:
+    """Two of four have none left, and one of the other two fails: the round goes on with the last."""
+
+    def fail(reply: Reply) -> None:
+        if len(reply.clients) == 2:
+            reply.errors[0], reply.heads[0] = "RuntimeError", ""
+            reply.total = ExactSum()
+            reply.total.add(update_of(reply.clients[1], 3, strategy.exchanged(3, Role.SHARED)), 1)
+
+    strategy = private()
+    result, _ = run(strategy, 3, {0: 1, 1: 1}, spoil=fail)
+    assert result.train_metrics_clientapp[3]["clients_ok"] == 1
+
+
 def test_other_failures_still_stop_the_run() -> None:
     def fail(reply: Reply) -> None:
         reply.errors = ["RuntimeError"] * len(reply.errors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from clients.accounts import Accounts, RefusedError
 from clients.trainer import Job, Request, Trainer, Update
 from fedlora.config import Config
 from fedlora.data import load_federated
 from fedlora.privacy import Ledger, Mechanism, Use, epsilon
-from fedlora.roles import Role
 from fedlora.tasks import Classification
 from fedlora.wire import BUDGET_SPENT
-from simulations.privacy import resolve_privacy
+from simulations.audit import _seen_batches
+from simulations.privacy import participations, resolve_privacy
 from simulations.setup import build_strategy, resolve
 from tests.test_trainer import tiny_flat
 
@@ -37,14 +39,24 @@ def dp_trainer(folder: Path, **changes: Any) -> Trainer:
     return Trainer(lambda: job, 1)
 
 
-def ask(trainer: Trainer, clients: tuple[int, ...] = (0, 1, 2, 3), number: int = 1, heads: Any = ()) -> list[Update]:
+def ask(
+    trainer: Trainer, clients: tuple[int, ...] = (0, 1, 2, 3), number: int = 1, heads: Any = None, **changes: Any
+) -> list[Update]:
     strategy = build_strategy(trainer.loaded.config, trainer.loaded.specs)
-    sent = strategy.initial(trainer.initial)
+    sent = {**strategy.initial(trainer.initial), **changes}
+    heads = ("",) * len(clients) if heads is None else heads
     return trainer.train(Request(number, clients, strategy.all_roles(number), sent, heads))
 
 
 def ledger(folder: Path, client: int) -> Ledger:
     return Ledger(folder / "private" / f"client-{client}" / "ledger.jsonl", client)
+
+
+UNTRUSTED = "its privacy ledger cannot be trusted; its own diagnostics.jsonl says why"
+
+
+def noted(folder: Path, client: int) -> str:
+    return (folder / "private" / f"client-{client}" / "diagnostics.jsonl").read_text()
 
 
 def test_nothing_but_noisy_tensors_leaves(tmp_path: Path) -> None:
@@ -76,8 +88,10 @@ def test_private_tensors_are_under_the_noise_and_stay(tmp_path: Path) -> None:
 
 def test_the_run_seed_does_not_decide_noise_or_samples(tmp_path: Path) -> None:
     """The server knows the seed; two runs with the same one must have nothing in common."""
-    one, two = ask(dp_trainer(tmp_path / "a"), (0,)), ask(dp_trainer(tmp_path / "b"), (0,))
-    assert not any((one[0].tensors[name] == two[0].tensors[name]).any() for name in one[0].tensors if "lora" in name)
+    with _seen_batches() as seen:  # trains on empty batches: what moves is noise
+        one, two = ask(dp_trainer(tmp_path / "a"), (0,)), ask(dp_trainer(tmp_path / "b"), (0,))
+    assert all((one[0].tensors[name] != two[0].tensors[name]).all() for name in one[0].tensors)
+    assert not all(map(np.array_equal, seen[0][0], seen[1][0]))
 
 
 def test_a_repeated_round_draws_fresh_noise_and_is_charged_again(tmp_path: Path) -> None:
@@ -110,7 +124,7 @@ def test_a_client_refuses_the_round_that_would_pass_its_budget(tmp_path: Path) -
         assert [update.error for update in ask(trainer, (0,), number)] == [""]
     refused, fine = ask(trainer, (0, 1), able + 1)
     assert refused.error.startswith(BUDGET_SPENT)
-    assert "above privacy.epsilon = 1" in refused.error
+    assert "would pass privacy.epsilon = 1" in refused.error
     assert refused.tensors == {}
     assert fine.error == ""
     assert len(ledger(tmp_path, 0).uses()) == able
@@ -125,7 +139,8 @@ def test_an_older_ledger_refuses_to_train(tmp_path: Path) -> None:
     heads = tuple(update.head for update in ask(trainer, (0, 1), 2))
     ledger(tmp_path, 0).path.write_bytes(old)
     refused, fine = ask(trainer, (0, 1), 3, heads)
-    assert "older copy" in refused.error
+    assert refused.error == UNTRUSTED
+    assert "older copy" in noted(tmp_path, 0)
     assert refused.tensors == {}
     assert fine.error == ""
 
@@ -135,13 +150,14 @@ def test_an_edited_ledger_refuses_to_train(tmp_path: Path) -> None:
     ask(trainer, (0,))
     path = ledger(tmp_path, 0).path
     path.write_text(path.read_text().replace('"steps": 3', '"steps": 1'))
-    assert "the file was changed" in ask(trainer, (0,), 2)[0].error
+    assert ask(trainer, (0,), 2)[0].error == UNTRUSTED
+    assert "the file was changed" in noted(tmp_path, 0)
 
 
 def test_where_the_ledger_cannot_be_written_nothing_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = dp_trainer(tmp_path)
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Ledger, "charge", full)
@@ -166,16 +182,86 @@ def test_diagnostics_stay_at_the_site(tmp_path: Path) -> None:
     assert {"loss", "rows", "empty_steps", "clipped_fraction", "signal_to_noise", "error"} <= facts.keys()
 
 
-def test_why_an_update_is_refused_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason may tell of rows; it is charged all the same, because the refusal leaves."""
+def test_what_the_watch_sees_in_rows_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a row gave a gradient is not covered by the noise: the update leaves as any other."""
     from fedlora.engine import training
 
     trainer = dp_trainer(tmp_path)
+    monkeypatch.setattr(Trainer, "_check_trains", lambda *_: None)
     monkeypatch.setattr(training._Watch, "errors", lambda *_: ["lora_B never had a gradient in 3 steps"])
     update = ask(trainer, (0,))[0]
-    assert update.error == "its own check refused the update; its diagnostics.jsonl says why"
-    assert "never had a gradient" in (tmp_path / "private" / "client-0" / "diagnostics.jsonl").read_text()
-    assert len(ledger(tmp_path, 0).uses()) == 1
+    assert update.error == ""
+    assert update.tensors
+    assert "never had a gradient" in noted(tmp_path, 0)
+
+
+def test_a_server_that_saturates_the_head_learns_nothing(tmp_path: Path) -> None:
+    """With logits so far apart only a row of the other class has a gradient: no reply may tell whether one is there."""
+    trainer = dp_trainer(tmp_path, **{"train.batch-size": 20, "privacy.client-size": 20})
+    labels = np.asarray(trainer.data.corpus.train.labels)
+    for number in range(2):
+        alike = np.flatnonzero(labels == 0)[:20]
+        rows = np.append(alike[:-number], np.flatnonzero(labels == 1)[:number]) if number else alike
+        job = replace(trainer.loaded.job, data=replace(trainer.data, clients=(rows,) * 4))
+        held = Trainer(lambda job=job: job, 1)  # type: ignore[misc]
+        held.loaded.seen_to_train.update([frozenset(held.loaded.specs) - {n for n in held.initial if "lora_A" in n}])
+        update = ask(held, (0,), number + 1, **{"classifier.bias": np.array([1e4, 0.0])})[0]
+        assert (update.error, bool(update.tensors)) == ("", True)
+
+
+def test_what_an_exception_says_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may quote a row; and the round is paid for, because that it failed is seen."""
+    from fedlora import engine
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("row says: patient Smith")
+
+    trainer = dp_trainer(tmp_path)
+    monkeypatch.setattr(Trainer, "_check_trains", lambda *_: None)
+    monkeypatch.setattr(engine, "train_pack", fail)
+    with pytest.raises(
+        RuntimeError, match=r"^training failed at the site; its own diagnostics.jsonl says why$"
+    ) as caught:
+        ask(trainer, (0, 1))
+    assert caught.value.__cause__ is None
+    assert "MemoryError: row says: patient Smith" in noted(tmp_path, 1)
+    assert [len(ledger(tmp_path, client).uses()) for client in (0, 1)] == [1, 1]
+
+
+def test_a_server_must_say_what_it_last_saw(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only for a server that says what it last saw of its ledger"):
+        ask(dp_trainer(tmp_path), (0, 1), heads=())
+
+
+def test_an_adapter_that_does_not_train_is_seen_on_rows_of_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is paid for."""
+    from fedlora.engine import layers
+
+    monkeypatch.setattr(layers.GroupedLayer, "forward", lambda self, x: self.base(x))
+    with pytest.raises(ValueError, match="never had a gradient"):
+        ask(dp_trainer(tmp_path), (0,))
+    assert ledger(tmp_path, 0).uses() == []
+
+
+def test_side_by_side_no_more_is_spent_than_the_budget(tmp_path: Path) -> None:
+    """A round whose client is still at work elsewhere: look and charge are one."""
+    keys = {"privacy.epsilon": 2.0, "privacy.delta": 1e-3, "privacy.noise-multiplier": 2.0}
+    accounts = Accounts(tmp_path / "private", dp_config(tmp_path, **keys))
+    use = accounts.mechanism.use()
+    able = next(n for n in range(1, 999) if epsilon([use] * (n + 1), target_delta=1e-3) > 2.0)
+
+    def charge(number: int) -> int:
+        try:
+            accounts.charge(0, number, "")
+        except RefusedError:
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(charge, range(able + 20))) == able
+    assert len(ledger(tmp_path, 0).uses()) == able
 
 
 def test_all_take_the_declared_steps_whatever_rows_they_have(tmp_path: Path) -> None:
@@ -213,7 +299,10 @@ def test_a_loss_that_couples_rows_is_refused(tmp_path: Path, monkeypatch: pytest
     [
         ({"train.batch-size": 64}, r"train.batch-size = 64: is more than the declared \d+ training rows of a client"),
         ({"privacy.delta": 0.05}, r"privacy.delta = 0.05: must be below 1 / \d+"),
-        ({"privacy.epsilon": 1e-7, "privacy.noise-multiplier": 0.0}, r"privacy.epsilon = 1e-07: no noise multiplier"),
+        (
+            {"privacy.epsilon": 1e-9, "privacy.delta": 1e-15, "privacy.noise-multiplier": 0.0},
+            r"privacy.epsilon = 1e-09: no noise multiplier",
+        ),
     ],
 )
 def test_what_cannot_be_private_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -224,16 +313,12 @@ def test_what_cannot_be_private_is_refused(changes: dict[str, Any], message: str
 def test_noise_is_found_for_the_client_that_is_sampled_most(tmp_path: Path) -> None:
     changes = {"privacy.noise-multiplier": 0.0, "privacy.epsilon": 2.0, "federation.clients-per-round": 2, "rounds": 7}
     config = dp_config(tmp_path, **changes)
-    from simulations.privacy import participations
-
-    counts = participations(config)
-    assert max(counts) < 7
-    most = epsilon([Mechanism.of(config).use(max(counts))], target_delta=config.privacy.delta)
+    counts = participations(config)[-1]
+    assert int(counts.max()) < 7
+    most = epsilon([Mechanism.of(config).use(int(counts.max()))], target_delta=config.privacy.delta)
     assert 1.98 < most <= 2.0
 
 
 def test_weights_are_equal_under_dp(tmp_path: Path) -> None:
     config = dp_config(tmp_path, **{"strategy.weights": "examples"})
     assert config.strategy.weights == "equal"
-    assert replace(config.privacy, mode="none", noise_multiplier=0.0, client_size=0, delta=0.0).mode == "none"
-    assert Role.SHARED in build_strategy(config, dp_trainer(tmp_path).loaded.specs).all_roles(1).values()

@@ -59,6 +59,7 @@ EDITS: dict[str, Callable[[Path], None]] = {
     "the first entry dropped": edit(lambda records: records.pop(1)),
     "an entry twice": edit(lambda records: records.insert(2, records[2])),
     "the opening dropped": edit(lambda records: records.pop(0)),
+    "a list": lambda path: path.write_text(path.read_text() + "[1]\n"),
     "no JSON": lambda path: path.write_text(path.read_text().replace("{", "[", 1)),
     "not text": lambda path: path.write_bytes(b"\xff\xfe\n" + path.read_bytes()),
 }
@@ -74,6 +75,21 @@ def test_an_edited_ledger_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(LedgerError):
         ledger.charge(5, USE)
     assert ledger.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"steps": -5}, {"sample_rate": 0.0}, {"noise_multiplier": None}, {"round": "1"}])
+def test_a_last_entry_that_is_none_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    """With a hash that fits: whoever can write the file can make one."""
+    from fedlora.privacy.ledger import _hash
+
+    def apply(records: list[dict[str, object]]) -> None:
+        record = {key: value for key, value in records[-1].items() if key != "hash"} | change
+        records[-1] = {**record, "hash": _hash(record)}
+
+    ledger = charged(tmp_path)
+    edit(apply)(ledger.path)
+    with pytest.raises(LedgerError, match=r"line 5 .* is not an entry"):
+        ledger.uses()
 
 
 def test_an_edit_with_its_hash_made_anew_breaks_the_chain(tmp_path: Path) -> None:
@@ -137,11 +153,14 @@ def test_half_a_line_is_what_a_killed_process_leaves(tmp_path: Path) -> None:
 def test_the_charge_is_on_the_disk_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``fsync`` was called on holds the whole entry at that moment."""
     seen: list[bytes] = []
-    ledger = Ledger(tmp_path / "ledger.jsonl", 0)
+    ledger = Ledger(tmp_path / "private" / "client-0" / "ledger.jsonl", 0)
+    folders: list[str] = []
     real = os.fsync
 
     def fsync(handle: int) -> None:
-        if not os.path.isdir(f"/proc/self/fd/{handle}"):
+        if Path(f"/proc/self/fd/{handle}").is_dir():
+            folders.append(Path(f"/proc/self/fd/{handle}").resolve().name)
+        else:
             seen.append(ledger.path.read_bytes())
         real(handle)
 
@@ -149,6 +168,7 @@ def test_the_charge_is_on_the_disk_when_it_returns(tmp_path: Path, monkeypatch: 
     entry = ledger.charge(1, USE)
     assert entry.hash.encode() in seen[-1]
     assert seen[-1].endswith(b"\n")
+    assert folders == ["private", tmp_path.name, "client-0"], "the names of new files and folders, too"
 
 
 def test_a_ledger_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

@@ -97,6 +97,14 @@ def test_a_client_that_never_took_part_has_spent_nothing(tmp_path: Path) -> None
     }
 
 
+def test_what_a_ledger_that_cannot_be_trusted_has_cost_is_not_known(tmp_path: Path) -> None:
+    config = dp_config(tmp_path, **{"privacy.epsilon": 3.0})
+    record = privacy_record(config, {0: [], 1: "it was edited"}, "cpu", {"B": [Role.SHARED]})
+    assert record["clients"][1]["epsilon"] == math.inf
+    assert record["clients"][1]["error"] == "it was edited"
+    assert record["guarantee"].startswith("epsilon inf at delta")
+
+
 def test_a_seeded_run_is_stamped_not_private(tmp_path: Path) -> None:
     config = dp_config(tmp_path, **{"privacy.seed": 4})
     record = privacy_record(config, {0: [Entry(1, Use(1.0, 0.2, 3), "")]}, "cpu", {"B": [Role.SHARED]})
@@ -104,6 +112,7 @@ def test_a_seeded_run_is_stamped_not_private(tmp_path: Path) -> None:
     assert "NOT PRIVATE" in record["guarantee"]
     assert "NOT PRIVATE" in record["rng"]
     assert "NOT PRIVATE" in PrivacyPlan(config, 10).lines()[0]
+    assert "NOT PRIVATE" in PrivacyPlan(config, 10).record()["guarantee"]
 
 
 def test_the_generator_of_a_gpu_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,15 @@
 """The packed engine: grouped layers, per-client optimizers, local training and evaluation."""
 
-from fedlora.engine.core import Engine, check_rows_apart, evaluate
+from fedlora.engine.core import Engine, check_rows_apart, evaluate, made_up_rows
 from fedlora.engine.training import ClientResult, ClientWork, plan_batches, train_pack
 
-__all__ = ["ClientResult", "ClientWork", "Engine", "check_rows_apart", "evaluate", "plan_batches", "train_pack"]
+__all__ = [
+    "ClientResult",
+    "ClientWork",
+    "Engine",
+    "check_rows_apart",
+    "evaluate",
+    "made_up_rows",
+    "plan_batches",
+    "train_pack",
+]

@@ -91,6 +91,13 @@ class Engine:
             start += size
 
 
+def made_up_rows(engine: Engine) -> Examples:
+    """Return rows that are nobody's: to look at what must not be seen in real ones."""
+    tokens = [token for token in range(2, 40) if token != engine.task.pad_token_id]
+    rows = tuple(np.array(tokens[:length], dtype=np.int64) for length in (3, 17, 5, 29))
+    return Examples(rows, np.ones(len(rows), dtype=np.int64))
+
+
 def check_rows_apart(engine: Engine, tensors: Arrays) -> None:
     """Check, on made-up rows, that a row's loss does not depend on the other rows of its batch.
 
@@ -104,9 +111,7 @@ def check_rows_apart(engine: Engine, tensors: Arrays) -> None:
     Raises:
         ValueError: It does.
     """
-    tokens = [token for token in range(2, 40) if token != engine.task.pad_token_id]
-    rows = tuple(np.array(tokens[:length], dtype=np.int64) for length in (3, 17, 5, 29))
-    made_up = Examples(rows, np.ones(len(rows), dtype=np.int64))
+    made_up = made_up_rows(engine)
     values = {name: engine.tensor(value) for name, value in tensors.items()}
 
     def losses(chosen: list[int]) -> Tensor:
@@ -116,8 +121,8 @@ def check_rows_apart(engine: Engine, tensors: Arrays) -> None:
         with torch.inference_mode(), engine.grouped.placed(engine.method.factors(one), layout) as model:
             return engine.task.row_losses(model, batch).double()
 
-    together = losses(list(range(len(rows))))
-    alone = torch.cat([losses([row]) for row in range(len(rows))])
+    together = losses(list(range(len(made_up))))
+    alone = torch.cat([losses([row]) for row in range(len(made_up))])
     # Matrix products of other shapes round differently; a coupling changes losses by far more.
     coarse = next(engine.base.model.parameters()).dtype == torch.bfloat16
     if not torch.allclose(together, alone, rtol=5e-2 if coarse else 1e-3, atol=1e-4):

@@ -2,7 +2,7 @@
 
 from fedlora.privacy.accounting import Accountant, Use, default_delta, epsilon, least_noise_multiplier, merged
 from fedlora.privacy.ledger import Entry, Ledger, LedgerError
-from fedlora.privacy.mechanism import Mechanism, certifier, statement
+from fedlora.privacy.mechanism import Mechanism, certifier, statement, terms
 from fedlora.privacy.randomness import PrivateRandom
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "least_noise_multiplier",
     "merged",
     "statement",
+    "terms",
 ]

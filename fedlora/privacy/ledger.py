@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -95,7 +96,35 @@ class Ledger:
         Raises:
             LedgerError: It does, or as for :meth:`entries`.
         """
-        entries = self.entries()
+        self._check_knows(head, self.entries())
+
+    def charge(
+        self, round_number: int, use: Use, *, head: str = "", budget: Callable[[Sequence[Use]], None] | None = None
+    ) -> Entry:
+        """Add an entry, and return it when it is on the disk; no other process can charge in between.
+
+        Args:
+            round_number: The round, from 1.
+            use: What the client's rows are used for.
+            head: The last hash that the server was told; empty: it was told none.
+            budget: Raises where all uses together, this one included, are too many.
+
+        Raises:
+            LedgerError: As for :meth:`check_knows`.
+            OSError: It cannot be written.
+        """
+        made = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in made:
+            _sync_folder(folder.parent)
+        with FileLock(self.path.with_suffix(".lock")):
+            entries, opening, whole = self._read()
+            self._check_knows(head, entries)
+            if budget is not None:
+                budget([*(entry.use for entry in entries), use])
+            return self._append(round_number, use, entries, opening, whole)
+
+    def _check_knows(self, head: str, entries: Sequence[Entry]) -> None:
         if head and head not in {entry.hash for entry in entries}:
             raise LedgerError(
                 f"the privacy ledger {self.path} has {len(entries)} entries, not the one that the server last saw: "
@@ -103,36 +132,29 @@ class Ledger:
                 "spent is not known, and this client must not train."
             )
 
-    def charge(self, round_number: int, use: Use) -> Entry:
-        """Add an entry, and return it when it is on the disk.
-
-        Raises:
-            LedgerError: As for :meth:`entries`.
-            OSError: It cannot be written.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_suffix(".lock")):
-            entries, opening, whole = self._read()
-            lines = b""
-            if not opening:
-                opening = self._opening()
-                lines += _line(opening)
-            record = {
-                "round": round_number,
-                **use._asdict(),
-                "time": _now(),
-                "previous": entries[-1].hash if entries else opening["hash"],
-            }
-            record["hash"] = _hash(record)
-            lines += _line(record)
-            with self.path.open("ab") as file:
-                file.truncate(whole)  # of what a killed process left
-                file.seek(0, os.SEEK_END)
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            if not entries:
-                _sync_folder(self.path.parent)
+    def _append(
+        self, round_number: int, use: Use, entries: Sequence[Entry], opening: dict[str, Any], whole: int
+    ) -> Entry:
+        lines = b""
+        if not opening:
+            opening = self._opening()
+            lines += _line(opening)
+        record = {
+            "round": round_number,
+            **use._asdict(),
+            "time": _now(),
+            "previous": entries[-1].hash if entries else opening["hash"],
+        }
+        record["hash"] = _hash(record)
+        lines += _line(record)
+        with self.path.open("ab") as file:
+            file.truncate(whole)  # of what a killed process left
+            file.seek(0, os.SEEK_END)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        if not entries:
+            _sync_folder(self.path.parent)
         return Entry(round_number, use, record["hash"])
 
     def _opening(self) -> dict[str, Any]:
@@ -160,16 +182,26 @@ class Ledger:
             if record.get("previous") != previous:
                 raise self._changed(number, "does not follow the line before it")
             previous = record["hash"]
-            use = Use(float(record["noise_multiplier"]), float(record["sample_rate"]), int(record["steps"]))
-            entries.append(Entry(int(record["round"]), use, record["hash"]))
+            entries.append(self._entry(record, number))
         return entries, opening, whole
+
+    def _entry(self, record: Mapping[str, Any], number: int) -> Entry:
+        match record:
+            case {
+                "round": int(round_number),
+                "noise_multiplier": float(noise_multiplier),
+                "sample_rate": float(sample_rate),
+                "steps": int(steps),
+            } if math.isfinite(noise_multiplier) and noise_multiplier >= 0 and 0 < sample_rate <= 1 and steps > 0:
+                return Entry(round_number, Use(noise_multiplier, sample_rate, steps), record["hash"])
+        raise self._changed(number, "is not an entry")
 
     def _record(self, line: bytes, number: int) -> dict[str, Any]:
         """Return a line's record, if it has the hash that it says it has."""
         try:
             record = json.loads(line)
             told = record.pop("hash")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise self._changed(number, f"cannot be read ({error})") from error
         if _hash(record) != told:
             raise self._changed(number, "does not have the hash that it says it has")

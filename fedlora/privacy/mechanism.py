@@ -67,13 +67,18 @@ def certifier(config: Config) -> Accountant:
     return "prv" if config.privacy.accountant == "prv" else "pld"
 
 
+def terms(config: Config) -> str:
+    """Return what an epsilon means nothing without, but for delta."""
+    privacy = config.privacy
+    seeded = " NOT PRIVATE: privacy.seed makes the noise known." if privacy.seed else ""
+    return (
+        f"composed over all rounds; unit: {privacy.unit}; neighbours: {NEIGHBOURS}; adversary: "
+        f"{ADVERSARIES[privacy.trust]}; sampling: {SAMPLING}; accountant: {privacy.accountant}.{seeded}"
+    )
+
+
 def statement(config: Config, epsilon: float) -> str:
     """Return an epsilon with everything without which it means nothing."""
     privacy = config.privacy
     budget = f" of a budget of {privacy.epsilon:g}" if privacy.epsilon else ", without a budget"
-    seeded = " NOT PRIVATE: privacy.seed makes the noise known." if privacy.seed else ""
-    return (
-        f"epsilon {epsilon:.4g} at delta {privacy.delta:g}{budget}, composed over all rounds; unit: {privacy.unit}; "
-        f"neighbours: {NEIGHBOURS}; adversary: {ADVERSARIES[privacy.trust]}; sampling: {SAMPLING}; "
-        f"accountant: {privacy.accountant}.{seeded}"
-    )
+    return f"epsilon {epsilon:.4g} at delta {privacy.delta:g}{budget}, {terms(config)}"

@@ -4,7 +4,7 @@ Who can predict which rows were sampled, or the noise, can take the noise off ag
 server, which knows the run's seed, must have no part in it. Every client draws a fresh key from the operating system
 for every round that it trains, also for one that is repeated. On the CPU the numbers come from AES-256 in counter mode
 under that key; on a GPU the sampling does, and the noise comes from torch's Philox generator, seeded with 64 bits of
-the operating system: not a cipher, and every artefact says so.
+that stream: not a cipher, and every artefact says so.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PrivateRandom:
         if like.device.type == "cpu":
             return torch.from_numpy(self._normal(like.numel())).to(like.dtype).view(like.shape)
         if self._generator is None:
-            self._generator = torch.Generator(like.device).manual_seed(int(self.words(1)[0] >> np.uint64(1)))
+            self._generator = torch.Generator(like.device).manual_seed(int(self.words(1)[0]))
         assert isinstance(self._generator, torch.Generator)
         return torch.empty_like(like).normal_(generator=self._generator)
 

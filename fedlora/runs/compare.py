@@ -13,6 +13,7 @@ from fedlora.runs.report import (
     Run,
     draw_clients,
     draw_curves,
+    draw_epsilon,
     draw_partition,
     draw_ranks,
     human_bytes,
@@ -103,6 +104,8 @@ def html_page(runs: list[Run]) -> str:
             parts.append(
                 _table(["compared with", run.metric], [[name, number(value)] for name, value in outcome.items()])
             )
+        if run.spent:
+            parts.append(_picture(draw_epsilon(run), "epsilon by round"))
         if run.scores:
             parts.append(_picture(draw_clients(run), f"{run.metric} of each client"))
         if run.strengths:

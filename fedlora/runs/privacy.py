@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,23 +34,25 @@ def without_privacy(roles: Mapping[str, Sequence[Role]]) -> dict[str, Any]:
 
 
 def privacy_record(
-    config: Config, ledgers: Mapping[int, Sequence[Entry]], device: str, roles: Mapping[str, Sequence[Role]]
+    config: Config, ledgers: Mapping[int, Sequence[Entry] | str], device: str, roles: Mapping[str, Sequence[Role]]
 ) -> dict[str, Any]:
     """Return the record of a run under DP.
 
     Args:
         config: The configuration, with all ``privacy`` keys given.
-        ledgers: Every client's ledger.
+        ledgers: Every client's ledger, or why it cannot be trusted.
         device: Where clients compute.
         roles: Roles of each kind of tensor, in turn.
     """
     privacy, mechanism = config.privacy, Mechanism.of(config)
     clients = [client_record(config, client, entries) for client, entries in sorted(ledgers.items())]
     spent = max((one["epsilon"] for one in clients), default=0.0)
+    rng = describe(privacy.seed, device)
+    baselines = "" if not config.eval.baselines else " So are the runs in baselines/, which train without privacy."
     kinds = ", ".join(_shared(roles))
     return {
         "mode": privacy.mode,
-        "guarantee": statement(config, spent),
+        "guarantee": f"{statement(config, spent)} Randomness: {rng}.",
         "private": privacy.seed == 0,
         "unit": privacy.unit,
         "trust": privacy.trust,
@@ -58,7 +61,7 @@ def privacy_record(
         "sampling": SAMPLING,
         "delta": privacy.delta,
         "accountant": privacy.accountant,
-        "rng": describe(privacy.seed, device),
+        "rng": rng,
         "noise_multiplier": mechanism.noise_multiplier,
         "max_grad_norm": mechanism.max_grad_norm,
         "sample_rate": mechanism.sample_rate,
@@ -69,23 +72,33 @@ def privacy_record(
             {"what": "number of local steps", "guarantee": _PUBLIC},
             {"what": "hash of the last ledger entry", "guarantee": _PUBLIC},
             {"what": "that a client takes part, or that its budget is spent", "guarantee": _PUBLIC},
+            {"what": "that tensors are not finite, noise included", "guarantee": _COVERED},
             {
-                "what": "that its own check refused an update (not finite, or nothing trained), without the reason",
-                "guarantee": "none: one bit, in case of a fault",
+                "what": "that training failed or the ledger cannot be trusted, without the reason; when it ended",
+                "guarantee": "none: in case of a fault, and by the clock",
             },
         ],
         "not_released": [
             "number of rows, losses, accuracies, clipped fraction, signal to noise: in "
             "private/client-*/diagnostics.jsonl, for the site to look at. What this simulation's researcher sees of "
-            "clients' own rows (partition.json, metrics of clients, scores) is outside the guarantee.",
+            f"clients' own rows (partition.json, metrics of clients, scores) is outside the guarantee.{baselines}",
         ],
         "clients": clients,
     }
 
 
-def client_record(config: Config, client: int, entries: Sequence[Entry]) -> dict[str, Any]:
-    """Return what a client's rows were used for, and what that comes to."""
-    privacy = config.privacy
+def client_record(config: Config, client: int, entries: Sequence[Entry] | str) -> dict[str, Any]:
+    """Return what a client's rows were used for, and what that comes to.
+
+    Args:
+        config: The configuration.
+        client: The client.
+        entries: Its ledger, or why it cannot be trusted: what was spent is not known then, and counts as infinite.
+    """
+    privacy, budget = config.privacy, config.privacy.epsilon or None
+    if isinstance(entries, str):
+        unknown: dict[str, Any] = {"rounds": None, "ledger": [], "epsilon": math.inf, "epsilon_rdp": math.inf}
+        return {"client": client, **unknown, "budget": budget, "remaining": 0.0 if budget else None, "error": entries}
     uses = merged(entry.use for entry in entries)
     certified = epsilon(uses, target_delta=privacy.delta, accountant=certifier(config))
     return {
@@ -94,8 +107,8 @@ def client_record(config: Config, client: int, entries: Sequence[Entry]) -> dict
         "ledger": [use._asdict() for use in uses],
         "epsilon": certified,
         "epsilon_rdp": epsilon(uses, target_delta=privacy.delta, accountant="rdp"),
-        "budget": privacy.epsilon or None,
-        "remaining": max(0.0, privacy.epsilon - certified) if privacy.epsilon else None,
+        "budget": budget,
+        "remaining": max(0.0, privacy.epsilon - certified) if budget else None,
     }
 
 

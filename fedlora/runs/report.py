@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import tomllib
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,7 +63,8 @@ class Run:
             config = Config.from_flat(from_toml((path / "config.toml").read_text(encoding="utf-8")))
             partition = json.loads((path / "partition.json").read_text(encoding="utf-8"))
             plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
-            privacy = json.loads((path / PRIVACY_FILE).read_text(encoding="utf-8"))
+            told = path / PRIVACY_FILE
+            privacy = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {"guarantee": "none"}
             done = path / "result.json"
             result = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
             return cls(path, config, lines("metrics.jsonl"), partition, plan, lines("scores.jsonl"), privacy, result)
@@ -321,6 +323,7 @@ def draw_epsilon(run: Run) -> Any:
     if run.config.privacy.epsilon:
         axes.axhline(run.config.privacy.epsilon, color="#777777", linestyle="--", label="budget")
     axes.set(xlabel="round", ylabel=f"epsilon at delta {run.privacy['delta']:g}")
+    axes.set_title(_plain(textwrap.fill(run.privacy["guarantee"], 120)), fontsize=5)
     axes.set_ylim(0, None)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=8)
