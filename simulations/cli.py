@@ -173,7 +173,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     asked = Sweep.read(str(options.file), read_overrides(app, []), read_options(options.run_config))
     grid = {key: [absolute_paths({**asked.base, key: value})[key] for value in asked.grid[key]] for key in asked.grid}
     sweep = replace(asked, base=absolute_paths(asked.base), grid=grid)
-    _prepare(resolve(sweep.base))
+    _prepare(sweep.first)
     file = sweep.folder / "sweep.toml"
     if options.share:  # one of several processes, see below
         return _run_share(sweep, Share.read(options.share), app, file, options.federation_config, console)
@@ -290,6 +290,7 @@ def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
         if len(runs) == 1:
             console.print(metrics_table(run))
             console.print(outcome_table(run) if run.result else "the run did not finish")
+            console.print(f"privacy: {run.privacy['guarantee']}", markup=False)
         console.print(f"plots and summary: {run.path}", markup=False)
     if page is not None:
         write_whole(page.resolve(), html_page(runs).encode())

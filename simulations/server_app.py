@@ -21,11 +21,14 @@ def main(grid: Grid, context: Context) -> None:
     console = Console(width=100, highlight=False, soft_wrap=True)
     session: Session | None = None
     try:
-        config = resolve(context.run_config)
-        session = Session(grid, context)
-        if config.run.sweep:
-            Sweep.read(config.run.sweep, context.run_config).run(session, console, Share.read(config.run.share))
+        flat = context.run_config
+        if flat.get("run.sweep"):  # its cells are configurations; what they share need not be one
+            sweep, share = Sweep.read(str(flat["run.sweep"]), flat), Share.read(str(flat.get("run.share", "1/1")))
+            session = Session(grid, context)
+            sweep.run(session, console, share)
         else:
+            config = resolve(flat)
+            session = Session(grid, context)
             session.run(config, console)
     except (ValueError, FederationError, TrainerLostError) as error:
         console.print(f"fedlora: error: {error}", markup=False, style="bold red")

@@ -152,6 +152,12 @@ class Sweep:
         return sweep
 
     @property
+    def first(self) -> Config:
+        """The configuration with the first of all values: what all cells share can be read from it."""
+        values = {key: values[0] for key, values in (*self.grid.items(), *self.tune.items())}
+        return resolve({**self.base, **values})
+
+    @property
     def folder(self) -> Path:
         """The sweep's folder."""
         return Path(str(self.base["run.dir"]), str(self.base["run.name"])).expanduser().resolve()

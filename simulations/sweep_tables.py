@@ -10,7 +10,6 @@ from rich.table import Table as RichTable
 from fedlora.privacy import terms
 from fedlora.runs.report import human_bytes, number
 from fedlora.tasks import TASKS
-from simulations.setup import resolve
 
 if TYPE_CHECKING:
     from simulations.sweep import Sweep
@@ -20,7 +19,7 @@ Row = dict[str, Any]
 
 def _groups(sweep: Sweep) -> tuple[list[str], list[str], list[Row]]:
     """Return the keys that distinguish groups, the measures they have, and what is known of each of them."""
-    measure = TASKS[resolve(sweep.base).task].measure.name
+    measure = TASKS[sweep.first.task].measure.name
     groups = pd.read_parquet(sweep.folder / "groups.parquet")
     measures = [
         name for name in (f"test_{measure}", f"personal_{measure}", f"dev_{measure}") if f"{name}_mean" in groups
@@ -52,16 +51,16 @@ def terminal_table(sweep: Sweep) -> RichTable:
 def summary(sweep: Sweep) -> str:
     """Return ``summary.md``: the groups with their measures, what they train, and what their clients send."""
     keys, measures, rows = _groups(sweep)
-    target = resolve(sweep.base).eval.target
+    target = sweep.first.eval.target
     columns = [*keys, "n", *(name.replace("_", " ") for name in measures), "trained parameters", "sent by clients"]
-    private = resolve(sweep.base).privacy.mode == "dp"
+    private = sweep.first.privacy.mode == "dp"
     columns += ["epsilon", "delta"] if private else []
     columns += [f"rounds to {target:g}", "sent until then"] if target else []
     lines = [
         f"# {sweep.base['run.name']}",
         "",
         f"Mean ± standard deviation over n runs; {sweep.base['rounds']} rounds; bytes are those of all clients.",
-        *([f"Epsilon is that of the client that spent most, {terms(resolve(sweep.base))}"] if private else []),
+        *([f"Epsilon is that of the client that spent most, {terms(sweep.first)}"] if private else []),
         *(f"`{key}` was chosen on dev rows among {', '.join(map(str, tried))}." for key, tried in sweep.tune.items()),
         "",
         f"| {' | '.join(columns)} |",

@@ -124,7 +124,9 @@ def test_sweeps_can_be_read() -> None:
     files = sorted((ROOT / "simulations" / "sweeps").glob("*.toml"))
     assert files
     for file in files:
-        assert Sweep.read(str(file), Config().to_flat()).size() > 1
+        sweep = Sweep.read(str(file), Config().to_flat())
+        assert sweep.size() > 1
+        assert sweep.first.rounds >= 1
 
 
 def test_recipes_are_configurations() -> None:

@@ -23,6 +23,7 @@ from simulations.audit import _seen_batches
 from simulations.privacy import participations, resolve_privacy
 from simulations.setup import build_strategy, resolve
 from tests.test_trainer import tiny_flat
+from tests.tiny import save_tiny_language_model
 
 EQUAL_PARTS = {"data.partition": "iid"}
 
@@ -272,6 +273,25 @@ def test_all_take_the_declared_steps_whatever_rows_they_have(tmp_path: Path) -> 
     assert len(sizes) > 1
     assert {update.steps for update in ask(trainer)} == {5}
     assert {use for client in range(4) for use in ledger(tmp_path, client).uses()} == {Use(1.0, 0.2, 5)}
+
+
+def test_a_language_model_under_dp(tmp_path: Path) -> None:
+    changes = {
+        "task": "causal-lm",
+        "model.name": save_tiny_language_model(tmp_path / "lm"),
+        "data.answer-column": "label",
+        "strategy.name": "fedavg",
+    }
+    config = resolve_privacy(
+        resolve(
+            {**tiny_flat(tmp_path), "privacy.mode": "dp", "privacy.noise-multiplier": 1.0, **EQUAL_PARTS, **changes}
+        ),
+        load_federated(resolve({**tiny_flat(tmp_path), **EQUAL_PARTS, **changes}), 4),
+    )
+    job = Job(config.to_flat(), load_federated(config, 4), str(tmp_path / "private"))
+    for update in ask(Trainer(lambda: job, 1), (0, 1)):
+        assert update.error == ""
+        assert len(ledger(tmp_path, update.client).uses()) == 1
 
 
 class TokenMean(Classification):  # type: ignore[misc]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -37,6 +39,19 @@ def pool(tmp_path: Path) -> Iterator[TrainerPool]:
         ray.shutdown()
 
 
+def until_gone(pid: int) -> None:
+    """Wait for the end of a process."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return
+        except psutil.NoSuchProcess:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {pid} did not end")
+
+
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_trainer_is_restarted_and_a_lost_one_is_replaced(pool: TrainerPool) -> None:
@@ -47,11 +62,13 @@ def test_a_trainer_is_restarted_and_a_lost_one_is_replaced(pool: TrainerPool) ->
     assert after[0].pid != before[0]
     assert after[1].pid == before[1]
     ray.kill(pool.actors[0], no_restart=True)
+    until_gone(after[0].pid)  # Ray kills in its own time; until then the trainer answers
     assert [described.pid for described in pool.call("describe", [(), (), ()])] == [before[1]] * 3
     assert len(TrainerPool.connect(7)) in (1, 2), "Ray forgets the dead one in its own time"
     with pytest.raises(RuntimeError, match="run 8 has no trainers"):
         TrainerPool.connect(8)
     ray.kill(pool.actors[1], no_restart=True)
+    until_gone(before[1])
     assert all(isinstance(outcome, TrainerLostError) for outcome in pool.call("describe", [()]))
 
 

@@ -248,7 +248,8 @@ def summary(run: Run) -> str:
         f"Strategy `{config.strategy.name}`, method `{config.method.name}` (rank {config.method.rank}), "
         f"model `{config.model.name}`, data `{config.data.name}`, task `{config.task}`, "
         f"head policy `{run.plan['roles'].get('head', 'none')}`. Run {state}.",
-        f"Privacy: {run.privacy['guarantee']}",
+        f"Privacy: {run.privacy['guarantee']}"
+        + (" Numbers of clients' own rows, and of baselines, are outside the guarantee." if run.spent else ""),
         "",
     ]
     if run.result:
