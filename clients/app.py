@@ -86,21 +86,16 @@ def _call(method: str, instruction: Instruction, context: Context) -> list[tuple
     """Cut the clients into packs, have the trainers work on all of them, return (pack, outcome) pairs."""
     pool = TrainerPool.connect(context.run_id)
     packs = split_packs(instruction.clients, instruction.pack, len(pool))
-    heads = dict(zip(instruction.clients, instruction.heads, strict=True)) if instruction.heads else {}
-    requests = [
-        (
-            Request(
-                instruction.round,
-                clients,
-                instruction.roles,
-                instruction.tensors,
-                tuple(heads.get(client, "") for client in clients),
-            ),
-        )
-        for clients in packs
-    ]
+    requests = [(request_of(instruction, clients),) for clients in packs]
     node = int(context.node_config.get("partition-id", 0))
     return list(zip(packs, pool.call(method, requests, first=node), strict=True))
+
+
+def request_of(instruction: Instruction, clients: tuple[int, ...]) -> Request:
+    """Return a pack's part of an instruction; what the server does not say, of ledgers, is not made up."""
+    heads = dict(zip(instruction.clients, instruction.heads, strict=True)) if instruction.heads else {}
+    known = tuple(heads[client] for client in clients if heads)
+    return Request(instruction.round, clients, instruction.roles, instruction.tensors, known)
 
 
 def _refuse(reply: Reply, clients: tuple[int, ...], error: Exception) -> None:

@@ -28,10 +28,10 @@ from fedlora import engine as engine_package
 from fedlora.config import Config
 from fedlora.data import FederatedData
 from fedlora.methods import TensorSpec
-from fedlora.privacy import Entry, Mechanism, epsilon
+from fedlora.privacy import Ledger, Mechanism, epsilon
 from fedlora.roles import Role, with_role
 from simulations.setup import build_strategy
-from strategies import STRATEGIES
+from strategies import STRATEGIES, RoleStrategy
 
 _ALARM = 1e-6  # chance of a false alarm of each statistical check
 _NUMBERS = 60_000  # numbers of noise that are looked at: noise times 0.97 shows at ten standard deviations
@@ -148,24 +148,26 @@ class _Site:
         """What each client does in a round."""
         return Mechanism.of(self.config)
 
-    def entries(self, client: int) -> list[Entry]:
+    @property
+    def strategy(self) -> RoleStrategy:
+        """The run's strategy."""
+        return build_strategy(self.config, self.trainer.loaded.specs)
+
+    def ledger(self, client: int) -> Ledger:
         """Return a client's ledger."""
         assert self.trainer.loaded.accounts is not None, "audited under DP"
-        return self.trainer.loaded.accounts.ledger(client).entries()
+        return self.trainer.loaded.accounts.ledger(client)
 
     def train(self, clients: Sequence[int], number: int = 1, roles_of: int = 1) -> list[Update]:
         """Train a pack for a round, with the roles of a round."""
-        strategy = build_strategy(self.config, self.trainer.loaded.specs)
+        strategy = self.strategy
         sent = {name: self.start(spec, name) for name, spec in strategy.exchanged(roles_of).items()}
-        heads = tuple(entries[-1].hash if (entries := self.entries(client)) else "" for client in clients)
+        heads = tuple(self.ledger(client).head() for client in clients)
         return self.trainer.train(Request(number, tuple(clients), strategy.all_roles(roles_of), sent, heads))
 
     def start(self, spec: TensorSpec, name: str) -> NDArray[np.floating]:
         """Return a tensor moved away from its start, where factors that are zero hide gradients."""
-        moved: NDArray[np.floating] = self.trainer.initial[name] + 0.1 * np.random.default_rng(0).standard_normal(
-            spec.shape
-        )
-        return moved
+        return self.trainer.initial[name] + 0.1 * np.random.default_rng(0).standard_normal(spec.shape)
 
     def released(self, clients: Sequence[int], roles_of: int = 1, number: int = 1) -> list[Arrays]:
         """Return, for each client, what its optimizer was given over a round, times the expected batch size.
@@ -175,9 +177,8 @@ class _Site:
         Raises:
             RuntimeError: A client did not train.
         """
-        strategy = build_strategy(self.config, self.trainer.loaded.specs)
-        own = with_role(self.trainer.loaded.specs, strategy.all_roles(roles_of), Role.PRIVATE)
-        store = self.trainer.private
+        specs, store = self.trainer.loaded.specs, self.trainer.private
+        own = with_role(specs, self.strategy.all_roles(roles_of), Role.PRIVATE)
         for client in clients:
             if own:
                 store.save(client, number - 1, {name: self.start(spec, name) for name, spec in own.items()})
@@ -187,7 +188,6 @@ class _Site:
                 raise RuntimeError(update.error)
             kept = (store.load(update.client, number + 1) or {}) if own else {}
             after = {**update.tensors, **{name: kept[name] for name in own}}
-            specs = self.trainer.loaded.specs
             scale = self.mechanism.expected_batch_size
             found.append({name: (self.start(specs[name], name) - value) * scale for name, value in after.items()})
         return found
@@ -203,20 +203,20 @@ def _rounds(run: _Run) -> Iterator[Finding]:
     updates += site.train((0, 1), 3)
     errors = [update.error for update in updates if update.error]
     taken = {client: sum(u.steps for u in updates if u.client == client) for client in (0, 1)}
-    charged = {client: sum(entry.use.steps for entry in site.entries(client)) for client in (0, 1)}
+    charged = {client: sum(entry.use.steps for entry in site.ledger(client).entries()) for client in (0, 1)}
     yield Finding(
         "the ledger holds every step of every round",
         not errors and taken == charged and min(taken.values()) == 3 * site.mechanism.steps,
         f"steps taken {taken}, in the ledger {charged}" + (f"; {errors[0]}" if errors else ""),
     )
-    delta, uses = run.config.privacy.delta, [entry.use for entry in site.entries(0)]
+    delta, uses = run.config.privacy.delta, [entry.use for entry in site.ledger(0).entries()]
     spent = [epsilon(uses[:n], target_delta=delta, accountant="rdp") for n in (1, 2, 3)]
     grows = len(uses) == 3 and spent[0] < spent[1] < spent[2]
     yield Finding("epsilon composes over rounds", grows, ", ".join(f"{value:.4g}" for value in spent))
     told = [u.client for u in updates if u.examples or u.loss is not None]
     yield Finding("no number of rows and no loss leaves", not told, f"{len(updates)} updates looked at")
     heads = [update.head for update in updates if update.client == 0]
-    known = [entry.hash for entry in site.entries(0)]
+    known = [entry.hash for entry in site.ledger(0).entries()]
     yield Finding(
         "each update names the entry that pays for it", heads == known[-len(heads) :], f"{len(heads)} updates"
     )
@@ -279,7 +279,7 @@ def _noise(run: _Run, roles_of: int) -> Iterator[Finding]:
     size = sum(value.size for value in first[0].values())
     clients = int(np.clip(-(-_NUMBERS // size), 2, 4096))
     released = [*first, *site.released(range(2, clients), roles_of)] if clients > 2 else first
-    use = site.entries(0)[0].use
+    use = site.ledger(0).entries()[0].use
     deviation = use.noise_multiplier * site.mechanism.max_grad_norm * np.sqrt(use.steps)
     standard = {name: np.stack([one[name].ravel() for one in released]) / deviation for name in first[0]}
     worst, least = "", 1.0
@@ -321,7 +321,7 @@ def _sampler(run: _Run) -> Iterator[Finding]:
         for number in (1, 1, 2):  # the first twice
             site.train((0, 1), number)
     (one, other), (repeated, _), (later, _) = seen
-    batches, rate = [*one, *later], site.entries(0)[0].use.sample_rate
+    batches, rate = [*one, *later], site.ledger(0).entries()[0].use.sample_rate
     sizes = np.array([len(batch) for batch in batches])
     expected, variance = count * rate, count * rate * (1 - rate)
     shift = (sizes.mean() - expected) / np.sqrt(max(variance, 1e-12) / len(sizes))

@@ -75,6 +75,7 @@ class Simulation:
         self.round_started = started
         self.metrics: list[dict[str, Any]] = []
         self.before: dict[str, float] = {}
+        self.privacy: dict[str, Any] = {}
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """Run the rounds, write the run's files, and return the outcome."""
@@ -142,24 +143,25 @@ class Simulation:
             f"{len(self.pool)} trainer(s) of {self.description.threads} thread(s) on {self.description.device}"
         )
 
-    def _write_privacy(self) -> dict[str, float]:
-        """Write ``privacy.json`` from the ledgers; return the most and the least epsilon that a client has spent."""
+    def _write_privacy(self) -> None:
+        """Write ``privacy.json``, under DP from the clients' ledgers as they are now."""
         roles = self.strategy.roles_in_turn()
         if self.plan.privacy is None:
-            self.folder.write_json(PRIVACY_FILE, without_privacy(roles))
-            return {}
-        ledgers: dict[int, Sequence[Entry] | str] = {}
-        for client in range(len(self.data.clients)):
-            ledger = self.accounts.ledger(client)
-            try:
-                ledger.check_knows(self.strategy.heads.get(client, ""))
-                ledgers[client] = ledger.entries()
-            except LedgerError as error:
-                ledgers[client] = str(error)
-        record = privacy_record(self.config, ledgers, self.description.device, roles)
-        self.folder.write_json(PRIVACY_FILE, record)
-        spent = [one["epsilon"] for one in record["clients"]]
-        return {"epsilon": max(spent), "epsilon_least": min(spent)}
+            self.privacy = without_privacy(roles)
+        else:
+            ledgers: dict[int, Sequence[Entry] | str] = {}
+            for client in range(len(self.data.clients)):
+                try:
+                    ledgers[client] = self.accounts.ledger(client).check_knows(self.strategy.heads.get(client, ""))
+                except LedgerError as error:
+                    ledgers[client] = str(error)
+            self.privacy = privacy_record(self.config, ledgers, self.description.device, roles)
+        self.folder.write_json(PRIVACY_FILE, self.privacy)
+
+    def _spent(self) -> dict[str, float]:
+        """Return the most and the least epsilon that a client has spent; empty without DP."""
+        spent = [one["epsilon"] for one in self.privacy.get("clients", ())]
+        return {"epsilon": max(spent), "epsilon_least": min(spent)} if spent else {}
 
     @property
     def accounts(self) -> Accounts:
@@ -250,6 +252,7 @@ class Simulation:
         own = self.task.metrics(means) if means else {}
         names = self.task.metric_names
         train = result.train_metrics_clientapp[server_round]
+        self._write_privacy()
         line: dict[str, Any] = {
             "round": server_round,
             **{f"{where}_{name}": measured.get(f"{where}_{name}") for where in ("test", "dev") for name in names},
@@ -257,7 +260,7 @@ class Simulation:
             "personal_clients": clients,
             "head": str(self.strategy.all_roles(server_round).get("head", "none")),
             "train_loss": train.get("train_loss"),
-            **self._write_privacy(),
+            **self._spent(),
             "clients_ok": train["clients_ok"],
             "clients_refused": train["clients_refused"],
             "bytes_up": tally.bytes_up,
@@ -305,7 +308,7 @@ class Simulation:
         """Print what clients under DP noted and did not tell: the researcher may look, outside the guarantee."""
         if self.plan.privacy is None:
             return
-        for client in range(len(self.data.clients)):
+        for client in self.strategy.sample(server_round):
             for line in self.accounts.noted(client, server_round):
                 if line["error"]:
                     self.console.print(f"note: client {client}, not told to the server: {line['error']}", markup=False)
@@ -343,9 +346,9 @@ class Simulation:
             measured = self.data.corpus.splits.get("test") or self.data.corpus.splits["dev"]
             outcome["majority_share"] = self.data.corpus.majority_share(measured)
         if self.plan.privacy is not None:
-            outcome |= self._write_privacy()
+            outcome |= self._spent()
             outcome |= {"delta": self.config.privacy.delta, "noise_multiplier": self.config.privacy.noise_multiplier}
-            outcome["guarantee"] = Run.read(self.folder.path).privacy["guarantee"]
+            outcome["guarantee"] = self.privacy["guarantee"]
         self._export(tensors, outcome)
         told = read_strengths(self.folder.path)
         ranks = effective_ranks(told)
@@ -372,7 +375,7 @@ class Simulation:
         self.console.print(metrics_table(run))
         self.console.print(outcome_table(run))
         if self.plan.privacy is not None:
-            self.console.print(f"privacy: {run.privacy['guarantee']}", markup=False)
+            self.console.print(f"privacy: {self.privacy['guarantee']}", markup=False)
         self.console.print(f"run folder: {self.folder.path}", markup=False)
         self.console.print(f"next: fedlora report {self.folder.path}", markup=False)
         for line in self._next():
@@ -450,10 +453,11 @@ class Simulation:
             f"- {key}: {value}" + (" (of clients' own rows: outside the guarantee)" if self._is_outside(key) else "")
             for key, value in outcome.items()
         ]
-        guarantee = Run.read(self.folder.path).privacy["guarantee"]
         for request, files in zip(requests, exported, strict=True):
             name = f"adapters/client-{request.clients[0]}" if request.clients else "adapter"
-            card = model_card(self.config, self.data.corpus.classes, lines, roles, guarantee, request.clients)
+            card = model_card(
+                self.config, self.data.corpus.classes, lines, roles, self.privacy["guarantee"], request.clients
+            )
             for file, content in {**files, "README.md": card.encode()}.items():
                 self.folder.write_bytes(f"{name}/{file}", content)
         trainers = [asdict(described) for described in self.pool.call_all("describe", [()] * len(self.pool))]

@@ -163,6 +163,16 @@ def _model(family: str) -> Any:
     return without_float32(small_model(family)).requires_grad_(False)
 
 
+def proximal_step(
+    method: str, specs: Mapping[str, TensorSpec], trained: Mapping[str, Tensor], train: TrainConfig
+) -> None:
+    """Take S2-LoRA's coefficients towards zero, in place, after an optimizer's step."""
+    with torch.no_grad():
+        for name, value in trained.items():
+            threshold = train.learning_rate * (CONFIGS[method].s2.sparsity if specs[name].kind == "s" else 0.0)
+            value.copy_(torch.sign(value) * torch.relu(value.abs() - threshold))
+
+
 def alone(
     method: str, family: str, engine: Engine, work: ClientWork, common: Mapping[str, Any], train: TrainConfig
 ) -> Arrays:
@@ -176,10 +186,7 @@ def alone(
         losses = [row_loss(method, family, engine, tensors, work, int(row)) for row in batch]
         (torch.stack(losses).mean() + penalty(method, tensors)).backward()
         optimizer.step()
-        with torch.no_grad():
-            for name, value in trained.items():
-                threshold = train.learning_rate * (CONFIGS[method].s2.sparsity if specs[name].kind == "s" else 0.0)
-                value.copy_(torch.sign(value) * torch.relu(value.abs() - threshold))
+        proximal_step(method, specs, trained, train)
     return {name: value.detach().numpy() for name, value in trained.items()}
 
 

@@ -19,7 +19,7 @@ from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
 from fedlora.privacy import Mechanism
 from fedlora.privacy.step import PrivateStep, clip_rows
 from tests.families import random_examples
-from tests.matrix import CONFIGS, MODELS, Arrays, engine_of, penalty, random_start, row_loss
+from tests.matrix import CONFIGS, MODELS, Arrays, engine_of, penalty, proximal_step, random_start, row_loss
 from tests.test_packing import METHOD, make_engine, peft_model
 
 TRAIN = TrainConfig(learning_rate=0.02, weight_decay=0.1)
@@ -101,10 +101,7 @@ def alone_under_dp(
             own = total / mechanism.expected_batch_size
             value.grad = own if value.grad is None else value.grad + own
         optimizer.step()
-        with torch.no_grad():
-            for name, value in trained.items():
-                threshold = train.learning_rate * (CONFIGS[method].s2.sparsity if specs[name].kind == "s" else 0.0)
-                value.copy_(torch.sign(value) * torch.relu(value.abs() - threshold))
+        proximal_step(method, specs, trained, train)
     return {name: value.detach().numpy() for name, value in trained.items()}
 
 

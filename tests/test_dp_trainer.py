@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from clients.accounts import Accounts, RefusedError
+from clients.app import request_of
 from clients.trainer import Job, Request, Trainer, Update
 from fedlora.config import Config
 from fedlora.data import load_federated
 from fedlora.privacy import Ledger, Mechanism, Use, epsilon
 from fedlora.tasks import Classification
-from fedlora.wire import BUDGET_SPENT
+from fedlora.wire import BUDGET_SPENT, Instruction
 from simulations.audit import _seen_batches
 from simulations.privacy import participations, resolve_privacy
 from simulations.setup import build_strategy, resolve
@@ -232,6 +233,13 @@ def test_what_an_exception_says_stays_at_the_site(tmp_path: Path, monkeypatch: p
 def test_a_server_must_say_what_it_last_saw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only for a server that says what it last saw of its ledger"):
         ask(dp_trainer(tmp_path), (0, 1), heads=())
+
+
+def test_what_the_server_does_not_say_is_not_made_up() -> None:
+    """The app deals an instruction to packs: without hashes of ledgers the trainer must see that there are none."""
+    said = Instruction(1, (0, 3, 5), {}, "equal", {}, "", heads=("a", "", "c"))
+    assert request_of(said, (3, 5)).heads == ("", "c")
+    assert request_of(replace(said, heads=()), (3, 5)).heads == ()
 
 
 def test_an_adapter_that_does_not_train_is_seen_on_rows_of_nobody(

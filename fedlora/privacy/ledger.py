@@ -87,8 +87,8 @@ class Ledger:
         """
         return [entry.use for entry in self.entries()]
 
-    def check_knows(self, head: str) -> None:
-        """Refuse a ledger that lacks what the server last saw of it.
+    def check_knows(self, head: str) -> list[Entry]:
+        """Return all entries, and refuse a ledger that lacks what the server last saw of it.
 
         Args:
             head: The last hash that the server was told; empty: it was told none.
@@ -96,7 +96,9 @@ class Ledger:
         Raises:
             LedgerError: It does, or as for :meth:`entries`.
         """
-        self._check_knows(head, self.entries())
+        entries = self.entries()
+        self._check_knows(head, entries)
+        return entries
 
     def charge(
         self, round_number: int, use: Use, *, head: str = "", budget: Callable[[Sequence[Use]], None] | None = None

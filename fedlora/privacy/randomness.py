@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 _TWO_53 = 2.0**-53
@@ -33,7 +34,7 @@ class PrivateRandom:
 
     def __init__(self, key: bytes | None = None) -> None:
         self._cipher = Cipher(algorithms.AES256(key or os.urandom(32)), modes.CTR(bytes(16))).encryptor()
-        self._generator: object = None
+        self._generator: torch.Generator | None = None
 
     @classmethod
     def reproducible(cls, seed: int, client: int, round_number: int) -> PrivateRandom:
@@ -57,7 +58,6 @@ class PrivateRandom:
             return torch.from_numpy(self._normal(like.numel())).to(like.dtype).view(like.shape)
         if self._generator is None:
             self._generator = torch.Generator(like.device).manual_seed(int(self.words(1)[0]))
-        assert isinstance(self._generator, torch.Generator)
         return torch.empty_like(like).normal_(generator=self._generator)
 
     def _normal(self, size: int) -> NDArray[np.float64]:
