@@ -44,6 +44,21 @@ def table(name: str, measure: str, where: str = "") -> list[str]:
     return lines
 
 
+def private_table() -> list[str]:
+    """Return test accuracy by strategy, a column for each guarantee, as Markdown lines."""
+    columns = {told: pd.read_csv(RESULTS / f"{name}.csv").query(where) for told, (name, where) in _PRIVATE.items()}
+    lines = [f"| strategy | trained parameters | {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) + 1)]
+    for strategy in next(iter(columns.values()))["strategy.name"]:
+        rows = [column[column["strategy.name"] == strategy].iloc[0] for column in columns.values()]
+        cells = [f"`{strategy}`", f"{rows[0]['trained_parameters_mean']:,.0f}"]
+        cells += [
+            f"{row['test_accuracy_mean']:.4f} ± {row['test_accuracy_std']:.4f} (`{row['train.learning-rate']:g}`)"
+            for row in rows
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _key(value: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
@@ -57,6 +72,11 @@ def _until(row: dict[Any, Any]) -> str:
     return human_bytes(row["bytes_up_to_target_mean"]) + told
 
 
+_PRIVATE = {
+    "without privacy": ("sst2-dp-none", "index == index"),
+    "epsilon 8": ("sst2-dp", "`privacy.epsilon` == 8"),
+    "epsilon 3": ("sst2-dp", "`privacy.epsilon` == 3"),
+}
 _SWEEPS = ("sst2-lora", "sst2-mos", "sst2-s2")
 TABLES = {
     **{
@@ -66,6 +86,7 @@ TABLES = {
         for alpha in (0.5, 0.1)
     },
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-mos-devices", "sst2-mos-budget")},
+    "sst2-dp": private_table,
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-s2-rank", "sst2-s2-scale", "sst2-head")},
 }
 
