@@ -103,9 +103,16 @@ class PrivacyPlan:
         uses = [self.mechanism.use(rounds)] if rounds else []
         return epsilon(uses, target_delta=self.config.privacy.delta, accountant=by or certifier(self.config))
 
-    def signal_to_noise(self) -> float:
-        """Return the norm of a step's sum over that of its noise, at best: as many rows as expected, and all alike."""
-        return _signal_to_noise(self.mechanism, self.trained)
+    def signal_to_noise(self, steps: int = 1) -> float:
+        """Return the norm of a client's summed gradients over that of their noise, at best.
+
+        At best: in each step as many rows as expected, and all rows of all steps alike. Over `T` steps it is the square
+        root of `T` times that of one, because signals that agree add up, where noises add up by their squares.
+
+        Args:
+            steps: How many of a client's steps are taken together.
+        """
+        return _signal_to_noise(self.mechanism, self.trained, steps)
 
     def lines(self) -> list[str]:
         """Return the plan as lines."""
@@ -116,7 +123,8 @@ class PrivacyPlan:
             f"privacy: noise multiplier {mechanism.noise_multiplier:.4g}, clip {mechanism.max_grad_norm:g}, sample "
             f"rate {mechanism.sample_rate:.4g} ({mechanism.expected_batch_size} of {privacy.client_size} declared "
             f"rows), {mechanism.steps} steps a round; epsilon by RDP {self.epsilon(most, 'rdp'):.4g}",
-            f"privacy: signal to noise of a step {self.signal_to_noise():.3g} at best: "
+            f"privacy: signal to noise of a step {self.signal_to_noise():.3g} at best, of a client's "
+            f"{mechanism.steps * most} together {self.signal_to_noise(mechanism.steps * most):.3g}: "
             f"{mechanism.expected_batch_size} rows that agree, against noise on {self.trained:,} trained numbers",
         ]
         lines.append("privacy: averages weigh clients equally, because the number of a client's rows is not sent")
@@ -144,6 +152,7 @@ class PrivacyPlan:
             "epsilon": self.epsilon(most),
             "epsilon_least": self.epsilon(least),
             "signal_to_noise": self.signal_to_noise(),
+            "signal_to_noise_together": self.signal_to_noise(self.mechanism.steps * most),
             "guarantee": statement(self.config, self.epsilon(most)),
         }
 
@@ -180,31 +189,39 @@ class PrivacyPlan:
     def _alternatives(self) -> RichTable:
         config = self.config
         table = RichTable(title=f"noise that keeps to epsilon {config.privacy.epsilon:g}, by batch size and rounds")
-        for column in ("batch size", "rounds", "noise multiplier", "signal to noise, at best"):
+        for column in ("batch size", "rounds", "steps", "noise multiplier", *_RATIOS):
             table.add_column(column, justify="right")
-        for batch, rounds in ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2)):
-            size, count = config.train.batch_size * batch, max(1, config.rounds // rounds)
-            if size > config.privacy.client_size or (rounds > 1 and config.rounds < rounds):
+        for batch, rounds in ((1, 1.0), (2, 1.0), (4, 1.0), (1, 0.5), (2, 0.5), (1, 2.0)):
+            size, count = config.train.batch_size * batch, int(config.rounds * rounds)
+            if size > config.privacy.client_size or count == 0:
                 continue
             other = replace(config, rounds=count, train=replace(config.train, batch_size=size))
-            noise = _noise(other, int(participations(other)[-1].max()))
+            most = int(participations(other)[-1].max())
+            noise = _noise(other, most)
             other = replace(other, privacy=replace(other.privacy, noise_multiplier=noise))
-            ratio = _signal_to_noise(Mechanism.of(other), self.trained)
-            table.add_row(str(size), str(count), f"{noise:.4g}", f"{ratio:.3g}")
+            mechanism = Mechanism.of(other)
+            steps = mechanism.steps * most
+            ratios = (_signal_to_noise(mechanism, self.trained, taken) for taken in (1, steps))
+            table.add_row(str(size), str(count), str(steps), f"{noise:.4g}", *(f"{ratio:.3g}" for ratio in ratios))
         return table
 
     def _by_strategy(self, others: Mapping[str, int]) -> RichTable:
+        steps = self.mechanism.steps * self.rounds[1]
         table = RichTable(
             title="signal to noise by strategy: the clip bounds the whole gradient, noise is on each number"
         )
-        for column in ("strategy", "trained numbers", "signal to noise, at best"):
+        for column in ("strategy", "trained numbers", *_RATIOS):
             table.add_column(column, justify="left" if column == "strategy" else "right")
         for name, count in others.items():
-            table.add_row(name, f"{count:,}", f"{_signal_to_noise(self.mechanism, count):.3g}")
+            ratios = (_signal_to_noise(self.mechanism, count, taken) for taken in (1, steps))
+            table.add_row(name, f"{count:,}", *(f"{ratio:.3g}" for ratio in ratios))
         return table
 
 
-def _signal_to_noise(mechanism: Mechanism, trained: int) -> float:
+_RATIOS = ("signal to noise of a step", "of all steps")  # both at best
+
+
+def _signal_to_noise(mechanism: Mechanism, trained: int, steps: int) -> float:
     if mechanism.noise_multiplier == 0:
         return math.inf
-    return mechanism.expected_batch_size / (mechanism.noise_multiplier * math.sqrt(trained))
+    return mechanism.expected_batch_size / mechanism.noise_multiplier * math.sqrt(steps / trained)

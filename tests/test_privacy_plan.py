@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedlora.config import to_toml
@@ -64,6 +65,16 @@ def test_fewer_trained_numbers_leave_more_signal(tmp_path: Path) -> None:
     config = dp_config(tmp_path)
     half, whole = PrivacyPlan(config, 500).signal_to_noise(), PrivacyPlan(config, 1000).signal_to_noise()
     assert half == pytest.approx(math.sqrt(2) * whole)
+
+
+def test_steps_that_agree_add_up_faster_than_their_noise(tmp_path: Path) -> None:
+    """By hand: the sum of T steps of B rows of norm 1, over the norm of T draws of P numbers each."""
+    plan = PrivacyPlan(dp_config(tmp_path), 400)
+    generator = np.random.default_rng(0)
+    drawn = generator.normal(scale=plan.mechanism.noise_multiplier, size=(2000, 9, 400)).sum(1)
+    noise = np.linalg.norm(drawn, axis=1).mean()
+    assert plan.signal_to_noise(9) == pytest.approx(9 * plan.mechanism.expected_batch_size / noise, rel=0.01)
+    assert plan.record()["signal_to_noise_together"] > plan.signal_to_noise()
 
 
 def test_audit_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
