@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 import transformers
+from flwr.cli.build import build_fab_from_disk
 from peft import PeftModel
 from safetensors.numpy import load_file
 
@@ -28,7 +29,7 @@ from fedlora.config import Config, from_toml, to_toml
 from fedlora.data import load_federated
 from fedlora.privacy import Ledger, Use, epsilon, merged
 from fedlora.runs.folder import read_lines
-from simulations.launch import end_processes, flower_environment
+from simulations.launch import end_processes, flower_environment, shipped
 from tests.test_trainer import tiny_flat
 
 ROOT = Path(__file__).parents[1]
@@ -250,6 +251,17 @@ def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "fedlora: interrupted; nothing was left running" in rest
     assert set(workers()) <= set(others)
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+def test_flower_ships_the_same_of_a_copy(tmp_path: Path) -> None:
+    """And does not walk through this checkout's virtual environment for it."""
+    copy = shipped(ROOT, tmp_path / "app")
+    assert build_fab_from_disk(copy) == build_fab_from_disk(ROOT)
+    assert len(list(copy.rglob("*"))) < 200
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "pyproject.toml").write_text(PLAIN_PYPROJECT)
+    assert shipped(tmp_path / "other", tmp_path / "never") == tmp_path / "other"
 
 
 def test_bad_input_stops_before_anything_starts(tmp_path: Path) -> None:
