@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -134,7 +135,7 @@ class PrivacyPlan:
                 f"{self.epsilon(least):.4g}, the one sampled most in {most}"
             )
         if privacy.epsilon and spent > privacy.epsilon:
-            able = max(number for number in range(most + 1) if self.epsilon(number) <= privacy.epsilon)
+            able = bisect_right(range(most + 1), privacy.epsilon, key=self.epsilon) - 1
             lines.append(
                 f"note: the budget of {privacy.epsilon:g} is enough for {able} of {most} rounds of a client: it "
                 "refuses the others. Raise privacy.noise-multiplier (0: the least that is enough), or plan fewer "
