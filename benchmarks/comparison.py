@@ -28,8 +28,7 @@ def table(name: str, measure: str, where: str = "") -> list[str]:
         measure: What is shown, such as ``test_accuracy``; groups without it are left out.
         where: Which groups, as a query of pandas.
     """
-    groups = pd.read_csv(RESULTS / f"{name}.csv")
-    groups = groups.query(where) if where else groups
+    groups = _groups(name, where)
     groups = groups[groups[f"{measure}_mean"].notna()]
     keys = [str(key) for key in groups.columns[: groups.columns.get_loc("n")]]
     keys = [key for key in keys if key not in where]
@@ -38,7 +37,7 @@ def table(name: str, measure: str, where: str = "") -> list[str]:
     lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(named) + " ---: |" * 4]
     for row in groups.to_dict("records"):
         cells = [_key(row[key]) for key in keys]
-        cells.append(f"{row[f'{measure}_mean']:.4f} ± {row[f'{measure}_std']:.4f}")
+        cells.append(_spread(row, measure))
         cells += [f"{row['trained_parameters_mean']:,.0f}", human_bytes(row["bytes_up_mean"]), _until(row)]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -46,17 +45,25 @@ def table(name: str, measure: str, where: str = "") -> list[str]:
 
 def private_table() -> list[str]:
     """Return test accuracy by strategy, a column for each guarantee, as Markdown lines."""
-    columns = {told: pd.read_csv(RESULTS / f"{name}.csv").query(where) for told, (name, where) in _PRIVATE.items()}
+    columns = {
+        told: _groups(name, where).set_index("strategy.name").to_dict("index")
+        for told, (name, where) in _PRIVATE.items()
+    }
     lines = [f"| strategy | trained parameters | {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) + 1)]
-    for strategy in next(iter(columns.values()))["strategy.name"]:
-        rows = [column[column["strategy.name"] == strategy].iloc[0] for column in columns.values()]
-        cells = [f"`{strategy}`", f"{rows[0]['trained_parameters_mean']:,.0f}"]
-        cells += [
-            f"{row['test_accuracy_mean']:.4f} ± {row['test_accuracy_std']:.4f} (`{row['train.learning-rate']:g}`)"
-            for row in rows
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
+    for strategy, first in next(iter(columns.values())).items():
+        rows = [column[strategy] for column in columns.values()]
+        cells = [f"{_spread(row, 'test_accuracy')} (`{row['train.learning-rate']:g}`)" for row in rows]
+        lines.append(f"| {_key(strategy)} | {first['trained_parameters_mean']:,.0f} | {' | '.join(cells)} |")
     return lines
+
+
+def _groups(name: str, where: str) -> pd.DataFrame:
+    groups = pd.read_csv(RESULTS / f"{name}.csv")
+    return groups.query(where) if where else groups
+
+
+def _spread(row: dict[Any, Any], measure: str) -> str:
+    return f"{row[f'{measure}_mean']:.4f} ± {row[f'{measure}_std']:.4f}"
 
 
 def _key(value: Any) -> str:
@@ -73,7 +80,7 @@ def _until(row: dict[Any, Any]) -> str:
 
 
 _PRIVATE = {
-    "without privacy": ("sst2-dp-none", "index == index"),
+    "without privacy": ("sst2-dp-none", ""),
     "epsilon 8": ("sst2-dp", "`privacy.epsilon` == 8"),
     "epsilon 3": ("sst2-dp", "`privacy.epsilon` == 3"),
 }
@@ -86,8 +93,8 @@ TABLES = {
         for alpha in (0.5, 0.1)
     },
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-mos-devices", "sst2-mos-budget")},
-    "sst2-dp": private_table,
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-s2-rank", "sst2-s2-scale", "sst2-head")},
+    "sst2-dp": private_table,
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -76,6 +76,9 @@ def participations(config: Config) -> NDArray[np.int64]:
     return counts
 
 
+_RATIOS = ("signal to noise of a step", "of all steps")  # both at best
+
+
 @dataclass(frozen=True)
 class PrivacyPlan:
     """What a run's privacy comes to.
@@ -99,6 +102,11 @@ class PrivacyPlan:
         counts = participations(self.config)[-1]
         return int(counts.min()), int(counts.max())
 
+    @property
+    def steps(self) -> int:
+        """Steps of the client that is sampled most often, in all its rounds."""
+        return self.mechanism.steps * self.rounds[1]
+
     def epsilon(self, rounds: int, by: Accountant | None = None) -> float:
         """Return the epsilon of a client that has taken part in so many rounds."""
         uses = [self.mechanism.use(rounds)] if rounds else []
@@ -113,7 +121,9 @@ class PrivacyPlan:
         Args:
             steps: How many of a client's steps are taken together.
         """
-        return _signal_to_noise(self.mechanism, self.trained, steps)
+        if self.mechanism.noise_multiplier == 0:
+            return math.inf
+        return self.mechanism.expected_batch_size / self.mechanism.noise_multiplier * math.sqrt(steps / self.trained)
 
     def lines(self) -> list[str]:
         """Return the plan as lines."""
@@ -125,7 +135,7 @@ class PrivacyPlan:
             f"rate {mechanism.sample_rate:.4g} ({mechanism.expected_batch_size} of {privacy.client_size} declared "
             f"rows), {mechanism.steps} steps a round; epsilon by RDP {self.epsilon(most, 'rdp'):.4g}",
             f"privacy: signal to noise of a step {self.signal_to_noise():.3g} at best, of a client's "
-            f"{mechanism.steps * most} together {self.signal_to_noise(mechanism.steps * most):.3g}: "
+            f"{self.steps} together {self.signal_to_noise(self.steps):.3g}: "
             f"{mechanism.expected_batch_size} rows that agree, against noise on {self.trained:,} trained numbers",
         ]
         lines.append("privacy: averages weigh clients equally, because the number of a client's rows is not sent")
@@ -153,7 +163,7 @@ class PrivacyPlan:
             "epsilon": self.epsilon(most),
             "epsilon_least": self.epsilon(least),
             "signal_to_noise": self.signal_to_noise(),
-            "signal_to_noise_together": self.signal_to_noise(self.mechanism.steps * most),
+            "signal_to_noise_together": self.signal_to_noise(self.steps),
             "guarantee": statement(self.config, self.epsilon(most)),
         }
 
@@ -187,6 +197,10 @@ class PrivacyPlan:
                 break
         return table
 
+    def _ratios(self, steps: int) -> Iterator[str]:
+        """Yield what stands under ``_RATIOS``."""
+        return (f"{self.signal_to_noise(taken):.3g}" for taken in (1, steps))
+
     def _alternatives(self) -> RichTable:
         config = self.config
         table = RichTable(title=f"noise that keeps to epsilon {config.privacy.epsilon:g}, by batch size and rounds")
@@ -197,32 +211,17 @@ class PrivacyPlan:
             if size > config.privacy.client_size or count == 0:
                 continue
             other = replace(config, rounds=count, train=replace(config.train, batch_size=size))
-            most = int(participations(other)[-1].max())
-            noise = _noise(other, most)
-            other = replace(other, privacy=replace(other.privacy, noise_multiplier=noise))
-            mechanism = Mechanism.of(other)
-            steps = mechanism.steps * most
-            ratios = (_signal_to_noise(mechanism, self.trained, taken) for taken in (1, steps))
-            table.add_row(str(size), str(count), str(steps), f"{noise:.4g}", *(f"{ratio:.3g}" for ratio in ratios))
+            noise = _noise(other, replace(self, config=other).rounds[1])
+            plan = replace(self, config=replace(other, privacy=replace(other.privacy, noise_multiplier=noise)))
+            table.add_row(str(size), str(count), str(plan.steps), f"{noise:.4g}", *plan._ratios(plan.steps))
         return table
 
     def _by_strategy(self, others: Mapping[str, int]) -> RichTable:
-        steps = self.mechanism.steps * self.rounds[1]
         table = RichTable(
             title="signal to noise by strategy: the clip bounds the whole gradient, noise is on each number"
         )
         for column in ("strategy", "trained numbers", *_RATIOS):
             table.add_column(column, justify="left" if column == "strategy" else "right")
         for name, count in others.items():
-            ratios = (_signal_to_noise(self.mechanism, count, taken) for taken in (1, steps))
-            table.add_row(name, f"{count:,}", *(f"{ratio:.3g}" for ratio in ratios))
+            table.add_row(name, f"{count:,}", *replace(self, trained=count)._ratios(self.steps))
         return table
-
-
-_RATIOS = ("signal to noise of a step", "of all steps")  # both at best
-
-
-def _signal_to_noise(mechanism: Mechanism, trained: int, steps: int) -> float:
-    if mechanism.noise_multiplier == 0:
-        return math.inf
-    return mechanism.expected_batch_size / mechanism.noise_multiplier * math.sqrt(steps / trained)

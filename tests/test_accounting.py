@@ -81,6 +81,7 @@ def test_merged_adds_steps_of_equal_mechanisms() -> None:
         (0.11, 0.1, 10, 1e-5),  # below what RDP's orders can say
         (0.3, 0.001, 100_000, 1e-6),  # so many steps that a coarse grid would show
         (0.3, 1.0, 1, 0.5),  # a delta so large that nothing is left of epsilon
+        (0.3, 1.0, 1, 0.9),  # nor with the noise at which the search begins
     ],
 )
 def test_the_least_noise_keeps_to_epsilon_and_hardly_less(target: float, rate: float, steps: int, delta: float) -> None:
