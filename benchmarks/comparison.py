@@ -44,7 +44,7 @@ def table(name: str, measure: str, where: str = "") -> list[str]:
 
 
 def private_table() -> list[str]:
-    """Return test accuracy by strategy, a column for each guarantee, as Markdown lines."""
+    """Return test accuracy by strategy, a column for each guarantee and each of its parts, as Markdown lines."""
     columns = {
         told: _groups(name, where).set_index("strategy.name").to_dict("index")
         for told, (name, where) in _PRIVATE.items()
@@ -80,7 +80,10 @@ def _until(row: dict[Any, Any]) -> str:
 
 
 _PRIVATE = {
-    "without privacy": ("sst2-dp-none", ""),
+    "without privacy, AdamW": ("sst2-dp-adamw", ""),
+    "without privacy, SGD": ("sst2-dp-none", ""),
+    "clip only": ("sst2-dp-clip", ""),
+    "noise only": ("sst2-dp-noise", ""),
     "epsilon 8": ("sst2-dp", "`privacy.epsilon` == 8"),
     "epsilon 3": ("sst2-dp", "`privacy.epsilon` == 3"),
 }

@@ -35,6 +35,12 @@ def _spread(row: Row, name: str) -> str:
     return number(row.get(f"{name}_mean")) + ("" if deviation is None else f" ± {deviation:.4f}")
 
 
+def _epsilon(row: Row) -> str:
+    """Return the mean epsilon; infinite where that of a run is, which a mean leaves out, as JSON has no such number."""
+    known = row.get("epsilon_n", row["n"]) if "epsilon_mean" in row else 0
+    return number(row["epsilon_mean"]) if known == row["n"] else "infinite"
+
+
 def terminal_table(sweep: Sweep) -> RichTable:
     """Return the groups with their measures."""
     keys, measures, rows = _groups(sweep)
@@ -69,7 +75,7 @@ def summary(sweep: Sweep) -> str:
     for row in rows:
         cells = [f"`{row.get(key, '-')}`" for key in keys] + [str(row["n"]), *(_spread(row, name) for name in measures)]
         cells += [f"{row['trained_parameters_mean']:,.0f}", human_bytes(row["bytes_up_mean"])]
-        cells += [number(row.get("epsilon_mean")), f"{row.get('delta_mean', 0):g}"] if private else []
+        cells += [_epsilon(row), f"{row.get('delta_mean', 0):g}"] if private else []
         if target:
             reached = row.get("rounds_to_target_n", row["n"]) if "rounds_to_target_mean" in row else 0
             told = f" ({reached} of {row['n']})" if reached != row["n"] else ""

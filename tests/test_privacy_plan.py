@@ -114,6 +114,14 @@ def test_what_a_ledger_that_cannot_be_trusted_has_cost_is_not_known(tmp_path: Pa
     assert record["clients"][1]["epsilon"] == math.inf
     assert record["clients"][1]["error"] == "it was edited"
     assert record["guarantee"].startswith("epsilon inf at delta")
+    assert record["private"] is False
+
+
+def test_noise_too_small_for_any_epsilon_is_not_called_private(tmp_path: Path) -> None:
+    config = dp_config(tmp_path, **{"privacy.noise-multiplier": 1e-6})
+    record = privacy_record(config, {0: [Entry(1, Use(1e-6, 0.2, 3), "")]}, "cpu", {"B": [Role.SHARED]})
+    assert record["guarantee"].startswith("epsilon inf at delta")
+    assert record["private"] is False
 
 
 def test_a_seeded_run_is_stamped_not_private(tmp_path: Path) -> None:

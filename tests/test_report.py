@@ -21,7 +21,7 @@ from rich.console import Console
 from fedlora.config import Config
 from fedlora.runs.compare import comparison, html_page
 from fedlora.runs.folder import RunFolder, read_lines
-from fedlora.runs.report import Run, clients_table, human_bytes, plot_partition, write_report
+from fedlora.runs.report import Run, clients_table, human_bytes, number, plot_partition, write_report
 
 CLASSES = ["[/b]", "[sci]", "$x_1$", "_hidden", "a\\b"]
 COUNTS = [[3, 1, 0, 2, 5], [1, 0, 7, 2, 1]]
@@ -32,6 +32,12 @@ def test_class_names_are_text_not_markup() -> None:
     console.print(clients_table(CLASSES, COUNTS))
     assert isinstance(console.file, io.StringIO)
     assert all(name in console.file.getvalue() for name in CLASSES)
+
+
+def test_small_numbers_are_not_told_as_zero() -> None:
+    told = {1e-5: "1e-05", -0.00012345: "-0.0001234", 0.0: "0.0000", 0.001: "0.0010", 12.0: "12.0000"}
+    assert {value: number(value) for value in told} == told
+    assert number(None) == number(float("inf")) == "-"
 
 
 def test_plots_take_any_class_name(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from fedlora.config import Config, ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
 from simulations.sweep import Share, Sweep
+from simulations.sweep_tables import summary
 from tests.test_runs import BIN, ROOT
 from tests.test_trainer import tiny_flat
 
@@ -101,6 +102,21 @@ def test_choices_are_made_on_dev_rows(tmp_path: Path) -> None:
     assert len(one.unfinished()) == 2 + 3, "the other strategy's tuning, and this one's final cells"
 
 
+@pytest.mark.parametrize(
+    ("spent", "told"), [((2.0, 4.0), "3.0000"), ((2.0, None), "infinite"), ((None, None), "infinite")]
+)
+def test_an_epsilon_that_is_not_finite_is_not_averaged_away(
+    spent: tuple[float | None, ...], told: str, tmp_path: Path
+) -> None:
+    one = sweep(tmp_path, **{"privacy.mode": "dp", "privacy.epsilon": 4.0, "grid.seed": [0, 1]})
+    for cell, value in zip(one.finals({}, {}), spent, strict=True):
+        cell.folder.mkdir(parents=True)
+        result = {"test_accuracy": 0.5, "trained_parameters": 8, "bytes_up": 32, "delta": 1e-5, "epsilon": value}
+        (cell.folder / "result.json").write_text(json.dumps(result))
+    one.write_tables()
+    assert summary(one).endswith(f"| {told} | 1e-05 |\n")
+
+
 def test_a_search_reads_no_test_row(tmp_path: Path) -> None:
     """Test files are not opened, dev rows are not trained on, and clients hold out other rows than at the end."""
     flat = {**tiny_flat(tmp_path), "data.test-path": str(tmp_path / "no-such-file.csv"), "data.dev-share": 0.25}
@@ -151,12 +167,12 @@ def test_a_real_sweep(tmp_path: Path) -> None:
     assert groups["n"].tolist() == [2]
     assert groups["test_accuracy_mean"].iloc[0] == pytest.approx(final["test_accuracy"].mean())
     assert groups["test_accuracy_std"].iloc[0] == pytest.approx(final["test_accuracy"].std())
-    summary = (folder / "summary.md").read_text()
+    written = (folder / "summary.md").read_text()
     best = groups["train.learning-rate"].iloc[0]
     mean, deviation = final["test_accuracy"].mean(), final["test_accuracy"].std()
-    assert f"| `4` | `{best}` | 2 | {mean:.4f} ± {deviation:.4f} |" in summary
-    assert "`train.learning-rate` was chosen on dev rows among 0.01, 0.1." in summary
-    assert "`500`" not in summary, "no cell of it finished"
+    assert f"| `4` | `{best}` | 2 | {mean:.4f} ± {deviation:.4f} |" in written
+    assert "`train.learning-rate` was chosen on dev rows among 0.01, 0.1." in written
+    assert "`500`" not in written, "no cell of it finished"
     for cell in final["folder"]:
         curve = [json.loads(line) for line in (Path(cell) / "metrics.jsonl").read_text().splitlines()]
         assert all(line["test_accuracy"] is None and line["dev_accuracy"] is not None for line in curve)

@@ -53,7 +53,7 @@ def privacy_record(
     return {
         "mode": privacy.mode,
         "guarantee": f"{statement(config, spent)} Randomness: {rng}.",
-        "private": privacy.seed == 0,
+        "private": privacy.seed == 0 and math.isfinite(spent),
         "unit": privacy.unit,
         "trust": privacy.trust,
         "adversary": ADVERSARIES[privacy.trust],

@@ -219,8 +219,10 @@ def _outcome(run: Run) -> dict[str, float | None]:
 
 
 def number(value: float | None) -> str:
-    """Return a number with four decimals, or a dash where there is none."""
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4f}"
+    """Return a number with four decimals, or four digits where those would be mostly zeros; a dash where none is."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.4g}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
 
 
 def write_report(run: Run) -> None:
@@ -253,8 +255,8 @@ def summary(run: Run) -> str:
         "",
     ]
     if run.result:
-        head += [f"- {name}: {number(value)}" for name, value in _outcome(run).items()]
-        head += [f"- {key.replace('_', ' ')}: {_shown(value)}" for key, value in run.result.items()] + [""]
+        rest = {key.replace("_", " "): value for key, value in run.result.items()}
+        head += [f"- {name}: {_shown(value)}" for name, value in {**_outcome(run), **rest}.items()] + [""]
     rows = [f"| round | {measure} | clients ok | refused | bytes up | bytes down | seconds |", "|" + " --- |" * 7]
     rows += [
         f"| {line['round']} | {number(line[measure])} | {line['clients_ok']} | {line['clients_refused']} | "
@@ -293,7 +295,7 @@ def _spent_table(run: Run) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return number(value) if value is None or isinstance(value, float) else str(value)
 
 
 def draw_curves(runs: list[Run]) -> Any:
