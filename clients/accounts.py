@@ -15,6 +15,7 @@ from typing import Any, final
 
 from fedlora.config import Config
 from fedlora.privacy import Ledger, LedgerError, Mechanism, PrivateRandom, Use, certifier, epsilon
+from fedlora.privacy.mechanism import SEEDED
 from fedlora.runs.folder import read_lines
 from fedlora.wire import BUDGET_SPENT
 
@@ -46,7 +47,7 @@ class Accounts:
         return Ledger(self.folder / f"client-{client}" / "ledger.jsonl", client)
 
     def random(self, client: int, round_number: int) -> PrivateRandom:
-        """Return a client's private randomness for a round, never the same twice."""
+        """Return a client's private randomness for a round, never the same twice unless ``privacy.seed`` is set."""
         seed = self.config.privacy.seed
         return PrivateRandom.reproducible(seed, client, round_number) if seed else PrivateRandom()
 
@@ -65,7 +66,13 @@ class Accounts:
             OSError: The ledger cannot be written.
         """
         try:
-            entry = self.ledger(client).charge(round_number, self.mechanism.use(), head=head, budget=self._check_budget)
+            entry = self.ledger(client).charge(
+                round_number,
+                self.mechanism.use(),
+                head=head,
+                budget=self._check_budget,
+                remark=SEEDED if self.config.privacy.seed else "",
+            )
         except LedgerError as error:
             self.note(client, round_number, {"error": str(error)})
             raise RefusedError("its privacy ledger cannot be trusted; its own diagnostics.jsonl says why") from error

@@ -7,6 +7,7 @@ imported when a trainer starts, not when this module is: Flower's processes neve
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from fedlora.engine import ClientResult, ClientWork, Engine
     from fedlora.privacy.step import PrivateStep
     from fedlora.tasks import Examples
+
+_logger = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[np.floating]]
 
@@ -211,7 +214,13 @@ class Trainer:
         """Train a pack for a round and return what each client lets out; private tensors stay here."""
         from fedlora.engine import plan_batches, train_pack
 
-        loaded = self.loaded
+        try:
+            loaded = self.loaded
+        except Exception:
+            if not request.heads:
+                raise
+            _logger.exception("loading failed")  # its text may quote a row, so it stays in the site's log
+            raise RuntimeError("loading failed at the site; its own log says why") from None
         if loaded.accounts is not None:
             return self._train_under_dp(request, loaded.accounts)
         seeded, config = Seeded(loaded.config.seed), loaded.config.train

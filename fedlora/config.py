@@ -111,6 +111,9 @@ class DataConfig:
     label_column: str = "label"
     """Name of the label column; where the file has no header its number, from 0 (``label`` stands for 1). For
     ``causal-lm`` a category to deal by, read by ``dirichlet`` and ``shards`` only."""
+    classes: str = ""
+    """Names of the classes, with commas between, in the order of their numbers; empty: the labels that the training
+    rows have, sorted. Under DP name them: that a label occurs at all is not protected otherwise."""
     answer_column: str = "answer"
     """Name of the column that the model learns to write, for ``causal-lm``."""
     prompt_template: str = ""
@@ -155,13 +158,27 @@ class DataConfig:
         if self.name in ("file", "hub"):
             what = "a file" if self.name == "file" else "a data set of the hub or a local folder of one"
             _require(self.path != "", "data.path", self.path, f"must name {what} with data.name = {self.name!r}.")
-        readers = {"path": ("file", "hub"), "test_path": ("file",), "subset": ("hub",), "test_split": ("hub",)}
+        readers = {
+            "path": ("file", "hub"),
+            "test_path": ("file",),
+            "subset": ("hub",),
+            "test_split": ("hub",),
+            "classes": ("file", "hub"),
+        }
         for name, own in readers.items():
             _require(
                 self.name in own or getattr(self, name) == "",
                 _key("data", name),
                 getattr(self, name),
                 f"is only read with data.name = {' or '.join(map(repr, own))}, not {self.name!r}.",
+            )
+        if self.classes:
+            names = self.class_names
+            _require(
+                len(names) > 1 and all(names) and len(set(names)) == len(names),
+                "data.classes",
+                self.classes,
+                "must be two names or more, each once, with commas between.",
             )
         if not self.header:
             for key, value in (("data.text-column", self.text_column), ("data.label-column", self.label_column)):
@@ -177,6 +194,11 @@ class DataConfig:
             self.label_column,
             "is the text column; name the column that holds the labels.",
         )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names in ``classes``."""
+        return tuple(name.strip() for name in self.classes.split(",")) if self.classes else ()
 
 
 @dataclass(frozen=True)
@@ -503,6 +525,12 @@ class Config:
                 "method.head",
                 self.method.head,
                 "a language model has no head of the task's own; leave it at 'shared'.",
+            )
+            _require(
+                self.data.classes == "",
+                "data.classes",
+                self.data.classes,
+                "is read with task = 'classification', not 'causal-lm'.",
             )
         _require(
             self.privacy.mode == "none" or self.train.clip_norm == 0,

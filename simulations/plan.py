@@ -198,16 +198,22 @@ class Plan:
 
     def _remarks(self) -> list[str]:
         """Return what is allowed but may surprise."""
-        if len(self.data.corpus.classes) < 2:
-            return []
-        lone = np.flatnonzero((self.data.label_counts() > 0).sum(1) == 1).tolist()
-        if not lone:
-            return []
-        shown = ", ".join(map(str, lone[:10])) + (", ..." if len(lone) > 10 else "")
-        return [
-            f"note: {len(lone)} of {len(self.data.clients)} clients hold rows of one class only ({shown}): alone they "
-            "learn to answer it always, and a private head stays useless for the others"
-        ]
+        counts, told = self.data.label_counts(), []
+        lone = np.flatnonzero((counts > 0).sum(1) == 1).tolist() if counts.shape[1] > 1 else []
+        if lone:
+            shown = ", ".join(map(str, lone[:10])) + (", ..." if len(lone) > 10 else "")
+            told.append(
+                f"note: {len(lone)} of {len(counts)} clients hold rows of one class only ({shown}): alone they learn "
+                "to answer it always, and a private head stays useless for the others"
+            )
+        declared = self.config.privacy.client_size
+        mean = np.mean([len(self.data.training_rows(client)) for client in range(len(counts))])
+        if self.privacy is not None and not declared / 2 <= mean <= 2 * declared:
+            told.append(
+                f"note: clients hold {mean:.0f} training rows on average; sample rate, steps, denominators and delta "
+                f"go by privacy.client-size = {declared}"
+            )
+        return told
 
 
 def _in_turn(roles: Sequence[Role]) -> str:

@@ -35,8 +35,8 @@ def resolve_privacy(config: Config, data: FederatedData) -> Config:
     most = privacy.client_size or max(1, *rows)
     if train.batch_size > size:
         raise ConfigError(
-            f"train.batch-size = {train.batch_size}: is more than the declared {size} training rows of a client "
-            "(privacy.client-size), so that no sample rate gives it; make it smaller."
+            f"train.batch-size = {train.batch_size}: is more than the {size} training rows of a client "
+            "(privacy.client-size; not set: the mean), so that no sample rate gives it; make it smaller."
         )
     delta = privacy.delta or default_delta(most)
     if delta >= 1 / most:
@@ -132,8 +132,9 @@ class PrivacyPlan:
         lines = [
             f"privacy: {statement(self.config, spent)} (by plan)",
             f"privacy: noise multiplier {mechanism.noise_multiplier:.4g}, clip {mechanism.max_grad_norm:g}, sample "
-            f"rate {mechanism.sample_rate:.4g} ({mechanism.expected_batch_size} of {privacy.client_size} declared "
-            f"rows), {mechanism.steps} steps a round; epsilon by RDP {self.epsilon(most, 'rdp'):.4g}",
+            f"rate {mechanism.sample_rate:.4g} ({mechanism.expected_batch_size} of privacy.client-size = "
+            f"{privacy.client_size} rows, which is public), {mechanism.steps} steps a round; epsilon by RDP "
+            f"{self.epsilon(most, 'rdp'):.4g}",
             f"privacy: signal to noise of a step {self.signal_to_noise():.3g} at best, of a client's "
             f"{self.steps} together {self.signal_to_noise(self.steps):.3g}: "
             f"{mechanism.expected_batch_size} rows that agree, against noise on {self.trained:,} trained numbers",

@@ -24,7 +24,7 @@ from fedlora.roles import Role
 from fedlora.runs.card import model_card
 from fedlora.runs.folder import RunFolder, environment, read_lines
 from fedlora.runs.privacy import FILE as PRIVACY_FILE
-from fedlora.runs.privacy import privacy_record, without_privacy
+from fedlora.runs.privacy import OUTSIDE, privacy_record, told_epsilon, without_privacy
 from fedlora.runs.ranks import effective_ranks, read_strengths, zero_share
 from fedlora.runs.report import Run, human_bytes, human_time, metrics_table, outcome_table, plot_partition, write_report
 from fedlora.seeded import Seeded
@@ -297,12 +297,19 @@ class Simulation:
         left = (self.config.rounds - server_round) * line["seconds"]
         self.console.print(
             f"round {server_round}/{self.config.rounds}  {self.plan.measure.replace('_', ' ')} "
-            f"{'-' if value is None else f'{value:.4f}'}  {_told(line)}  "
+            f"{'-' if value is None else f'{value:.4f}'}  {self._told(line)}  "
             f"{line['clients_ok']} ok, {line['clients_refused']} refused  up {human_bytes(line['bytes_up'])}  "
             f"down {human_bytes(line['bytes_down'])}  {line['seconds']:.1f} s"
             + (f", {human_time(left)} left" if left >= 60 else "")
         )
         self._tell_faults(server_round)
+
+    def _told(self, line: dict[str, Any]) -> str:
+        """Return what a round's line says beside its measure: the training loss; under DP, which hides it, epsilon."""
+        if self.plan.privacy is None:
+            return f"train loss {line['train_loss']:.4f}"
+        outside = f"({OUTSIDE})  " if self._is_outside(self.plan.measure) else ""
+        return f"{outside}epsilon {told_epsilon(line['epsilon'])} at delta {self.config.privacy.delta:g}"
 
     def _tell_faults(self, server_round: int) -> None:
         """Print what clients under DP noted and did not tell: the researcher may look, outside the guarantee."""
@@ -439,7 +446,8 @@ class Simulation:
 
     def _is_outside(self, key: str) -> bool:
         """Return whether a number under DP comes from clients' rows without noise."""
-        return self.plan.privacy is not None and key.startswith(("clients_", "personal_", "alone_", "central_"))
+        own = ("clients_", "personal_", "alone_", "central_", "majority_")  # the last: of the commonest training class
+        return self.plan.privacy is not None and key.startswith(own)
 
     def _export(self, tensors: dict[str, NDArray[np.floating]], outcome: dict[str, Any]) -> None:
         """Write the adapter; where clients keep factors of their own, an adapter for each of them."""
@@ -450,24 +458,25 @@ class Simulation:
         requests = requests or [Request(self.config.rounds + 1, (), roles, tensors)]
         exported = [files[0] for files in self.pool.call_all("export", [(request,) for request in requests])]
         lines = [
-            f"- {key}: {value}" + (" (of clients' own rows: outside the guarantee)" if self._is_outside(key) else "")
+            f"- {key}: {value}" + (f" (of clients' own rows: {OUTSIDE})" if self._is_outside(key) else "")
             for key, value in outcome.items()
         ]
         for request, files in zip(requests, exported, strict=True):
             name = f"adapters/client-{request.clients[0]}" if request.clients else "adapter"
             card = model_card(
-                self.config, self.data.corpus.classes, lines, roles, self.privacy["guarantee"], request.clients
+                self.config,
+                self.data.corpus.classes,
+                lines,
+                roles,
+                self.privacy,
+                self.metrics[-1]["round"],
+                request.clients,
             )
             for file, content in {**files, "README.md": card.encode()}.items():
                 self.folder.write_bytes(f"{name}/{file}", content)
         trainers = [asdict(described) for described in self.pool.call_all("describe", [()] * len(self.pool))]
         kept = ("device", "threads", "pid", "base_loads", "digest")
         self.folder.write_json("trainers.json", [{key: trainer[key] for key in kept} for trainer in trainers])
-
-
-def _told(line: dict[str, Any]) -> str:
-    """Return what a round's line says beside its measure: the training loss, or epsilon under DP, which hides it."""
-    return f"epsilon {line['epsilon']:.3f}" if "epsilon" in line else f"train loss {line['train_loss']:.4f}"
 
 
 def summarise(scores: list[dict[str, Any]], measure: str, higher_is_better: bool) -> dict[str, float]:

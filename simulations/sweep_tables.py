@@ -8,6 +8,7 @@ import pandas as pd
 from rich.table import Table as RichTable
 
 from fedlora.privacy import terms
+from fedlora.runs.privacy import told_epsilon
 from fedlora.runs.report import human_bytes, number
 from fedlora.tasks import TASKS
 
@@ -37,8 +38,20 @@ def _spread(row: Row, name: str) -> str:
 
 def _epsilon(row: Row) -> str:
     """Return the mean epsilon; infinite where that of a run is, which a mean leaves out, as JSON has no such number."""
+    if "delta_mean" not in row:
+        return "-"  # of runs without DP
     known = row.get("epsilon_n", row["n"]) if "epsilon_mean" in row else 0
-    return number(row["epsilon_mean"]) if known == row["n"] else "infinite"
+    return told_epsilon(row["epsilon_mean"] if known == row["n"] else None)
+
+
+def _terms(sweep: Sweep) -> list[str]:
+    """Return what the sweep's epsilons mean nothing without, a line for each kind of them."""
+    told: dict[str, str] = {}
+    for config, varied in ((cell.config, cell.varied) for cell in sweep.cells()):
+        if config.privacy.mode == "dp":
+            where = [f"`{key}` = `{varied[key]}`" for key in ("privacy.accountant", "privacy.seed") if key in varied]
+            told.setdefault(terms(config), f" with {' and '.join(where)}" if where else "")
+    return [f"Epsilon{where} is that of the client that spent most, {line}" for line, where in told.items()]
 
 
 def terminal_table(sweep: Sweep) -> RichTable:
@@ -59,14 +72,14 @@ def summary(sweep: Sweep) -> str:
     keys, measures, rows = _groups(sweep)
     target = sweep.first.eval.target
     columns = [*keys, "n", *(name.replace("_", " ") for name in measures), "trained parameters", "sent by clients"]
-    private = sweep.first.privacy.mode == "dp"
+    private = _terms(sweep)
     columns += ["epsilon", "delta"] if private else []
     columns += [f"rounds to {target:g}", "sent until then"] if target else []
     lines = [
         f"# {sweep.base['run.name']}",
         "",
         f"Mean ± standard deviation over n runs; {sweep.base['rounds']} rounds; bytes are those of all clients.",
-        *([f"Epsilon is that of the client that spent most, {terms(sweep.first)}"] if private else []),
+        *private,
         *(f"`{key}` was chosen on dev rows among {', '.join(map(str, tried))}." for key, tried in sweep.tune.items()),
         "",
         f"| {' | '.join(columns)} |",
@@ -75,7 +88,7 @@ def summary(sweep: Sweep) -> str:
     for row in rows:
         cells = [f"`{row.get(key, '-')}`" for key in keys] + [str(row["n"]), *(_spread(row, name) for name in measures)]
         cells += [f"{row['trained_parameters_mean']:,.0f}", human_bytes(row["bytes_up_mean"])]
-        cells += [_epsilon(row), f"{row.get('delta_mean', 0):g}"] if private else []
+        cells += [_epsilon(row), f"{row['delta_mean']:g}" if "delta_mean" in row else "-"] if private else []
         if target:
             reached = row.get("rounds_to_target_n", row["n"]) if "rounds_to_target_mean" in row else 0
             told = f" ({reached} of {row['n']})" if reached != row["n"] else ""

@@ -499,6 +499,8 @@ class RoleStrategy(Strategy):
         clients = tally.pending.pop(message.metadata.src_node_id, ())
         try:
             reply = _read(message, clients)
+            # Before anything else is looked at: an update that cannot be used has left all the same.
+            self.heads |= {client: head for client, head in zip(reply.clients, reply.heads, strict=True) if head}
             tally.message_bytes_up += message_bytes(message.content)
             facts = {
                 client: {
@@ -517,13 +519,11 @@ class RoleStrategy(Strategy):
             tally.refuse(clients, str(error))
             return
         tally.facts |= facts
-        for client, reason, head in zip(reply.clients, reply.errors, reply.heads, strict=True):
+        for client, reason in zip(reply.clients, reply.errors, strict=True):
             if reason:
                 tally.refuse([client], reason)
             if reason.startswith(BUDGET_SPENT):
                 self.spent.add(client)
-            if head:
-                self.heads[client] = head
 
     def _fold(self, tally: Tally, reply: Reply, good: list[int], facts: Mapping[int, Mapping[str, Any]]) -> None:
         """Check a reply's tensors and add them to the round's sum."""

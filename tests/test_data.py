@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fedlora.config import Config, DataConfig
+from fedlora.config import Config, ConfigError, DataConfig
 from fedlora.data import docstrings, load_corpus, load_federated
 from fedlora.data.docstrings import LIBRARIES, load_docstrings
 from fedlora.data.files import load_file_corpus
@@ -86,6 +86,21 @@ def test_a_seeded_split_is_a_split(tmp_path: Path) -> None:
     assert one.test != other.test
     assert len(one.test) == 10
     assert sorted(one.train.texts + one.test.texts) == sorted(text for text, _ in rows)
+
+
+def test_declared_classes_do_not_follow_the_rows(tmp_path: Path) -> None:
+    """A label that one row alone has would show in the size of the head, and so that the row is there."""
+    path = write(tmp_path / "train.csv", [(f"text {n}", ("bad", "good")[n % 2]) for n in range(12)])
+    asked = config(path, test_path=path, classes="good, rare, bad")
+    corpus = load_file_corpus(asked)
+    assert corpus.classes == ("good", "rare", "bad")
+    assert {corpus.classes[label] for label in corpus.train.labels} == {"good", "bad"}
+    assert load_federated(asked, 2).label_counts().sum(0).tolist() == [6, 0, 6]
+    with pytest.raises(ValueError, match=r"data.classes = 'good,fair': the label 'bad' of .* is none of them"):
+        load_file_corpus(config(path, test_path=path, classes="good,fair"))
+    for classes in ("good", "good,good", "good,,bad"):
+        with pytest.raises(ConfigError, match=r"data.classes = .*: must be two names or more, each once"):
+            config(path, classes=classes)
 
 
 def test_numbers_as_labels_sort_by_value(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from fedlora.config import TrainConfig
 from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
 from fedlora.privacy import Mechanism
 from fedlora.privacy.step import PrivateStep, clip_rows
-from tests.families import random_examples
-from tests.matrix import CONFIGS, MODELS, Arrays, engine_of, penalty, proximal_step, random_start, row_loss
-from tests.test_packing import METHOD, make_engine, peft_model
+from tests.families import FAMILIES, random_examples
+from tests.matrix import CONFIGS, Arrays, engine_of, penalty, proximal_step, random_start, row_loss
+from tests.test_packing import METHOD, TARGETS, make_engine, peft_model
 
 TRAIN = TrainConfig(learning_rate=0.02, weight_decay=0.1)
 ROWS = [[[0, 3, 1], [], [2]], [[], [], []], [[4], [], [1, 5, 0, 2]]]  # ragged; one client empty, one step all empty
@@ -116,11 +116,11 @@ def median_norm(method: str, family: str, engine: Engine, start: Arrays) -> floa
     return float(np.median(np.sqrt(sum((value.reshape(6, -1) ** 2).sum(1) for value in grads.values()))))
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", CONFIGS)
 def test_pack_equals_a_loop_over_rows(method: str, family: str) -> None:
     """Ragged Poisson batches, an empty client, a step that is empty for all, penalties, proximal steps."""
-    engine = engine_of(method, family)
+    engine = engine_of(method, family, TARGETS.get(family, "auto"))
     start = random_start(engine)
     private = private_step(3, clip=median_norm(method, family, engine, start))
     pack = ragged(start, family)

@@ -67,6 +67,19 @@ def test_the_server_sends_back_the_last_hash_that_it_was_told() -> None:
     assert strategy.heads == told
 
 
+def test_an_update_that_cannot_be_used_has_left_all_the_same() -> None:
+    """What it cost stands in the clients' ledgers, and an older copy of one must not be taken for the newest."""
+    strategy = private()
+
+    def spoil(reply: Reply) -> None:
+        assert reply.total is not None
+        reply.total.weight += 1
+
+    with pytest.raises(FederationError, match="the weight of its sum is not that of its clients"):
+        run(strategy, 1, spoil=spoil)
+    assert strategy.heads == {client: f"head-{client}-1" for client in range(4)}
+
+
 def test_no_loss_and_equal_weights() -> None:
     strategy = private()
     result, _ = run(strategy, 1)

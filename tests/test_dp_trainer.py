@@ -79,13 +79,19 @@ def test_the_ledger_holds_the_steps_really_taken(tmp_path: Path) -> None:
 
 
 def test_private_tensors_are_under_the_noise_and_stay(tmp_path: Path) -> None:
-    trainer = dp_trainer(tmp_path, **{"method.head": "private", "privacy.noise-multiplier": 50.0})
-    updates = ask(trainer, (0, 1))
+    """A step on an empty batch is noise alone, and of the size that is claimed."""
+    keys = {"train.optimizer": "sgd", "train.learning-rate": 1.0, "train.local-steps": 1}
+    trainer = dp_trainer(tmp_path, **{"method.head": "private", "privacy.noise-multiplier": 50.0, **keys})
+    with _seen_batches():
+        updates = ask(trainer, (0, 1))
     assert all("classifier" not in name for update in updates for name in update.tensors)
-    kept = [trainer.private.load(client, 2) for client in (0, 1)]
-    assert all(
-        one is not None and (one["classifier.weight"] != trainer.initial["classifier.weight"]).all() for one in kept
-    )
+    mechanism = Mechanism.of(trainer.loaded.config)
+    expected = 50.0 * mechanism.max_grad_norm / mechanism.expected_batch_size
+    for client in (0, 1):
+        kept = trainer.private.load(client, 2)
+        assert kept is not None
+        moved = (kept["classifier.weight"] - trainer.initial["classifier.weight"]).ravel()
+        assert (moved**2).mean() ** 0.5 == pytest.approx(expected, rel=6 / (2 * moved.size) ** 0.5)
 
 
 def test_the_run_seed_does_not_decide_noise_or_samples(tmp_path: Path) -> None:
@@ -111,6 +117,7 @@ def test_a_privacy_seed_reproduces(tmp_path: Path) -> None:
     assert all(np.array_equal(one[k].tensors[name], two[k].tensors[name]) for k in (0, 1) for name in one[k].tensors)
     assert not any(np.array_equal(one[0].tensors[name], other[0].tensors[name]) for name in one[0].tensors)
     assert not np.array_equal(one[0].tensors["classifier.weight"], one[1].tensors["classifier.weight"])
+    assert "NOT PRIVATE" in ledger(tmp_path / "a", 0).path.read_text(), "in every artefact"
 
 
 def test_a_client_refuses_the_round_that_would_pass_its_budget(tmp_path: Path) -> None:
@@ -230,6 +237,20 @@ def test_what_an_exception_says_stays_at_the_site(tmp_path: Path, monkeypatch: p
     assert [len(ledger(tmp_path, client).uses()) for client in (0, 1)] == [1, 1]
 
 
+def test_what_loading_anew_says_stays_at_the_site_too(tmp_path: Path) -> None:
+    """A trainer that was restarted within a round, and that now meets a row which it cannot read."""
+
+    def job() -> Job:
+        raise ValueError("the text 'patient Smith' has no tokens")
+
+    request = Request(2, (0, 1), {}, {}, ("", ""))
+    with pytest.raises(RuntimeError, match=r"^loading failed at the site; its own log says why$") as caught:
+        Trainer(job, 1).train(request)
+    assert caught.value.__cause__ is None
+    with pytest.raises(ValueError, match="patient Smith"):  # without DP the reason is told
+        Trainer(job, 1).train(replace(request, heads=()))
+
+
 def test_a_server_must_say_what_it_last_saw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only for a server that says what it last saw of its ledger"):
         ask(dp_trainer(tmp_path), (0, 1), heads=())
@@ -325,7 +346,7 @@ def test_a_loss_that_couples_rows_is_refused(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train.batch-size": 64}, r"train.batch-size = 64: is more than the declared \d+ training rows of a client"),
+        ({"train.batch-size": 64}, r"train.batch-size = 64: is more than the \d+ training rows of a client"),
         ({"privacy.delta": 0.05}, r"privacy.delta = 0.05: must be below 1 / \d+"),
         (
             {"privacy.epsilon": 1e-9, "privacy.delta": 1e-15, "privacy.noise-multiplier": 0.0},

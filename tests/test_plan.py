@@ -39,6 +39,15 @@ def test_clients_with_one_class_are_named(tmp_path: Path) -> None:
     assert "one class only" not in shown(plan(tmp_path, **{"data.partition": "iid"}))
 
 
+def test_a_declared_size_that_is_far_from_the_real_one_is_named(tmp_path: Path) -> None:
+    keys = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-4, "data.partition": "iid"}
+    for size, named in ((500, True), (24, False), (8, True)):
+        told = shown(plan(tmp_path, **keys, **{"privacy.client-size": size}))
+        assert (
+            f"on average; sample rate, steps, denominators and delta go by privacy.client-size = {size}" in told
+        ) is (named)
+
+
 @pytest.mark.parametrize("train", [{"train.local-steps": 7}, {"train.local-steps": 0, "train.local-epochs": 2}])
 def test_examples_are_those_that_training_sees(tmp_path: Path, train: dict[str, Any]) -> None:
     """The plan's count against the batches themselves, over three rounds of a sampled federation."""

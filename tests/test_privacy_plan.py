@@ -149,6 +149,22 @@ def test_an_epsilon_without_bound_is_null_in_json(tmp_path: Path) -> None:
     assert read["guarantee"].startswith("epsilon inf at delta")
 
 
+def test_names_of_classes_are_covered_where_they_are_declared(tmp_path: Path) -> None:
+    """The labels that rows happen to have show that a row with a rare one is there."""
+    for classes, guarantee in (("", "none: they are the labels"), ("bad,good", "tells nothing of rows")):
+        config = dp_config(tmp_path, **{"data.classes": classes})
+        record = privacy_record(config, {}, "cpu", {"B": [Role.SHARED]})
+        (told,) = [one["guarantee"] for one in record["released"] if "classes" in one["what"]]
+        assert told.startswith(guarantee)
+
+
+def test_a_repeated_round_is_one_round_and_two_charges(tmp_path: Path) -> None:
+    config = dp_config(tmp_path)
+    use = Mechanism.of(config).use()
+    told = client_record(config, 0, [Entry(number, use, "") for number in (1, 2, 2)])
+    assert (told["rounds"], told["ledger"][0]["steps"]) == (2, 3 * use.steps)
+
+
 def test_what_leaves_without_privacy_is_listed_too() -> None:
     record = without_privacy({"A": [Role.PRIVATE], "B": [Role.SHARED]})
     assert [one["guarantee"] for one in record["released"]] == ["none"] * 4

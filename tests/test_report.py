@@ -21,7 +21,7 @@ from rich.console import Console
 from fedlora.config import Config
 from fedlora.runs.compare import comparison, html_page
 from fedlora.runs.folder import RunFolder, read_lines
-from fedlora.runs.report import Run, clients_table, human_bytes, number, plot_partition, write_report
+from fedlora.runs.report import Run, clients_table, human_bytes, number, outcome_table, plot_partition, write_report
 
 CLASSES = ["[/b]", "[sci]", "$x_1$", "_hidden", "a\\b"]
 COUNTS = [[3, 1, 0, 2, 5], [1, 0, 7, 2, 1]]
@@ -67,6 +67,57 @@ def fake_run(folder: Path, name: str, values: list[float], **flat: Any) -> Run:
         "result.json", {measure: values[-1], "bytes_up": 3000, "seconds": 6.0, **(central if higher else {})}
     )
     return Run.read(written.path)
+
+
+def spent_run(folder: Path, *spent: float) -> Run:
+    """A run under DP, of whose two clients the first has spent so much after each round."""
+    privacy = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-5}
+    run = fake_run(folder, "spent", [0.5] * len(spent), **privacy)
+    written = RunFolder(run.path)
+    lines = [{**line, "epsilon": value, "epsilon_least": 1.0} for line, value in zip(run.metrics, spent, strict=True)]
+    written.write_lines("metrics.jsonl", lines)
+    use = {"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 20}
+    clients = [
+        {"client": k, "rounds": 2, "ledger": [use], "epsilon": value, "epsilon_rdp": 2 * value, "budget": 5.0}
+        | {"remaining": max(0.0, 5.0 - value)}
+        for k, value in enumerate((spent[-1], 1.0))
+    ]
+    released = [{"what": "tensors of kind B", "guarantee": "differential privacy"}]
+    record = {"delta": 1e-5, "guarantee": f"epsilon {spent[-1]:.4g}.", "released": released, "clients": clients}
+    written.write_json("privacy.json", record)
+    return Run.read(run.path)
+
+
+def test_what_was_spent_is_the_same_everywhere(tmp_path: Path) -> None:
+    """In the table of the terminal, ``summary.md`` and the page; and that clients' own numbers are not covered."""
+    run = spent_run(tmp_path, 2.0, 3.25)
+    row = ("0", "2", "20 steps at noise multiplier 1, sample rate 0.1", "3.2500", "6.5000", "5.0000", "1.7500")
+    write_report(run)
+    summary, page = (run.path / "summary.md").read_text(), html_page([run])
+    assert f"| {' | '.join(row)} |" in summary
+    assert "".join(f"<td>{cell}</td>" for cell in row) in page
+    for text in (summary, page):
+        assert "tensors of kind B" in text
+        assert "Numbers of clients' own rows" in text.replace("&#x27;", "'")
+    assert "3.2500" in printed(outcome_table(run))
+
+
+def test_an_epsilon_that_became_infinite_is_not_told_as_the_last_finite_one(tmp_path: Path) -> None:
+    """JSON has no such number; a ledger that was edited on the way makes one."""
+    run = spent_run(tmp_path, 2.0, float("inf"))
+    assert [most for _, most, _ in run.spent] == [2.0, float("inf")]
+    assert "infinite" in printed(outcome_table(run))
+    assert "2.0000" not in printed(outcome_table(run))
+    write_report(run)
+    assert "| infinite | infinite | 5.0000 | 0.0000 |" in (run.path / "summary.md").read_text()
+    assert (run.path / "epsilon.png").stat().st_size > 5000
+
+
+def printed(table: Any) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:

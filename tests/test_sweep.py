@@ -117,6 +117,19 @@ def test_an_epsilon_that_is_not_finite_is_not_averaged_away(
     assert summary(one).endswith(f"| {told} | 1e-05 |\n")
 
 
+def test_what_is_not_private_in_a_sweep_is_said(tmp_path: Path) -> None:
+    """A seed of the noise among the values of the grid: its epsilons have terms of their own."""
+    keys = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "grid.privacy.seed": [0, 7], "grid.seed": [0]}
+    one = sweep(tmp_path, **keys)
+    for cell in one.finals({"privacy.seed": 0}, {}) + one.finals({"privacy.seed": 7}, {}):
+        cell.folder.mkdir(parents=True)
+        result = {"test_accuracy": 0.5, "trained_parameters": 8, "bytes_up": 32, "delta": 1e-5, "epsilon": 1.0}
+        (cell.folder / "result.json").write_text(json.dumps(result))
+    one.write_tables()
+    lines = [line for line in summary(one).splitlines() if line.startswith("Epsilon with `privacy.seed` = ")]
+    assert ["NOT PRIVATE" in line for line in lines] == ["`7` is" in line for line in lines] == [False, True]
+
+
 def test_a_search_reads_no_test_row(tmp_path: Path) -> None:
     """Test files are not opened, dev rows are not trained on, and clients hold out other rows than at the end."""
     flat = {**tiny_flat(tmp_path), "data.test-path": str(tmp_path / "no-such-file.csv"), "data.dev-share": 0.25}

@@ -59,7 +59,7 @@ def build_corpus(train: Source, test: Source | None, config: Config, *, split: b
     """Return the corpus of a training table and a test table.
 
     Without a test table a fifth is split off by the seed, or with ``split`` false there are no test rows. Class
-    numbers follow the sorted names of the labels in training.
+    numbers follow ``data.classes``, or the sorted names of the labels in training where it is not set.
 
     Raises:
         ValueError: A column is missing, a row is empty, or the labels of the two tables do not fit.
@@ -73,8 +73,10 @@ def build_corpus(train: Source, test: Source | None, config: Config, *, split: b
         order = Seeded(config.seed).permutation("test-split", size=len(rows.texts))
         cut = max(1, round(len(order) * _TEST_SHARE))
         test_rows, rows = rows.take(np.sort(order[:cut]).tolist()), rows.take(np.sort(order[cut:]).tolist())
-    classes = tuple(sorted(set(rows.labels), key=_natural))
-    if config.task == "classification":
+    classes = config.data.class_names or tuple(sorted(set(rows.labels), key=_natural))
+    if config.data.classes:
+        _check_declared(classes, rows.labels + test_rows.labels, config)
+    elif config.task == "classification":
         _check_classes(classes, rows, test_rows, test, config)
     else:
         test_rows.labels = [label if label in classes else classes[0] for label in test_rows.labels]
@@ -85,6 +87,15 @@ def build_corpus(train: Source, test: Source | None, config: Config, *, split: b
         return Table(tuple(part.texts), labels, tuple(part.answers), tuple(part.owners))
 
     return Corpus(table(rows), table(test_rows), classes)
+
+
+def _check_declared(classes: Sequence[str], labels: Sequence[str], config: Config) -> None:
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
+        raise ValueError(
+            f"data.classes = {config.data.classes!r}: the label {unknown[0]!r} of data.label-column = "
+            f"{config.data.label_column!r} is none of them; add it, or remove its rows."
+        )
 
 
 def _check_classes(classes: Sequence[str], rows: _Rows, test_rows: _Rows, test: Source | None, config: Config) -> None:

@@ -101,7 +101,13 @@ class Ledger:
         return entries
 
     def charge(
-        self, round_number: int, use: Use, *, head: str = "", budget: Callable[[Sequence[Use]], None] | None = None
+        self,
+        round_number: int,
+        use: Use,
+        *,
+        head: str = "",
+        budget: Callable[[Sequence[Use]], None] | None = None,
+        remark: str = "",
     ) -> Entry:
         """Add an entry, and return it when it is on the disk; no other process can charge in between.
 
@@ -110,6 +116,7 @@ class Ledger:
             use: What the client's rows are used for.
             head: The last hash that the server was told; empty: it was told none.
             budget: Raises where all uses together, this one included, are too many.
+            remark: What a reader must know of the entry.
 
         Raises:
             LedgerError: As for :meth:`check_knows`.
@@ -124,7 +131,8 @@ class Ledger:
             self._check_knows(head, entries)
             if budget is not None:
                 budget([*(entry.use for entry in entries), use])
-            return self._append(round_number, use, entries, opening, whole)
+            facts = {"round": round_number, **use._asdict(), **({"remark": remark} if remark else {})}
+            return Entry(round_number, use, self._append(facts, entries, opening, whole))
 
     def _check_knows(self, head: str, entries: Sequence[Entry]) -> None:
         if head and head not in {entry.hash for entry in entries}:
@@ -134,16 +142,14 @@ class Ledger:
                 "spent is not known, and this client must not train."
             )
 
-    def _append(
-        self, round_number: int, use: Use, entries: Sequence[Entry], opening: dict[str, Any], whole: int
-    ) -> Entry:
+    def _append(self, facts: Mapping[str, Any], entries: Sequence[Entry], opening: dict[str, Any], whole: int) -> str:
+        """Write an entry and return its hash when it is on the disk."""
         lines = b""
         if not opening:
             opening = self._opening()
             lines += _line(opening)
         record = {
-            "round": round_number,
-            **use._asdict(),
+            **facts,
             "time": _now(),
             "previous": entries[-1].hash if entries else opening["hash"],
         }
@@ -157,7 +163,8 @@ class Ledger:
             os.fsync(file.fileno())
         if not entries:
             _sync_folder(self.path.parent)
-        return Entry(round_number, use, record["hash"])
+        told: str = record["hash"]
+        return told
 
     def _opening(self) -> dict[str, Any]:
         record = {"ledger": _FORMAT, "client": self.client, "nonce": secrets.token_hex(16), "time": _now()}

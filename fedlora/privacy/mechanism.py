@@ -19,6 +19,7 @@ from fedlora.privacy.randomness import PrivateRandom
 
 NEIGHBOURS = "add or remove one record"
 SAMPLING = "Poisson: each record independently, in every step"
+SEEDED = "NOT PRIVATE: privacy.seed makes the noise known."
 ADVERSARIES = {"local": "everybody but the client itself: the server, other clients, and who sees the result"}
 
 
@@ -70,7 +71,7 @@ def certifier(config: Config) -> Accountant:
 def terms(config: Config) -> str:
     """Return what an epsilon means nothing without, but for delta."""
     privacy = config.privacy
-    seeded = " NOT PRIVATE: privacy.seed makes the noise known." if privacy.seed else ""
+    seeded = f" {SEEDED}" if privacy.seed else ""
     return (
         f"composed over all rounds; unit: {privacy.unit}; neighbours: {NEIGHBOURS}; adversary: "
         f"{ADVERSARIES[privacy.trust]}; sampling: {SAMPLING}; accountant: {privacy.accountant}.{seeded}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config
 from fedlora.roles import Role, Roles
+from fedlora.runs.privacy import told_in_markdown
 from fedlora.tasks import TASKS
 
 
@@ -16,7 +18,8 @@ def model_card(
     classes: tuple[str, ...],
     lines: list[str],
     roles: Roles,
-    guarantee: str,
+    privacy: Mapping[str, Any],
+    rounds: int,
     clients: Sequence[int] = (),
 ) -> str:
     """Return the adapter's README: what it is, how it was made, how to load it.
@@ -26,7 +29,8 @@ def model_card(
         classes: Class names by class number.
         lines: The result, one Markdown line each.
         roles: What the strategy did with each kind of tensor.
-        guarantee: What is promised about the clients' data.
+        privacy: The run's privacy record.
+        rounds: Rounds that it was trained for.
         clients: The client whose own adapter this is; empty: the server's.
     """
     task = TASKS[config.task]
@@ -41,6 +45,7 @@ def model_card(
     told = f"Head policy: `{roles['head']}`. {head[roles['head']]}" if "head" in roles else "The task adds no head."
     whose = f"The adapter of client {clients[0]}, with the tensors that it never sent." if clients else ""
     result = "\n".join(lines)
+    released = "\n".join(told_in_markdown(privacy))
     labels = f"Classes, in order: `{json.dumps(list(classes))}`\n\n" if task.has_head else ""
     options = f"num_labels={len(classes)}, " if task.has_head else ""
     options += f"dtype=torch.{config.engine.dtype}"
@@ -62,10 +67,12 @@ tags: [lora, federated-learning, fedlora]
 ---
 # {config.strategy.name} / {config.method.name} adapter
 
-Made by fedlora {__version__}: {config.rounds} rounds, {config.federation.num_clients} clients, strategy
+Made by fedlora {__version__}: {rounds} rounds, {config.federation.num_clients} clients, strategy
 `{config.strategy.name}`, method `{config.method.name}` of rank {config.method.rank}, data `{config.data.name}`.
 {told} {whose}
-Privacy: {guarantee}
+Privacy: {privacy["guarantee"]}
+
+{released}
 
 {labels}Result:
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
+from fedlora.runs.privacy import spending_table
 from fedlora.runs.report import (
     Run,
     draw_clients,
@@ -96,9 +97,7 @@ def html_page(runs: list[Run]) -> str:
     ]
     for run in runs:
         parts.append(f"<h2>{_escaped(run.path.name)}</h2>")
-        parts.append(
-            f"<p>privacy: {_escaped(run.privacy['guarantee'])}; folder <code>{_escaped(str(run.path))}</code></p>"
-        )
+        parts.append(f"<p>privacy: {_escaped(run.guarantee)}<br>folder: <code>{_escaped(str(run.path))}</code></p>")
         outcome = {**run.lines_of_comparison()}
         if outcome:
             parts.append(
@@ -106,6 +105,11 @@ def html_page(runs: list[Run]) -> str:
             )
         if run.spent:
             parts.append(_picture(draw_epsilon(run), "epsilon by round"))
+        if "released" in run.privacy:
+            released = [[one["what"], one["guarantee"]] for one in run.privacy["released"]]
+            parts.append(_table(["what left each client", "guarantee"], released))
+        if "clients" in run.privacy:
+            parts.append(_table(*spending_table(run.privacy)))
         if run.scores:
             parts.append(_picture(draw_clients(run), f"{run.metric} of each client"))
         if run.strengths:

@@ -11,10 +11,14 @@ from fedlora.privacy import Entry, Mechanism, certifier, epsilon, merged, statem
 from fedlora.privacy.mechanism import ADVERSARIES, NEIGHBOURS, SAMPLING
 from fedlora.privacy.randomness import describe
 from fedlora.roles import Role
+from fedlora.tasks import TASKS
 
 FILE = "privacy.json"
+OUTSIDE = "outside the guarantee"
 _COVERED = "differential privacy, as stated here"
-_PUBLIC = "tells nothing of rows: it follows from the configuration and the schedule"
+_USE = "{steps} steps at noise multiplier {noise_multiplier:.4g}, sample rate {sample_rate:.4g}"
+_MANY = 100  # clients that a table shows
+_PUBLIC = "tells nothing of rows: it follows from the schedule and the configuration, privacy.client-size included"
 
 
 def without_privacy(roles: Mapping[str, Sequence[Role]]) -> dict[str, Any]:
@@ -69,6 +73,7 @@ def privacy_record(
         "steps_per_round": mechanism.steps,
         "released": [
             {"what": f"trained tensors of kind {kinds}, each round, as they are after it", "guarantee": _COVERED},
+            *_class_names(config),
             {"what": "number of local steps", "guarantee": _PUBLIC},
             {"what": "hash of the last ledger entry", "guarantee": _PUBLIC},
             {"what": "that a client takes part, or that its budget is spent", "guarantee": _PUBLIC},
@@ -81,10 +86,21 @@ def privacy_record(
         "not_released": [
             "number of rows, losses, accuracies, clipped fraction, signal to noise: in "
             "private/client-*/diagnostics.jsonl, for the site to look at. What this simulation's researcher sees of "
-            f"clients' own rows (partition.json, metrics of clients, scores) is outside the guarantee.{baselines}",
+            "clients' own rows (partition.json, metrics of clients, scores, the share of the commonest class, the "
+            f"tokens of a row that an estimate rests on, errors before the first round) is {OUTSIDE}.{baselines}",
         ],
         "clients": clients,
     }
+
+
+def _class_names(config: Config) -> list[dict[str, str]]:
+    if not TASKS[config.task].has_head:
+        return []
+    if config.data.classes or config.data.name == "docstrings":
+        told = "tells nothing of rows: they are known beforehand"
+    else:
+        told = "none: they are the labels that the training rows have, taken as public; declare them in data.classes"
+    return [{"what": "names and number of the classes", "guarantee": told}]
 
 
 def client_record(config: Config, client: int, entries: Sequence[Entry] | str) -> dict[str, Any]:
@@ -103,13 +119,49 @@ def client_record(config: Config, client: int, entries: Sequence[Entry] | str) -
     certified = epsilon(uses, target_delta=privacy.delta, accountant=certifier(config))
     return {
         "client": client,
-        "rounds": len(entries),
+        "rounds": len({entry.round for entry in entries}),
         "ledger": [use._asdict() for use in uses],
         "epsilon": certified,
         "epsilon_rdp": epsilon(uses, target_delta=privacy.delta, accountant="rdp"),
         "budget": budget,
         "remaining": max(0.0, privacy.epsilon - certified) if budget else None,
     }
+
+
+def told_epsilon(value: float | None) -> str:
+    """Return an epsilon of a record, which has null where it is infinite."""
+    return "infinite" if value is None or math.isinf(value) else f"{value:.4f}"
+
+
+def spending_table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of a table with what each client has spent, of the first hundred."""
+    columns = ["client", "rounds", "ledger", "epsilon", "epsilon by RDP", "budget", "remaining"]
+    rows = [
+        [
+            str(one["client"]),
+            "?" if one["rounds"] is None else str(one["rounds"]),
+            one.get("error") or "; ".join(_USE.format(**use) for use in one["ledger"]) or "nothing",
+            told_epsilon(one["epsilon"]),
+            told_epsilon(one["epsilon_rdp"]),
+            *("none" if one["budget"] is None else f"{one[key]:.4f}" for key in ("budget", "remaining")),
+        ]
+        for one in record["clients"][:_MANY]
+    ]
+    return columns, rows
+
+
+def told_in_markdown(record: Mapping[str, Any]) -> list[str]:
+    """Return what left the clients and what each of them has spent, as lines of Markdown."""
+    lines = [f"- {one['what']}: {one['guarantee']}" for one in record.get("released", ())]
+    lines = ["What left each client, and under which guarantee:", "", *lines, ""] if lines else []
+    lines += [f"Not sent: {told}" for told in record.get("not_released", ())]
+    if "clients" in record:
+        columns, rows = spending_table(record)
+        lines += ["", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
+        if len(record["clients"]) > len(rows):
+            lines += ["", f"The other {len(record['clients']) - len(rows)} clients are in {FILE}."]
+    return lines
 
 
 def _shared(roles: Mapping[str, Sequence[Role]]) -> list[str]:

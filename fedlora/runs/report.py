@@ -19,6 +19,7 @@ from rich.table import Table as RichTable
 from fedlora.config import Config, ConfigError, from_toml
 from fedlora.runs.folder import RunFolder, read_lines
 from fedlora.runs.privacy import FILE as PRIVACY_FILE
+from fedlora.runs.privacy import OUTSIDE, told_epsilon, told_in_markdown
 from fedlora.runs.ranks import effective_ranks, read_strengths
 
 _MANY = 200  # clients beyond which plots show their distribution and not each of them
@@ -107,10 +108,18 @@ class Run:
     def spent(self) -> list[tuple[int, float, float]]:
         """Rounds, and epsilon of the clients that spent the most and the least until then; empty without DP."""
         return [
-            (line["round"], line["epsilon"], line["epsilon_least"])
+            (line["round"], *(math.inf if line[name] is None else line[name] for name in ("epsilon", "epsilon_least")))
             for line in self.metrics
-            if line.get("epsilon") is not None
+            if "epsilon" in line
         ]
+
+    @property
+    def guarantee(self) -> str:
+        """What was promised about clients' rows, and which of a report's numbers are outside of it."""
+        outside = (
+            f" Numbers of clients' own rows, and of baselines, are {OUTSIDE}." if "clients" in self.privacy else ""
+        )
+        return f"{self.privacy['guarantee']}{outside}"
 
     def lines_of_comparison(self) -> dict[str, float]:
         """Return what gives the curve its meaning, by what it is called."""
@@ -195,7 +204,7 @@ def outcome_table(run: Run) -> RichTable:
         table.add_row(name, number(value))
     if run.spent:
         table.add_row(
-            f"epsilon of the client that spent most, delta {run.privacy['delta']:g}", number(run.spent[-1][1])
+            f"epsilon of the client that spent most, delta {run.privacy['delta']:g}", told_epsilon(run.spent[-1][1])
         )
     if run.result:
         table.add_row("sent by clients in all", human_bytes(run.result["bytes_up"]))
@@ -250,8 +259,7 @@ def summary(run: Run) -> str:
         f"Strategy `{config.strategy.name}`, method `{config.method.name}` (rank {config.method.rank}), "
         f"model `{config.model.name}`, data `{config.data.name}`, task `{config.task}`, "
         f"head policy `{run.plan['roles'].get('head', 'none')}`. Run {state}.",
-        f"Privacy: {run.privacy['guarantee']}"
-        + (" Numbers of clients' own rows, and of baselines, are outside the guarantee." if run.spent else ""),
+        f"Privacy: {run.guarantee}",
         "",
     ]
     if run.result:
@@ -265,7 +273,8 @@ def summary(run: Run) -> str:
     ]
     plots = ["", f"![{run.metric} by round]({run.metric}.png)", ""] if run.metrics else [""]
     if run.spent:
-        plots += ["![epsilon by round](epsilon.png)", "", *_spent_table(run), ""]
+        plots += ["![epsilon by round](epsilon.png)", ""]
+    plots += [*told_in_markdown(run.privacy), ""]
     if run.scores:
         plots += [f"![{run.metric} of each client](clients.png)", ""]
     told = run.strengths
@@ -278,20 +287,6 @@ def summary(run: Run) -> str:
         ]
         plots += [f"| {name} | {rank:g} |" for name, rank in zip(told, effective_ranks(told), strict=True)] + [""]
     return "\n".join(head + rows + plots + ["![rows and labels by client](partition.png)", ""])
-
-
-def _spent_table(run: Run) -> list[str]:
-    """Return what each client has spent, as lines of a table."""
-    columns = ("client", "rounds", "epsilon", "epsilon by RDP", "budget", "remaining")
-    return [
-        f"| {' | '.join(columns)} |",
-        "|" + " --- |" * len(columns),
-        *(
-            f"| {one['client']} | {one['rounds']} | {number(one['epsilon'])} | {number(one['epsilon_rdp'])} | "
-            f"{number(one['budget'])} | {number(one['remaining'])} |"
-            for one in run.privacy["clients"][:_MANY]
-        ),
-    ]
 
 
 def _shown(value: Any) -> str:
