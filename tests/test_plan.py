@@ -42,10 +42,8 @@ def test_clients_with_one_class_are_named(tmp_path: Path) -> None:
 def test_a_declared_size_that_is_far_from_the_real_one_is_named(tmp_path: Path) -> None:
     keys = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-4, "data.partition": "iid"}
     for size, named in ((500, True), (24, False), (8, True)):
-        told = shown(plan(tmp_path, **keys, **{"privacy.client-size": size}))
-        assert (
-            f"on average; sample rate, steps, denominators and delta go by privacy.client-size = {size}" in told
-        ) is (named)
+        note = f"on average; sample rate, steps, denominators and delta go by privacy.client-size = {size}"
+        assert (note in shown(plan(tmp_path, **keys, **{"privacy.client-size": size}))) is named
 
 
 @pytest.mark.parametrize("train", [{"train.local-steps": 7}, {"train.local-steps": 0, "train.local-epochs": 2}])

@@ -27,11 +27,16 @@ CLASSES = ["[/b]", "[sci]", "$x_1$", "_hidden", "a\\b"]
 COUNTS = [[3, 1, 0, 2, 5], [1, 0, 7, 2, 1]]
 
 
-def test_class_names_are_text_not_markup() -> None:
+def printed(table: Any) -> str:
     console = Console(file=io.StringIO(), width=100)
-    console.print(clients_table(CLASSES, COUNTS))
+    console.print(table)
     assert isinstance(console.file, io.StringIO)
-    assert all(name in console.file.getvalue() for name in CLASSES)
+    return console.file.getvalue()
+
+
+def test_class_names_are_text_not_markup() -> None:
+    told = printed(clients_table(CLASSES, COUNTS))
+    assert all(name in told for name in CLASSES)
 
 
 def test_small_numbers_are_not_told_as_zero() -> None:
@@ -111,13 +116,6 @@ def test_an_epsilon_that_became_infinite_is_not_told_as_the_last_finite_one(tmp_
     write_report(run)
     assert "| infinite | infinite | 5.0000 | 0.0000 |" in (run.path / "summary.md").read_text()
     assert (run.path / "epsilon.png").stat().st_size > 5000
-
-
-def printed(table: Any) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(table)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:

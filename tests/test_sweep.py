@@ -12,7 +12,7 @@ import pytest
 
 from fedlora.config import Config, ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
-from simulations.sweep import Share, Sweep
+from simulations.sweep import Cell, Share, Sweep
 from simulations.sweep_tables import summary
 from tests.test_runs import BIN, ROOT
 from tests.test_trainer import tiny_flat
@@ -102,6 +102,13 @@ def test_choices_are_made_on_dev_rows(tmp_path: Path) -> None:
     assert len(one.unfinished()) == 2 + 3, "the other strategy's tuning, and this one's final cells"
 
 
+def finish_under_dp(cell: Cell, epsilon: float | None) -> None:
+    """Write what a cell ends with, as a run does."""
+    cell.folder.mkdir(parents=True)
+    result = {"test_accuracy": 0.5, "trained_parameters": 8, "bytes_up": 32, "delta": 1e-5, "epsilon": epsilon}
+    (cell.folder / "result.json").write_text(json.dumps(result))
+
+
 @pytest.mark.parametrize(
     ("spent", "told"), [((2.0, 4.0), "3.0000"), ((2.0, None), "infinite"), ((None, None), "infinite")]
 )
@@ -110,9 +117,7 @@ def test_an_epsilon_that_is_not_finite_is_not_averaged_away(
 ) -> None:
     one = sweep(tmp_path, **{"privacy.mode": "dp", "privacy.epsilon": 4.0, "grid.seed": [0, 1]})
     for cell, value in zip(one.finals({}, {}), spent, strict=True):
-        cell.folder.mkdir(parents=True)
-        result = {"test_accuracy": 0.5, "trained_parameters": 8, "bytes_up": 32, "delta": 1e-5, "epsilon": value}
-        (cell.folder / "result.json").write_text(json.dumps(result))
+        finish_under_dp(cell, value)
     one.write_tables()
     assert summary(one).endswith(f"| {told} | 1e-05 |\n")
 
@@ -122,9 +127,7 @@ def test_what_is_not_private_in_a_sweep_is_said(tmp_path: Path) -> None:
     keys = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "grid.privacy.seed": [0, 7], "grid.seed": [0]}
     one = sweep(tmp_path, **keys)
     for cell in one.finals({"privacy.seed": 0}, {}) + one.finals({"privacy.seed": 7}, {}):
-        cell.folder.mkdir(parents=True)
-        result = {"test_accuracy": 0.5, "trained_parameters": 8, "bytes_up": 32, "delta": 1e-5, "epsilon": 1.0}
-        (cell.folder / "result.json").write_text(json.dumps(result))
+        finish_under_dp(cell, 1.0)
     one.write_tables()
     lines = [line for line in summary(one).splitlines() if line.startswith("Epsilon with `privacy.seed` = ")]
     assert ["NOT PRIVATE" in line for line in lines] == ["`7` is" in line for line in lines] == [False, True]

@@ -153,8 +153,8 @@ class Ledger:
             "time": _now(),
             "previous": entries[-1].hash if entries else opening["hash"],
         }
-        record["hash"] = _hash(record)
-        lines += _line(record)
+        told = _hash(record)
+        lines += _line({**record, "hash": told})
         with self.path.open("ab") as file:
             file.truncate(whole)  # of what a killed process left
             file.seek(0, os.SEEK_END)
@@ -163,7 +163,6 @@ class Ledger:
             os.fsync(file.fileno())
         if not entries:
             _sync_folder(self.path.parent)
-        told: str = record["hash"]
         return told
 
     def _opening(self) -> dict[str, Any]:
