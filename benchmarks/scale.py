@@ -27,7 +27,7 @@ import psutil
 from fedlora.config import to_toml
 from fedlora.runs.folder import read_lines
 from simulations.launch import end_processes, flower_environment
-from tests.tiny import save_texts, save_tiny_model
+from tests.support.tiny import save_texts, save_tiny_model
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -37,7 +37,7 @@ def train(message: Message, context: Context) -> Message:
                 steps=update.steps,
                 metrics=metrics,
                 error=error,
-                head=update.head,
+                ledger_head=update.ledger_head,
             )
     return Message(reply.to_content(), reply_to=message)
 
@@ -93,8 +93,10 @@ def _call(method: str, instruction: Instruction, context: Context) -> list[tuple
 
 def request_of(instruction: Instruction, clients: tuple[int, ...]) -> Request:
     """Return a pack's part of an instruction; what the server does not say, of ledgers, is not made up."""
-    heads = dict(zip(instruction.clients, instruction.heads, strict=True)) if instruction.heads else {}
-    known = tuple(heads[client] for client in clients if heads)
+    ledger_heads = (
+        dict(zip(instruction.clients, instruction.ledger_heads, strict=True)) if instruction.ledger_heads else {}
+    )
+    known = tuple(ledger_heads[client] for client in clients if ledger_heads)
     return Request(instruction.round, clients, instruction.roles, instruction.tensors, known)
 
 

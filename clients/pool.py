@@ -48,7 +48,7 @@ class TrainerLostError(RuntimeError):
     """A trainer is gone, or never came."""
 
 
-class Desk:
+class JobHolder:
     """Where a trainer finds its job, also one that was restarted and remembers nothing.
 
     Args:
@@ -75,7 +75,7 @@ class TrainerPool:
 
     Args:
         actors: Handles of :class:`clients.trainer.Trainer` actors, in order of their names.
-        desk: Handle of the :class:`Desk` actor, with the pool that started them.
+        desk: Handle of the :class:`JobHolder` actor, with the pool that started them.
     """
 
     def __init__(self, actors: Sequence[Any], desk: Any = None) -> None:
@@ -85,7 +85,7 @@ class TrainerPool:
     @classmethod
     def start(cls, run_id: int, shards: Sequence[Shard], job: Job) -> TrainerPool:
         """Start one trainer for each shard on the Ray cluster that this process is connected to."""
-        desk = ray.remote(Desk).options(num_cpus=0).remote(job)
+        desk = ray.remote(JobHolder).options(num_cpus=0).remote(job)
         remote = ray.remote(Trainer)
         actors = [
             remote.options(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.accounts import Accounts, RefusedError
-from clients.private import PrivateStore
+from clients.personal import PersonalStore
 from fedlora.config import Config, Scalar, TrainConfig
 from fedlora.data import FederatedData
 from fedlora.fingerprint import code_fingerprint
@@ -47,12 +47,12 @@ class Job:
     Attributes:
         flat: The run's configuration, dotted.
         data: All clients' rows (in a simulation), and what the server evaluates on.
-        private_folder: Where clients keep private tensors.
+        site_folder: Where clients keep private tensors.
     """
 
     flat: Mapping[str, Scalar]
     data: FederatedData
-    private_folder: str
+    site_folder: str
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Request:
         clients: The clients of the pack, ascending.
         roles: Role of each kind of tensor.
         tensors: Current values of the shared and broadcast tensors.
-        heads: Under DP for each client the hash of the last ledger entry that the server was told.
+        ledger_heads: Under DP for each client the hash of the last ledger entry that the server was told.
     """
 
     round: int
     clients: tuple[int, ...]
     roles: Mapping[str, Role]
     tensors: Mapping[str, NDArray[np.floating]]
-    heads: tuple[str, ...] = ()
+    ledger_heads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Update:
         steps: Optimizer steps taken.
         loss: Mean training loss; None under DP.
         error: Why the update must not be used; empty when it may.
-        head: Under DP the hash of the ledger entry that pays for it.
+        ledger_head: Under DP the hash of the ledger entry that pays for it.
     """
 
     client: int
@@ -94,7 +94,7 @@ class Update:
     steps: int = 0
     loss: float | None = None
     error: str = ""
-    head: str = ""
+    ledger_head: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,9 +183,9 @@ class Trainer:
         return self.loaded.job.data
 
     @property
-    def private(self) -> PrivateStore:
-        """The clients' private tensors."""
-        return self.loaded.private
+    def personal(self) -> PersonalStore:
+        """The clients' personal tensors."""
+        return self.loaded.personal
 
     def renew(self) -> None:
         """Ask for the job anew before the next piece of work."""
@@ -217,7 +217,7 @@ class Trainer:
         try:
             loaded = self.loaded
         except Exception:
-            if not request.heads:
+            if not request.ledger_heads:
                 raise
             _logger.exception("loading failed")  # its text may quote a row, so it stays in the site's log
             raise RuntimeError("loading failed at the site; its own log says why") from None
@@ -231,7 +231,7 @@ class Trainer:
         works, common = self._works(request, batches)
         results = train_pack(loaded.engine, works, common, config)
         for result in results:
-            self._keep_private(request, result)
+            self._keep_personal(request, result)
         return [Update(r.client, r.tensors, r.examples, r.steps, r.loss, r.error) for r in results]
 
     def _train_under_dp(self, request: Request, accounts: Accounts) -> list[Update]:
@@ -241,16 +241,16 @@ class Trainer:
             ValueError: What the server sent cannot train.
             RuntimeError: Something failed; the message is the same whatever it was.
         """
-        if len(request.heads) != len(request.clients):
+        if len(request.ledger_heads) != len(request.clients):
             raise ValueError("a client under DP trains only for a server that says what it last saw of its ledger")
         self._check_trains(request)
         updates, paid = [], {}
-        for client, head in zip(request.clients, request.heads, strict=True):
+        for client, ledger_head in zip(request.clients, request.ledger_heads, strict=True):
             try:
-                paid[client] = accounts.charge(client, request.round, head)
+                paid[client] = accounts.charge(client, request.round, ledger_head)
             except RefusedError as refused:
                 updates.append(Update(client, {}, error=str(refused)))
-        request = replace(request, clients=tuple(paid), heads=())
+        request = replace(request, clients=tuple(paid), ledger_heads=())
         try:
             results = self._private_results(request, accounts) if paid else []
         except Exception as error:  # its text may quote a row, and its kind may tell of one
@@ -266,9 +266,9 @@ class Trainer:
                 request.round,
                 {"loss": result.loss, "steps": result.steps, **result.diagnostics, "error": result.error},
             )
-            self._keep_private(request, replace(result, error=fault))
+            self._keep_personal(request, replace(result, error=fault))
             updates.append(
-                Update(result.client, result.tensors, steps=result.steps, error=fault, head=paid[result.client])
+                Update(result.client, result.tensors, steps=result.steps, error=fault, ledger_head=paid[result.client])
             )
         return sorted(updates, key=lambda update: update.client)
 
@@ -290,7 +290,7 @@ class Trainer:
         """Have the watch see two steps on made-up rows: what it sees in real ones must not leave under DP."""
         from fedlora.engine import ClientWork, made_up_rows, train_pack
 
-        trained = frozenset(with_role(self.loaded.specs, request.roles, Role.SHARED, Role.PRIVATE))
+        trained = frozenset(with_role(self.loaded.specs, request.roles, Role.SHARED, Role.PERSONAL))
         if trained in self.loaded.seen_to_train:
             return
         tensors, examples = self._common(request), made_up_rows(self.loaded.engine)
@@ -302,12 +302,12 @@ class Trainer:
             raise ValueError(error)
         self.loaded.seen_to_train.add(trained)
 
-    def _keep_private(self, request: Request, result: ClientResult) -> None:
+    def _keep_personal(self, request: Request, result: ClientResult) -> None:
         """Take the client's private tensors out of a result, and keep them if it may be used."""
-        private = with_role(self.loaded.specs, request.roles, Role.PRIVATE)
+        private = with_role(self.loaded.specs, request.roles, Role.PERSONAL)
         kept = {name: result.tensors.pop(name) for name in private}
         if kept and not result.error:
-            self.loaded.private.save(result.client, request.round, kept)
+            self.loaded.personal.save(result.client, request.round, kept)
 
     def _works(
         self, request: Request, batches: Sequence[Sequence[NDArray[np.int64]]]
@@ -316,7 +316,7 @@ class Trainer:
         from fedlora.engine import ClientWork
 
         loaded, works = self.loaded, []
-        trained = with_role(loaded.specs, request.roles, Role.SHARED, Role.PRIVATE)
+        trained = with_role(loaded.specs, request.roles, Role.SHARED, Role.PERSONAL)
         for client, own in zip(request.clients, batches, strict=True):
             state = self._state(request, client)
             count = len(self.data.training_rows(client))
@@ -368,7 +368,7 @@ class Trainer:
         from fedlora.engine import evaluate
 
         loaded = self.loaded
-        private = with_role(loaded.specs, request.roles, Role.PRIVATE)
+        private = with_role(loaded.specs, request.roles, Role.PERSONAL)
         common = {name: value for name, value in self._common(request).items() if name not in private}
         states = [self._state(request, client) for client in request.clients]
         if split:
@@ -412,8 +412,8 @@ class Trainer:
 
     def _state(self, request: Request, client: int) -> Arrays:
         """Return all tensors of a client as it starts a round."""
-        private = with_role(self.loaded.specs, request.roles, Role.PRIVATE)
-        kept = self.private.load(client, request.round) if private else None
+        private = with_role(self.loaded.specs, request.roles, Role.PERSONAL)
+        kept = self.personal.load(client, request.round) if private else None
         return {**self._common(request), **(kept or {})}
 
 
@@ -445,7 +445,7 @@ class _Loaded:
         specs: The method's tensors.
         initial: Their values from the seed.
         examples: The tokenized rows, by split.
-        private: The clients' private tensors.
+        personal: The clients' personal tensors.
         accounts: The clients' privacy accounts; None without DP.
         seen_to_train: Sets of trained tensors that were seen to train on made-up rows.
     """
@@ -456,7 +456,7 @@ class _Loaded:
     specs: dict[str, TensorSpec]
     initial: Arrays
     examples: dict[str, Examples]
-    private: PrivateStore
+    personal: PersonalStore
     accounts: Accounts | None
     seen_to_train: set[frozenset[str]] = field(default_factory=set)
 
@@ -517,6 +517,6 @@ def _load(job: Job, threads: int, resident: _Resident) -> _Loaded:
         specs=specs,
         initial=initial,
         examples={split: resident.examples[split][1] for split in corpus.splits},
-        private=PrivateStore(Path(job.private_folder)),
-        accounts=Accounts(Path(job.private_folder), config) if config.privacy.mode == "dp" else None,
+        personal=PersonalStore(Path(job.site_folder)),
+        accounts=Accounts(Path(job.site_folder), config) if config.privacy.mode == "dp" else None,
     )

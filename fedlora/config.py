@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self, get_type_hints
@@ -256,6 +257,9 @@ class MethodConfig:
     """Low-rank method: ``lora``, ``mos``, ``s2-lora``; ``auto``: the strategy's own."""
     rank: int = 8
     """Inner dimension r of each layer's update; of ``mos`` the active rank."""
+    ranks: str = ""
+    """Ranks by client, each at most ``rank``: one number a client with commas between, or ``uniform:2-16``, drawn from
+    the seed; empty: all have ``rank``. Read by ``lora``. The scale stays alpha / ``rank``, one for all clients."""
     alpha: float = 16.0
     """Numerator of the scale alpha / r."""
     rslora: bool = False
@@ -263,13 +267,16 @@ class MethodConfig:
     target_modules: str = "auto"
     """Comma-separated module names as in PEFT, ``all-linear``, or ``auto``: PEFT's choice for the model."""
     head: str = "shared"
-    """``shared``: trained and averaged; ``private``: trained and kept by the client; ``frozen``: as seeded."""
+    """``shared``: trained and averaged; ``personal``: trained and kept by the client; ``frozen``: as seeded."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        if self.head == "private":
+            warnings.warn("method.head = 'private' is now called 'personal'.", FutureWarning, stacklevel=4)
+            object.__setattr__(self, "head", "personal")
         _at_least("method.rank", self.rank, 1)
         _positive("method.alpha", self.alpha)
-        _one_of("method.head", self.head, ("shared", "private", "frozen"))
+        _one_of("method.head", self.head, ("shared", "personal", "frozen"))
         _require(
             all(part.strip() for part in self.target_modules.split(",")),
             "method.target-modules",
@@ -341,6 +348,11 @@ class TrainConfig:
     """Momentum of sgd."""
     schedule: str = "constant"
     """``constant``, or ``linear``: down to 0 over the client's own steps of the round."""
+    round_schedule: str = "constant"
+    """Learning rate over the rounds of the run: ``constant``, ``linear`` or ``cosine``, both down to 0 after the last
+    round. It multiplies what ``schedule`` makes of the steps of one round."""
+    warmup_rounds: int = 0
+    """Rounds over which the learning rate rises linearly to its peak."""
     clip_norm: float = 0.0
     """Bound on the L2 norm of each client's gradient; 0: none."""
     max_length: int = 48
@@ -368,8 +380,55 @@ class TrainConfig:
             "is read by train.optimizer = 'sgd' only.",
         )
         _one_of("train.schedule", self.schedule, ("constant", "linear"))
+        _one_of("train.round-schedule", self.round_schedule, ("constant", "linear", "cosine"))
+        _at_least("train.warmup-rounds", self.warmup_rounds, 0)
         _at_least("train.clip-norm", self.clip_norm, 0)
         _at_least("train.max-length", self.max_length, 4)
+
+
+@dataclass(frozen=True)
+class LocalConfig:
+    """What is added to the clients' gradients."""
+
+    term: str = "none"
+    """``none``; ``prox``: FedProx's pull towards the server's tensors; ``scaffold``: SCAFFOLD's control variates."""
+    mu: float = 0.01
+    """Weight of FedProx's term; read with ``local.term = 'prox'``."""
+    option: int = 2
+    """How clients renew their control variates, with ``scaffold``: 1 by a gradient of all their rows at the server's
+    tensors, 2 by the steps that they took."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _one_of("local.term", self.term, ("none", "prox", "scaffold"))
+        _at_least("local.mu", self.mu, 0)
+        _require(self.option in (1, 2), "local.option", self.option, "must be 1 or 2.")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The server's optimizer: what it makes of the averaged update, whatever the strategy."""
+
+    optimizer: str = "none"
+    """``none``: the mean is the new value; ``momentum`` (FedAvgM), ``adam``, ``yogi``, ``adagrad`` (FedOpt)."""
+    learning_rate: float = 0.0
+    """Of the server's step; 0: the one that leaves a small averaged update as it is in the first round."""
+    momentum: float = 0.9
+    """Of ``momentum``."""
+    beta1: float = 0.9
+    """Decay of the first moment, of ``adam`` and ``yogi``."""
+    beta2: float = 0.99
+    """Decay of the second moment, of ``adam`` and ``yogi``."""
+    tau: float = 0.001
+    """Added to the root of the second moment: updates far below it are scaled alike, those far above adaptively."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _one_of("server.optimizer", self.optimizer, ("none", "momentum", "adam", "yogi", "adagrad"))
+        _at_least("server.learning-rate", self.learning_rate, 0)
+        for key, value in (("momentum", self.momentum), ("beta1", self.beta1), ("beta2", self.beta2)):
+            _require(0.0 <= value < 1.0, f"server.{key}", value, "must be at least 0 and below 1.")
+        _positive("server.tau", self.tau)
 
 
 @dataclass(frozen=True)
@@ -505,6 +564,8 @@ class Config:
     mos: MosConfig = field(default_factory=MosConfig)
     s2: S2Config = field(default_factory=S2Config)
     train: TrainConfig = field(default_factory=TrainConfig)
+    local: LocalConfig = field(default_factory=LocalConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)

@@ -1,4 +1,4 @@
-"""Weighted sums that do not depend on the order in which their terms arrive.
+"""Weighted sums that do not depend on the order in which their count arrive.
 
 Floating-point addition is not associative, so a mean folded in order of arrival changes its last bits
 from run to run. Here every term is split into a coarse and a fine part on two fixed grids
@@ -40,13 +40,13 @@ class ExactSum:
         coarse: Name to float64 array on the coarse grid.
         fine: Name to float64 array on the fine grid.
         weight: Sum of the weights (whole numbers).
-        terms: How many clients' tensors are inside.
+        count: How many clients' tensors are inside.
     """
 
     coarse: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     fine: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     weight: int = 0
-    terms: int = 0
+    count: int = 0
 
     def add(self, tensors: Tensors, weight: int) -> None:
         """Add one client's ``tensors``, ``weight`` (1 or more, e.g. its number of examples) times.
@@ -70,9 +70,9 @@ class ExactSum:
         Raises:
             OverflowError: The sum left the range in which it is exact; nothing was added.
         """
-        if self.terms + other.terms > _MAX_TERMS:
+        if self.count + other.count > _MAX_TERMS:
             raise OverflowError(f"more than {_MAX_TERMS} clients in one sum")
-        if self.terms == 0:
+        if self.count == 0:
             merged = {name: (other.coarse[name], other.fine[name]) for name in other.coarse}
         else:
             assert self.coarse.keys() == other.coarse.keys(), "sums of different tensors"
@@ -85,12 +85,12 @@ class ExactSum:
         self.coarse = {name: coarse for name, (coarse, _) in merged.items()}
         self.fine = {name: fine for name, (_, fine) in merged.items()}
         self.weight += other.weight
-        self.terms += other.terms
+        self.count += other.count
 
     def is_sound(self) -> bool:
-        """Whether both parts are what sums of this many terms can be (another machine may have sent them)."""
-        bound = self.terms * _COARSE / 2
-        return 1 <= self.terms <= min(self.weight, _MAX_TERMS) and all(
+        """Whether both parts are what sums of this many count can be (another machine may have sent them)."""
+        bound = self.count * _COARSE / 2
+        return 1 <= self.count <= min(self.weight, _MAX_TERMS) and all(
             np.array_equal(_round_to(value, step), value) and np.all(np.abs(value) <= limit)
             for parts, step, limit in ((self.coarse, _COARSE, _LIMIT), (self.fine, _FINE, bound))
             for value in parts.values()

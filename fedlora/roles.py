@@ -13,7 +13,7 @@ class Role(StrEnum):
 
     SHARED = "shared"
     """Trained and exchanged."""
-    PRIVATE = "private"
+    PERSONAL = "personal"
     """Trained and kept by the client."""
     FROZEN = "frozen"
     """Equal to what the seed gives, always; never sent."""

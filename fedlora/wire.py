@@ -158,7 +158,7 @@ class Instruction:
         tensors: Current values of the shared and broadcast tensors.
         fingerprint: The server's code, see :mod:`fedlora.fingerprint`.
         pack: Clients trained together; 0: automatic.
-        heads: Under DP for each client the hash of the last ledger entry that the server was told; empty: none.
+        ledger_heads: Under DP for each client the hash of the last ledger entry that the server was told; empty: none.
     """
 
     round: int
@@ -168,11 +168,11 @@ class Instruction:
     tensors: dict[str, NDArray[np.floating]]
     fingerprint: str
     pack: int = 0
-    heads: tuple[str, ...] = ()
+    ledger_heads: tuple[str, ...] = ()
 
     def to_content(self) -> RecordDict:
         """Return the message content."""
-        head: dict[str, Any] = {
+        header: dict[str, Any] = {
             "round": self.round,
             "clients": list(self.clients),
             "kinds": list(self.roles),
@@ -180,9 +180,9 @@ class Instruction:
             "weights": self.weights,
             "fingerprint": self.fingerprint,
             "pack": self.pack,
-            "heads": list(self.heads),
+            "ledger_heads": list(self.ledger_heads),
         }
-        return RecordDict({"instruction": _config_record(head), "tensors": encode(self.tensors)})
+        return RecordDict({"instruction": _config_record(header), "tensors": encode(self.tensors)})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> Instruction:
@@ -191,23 +191,23 @@ class Instruction:
         Raises:
             WireError: It is not an instruction.
         """
-        head = _Reader(content, "instruction")
-        kinds, roles = head.list("kinds", str), head.list("roles", str)
-        weights = head.one("weights", str)
+        header = _Reader(content, "instruction")
+        kinds, roles = header.list("kinds", str), header.list("roles", str)
+        weights = header.one("weights", str)
         if weights not in ("examples", "equal") or len(kinds) != len(roles) or not set(roles) <= set(Role):
             raise WireError("the instruction's roles or weights are not known")
-        clients, heads = tuple(head.list("clients", int)), tuple(head.list("heads", str))
-        if heads and len(heads) != len(clients):
+        clients, ledger_heads = tuple(header.list("clients", int)), tuple(header.list("ledger_heads", str))
+        if ledger_heads and len(ledger_heads) != len(clients):
             raise WireError("the instruction's ledger hashes are not one a client")
         return cls(
-            round=head.one("round", int),
+            round=header.one("round", int),
             clients=clients,
-            heads=heads,
+            ledger_heads=ledger_heads,
             roles={kind: Role(role) for kind, role in zip(kinds, roles, strict=True)},
             weights="examples" if weights == "examples" else "equal",
             tensors=decode(content.get("tensors")),
-            fingerprint=head.one("fingerprint", str),
-            pack=head.one("pack", int),
+            fingerprint=header.one("fingerprint", str),
+            pack=header.one("pack", int),
         )
 
 
@@ -223,7 +223,7 @@ class Reply:
         steps: Optimizer steps of each.
         metrics: For each metric one number a client: mean training loss, or sums over its own rows.
         errors: Why a client's update was left out; empty where it is in.
-        heads: Under DP the hash of each client's last ledger entry; empty: it has none.
+        ledger_heads: Under DP the hash of each client's last ledger entry; empty: it has none.
         update: The update of a node's only client.
         total: The weighted sum of several clients' updates.
     """
@@ -233,7 +233,7 @@ class Reply:
     steps: list[int] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
-    heads: list[str] = field(default_factory=list)
+    ledger_heads: list[str] = field(default_factory=list)
     update: Tensors | None = None
     total: ExactSum | None = None
 
@@ -245,7 +245,7 @@ class Reply:
         steps: int = 0,
         metrics: Mapping[str, float] | None = None,
         error: str = "",
-        head: str = "",
+        ledger_head: str = "",
     ) -> None:
         """Enter one client's facts; metrics that it lacks are 0."""
         for name in metrics or {}:
@@ -256,26 +256,26 @@ class Reply:
         self.examples.append(examples)
         self.steps.append(steps)
         self.errors.append(error)
-        self.heads.append(head)
+        self.ledger_heads.append(ledger_head)
 
     def to_content(self) -> RecordDict:
         """Return the message content."""
-        head: dict[str, Any] = {
+        header: dict[str, Any] = {
             "clients": self.clients,
             "examples": self.examples,
             "steps": self.steps,
             "metrics": list(self.metrics),
             "errors": self.errors,
-            "heads": self.heads,
+            "ledger_heads": self.ledger_heads,
         }
-        head |= {f"metric.{name}": values for name, values in self.metrics.items()}
+        header |= {f"metric.{name}": values for name, values in self.metrics.items()}
         records: dict[str, Any] = {}
         if self.update is not None:
             records["update"] = encode(self.update)
-        if self.total is not None and self.total.terms:
-            head |= {"weight": self.total.weight, "terms": self.total.terms}
+        if self.total is not None and self.total.count:
+            header |= {"weight": self.total.weight, "count": self.total.count}
             records |= {"coarse": encode(self.total.coarse), "fine": encode(self.total.fine)}
-        return RecordDict({"reply": _config_record(head), **records})
+        return RecordDict({"reply": _config_record(header), **records})
 
     @classmethod
     def from_content(cls, content: RecordDict) -> Reply:
@@ -284,16 +284,22 @@ class Reply:
         Raises:
             WireError: It is not a reply.
         """
-        head = _Reader(content, "reply")
+        header = _Reader(content, "reply")
         reply = cls(
-            clients=head.list("clients", int),
-            examples=head.list("examples", int),
-            steps=head.list("steps", int),
-            metrics={name: head.list(f"metric.{name}", float) for name in head.list("metrics", str)},
-            errors=head.list("errors", str),
-            heads=head.list("heads", str),
+            clients=header.list("clients", int),
+            examples=header.list("examples", int),
+            steps=header.list("steps", int),
+            metrics={name: header.list(f"metric.{name}", float) for name in header.list("metrics", str)},
+            errors=header.list("errors", str),
+            ledger_heads=header.list("ledger_heads", str),
         )
-        lists: list[list[Any]] = [reply.examples, reply.steps, reply.errors, reply.heads, *reply.metrics.values()]
+        lists: list[list[Any]] = [
+            reply.examples,
+            reply.steps,
+            reply.errors,
+            reply.ledger_heads,
+            *reply.metrics.values(),
+        ]
         if any(len(values) != len(reply.clients) for values in lists):
             raise WireError("the reply's lists differ in length")
         if "update" in content:
@@ -303,8 +309,8 @@ class Reply:
             reply.total = ExactSum(
                 {name: value.astype(np.float64) for name, value in coarse.items()},
                 {name: value.astype(np.float64) for name, value in fine.items()},
-                head.one("weight", int),
-                head.one("terms", int),
+                header.one("weight", int),
+                header.one("count", int),
             )
         return reply
 

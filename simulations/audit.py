@@ -177,8 +177,8 @@ class _Site:
         Raises:
             RuntimeError: A client did not train.
         """
-        specs, store = self.trainer.loaded.specs, self.trainer.private
-        own = with_role(specs, self.strategy.all_roles(roles_of), Role.PRIVATE)
+        specs, store = self.trainer.loaded.specs, self.trainer.personal
+        own = with_role(specs, self.strategy.all_roles(roles_of), Role.PERSONAL)
         for client in clients:
             if own:
                 store.save(client, number - 1, {name: self.start(spec, name) for name, spec in own.items()})
@@ -215,7 +215,7 @@ def _rounds(run: _Run) -> Iterator[Finding]:
     yield Finding("epsilon composes over rounds", grows, ", ".join(f"{value:.4g}" for value in spent))
     told = [u.client for u in updates if u.examples or u.loss is not None]
     yield Finding("no number of rows and no loss leaves", not told, f"{len(updates)} updates looked at")
-    heads = [update.head for update in updates if update.client == 0]
+    heads = [update.ledger_head for update in updates if update.client == 0]
     known = [entry.hash for entry in site.ledger(0).entries()]
     yield Finding(
         "each update names the entry that pays for it", heads == known[-len(heads) :], f"{len(heads)} updates"

@@ -66,7 +66,7 @@ class Plan:
     @property
     def measured(self) -> str:
         """What a round is measured on: clients' own rows, or the split ``dev`` or ``test``."""
-        if self.strategy.has_private:
+        if self.strategy.has_personal:
             return "personal"
         return "dev" if self.config.data.dev_share else "test"
 
@@ -138,7 +138,7 @@ class Plan:
         return max(count_parameters(self._trained(number)) for number in turns)
 
     def _trained(self, server_round: int) -> Mapping[str, TensorSpec]:
-        return with_role(self.specs, self.strategy.all_roles(server_round), Role.SHARED, Role.PRIVATE)
+        return with_role(self.specs, self.strategy.all_roles(server_round), Role.SHARED, Role.PERSONAL)
 
     def trained_parameters(self) -> int:
         """Return the numbers that a client trains, over the rounds of a cycle."""
@@ -182,14 +182,14 @@ class Plan:
             f"pack(s) on {self.trainers} trainer(s); {min(steps)} to {max(steps)} local steps of "
             f"{config.train.batch_size} examples",
             f"reported: {self.measure.replace('_', ' ')}"
-            + (" (each client on the rows it holds out)" if self.strategy.has_private else ""),
+            + (" (each client on the rows it holds out)" if self.strategy.has_personal else ""),
             f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down"
             + (f" ({human_bytes(cached)} if it kept what it was sent)" if cached != down else "")
             + (f", means over {self.strategy.period} rounds" if self.strategy.period > 1 else ""),
             f"bytes of the whole run: {human_bytes(self.sampled * sum(ups))} up, "
             f"{human_bytes(self.sampled * sum(downs))} down",
         ]
-        if self.strategy.has_private:
+        if self.strategy.has_personal:
             lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")
         lines.append(f"server mean of updates: {exact[self.strategy.exact]}")
         lines += ["privacy: none"] if self.privacy is None else self.privacy.lines()

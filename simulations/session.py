@@ -99,7 +99,7 @@ class Session:
 
     def assigned(self, config: Config, data: FederatedData) -> TrainerPool:
         """Return trainers at work on a run: those that are there, or new ones where they should be others."""
-        job = Job(config.to_flat(), data, str(run_path(config) / "private"))
+        job = Job(config.to_flat(), data, str(run_path(config) / "sites"))
         shards = plan_shards(ray.cluster_resources(), config.engine.trainers)
         if self._pool is not None and self._shards == shards:
             self._pool.assign(job)

@@ -50,7 +50,7 @@ def resolve(flat: Mapping[str, Any]) -> Config:
         raise ConfigError(f"eval.target = {config.eval.target}: is an accuracy here, between 0 and 1.")
     name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy.name}"
     data = config.data
-    if data.holdout == 0 and (strategy.personal or config.method.head == "private" or config.eval.baselines):
+    if data.holdout == 0 and (strategy.personal or config.method.head == "personal" or config.eval.baselines):
         data = replace(data, holdout=_HOLDOUT)
     # Under DP the number of a client's examples is not sent.
     weights = "equal" if config.privacy.mode == "dp" else config.strategy.weights
@@ -80,7 +80,7 @@ def build_strategy(
             pack=config.engine.pack,
             frozen=frozen,
             learning_rate=config.train.learning_rate,
-            private=config.privacy.mode == "dp",
+            dp=config.privacy.mode == "dp",
         )
     )
 

@@ -107,7 +107,7 @@ class Simulation:
             tensors = checkpoint.tensors
             self.strategy.have_trained = set(checkpoint.state["have_trained"])
             self.strategy.knows = dict(checkpoint.state["knows"])
-            self.strategy.heads = dict(checkpoint.state["heads"])
+            self.strategy.ledger_heads = dict(checkpoint.state["ledger_heads"])
             self.strategy.spent = set(checkpoint.state["spent"])
             self.metrics = read_lines(self.folder.path / "metrics.jsonl")
             self.before = checkpoint.state["before"]
@@ -152,7 +152,9 @@ class Simulation:
             ledgers: dict[int, Sequence[Entry] | str] = {}
             for client in range(len(self.data.clients)):
                 try:
-                    ledgers[client] = self.accounts.ledger(client).check_knows(self.strategy.heads.get(client, ""))
+                    ledgers[client] = self.accounts.ledger(client).check_knows(
+                        self.strategy.ledger_heads.get(client, "")
+                    )
                 except LedgerError as error:
                     ledgers[client] = str(error)
             self.privacy = privacy_record(self.config, ledgers, self.description.device, roles)
@@ -178,7 +180,7 @@ class Simulation:
         examples = self.plan.examples(rounds)
         train_s = examples * speed.row_tokens * speed.train_s
         measured = rounds * speed.measured_tokens
-        if self.strategy.has_private:
+        if self.strategy.has_personal:
             measured = int(rounds * sum(map(len, self.data.holdout)) * speed.row_tokens)
         total_s = (train_s + measured * speed.evaluate_s) / len(self.pool)
         self.console.print(
@@ -190,7 +192,7 @@ class Simulation:
 
     def _evaluate(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """Evaluate the server's tensors on the rows that a round is measured on, all trainers side by side."""
-        if self.strategy.has_private or (server_round == 0 and self.task.has_head):
+        if self.strategy.has_personal or (server_round == 0 and self.task.has_head):
             return None  # an untrained head knows nothing; a language model does, before any round
         metrics = self._metrics(from_named_arrays(arrays), self.plan.measured)
         if server_round == 0:
@@ -245,7 +247,7 @@ class Simulation:
         assert tally is not None, "a round leaves a tally"
         measured = dict(result.evaluate_metrics_serverapp.get(server_round, MetricRecord()))
         personal = dict(result.evaluate_metrics_clientapp.get(server_round, MetricRecord()))
-        if self.plan.privacy is not None and self.strategy.has_private:
+        if self.plan.privacy is not None and self.strategy.has_personal:
             personal = self._look(server_round, from_named_arrays(arrays))
         clients = personal.pop("personal_clients", None)
         means = {name.removeprefix("personal_"): float(value) for name, value in personal.items()}  # type: ignore[arg-type]
@@ -285,7 +287,7 @@ class Simulation:
             "strategy": self.strategy.name,
             "have_trained": sorted(self.strategy.have_trained),
             "knows": sorted(self.strategy.knows.items()),
-            "heads": sorted(self.strategy.heads.items()),
+            "ledger_heads": sorted(self.strategy.ledger_heads.items()),
             "spent": sorted(self.strategy.spent),
             "base": self.description.digest,
             "packing": self._packing(),
@@ -343,7 +345,7 @@ class Simulation:
         if self.plan.measured == "dev" and self.config.eval.test:
             final = self._metrics(tensors, "test")
             outcome |= {f"test_{name}": value for name, value in final.items()}
-        if self.plan.privacy is not None and self.strategy.has_private and not self.strategy.personal_sums:
+        if self.plan.privacy is not None and self.strategy.has_personal and not self.strategy.personal_sums:
             self._look(last["round"], tensors)  # a run that was continued after its last round
         scores = self._scores(tensors)
         if scores:
@@ -421,7 +423,7 @@ class Simulation:
 
     def _scores(self, tensors: dict[str, NDArray[np.floating]]) -> list[dict[str, Any]]:
         """Return each client's metrics on the rows that it holds out, under the model that it ends with."""
-        if self.strategy.has_private:
+        if self.strategy.has_personal:
             sums = self.strategy.personal_sums
             return [self.score(client, sums[client]) for client in sorted(sums)]
         held = [(client, rows) for client, rows in enumerate(self.data.holdout) if len(rows)]
@@ -452,7 +454,7 @@ class Simulation:
     def _export(self, tensors: dict[str, NDArray[np.floating]], outcome: dict[str, Any]) -> None:
         """Write the adapter; where clients keep factors of their own, an adapter for each of them."""
         roles = self.strategy.all_roles(self.config.rounds + 1)
-        own = any(role is Role.PRIVATE for kind, role in roles.items() if kind != "head")
+        own = any(role is Role.PERSONAL for kind, role in roles.items() if kind != "head")
         clients = sorted(self.strategy.have_trained)[:_ADAPTERS] if own else []
         requests = [Request(self.config.rounds + 1, (client,), roles, tensors) for client in clients]
         requests = requests or [Request(self.config.rounds + 1, (), roles, tensors)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from rich.table import Table as RichTable
 
-from fedlora.privacy import terms
+from fedlora.privacy import conditions
 from fedlora.runs.privacy import told_epsilon
 from fedlora.runs.report import human_bytes, number
 from fedlora.tasks import TASKS
@@ -44,13 +44,13 @@ def _epsilon(row: Row) -> str:
     return told_epsilon(row["epsilon_mean"] if known == row["n"] else None)
 
 
-def _terms(sweep: Sweep) -> list[str]:
+def _conditions(sweep: Sweep) -> list[str]:
     """Return what the sweep's epsilons mean nothing without, a line for each kind of them."""
     told: dict[str, str] = {}
     for config, varied in ((cell.config, cell.varied) for cell in sweep.cells()):
         if config.privacy.mode == "dp":
             where = [f"`{key}` = `{varied[key]}`" for key in ("privacy.accountant", "privacy.seed") if key in varied]
-            told.setdefault(terms(config), f" with {' and '.join(where)}" if where else "")
+            told.setdefault(conditions(config), f" with {' and '.join(where)}" if where else "")
     return [f"Epsilon{where} is that of the client that spent most, {line}" for line, where in told.items()]
 
 
@@ -72,7 +72,7 @@ def summary(sweep: Sweep) -> str:
     keys, measures, rows = _groups(sweep)
     target = sweep.first.eval.target
     columns = [*keys, "n", *(name.replace("_", " ") for name in measures), "trained parameters", "sent by clients"]
-    private = _terms(sweep)
+    private = _conditions(sweep)
     columns += ["epsilon", "delta"] if private else []
     columns += [f"rounds to {target:g}", "sent until then"] if target else []
     lines = [

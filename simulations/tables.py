@@ -140,7 +140,7 @@ def roles_table() -> list[str]:
             sent_only = [k for k in by_role[Role.BROADCAST] if k not in by_role[Role.SHARED]]
             fixed = ", ".join([*by_role[Role.FROZEN], *(f"{k} (by the server)" for k in sent_only)])
             lines.append(
-                f"| `{name}` | `{kind}` | {_told(by_role[Role.SHARED])} | {_told(by_role[Role.PRIVATE])} | "
+                f"| `{name}` | `{kind}` | {_told(by_role[Role.SHARED])} | {_told(by_role[Role.PERSONAL])} | "
                 f"{fixed or '-'} | {' → '.join(turns) if strategy.period > 1 else '-'} | {told} |"
             )
     return lines

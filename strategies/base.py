@@ -67,7 +67,7 @@ class Setting:
         pack: Clients trained together; 0: automatic.
         frozen: Kinds that stay as the seed gives them, whatever the strategy does with them.
         learning_rate: Of local training: the size of the server's proximal step on tensors that have an L1 weight.
-        private: Whether clients train under DP, and so tell nothing but their updates.
+        dp: Whether clients train under DP, and so tell nothing but their updates.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -81,7 +81,7 @@ class Setting:
     pack: int = 0
     frozen: frozenset[str] = frozenset()
     learning_rate: float = 0.0
-    private: bool = False
+    dp: bool = False
 
 
 @dataclass
@@ -146,7 +146,7 @@ class RoleStrategy(Strategy):
         self.have_trained: set[int] = set()
         self.knows: dict[int, int] = {}
         """The last round whose outcome a client was sent, by client."""
-        self.heads: dict[int, str] = {}
+        self.ledger_heads: dict[int, str] = {}
         """Under DP the hash of the last ledger entry that a client told, by client."""
         self.spent: set[int] = set()
         """Clients whose privacy budget is spent."""
@@ -226,12 +226,12 @@ class RoleStrategy(Strategy):
     @property
     def trained_kinds(self) -> set[str]:
         """The kinds that clients train in some round."""
-        return {kind for kind, roles in self.roles_in_turn().items() if {Role.SHARED, Role.PRIVATE} & set(roles)}
+        return {kind for kind, roles in self.roles_in_turn().items() if {Role.SHARED, Role.PERSONAL} & set(roles)}
 
     @property
-    def has_private(self) -> bool:
+    def has_personal(self) -> bool:
         """Whether clients keep trained tensors in this setting: the strategy's private ones, or the head."""
-        return Role.PRIVATE in self.all_roles(1).values()
+        return Role.PERSONAL in self.all_roles(1).values()
 
     # -- rounds -------------------------------------------------------------------------------------------
 
@@ -283,7 +283,7 @@ class RoleStrategy(Strategy):
             tally.facts |= dict.fromkeys(clients, _NO_FACTS)
             tally.refuse(clients, "no reply arrived in time")
         self._check_budgets(server_round)
-        self._check_failures(tally, len(tally.facts.keys() - self.spent), good=tally.total.terms)
+        self._check_failures(tally, len(tally.facts.keys() - self.spent), good=tally.total.count)
         self.have_trained |= tally.facts.keys() - tally.refused.keys()
         mean = {name: value.astype(self.setting.dtype) for name, value in tally.total.mean().items()}
         combined = self.combine(self._server, mean, server_round)
@@ -293,13 +293,13 @@ class RoleStrategy(Strategy):
         self._server = {name: value.astype(self.setting.dtype) for name, value in {**combined, **sparse}.items()}
         # By client, not by arrival: this mean, too, must not depend on the order of replies.
         told = {}
-        if not self.setting.private:
+        if not self.setting.dp:
             losses = [fact["loss"] for client, fact in sorted(tally.facts.items()) if client not in tally.refused]
             told["train_loss"] = float(np.mean(losses))
         metrics = MetricRecord(
             {
                 **told,
-                "clients_ok": tally.total.terms,
+                "clients_ok": tally.total.count,
                 "clients_refused": len(tally.refused),
                 "bytes_up": tally.bytes_up,
                 "bytes_down": tally.bytes_down,
@@ -318,7 +318,7 @@ class RoleStrategy(Strategy):
         Those are asked that have trained so far: another's private tensors are still the seed's. Under DP nobody is:
         sums over a client's rows are not covered by its guarantee.
         """
-        if not self.has_private or not self.have_trained or self.setting.private:
+        if not self.has_personal or not self.have_trained or self.setting.dp:
             return []
         server = from_named_arrays(arrays)
         sent = {name: server[name] for name in self.exchanged(server_round)}
@@ -452,7 +452,7 @@ class RoleStrategy(Strategy):
         Raises:
             ValueError: In the first round a factor that starts at zero is fixed, and another is to be trained.
         """
-        trained = {kind for kind, role in self.all_roles(1).items() if role in (Role.SHARED, Role.PRIVATE)}
+        trained = {kind for kind, role in self.all_roles(1).items() if role in (Role.SHARED, Role.PERSONAL)}
         for product, kinds in zero_kinds(self.setting.specs).items():
             dead = [kind for kind, zero in kinds.items() if zero]
             hidden = [kind for kind, zero in kinds.items() if not zero and kind in trained]
@@ -487,7 +487,7 @@ class RoleStrategy(Strategy):
                 tensors=dict(tensors),
                 fingerprint=code_fingerprint()[0],
                 pack=self.setting.pack,
-                heads=tuple(self.heads.get(client, "") for client in clients) if self.setting.private else (),
+                ledger_heads=tuple(self.ledger_heads.get(client, "") for client in clients) if self.setting.dp else (),
             )
             content = instruction.to_content()
             if self.tally is not None:
@@ -500,7 +500,9 @@ class RoleStrategy(Strategy):
         try:
             reply = _read(message, clients)
             # Before anything else is looked at: an update that cannot be used has left all the same.
-            self.heads |= {client: head for client, head in zip(reply.clients, reply.heads, strict=True) if head}
+            self.ledger_heads |= {
+                client: head for client, head in zip(reply.clients, reply.ledger_heads, strict=True) if head
+            }
             tally.message_bytes_up += message_bytes(message.content)
             facts = {
                 client: {
@@ -528,10 +530,10 @@ class RoleStrategy(Strategy):
     def _fold(self, tally: Tally, reply: Reply, good: list[int], facts: Mapping[int, Mapping[str, Any]]) -> None:
         """Check a reply's tensors and add them to the round's sum."""
         by_examples = self.setting.weights == "examples"
-        if self.setting.private:
+        if self.setting.dp:
             if any(reply.examples) or reply.metrics:
                 raise WireError("it tells of its rows, which a client under DP must not")
-            if not all(reply.heads[reply.clients.index(client)] for client in good):
+            if not all(reply.ledger_heads[reply.clients.index(client)] for client in good):
                 raise WireError("it holds an update that no ledger entry pays for")
         elif any(
             facts[client]["examples"] < 1 or not np.isfinite(facts[client].get("loss", np.nan)) for client in good
@@ -546,7 +548,7 @@ class RoleStrategy(Strategy):
             raise WireError("it holds no update")
         check_tensors(reply.total.coarse, tally.expected, "float64")
         check_tensors(reply.total.fine, tally.expected, "float64")
-        if (reply.total.weight, reply.total.terms) != (weight, len(good)):
+        if (reply.total.weight, reply.total.count) != (weight, len(good)):
             raise WireError("the weight of its sum is not that of its clients")
         if not reply.total.is_sound():
             raise WireError("its sum cannot come from that many updates")

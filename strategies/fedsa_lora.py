@@ -5,7 +5,7 @@ arXiv 2410.01463.
 
 A <- sum_k p_k A_k, while each client goes on with its own B: half the bytes of ``fedavg`` for square layers,
 d_in / (d_in + d_out) in general. There is no global model; what is measured is each client on its own rows. The
-paper keeps the classification head local, too: that is ``method.head = 'private'``.
+paper keeps the classification head local, too: that is ``method.head = 'personal'``.
 """
 
 from __future__ import annotations
@@ -28,4 +28,4 @@ class FedSALora(RoleStrategy):
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``shared`` for A and ``private`` for the others."""
-        return {kind: Role.SHARED if kind.startswith("A") else Role.PRIVATE for kind in kinds}
+        return {kind: Role.SHARED if kind.startswith("A") else Role.PERSONAL for kind in kinds}

@@ -24,5 +24,5 @@ class Local(RoleStrategy):
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``private`` for all kinds, and for the head unless it is frozen."""
-        head = Role.PRIVATE if self.setting.head is Role.SHARED else self.setting.head
-        return {**dict.fromkeys(kinds, Role.PRIVATE), "head": head}
+        head = Role.PERSONAL if self.setting.head is Role.SHARED else self.setting.head
+        return {**dict.fromkeys(kinds, Role.PERSONAL), "head": head}

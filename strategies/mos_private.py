@@ -26,7 +26,7 @@ class MoSPrivate(RoleStrategy):
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``private`` for the layers' own shards and ``shared`` for the pools."""
-        return {kind: Role.PRIVATE if kind.endswith("_private") else Role.SHARED for kind in kinds}
+        return {kind: Role.PERSONAL if kind.endswith("_private") else Role.SHARED for kind in kinds}
 
     @classmethod
     def check(cls, config: Config) -> None:

@@ -24,4 +24,4 @@ class S2Private(RoleStrategy):
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``private`` for s and ``shared`` for the bases."""
-        return {kind: Role.PRIVATE if kind == "s" else Role.SHARED for kind in kinds}
+        return {kind: Role.PERSONAL if kind == "s" else Role.SHARED for kind in kinds}

@@ -230,7 +230,7 @@ BUGS: dict[str, tuple[Callable[[Patch], None], str]] = {
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_fails_the_audit(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
     plant, expected = BUGS[name]
-    changes = {"method.head": "private"} if "private tensor" in name else {}
+    changes = {"method.head": "personal"} if "private tensor" in name else {}
     plant(monkeypatch)
     failed = [finding.name for finding in findings(tmp_path, **changes) if not finding.passed]
     assert any(expected in one for one in failed), failed

@@ -17,9 +17,9 @@ from fedlora.data import Table, load_federated
 from fedlora.models import load_base, load_tokenizer, model_path
 from fedlora.runs.report import Run
 from fedlora.tasks import CausalLM, Examples
-from tests.families import PAD, VOCABULARY, random_examples, small_model, small_structure
+from tests.support.families import PAD, VOCABULARY, random_examples, small_model, small_structure
+from tests.support.tiny import save_tiny_language_model
 from tests.test_runs import Finished, fedlora_run
-from tests.tiny import save_tiny_language_model
 
 CPU = torch.device("cpu")
 CHAT = (
@@ -132,7 +132,7 @@ def test_tied_output_layers_are_refused() -> None:
 
 def test_settings_that_a_language_model_cannot_have() -> None:
     for flat, message in (
-        ({"task": "causal-lm", "method.head": "private"}, "a language model has no head"),
+        ({"task": "causal-lm", "method.head": "personal"}, "a language model has no head"),
         ({"data.prompt-template": "{x}"}, "data.prompt-template = '{x}': is read with task = 'causal-lm'"),
         ({"data.chat-template": True}, "data.chat-template = True: is read with task = 'causal-lm'"),
     ):

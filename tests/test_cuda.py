@@ -13,8 +13,8 @@ from fedlora.engine import ClientResult, Engine, train_pack
 from fedlora.methods import build_method
 from fedlora.models import prepare_base
 from fedlora.privacy import PrivateRandom
-from tests.families import small_model, small_task, task_of, without_float32
-from tests.matrix import CONFIGS, random_start
+from tests.support.families import small_model, small_task, task_of, without_float32
+from tests.support.matrix import CONFIGS, random_start
 from tests.test_dp_step import TRAIN, off, private_step, ragged
 from tests.test_packing import ADAMW, make_works
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 def killed(folder: Path, kills: int, plant: str) -> tuple[int, int, int]:
     """Return the updates that left, those that no ledger knows, and by how many they are more than its entries."""
-    command = [sys.executable, "-m", "tests.kill_client", str(folder), str(kills), plant]
+    command = [sys.executable, "-m", "tests.support.kill_client", str(folder), str(kills), plant]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     found = re.search(r"left (\d+) unpaid (\d+) more than the ledger (-?\d+)", done.stdout)

@@ -18,8 +18,8 @@ from fedlora.config import TrainConfig
 from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
 from fedlora.privacy import Mechanism
 from fedlora.privacy.step import PrivateStep, clip_rows
-from tests.families import FAMILIES, random_examples
-from tests.matrix import CONFIGS, Arrays, engine_of, penalty, proximal_step, random_start, row_loss
+from tests.support.families import FAMILIES, random_examples
+from tests.support.matrix import CONFIGS, Arrays, engine_of, penalty, proximal_step, random_start, row_loss
 from tests.test_packing import METHOD, TARGETS, make_engine, peft_model
 
 TRAIN = TrainConfig(learning_rate=0.02, weight_decay=0.1)
@@ -256,7 +256,7 @@ def test_a_client_without_sampled_rows_is_no_fault(rows: Any) -> None:
 
 def test_the_watch_sees_through_the_noise() -> None:
     """Noise moves every tensor: an adapter that is not connected still has no gradient of its own."""
-    from tests.matrix import Changed
+    from tests.support.matrix import Changed
 
     engine = engine_of("lora", "bert")
     detached = Changed(engine.method, lambda factor: factor._replace(A=factor.A.detach(), B=factor.B.detach()))

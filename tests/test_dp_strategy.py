@@ -13,7 +13,7 @@ from fedlora.exact_sum import ExactSum
 from fedlora.roles import Role
 from fedlora.wire import BUDGET_SPENT, Instruction, Reply, from_named_arrays
 from strategies import BudgetSpentError, FedAvg, FederationError, FedSALora, RoleStrategy
-from tests.loop import LoopGrid, Node, update_of
+from tests.support.loop import LoopGrid, Node, update_of
 from tests.test_strategies import setting, start_arrays
 
 Spoil = Callable[[Reply], None]
@@ -25,7 +25,7 @@ def private_node(strategy: RoleStrategy, budget: dict[int, int], spoil: Spoil | 
     def node(message: Message) -> RecordDict:
         instruction = Instruction.from_content(message.content)
         assert message.metadata.message_type == "train", "nobody is asked to evaluate"
-        assert len(instruction.heads) == len(instruction.clients)
+        assert len(instruction.ledger_heads) == len(instruction.clients)
         reply = Reply(total=ExactSum())
         for client in instruction.clients:
             if budget.get(client, 99) < 1:
@@ -34,7 +34,7 @@ def private_node(strategy: RoleStrategy, budget: dict[int, int], spoil: Spoil | 
             budget[client] = budget.get(client, 99) - 1
             shared = strategy.exchanged(instruction.round, Role.SHARED)
             update = update_of(client, instruction.round, shared, strategy.setting.dtype)
-            reply.add(client, steps=3, head=f"head-{client}-{instruction.round}")
+            reply.add(client, steps=3, ledger_head=f"head-{client}-{instruction.round}")
             if len(instruction.clients) == 1:
                 reply.update = update
             else:
@@ -48,7 +48,7 @@ def private_node(strategy: RoleStrategy, budget: dict[int, int], spoil: Spoil | 
 
 
 def private(kind: type[RoleStrategy] = FedAvg, **changes: Any) -> RoleStrategy:
-    return kind(setting(private=True, weights="equal", **changes))
+    return kind(setting(dp=True, weights="equal", **changes))
 
 
 def run(strategy: RoleStrategy, rounds: int, budget: dict[int, int] | None = None, spoil: Spoil | None = None) -> Any:
@@ -62,9 +62,9 @@ def test_the_server_sends_back_the_last_hash_that_it_was_told() -> None:
     told: dict[int, str] = {}
     for message in grid.sent:
         instruction = Instruction.from_content(message.content)
-        assert instruction.heads == tuple(told.get(client, "") for client in instruction.clients)
+        assert instruction.ledger_heads == tuple(told.get(client, "") for client in instruction.clients)
         told |= {client: f"head-{client}-{instruction.round}" for client in instruction.clients}
-    assert strategy.heads == told
+    assert strategy.ledger_heads == told
 
 
 def test_an_update_that_cannot_be_used_has_left_all_the_same() -> None:
@@ -77,7 +77,7 @@ def test_an_update_that_cannot_be_used_has_left_all_the_same() -> None:
 
     with pytest.raises(FederationError, match="the weight of its sum is not that of its clients"):
         run(strategy, 1, spoil=spoil)
-    assert strategy.heads == {client: f"head-{client}-1" for client in range(4)}
+    assert strategy.ledger_heads == {client: f"head-{client}-1" for client in range(4)}
 
 
 def test_no_loss_and_equal_weights() -> None:
@@ -90,7 +90,7 @@ def test_no_loss_and_equal_weights() -> None:
         assert np.allclose(value, np.mean([update[name] for update in updates], 0), atol=1e-13)
 
 
-@pytest.mark.parametrize("strategy", [private(FedSALora), private(head=Role.PRIVATE)], ids=["fedsa-lora", "head"])
+@pytest.mark.parametrize("strategy", [private(FedSALora), private(head=Role.PERSONAL)], ids=["fedsa-lora", "head"])
 def test_nobody_is_asked_to_evaluate_its_own_rows(strategy: RoleStrategy) -> None:
     result, grid = run(strategy, 2)
     assert {message.metadata.message_type for message in grid.sent} == {"train"}
@@ -102,7 +102,7 @@ def test_nobody_is_asked_to_evaluate_its_own_rows(strategy: RoleStrategy) -> Non
     [
         (lambda reply: reply.examples.__setitem__(0, 17), "it tells of its rows, which a client under DP must not"),
         (lambda reply: reply.metrics.update(loss=[0.5] * 4), "it tells of its rows, which a client under DP must not"),
-        (lambda reply: reply.heads.__setitem__(2, ""), "it holds an update that no ledger entry pays for"),
+        (lambda reply: reply.ledger_heads.__setitem__(2, ""), "it holds an update that no ledger entry pays for"),
     ],
     ids=["rows", "loss", "no entry"],
 )
@@ -144,7 +144,7 @@ def test_spent_budgets_are_no_failures() -> None:
 
     def fail(reply: Reply) -> None:
         if len(reply.clients) == 2:
-            reply.errors[0], reply.heads[0] = "RuntimeError", ""
+            reply.errors[0], reply.ledger_heads[0] = "RuntimeError", ""
             reply.total = ExactSum()
             reply.total.add(update_of(reply.clients[1], 3, strategy.exchanged(3, Role.SHARED)), 1)
 

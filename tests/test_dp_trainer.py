@@ -23,8 +23,8 @@ from fedlora.wire import BUDGET_SPENT, Instruction
 from simulations.audit import _seen_batches
 from simulations.privacy import participations, resolve_privacy
 from simulations.setup import build_strategy, resolve
+from tests.support.tiny import save_tiny_language_model
 from tests.test_trainer import tiny_flat
-from tests.tiny import save_tiny_language_model
 
 EQUAL_PARTS = {"data.partition": "iid"}
 
@@ -37,35 +37,35 @@ def dp_config(folder: Path, **changes: Any) -> Config:
 
 def dp_trainer(folder: Path, **changes: Any) -> Trainer:
     config = dp_config(folder, **changes)
-    job = Job(config.to_flat(), load_federated(config, 4), str(folder / "private"))
+    job = Job(config.to_flat(), load_federated(config, 4), str(folder / "sites"))
     return Trainer(lambda: job, 1)
 
 
 def ask(
-    trainer: Trainer, clients: tuple[int, ...] = (0, 1, 2, 3), number: int = 1, heads: Any = None, **changes: Any
+    trainer: Trainer, clients: tuple[int, ...] = (0, 1, 2, 3), number: int = 1, ledger_heads: Any = None, **changes: Any
 ) -> list[Update]:
     strategy = build_strategy(trainer.loaded.config, trainer.loaded.specs)
     sent = {**strategy.initial(trainer.initial), **changes}
-    heads = ("",) * len(clients) if heads is None else heads
-    return trainer.train(Request(number, clients, strategy.all_roles(number), sent, heads))
+    ledger_heads = ("",) * len(clients) if ledger_heads is None else ledger_heads
+    return trainer.train(Request(number, clients, strategy.all_roles(number), sent, ledger_heads))
 
 
 def ledger(folder: Path, client: int) -> Ledger:
-    return Ledger(folder / "private" / f"client-{client}" / "ledger.jsonl", client)
+    return Ledger(folder / "sites" / f"client-{client}" / "ledger.jsonl", client)
 
 
 UNTRUSTED = "its privacy ledger cannot be trusted; its own diagnostics.jsonl says why"
 
 
 def noted(folder: Path, client: int) -> str:
-    return (folder / "private" / f"client-{client}" / "diagnostics.jsonl").read_text()
+    return (folder / "sites" / f"client-{client}" / "diagnostics.jsonl").read_text()
 
 
 def test_nothing_but_noisy_tensors_leaves(tmp_path: Path) -> None:
     """No number of rows, no loss: what is left of a reply is the update, a public number and a hash."""
     for update in ask(dp_trainer(tmp_path)):
         assert (update.examples, update.loss, update.error, update.steps) == (0, None, "", 3)
-        assert update.head == ledger(tmp_path, update.client).head() != ""
+        assert update.ledger_head == ledger(tmp_path, update.client).head() != ""
 
 
 def test_the_ledger_holds_the_steps_really_taken(tmp_path: Path) -> None:
@@ -81,15 +81,15 @@ def test_the_ledger_holds_the_steps_really_taken(tmp_path: Path) -> None:
 def test_private_tensors_are_under_the_noise_and_stay(tmp_path: Path) -> None:
     """A step on an empty batch is noise alone, and of the size that is claimed."""
     keys = {"train.optimizer": "sgd", "train.learning-rate": 1.0, "train.local-steps": 1}
-    trainer = dp_trainer(tmp_path, **{"method.head": "private", "privacy.noise-multiplier": 50.0, **keys})
+    trainer = dp_trainer(tmp_path, **{"method.head": "personal", "privacy.noise-multiplier": 50.0, **keys})
     mechanism, moves = Mechanism.of(trainer.loaded.config), []
     for number in range(1, 11):
-        before = [trainer.private.load(client, number) or trainer.initial for client in range(4)]
+        before = [trainer.personal.load(client, number) or trainer.initial for client in range(4)]
         with _seen_batches():
             updates = ask(trainer, number=number)
         assert all("classifier" not in name for update in updates for name in update.tensors)
         for client in range(4):
-            kept = trainer.private.load(client, number + 1)
+            kept = trainer.personal.load(client, number + 1)
             assert kept is not None
             moves += [(kept[name] - before[client][name]).ravel() for name in kept]
     moved = np.concatenate(moves) / (50.0 * mechanism.max_grad_norm / mechanism.expected_batch_size)
@@ -147,7 +147,7 @@ def test_an_older_ledger_refuses_to_train(tmp_path: Path) -> None:
     trainer = dp_trainer(tmp_path)
     ask(trainer, (0, 1))
     old = ledger(tmp_path, 0).path.read_bytes()
-    heads = tuple(update.head for update in ask(trainer, (0, 1), 2))
+    heads = tuple(update.ledger_head for update in ask(trainer, (0, 1), 2))
     ledger(tmp_path, 0).path.write_bytes(old)
     refused, fine = ask(trainer, (0, 1), 3, heads)
     assert refused.error == UNTRUSTED
@@ -177,7 +177,7 @@ def test_where_the_ledger_cannot_be_written_nothing_leaves(tmp_path: Path, monke
 
 
 def test_a_client_under_dp_does_not_evaluate_itself_for_the_server(tmp_path: Path) -> None:
-    trainer = dp_trainer(tmp_path, **{"method.head": "private"})
+    trainer = dp_trainer(tmp_path, **{"method.head": "personal"})
     strategy = build_strategy(trainer.loaded.config, trainer.loaded.specs)
     request = Request(2, (0,), strategy.all_roles(2), {})
     with pytest.raises(ValueError, match="does not tell how its model does"):
@@ -187,7 +187,7 @@ def test_a_client_under_dp_does_not_evaluate_itself_for_the_server(tmp_path: Pat
 def test_diagnostics_stay_at_the_site(tmp_path: Path) -> None:
     trainer = dp_trainer(tmp_path)
     ask(trainer, (2,))
-    lines = (tmp_path / "private" / "client-2" / "diagnostics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "sites" / "client-2" / "diagnostics.jsonl").read_text().splitlines()
     facts = json.loads(lines[0])
     assert facts["round"] == 1
     assert {"loss", "rows", "empty_steps", "clipped_fraction", "signal_to_noise", "error"} <= facts.keys()
@@ -250,19 +250,19 @@ def test_what_loading_anew_says_stays_at_the_site_too(tmp_path: Path) -> None:
         Trainer(job, 1).train(request)
     assert caught.value.__cause__ is None
     with pytest.raises(ValueError, match="patient Smith"):  # without DP the reason is told
-        Trainer(job, 1).train(replace(request, heads=()))
+        Trainer(job, 1).train(replace(request, ledger_heads=()))
 
 
 def test_a_server_must_say_what_it_last_saw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only for a server that says what it last saw of its ledger"):
-        ask(dp_trainer(tmp_path), (0, 1), heads=())
+        ask(dp_trainer(tmp_path), (0, 1), ledger_heads=())
 
 
 def test_what_the_server_does_not_say_is_not_made_up() -> None:
     """The app deals an instruction to packs: without hashes of ledgers the trainer must see that there are none."""
-    said = Instruction(1, (0, 3, 5), {}, "equal", {}, "", heads=("a", "", "c"))
-    assert request_of(said, (3, 5)).heads == ("", "c")
-    assert request_of(replace(said, heads=()), (3, 5)).heads == ()
+    said = Instruction(1, (0, 3, 5), {}, "equal", {}, "", ledger_heads=("a", "", "c"))
+    assert request_of(said, (3, 5)).ledger_heads == ("", "c")
+    assert request_of(replace(said, ledger_heads=()), (3, 5)).ledger_heads == ()
 
 
 def test_an_adapter_that_does_not_train_is_seen_on_rows_of_nobody(
@@ -280,7 +280,7 @@ def test_an_adapter_that_does_not_train_is_seen_on_rows_of_nobody(
 def test_side_by_side_no_more_is_spent_than_the_budget(tmp_path: Path) -> None:
     """A round whose client is still at work elsewhere: look and charge are one."""
     keys = {"privacy.epsilon": 2.0, "privacy.delta": 1e-3, "privacy.noise-multiplier": 2.0}
-    accounts = Accounts(tmp_path / "private", dp_config(tmp_path, **keys))
+    accounts = Accounts(tmp_path / "sites", dp_config(tmp_path, **keys))
     use = accounts.mechanism.use()
     able = next(n for n in range(1, 999) if epsilon([use] * (n + 1), target_delta=1e-3) > 2.0)
 
@@ -319,7 +319,7 @@ def test_a_language_model_under_dp(tmp_path: Path) -> None:
         ),
         load_federated(resolve({**tiny_flat(tmp_path), **EQUAL_PARTS, **changes}), 4),
     )
-    job = Job(config.to_flat(), load_federated(config, 4), str(tmp_path / "private"))
+    job = Job(config.to_flat(), load_federated(config, 4), str(tmp_path / "sites"))
     for update in ask(Trainer(lambda: job, 1), (0, 1)):
         assert update.error == ""
         assert len(ledger(tmp_path, update.client).uses()) == 1
@@ -341,7 +341,7 @@ def test_a_loss_that_couples_rows_is_refused(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match="a row's loss depends on the other rows of its batch"):
         ask(dp_trainer(tmp_path))
     plain = resolve(tiny_flat(tmp_path))
-    job = Job(plain.to_flat(), load_federated(plain, 4), str(tmp_path / "private"))
+    job = Job(plain.to_flat(), load_federated(plain, 4), str(tmp_path / "sites"))
     assert ask(Trainer(lambda: job, 1))[0].error == "", "without DP it may be"
 
 

@@ -14,7 +14,7 @@ from fedlora.engine.layers import Layout
 from fedlora.methods import initial_tensors
 from fedlora.runs.export import adapter_files
 from fedlora.seeded import Seeded
-from tests.families import FAMILIES, random_examples, small_model, without_float32
+from tests.support.families import FAMILIES, random_examples, small_model, without_float32
 from tests.test_packing import make_engine
 
 

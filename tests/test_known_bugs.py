@@ -42,8 +42,8 @@ from simulations.privacy import participations
 from simulations.session import check_trainers
 from simulations.tables import updates
 from strategies import STRATEGIES, FedAvg, FFALora, RoleStrategy
-from tests.loop import LoopGrid, Node, examples_of, node_of, update_of
-from tests.matrix import CONFIGS, HEAD, LAYERS, Arrays, Changed, alone, engine_of, random_start, setting
+from tests.support.loop import LoopGrid, Node, examples_of, node_of, update_of
+from tests.support.matrix import CONFIGS, HEAD, LAYERS, Arrays, Changed, alone, engine_of, random_start, setting
 from tests.test_dp_trainer import dp_config
 from tests.test_matrix import run, seeded_of, works
 from tests.test_pool import InProcess
@@ -248,14 +248,14 @@ def test_12_a_head_that_nobody_averaged(tmp_path: Path) -> None:
     """
     from tests.test_plan import plan
 
-    strategy = plan(tmp_path, **{"method.head": "private"}).strategy
-    assert strategy.has_private
+    strategy = plan(tmp_path, **{"method.head": "personal"}).strategy
+    assert strategy.has_personal
     assert not strategy.personal, "the adapter itself is global"
     denied = FFALora(replace(strategy.setting, head=Role.SHARED))
     assert "classifier.weight" in denied.exchanged(1), "what is reported as global is sent"
     assert "classifier.weight" not in strategy.exchanged(1)
-    told = {head: plan(tmp_path, **{"method.head": head}).measure for head in ("shared", "private", "frozen")}
-    assert told == {"shared": "test_accuracy", "private": "personal_accuracy", "frozen": "test_accuracy"}
+    told = {head: plan(tmp_path, **{"method.head": head}).measure for head in ("shared", "personal", "frozen")}
+    assert told == {"shared": "test_accuracy", "personal": "personal_accuracy", "frozen": "test_accuracy"}
 
 
 class TwoZeros(Method):

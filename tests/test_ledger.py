@@ -153,7 +153,7 @@ def test_half_a_line_is_what_a_killed_process_leaves(tmp_path: Path) -> None:
 def test_the_charge_is_on_the_disk_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``fsync`` was called on holds the whole entry at that moment."""
     seen: list[bytes] = []
-    ledger = Ledger(tmp_path / "private" / "client-0" / "ledger.jsonl", 0)
+    ledger = Ledger(tmp_path / "sites" / "client-0" / "ledger.jsonl", 0)
     folders: list[str] = []
     real = os.fsync
 
@@ -168,7 +168,7 @@ def test_the_charge_is_on_the_disk_when_it_returns(tmp_path: Path, monkeypatch: 
     entry = ledger.charge(1, USE)
     assert entry.hash.encode() in seen[-1]
     assert seen[-1].endswith(b"\n")
-    assert folders == ["private", tmp_path.name, "client-0"], "the names of new files and folders, too"
+    assert folders == ["sites", tmp_path.name, "client-0"], "the names of new files and folders, too"
 
 
 def test_a_ledger_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from fedlora.seeded import Seeded
 from fedlora.wire import Instruction, from_named_arrays, named_arrays
 from simulations.tables import updates
 from strategies import STRATEGIES, RoleStrategy
-from tests.families import random_examples, small_model, without_float32
-from tests.loop import LoopGrid, examples_of, node_of, update_of
-from tests.matrix import (
+from tests.support.families import random_examples, small_model, without_float32
+from tests.support.loop import LoopGrid, examples_of, node_of, update_of
+from tests.support.matrix import (
     BYTES,
     CASES,
     CONFIGS,
@@ -336,7 +336,7 @@ def test_bytes_are_theory(name: str, method: str) -> None:
     )
     later = tallies[strategy.period :]
     up, down, cached = BYTES[name, method]
-    clients, personal = 5, 2 if strategy.has_private else 1  # to evaluate they are sent the tensors once more
+    clients, personal = 5, 2 if strategy.has_personal else 1  # to evaluate they are sent the tensors once more
     assert sum(tally.bytes_up for tally in later) / len(later) == pytest.approx(8 * clients * up)
     assert sum(tally.bytes_down for tally in later) / len(later) == pytest.approx(8 * clients * down * personal)
     assert sum(tally.bytes_down_cached for tally in later) / len(later) == pytest.approx(8 * clients * cached)
@@ -388,9 +388,9 @@ def test_private_and_frozen_tensors_never_cross_the_wire(name: str, method: str)
     specs = method_of(method).specs()
     for message in grid.sent:
         instruction = Instruction.from_content(message.content)
-        kept = {kind for kind, role in instruction.roles.items() if role in (Role.PRIVATE, Role.FROZEN)}
+        kept = {kind for kind, role in instruction.roles.items() if role in (Role.PERSONAL, Role.FROZEN)}
         assert not {specs[key].kind for key in instruction.tensors} & kept
-    kept = {kind for kind, role in strategy.all_roles(1).items() if role in (Role.PRIVATE, Role.FROZEN)}
+    kept = {kind for kind, role in strategy.all_roles(1).items() if role in (Role.PERSONAL, Role.FROZEN)}
     extra = next((key for key, spec in specs.items() if spec.kind in kept), None)
     if extra is None:
         assert strategy.exchanged(1).keys() == specs.keys()

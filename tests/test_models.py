@@ -10,8 +10,8 @@ import transformers
 
 from fedlora.models import inspect_by_name, load_base, load_config, load_tokenizer
 from fedlora.tasks import Classification
-from tests.families import CONFIGS, small_model, small_structure
-from tests.tiny import save_tiny_model
+from tests.support.families import CONFIGS, small_model, small_structure
+from tests.support.tiny import save_tiny_model
 
 CPU = torch.device("cpu")
 HEADS = {

@@ -18,7 +18,7 @@ from fedlora.engine import ClientWork, Engine, evaluate, train_pack
 from fedlora.methods import build_method, initial_tensors
 from fedlora.seeded import Seeded
 from fedlora.tasks import Examples
-from tests.families import (
+from tests.support.families import (
     FAMILIES,
     LANGUAGE,
     PAD,
@@ -29,7 +29,7 @@ from tests.families import (
     task_of,
     without_float32,
 )
-from tests.matrix import CONFIGS, engine_of, random_start
+from tests.support.matrix import CONFIGS, engine_of, random_start
 
 METHOD = MethodConfig(name="lora", rank=3, alpha=6.0)
 TARGETS = {"distilbert": "q_lin,v_lin"}  # PEFT has no choice of its own for this family

@@ -63,7 +63,7 @@ def test_examples_are_those_that_training_sees(tmp_path: Path, train: dict[str, 
 def test_what_is_measured(tmp_path: Path) -> None:
     assert plan(tmp_path).measure == "test_accuracy"
     assert plan(tmp_path, **{"data.dev-share": 0.2}).measure == "dev_accuracy"
-    for changes in ({"method.head": "private"}, {"strategy.name": "fedsa-lora"}, {"strategy.name": "local"}):
+    for changes in ({"method.head": "personal"}, {"strategy.name": "fedsa-lora"}, {"strategy.name": "local"}):
         one = plan(tmp_path, **changes)
         assert one.measure == "personal_accuracy"
         assert one.config.data.holdout == 0.2, "what clients are measured on"
@@ -73,4 +73,4 @@ def test_what_is_measured(tmp_path: Path) -> None:
 def test_strategies_say_whether_they_are_personal(name: str, tmp_path: Path) -> None:
     """The declaration, on which hold-outs depend, against the roles themselves."""
     strategy = plan(tmp_path, **{"strategy.name": name}).strategy
-    assert strategy.has_private == strategy.personal
+    assert strategy.has_personal == strategy.personal

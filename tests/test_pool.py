@@ -19,8 +19,8 @@ from clients.trainer import Job, Trainer
 from fedlora.data import load_federated
 from simulations.session import check_trainers
 from simulations.setup import resolve
+from tests.support.tiny import save_texts, save_tiny_model
 from tests.test_trainer import tiny_flat, tiny_trainer
-from tests.tiny import save_texts, save_tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ def pool(tmp_path: Path) -> Iterator[TrainerPool]:
         config = resolve(flat)
         data = load_federated(config, 4)
         shards = [Shard(threads=1, gpus=0.0)] * 2
-        yield TrainerPool.start(7, shards, Job(config.to_flat(), data, str(tmp_path / "private")))
+        yield TrainerPool.start(7, shards, Job(config.to_flat(), data, str(tmp_path / "sites")))
     finally:
         ray.shutdown()
 

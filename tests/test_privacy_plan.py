@@ -166,6 +166,6 @@ def test_a_repeated_round_is_one_round_and_two_charges(tmp_path: Path) -> None:
 
 
 def test_what_leaves_without_privacy_is_listed_too() -> None:
-    record = without_privacy({"A": [Role.PRIVATE], "B": [Role.SHARED]})
+    record = without_privacy({"A": [Role.PERSONAL], "B": [Role.SHARED]})
     assert [one["guarantee"] for one in record["released"]] == ["none"] * 4
     assert record["mode"] == "none"

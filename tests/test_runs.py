@@ -339,7 +339,7 @@ def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path:
             "federation.num-clients": 0,
             "strategy.name": "s2-cyclic",
             "rounds": 3,
-            "method.head": "private",
+            "method.head": "personal",
             "engine.dtype": "float32",
         },
     )
@@ -363,8 +363,8 @@ def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path:
         assert 0.0 <= line["sparsity"] < 1.0
         for way, messages in (("up", 6), ("down", 6)):
             assert line[f"bytes_{way}"] < line[f"message_bytes_{way}"] <= line[f"bytes_{way}"] * 1.02 + messages * 1024
-    assert json.loads((folder / "result.json").read_text())["head"] == "private"
-    assert (folder / "private" / "client-0" / "round-4.safetensors").is_file()
+    assert json.loads((folder / "result.json").read_text())["head"] == "personal"
+    assert (folder / "sites" / "client-0" / "round-4.safetensors").is_file()
 
 
 def test_client_code_of_another_checkout_is_refused(flower: dict[str, str], tmp_path: Path) -> None:
@@ -485,7 +485,7 @@ def test_a_plain_server_app_drives_a_strategy(flower: dict[str, str], tmp_path: 
 LONG: dict[str, Any] = {
     "rounds": 5,
     "strategy.name": "mos-private",
-    "method.head": "private",
+    "method.head": "personal",
     "train.local-steps": 6,
     "train.learning-rate": 0.05,
     "federation.clients-per-round": 3,
@@ -640,7 +640,7 @@ def test_five_kills_of_a_private_run(tmp_path: Path) -> None:
     assert len(accepted) > 20
     record = json.loads((folder / "privacy.json").read_text())
     for client in range(4):
-        entries = Ledger(folder / "private" / f"client-{client}" / "ledger.jsonl", client).entries()
+        entries = Ledger(folder / "sites" / f"client-{client}" / "ledger.jsonl", client).entries()
         rounds = [entry.round for entry in entries]
         assert {number for number, one in accepted if one == client} <= set(rounds)
         told = record["clients"][client]

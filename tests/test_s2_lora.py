@@ -19,8 +19,8 @@ from fedlora.runs.export import adapter_files
 from fedlora.runs.ranks import FILE, effective_ranks, strengths, zero_share
 from fedlora.seeded import Seeded
 from strategies import S2
-from tests.loop import LoopGrid, node_of
-from tests.matrix import CONFIGS, Arrays, engine_of, random_start, setting
+from tests.support.loop import LoopGrid, node_of
+from tests.support.matrix import CONFIGS, Arrays, engine_of, random_start, setting
 from tests.test_matrix import run, works
 
 
@@ -110,7 +110,7 @@ def test_an_adapter_without_any_rank_can_be_loaded(tmp_path: Path) -> None:
     """Nothing has been learned: PEFT still loads it, and it does nothing."""
     from peft import PeftModel
 
-    from tests.families import small_model
+    from tests.support.families import small_model
 
     engine = engine_of("s2-lora", "bert")
     tensors = initial_tensors(engine.method.specs(), Seeded(0))

@@ -20,7 +20,7 @@ from fedlora.seeded import Seeded
 from fedlora.wire import Instruction, Reply, encode, from_named_arrays, message_bytes, named_arrays, payload_bytes
 from strategies import FedAvg, FederationError, FedSVD, FFALora, RoleStrategy, Setting
 from strategies.base import deal
-from tests.loop import Arrays, LoopGrid, Node, examples_of, node_of, update_of
+from tests.support.loop import Arrays, LoopGrid, Node, examples_of, node_of, update_of
 
 LAYERS = [Layer("a", 6, 10, bias=True, fan_in_fan_out=False), Layer("b", 8, 4, bias=False, fan_in_fan_out=True)]
 SPECS = Head(Lora(LAYERS, rank=2, alpha=4.0, rslora=False), [Layer("head", 4, 3, True, False)]).specs()
@@ -198,7 +198,7 @@ def test_a_reply_that_is_no_answer_is_refused(field: str) -> None:
     one_round(strategy, LoopGrid({**nodes, 3: liar(strategy, field)}))
     assert strategy.tally is not None
     assert list(strategy.tally.refused) == [2]
-    assert strategy.tally.total.terms == 3
+    assert strategy.tally.total.count == 3
 
 
 @pytest.mark.parametrize(
@@ -328,21 +328,21 @@ def personal(strategy: RoleStrategy, answer: Node | None = None) -> Node:
 
 def test_personal_evaluation_asks_who_has_trained_and_counts_who_fails() -> None:
     """Two of four clients are sampled a round; one node fails to evaluate."""
-    strategy = FFALora(setting(4, head=Role.PRIVATE, clients_per_round=2))
+    strategy = FFALora(setting(4, head=Role.PERSONAL, clients_per_round=2))
     result = strategy.start(LoopGrid({1: personal(strategy)}), start_arrays(strategy), num_rounds=1, timeout=1.0)
     metrics = result.evaluate_metrics_clientapp[1]
     sampled = strategy.sample(1)
     assert metrics["personal_clients"] == 2
     assert metrics["personal_accuracy"] == pytest.approx(sum(sampled) / 20)
     assert metrics["personal_loss"] == pytest.approx(0.5)
-    strategy = FFALora(setting(4, head=Role.PRIVATE))
+    strategy = FFALora(setting(4, head=Role.PERSONAL))
     nodes = {k: personal(strategy, failing if k == 4 else None) for k in range(1, 5)}
     result = strategy.start(LoopGrid(nodes), start_arrays(strategy), num_rounds=1, timeout=1.0)
     assert result.evaluate_metrics_clientapp[1]["personal_clients"] == 3
 
 
 def test_a_run_whose_evaluations_all_fail_stops() -> None:
-    strategy = FFALora(setting(4, head=Role.PRIVATE))
+    strategy = FFALora(setting(4, head=Role.PERSONAL))
     nodes = {k: personal(strategy, silent if k == 1 else failing) for k in range(1, 5)}
     with pytest.raises(FederationError, match=r"4 of 4 clients failed.*evaluation: no reply arrived in time"):
         strategy.start(LoopGrid(nodes), start_arrays(strategy), num_rounds=1, timeout=1.0)

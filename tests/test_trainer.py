@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clients.personal import PersonalStore
 from clients.pool import split_packs
-from clients.private import PrivateStore
 from clients.trainer import Job, Request, Trainer
 from fedlora.config import Config
 from fedlora.data import load_federated
 from fedlora.roles import Role
 from simulations.setup import build_strategy, plan_shards, resolve
-from tests.tiny import save_texts, save_tiny_model
+from tests.support.tiny import save_texts, save_tiny_model
 
 
 def tiny_flat(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -37,11 +37,11 @@ def tiny_flat(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def tiny_trainer(folder: Path, **changes: Any) -> Trainer:
     config = resolve(tiny_flat(folder, **changes))
-    job = Job(config.to_flat(), load_federated(config, 4), str(folder / "private"))
+    job = Job(config.to_flat(), load_federated(config, 4), str(folder / "sites"))
     return Trainer(lambda: job, 1)
 
 
-ROLES = {"A": Role.FROZEN, "B": Role.SHARED, "head": Role.PRIVATE}
+ROLES = {"A": Role.FROZEN, "B": Role.SHARED, "head": Role.PERSONAL}
 
 
 def request(trainer: Trainer, clients: tuple[int, ...], round_number: int = 1, **changes: Any) -> Request:
@@ -60,7 +60,7 @@ def test_the_base_is_loaded_once(tmp_path: Path) -> None:
 
 def test_only_shared_tensors_leave(tmp_path: Path) -> None:
     """Neither the frozen A nor the private head is in a client's result."""
-    trainer = tiny_trainer(tmp_path, **{"method.head": "private"})
+    trainer = tiny_trainer(tmp_path, **{"method.head": "personal"})
     results = trainer.train(request(trainer, (0, 2)))
     assert [result.client for result in results] == [0, 2]
     assert all(result.error == "" and all(name.endswith("lora_B") for name in result.tensors) for result in results)
@@ -68,8 +68,8 @@ def test_only_shared_tensors_leave(tmp_path: Path) -> None:
 
 def test_private_heads_stay_and_go_on(tmp_path: Path) -> None:
     """A client goes on with its own head; another's, and what a repeated round leaves, are not mixed in."""
-    trainer = tiny_trainer(tmp_path, **{"method.head": "private"})
-    store = trainer.private
+    trainer = tiny_trainer(tmp_path, **{"method.head": "personal"})
+    store = trainer.personal
     trainer.train(request(trainer, (0, 1)))
     heads = [store.load(client, 2) for client in (0, 1)]
     assert heads[0] is not None
@@ -81,7 +81,7 @@ def test_private_heads_stay_and_go_on(tmp_path: Path) -> None:
     later = store.load(0, 3)
     assert later is not None
     assert not np.array_equal(later["classifier.weight"], heads[0]["classifier.weight"])
-    repeated = tiny_trainer(tmp_path, **{"method.head": "private"})
+    repeated = tiny_trainer(tmp_path, **{"method.head": "personal"})
     repeated.train(request(repeated, (0, 1), 2))
     again = store.load(0, 3)
     assert again is not None
@@ -89,7 +89,7 @@ def test_private_heads_stay_and_go_on(tmp_path: Path) -> None:
 
 
 def test_personal_evaluation_uses_the_clients_own_head(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path, **{"method.head": "private", "train.learning-rate": 0.3})
+    trainer = tiny_trainer(tmp_path, **{"method.head": "personal", "train.learning-rate": 0.3})
     before = trainer.evaluate_personal(request(trainer, (0, 1, 2, 3)))
     trainer.train(request(trainer, (0, 1)))
     after = trainer.evaluate_personal(request(trainer, (0, 1, 2, 3), 2))
@@ -126,11 +126,11 @@ def test_what_the_server_holds_reaches_the_clients(name: str, tmp_path: Path) ->
         assert any(not np.array_equal(again[0].tensors[key], results[0].tensors[key]) for key in shared), "control"
     sums = trainer.evaluate_personal(Request(number + 1, (0, 1, 3), strategy.all_roles(number + 1), server), "test")
     losses = {one["loss"] for one in sums}
-    assert len(losses) == (3 if strategy.has_private else 1)
+    assert len(losses) == (3 if strategy.has_personal else 1)
 
 
 def test_store_drops_what_the_server_went_back_from(tmp_path: Path) -> None:
-    store = PrivateStore(tmp_path)
+    store = PersonalStore(tmp_path)
     for round_number in (1, 2, 3):
         store.save(7, round_number, {"x": np.full(2, round_number, np.float32)})
     names = sorted(path.name for path in (tmp_path / "client-7").iterdir())

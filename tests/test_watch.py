@@ -15,7 +15,7 @@ from fedlora.engine import ClientWork, Engine, optimizers, train_pack
 from fedlora.engine import training as training_module
 from fedlora.methods import Factor, Head
 from fedlora.methods.base import Method
-from tests.matrix import Changed
+from tests.support.matrix import Changed
 from tests.test_packing import make_engine, make_works
 
 TRAIN = TrainConfig(learning_rate=0.01)

@@ -138,7 +138,7 @@ def test_messages_round_trip() -> None:
     instruction = Instruction(
         round=3,
         clients=(1, 4),
-        roles={"A": Role.FROZEN, "head": Role.PRIVATE},
+        roles={"A": Role.FROZEN, "head": Role.PERSONAL},
         weights="equal",
         tensors={"x": np.ones(3, np.float32)},
         fingerprint="f",

@@ -55,6 +55,7 @@ class TensorSpec:
         bound: It starts uniform on [-bound, bound); 0 means it starts at zero.
         l1: Weight of an L1 penalty on it. It is applied as a proximal step: a soft threshold of learning rate times
             this, after each optimizer step and once more on the server's mean.
+        rank_axis: The axis that counts ranks, where a client may hold fewer of them than the server; None: none does.
     """
 
     shape: tuple[int, ...]
@@ -62,6 +63,7 @@ class TensorSpec:
     factors: tuple[str, ...]
     bound: float
     l1: float = 0.0
+    rank_axis: int | None = None
 
 
 class LowRank(NamedTuple):

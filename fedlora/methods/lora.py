@@ -40,8 +40,8 @@ class Lora(Method):
         specs: dict[str, TensorSpec] = {}
         for layer in self.layers:
             bound = 1.0 / math.sqrt(layer.d_in)
-            specs[f"{layer.name}.lora_A"] = TensorSpec((self.rank, layer.d_in), "A", (layer.name,), bound)
-            specs[f"{layer.name}.lora_B"] = TensorSpec((layer.d_out, self.rank), "B", (layer.name,), 0.0)
+            specs[f"{layer.name}.lora_A"] = TensorSpec((self.rank, layer.d_in), "A", (layer.name,), bound, rank_axis=0)
+            specs[f"{layer.name}.lora_B"] = TensorSpec((layer.d_out, self.rank), "B", (layer.name,), 0.0, rank_axis=1)
         return specs
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:

@@ -2,7 +2,7 @@
 
 from fedlora.privacy.accounting import Accountant, Use, default_delta, epsilon, least_noise_multiplier, merged
 from fedlora.privacy.ledger import Entry, Ledger, LedgerError
-from fedlora.privacy.mechanism import Mechanism, certifier, statement, terms
+from fedlora.privacy.mechanism import Mechanism, certifier, conditions, statement
 from fedlora.privacy.randomness import PrivateRandom
 
 __all__ = [
@@ -14,10 +14,10 @@ __all__ = [
     "PrivateRandom",
     "Use",
     "certifier",
+    "conditions",
     "default_delta",
     "epsilon",
     "least_noise_multiplier",
     "merged",
     "statement",
-    "terms",
 ]

@@ -68,7 +68,7 @@ def certifier(config: Config) -> Accountant:
     return "prv" if config.privacy.accountant == "prv" else "pld"
 
 
-def terms(config: Config) -> str:
+def conditions(config: Config) -> str:
     """Return what an epsilon means nothing without, but for delta."""
     privacy = config.privacy
     seeded = f" {SEEDED}" if privacy.seed else ""
@@ -82,4 +82,4 @@ def statement(config: Config, epsilon: float) -> str:
     """Return an epsilon with everything without which it means nothing."""
     privacy = config.privacy
     budget = f" of a budget of {privacy.epsilon:g}" if privacy.epsilon else ", without a budget"
-    return f"epsilon {epsilon:.4g} at delta {privacy.delta:g}{budget}, {terms(config)}"
+    return f"epsilon {epsilon:.4g} at delta {privacy.delta:g}{budget}, {conditions(config)}"

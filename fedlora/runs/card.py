@@ -36,7 +36,7 @@ def model_card(
     task = TASKS[config.task]
     head = {
         Role.SHARED: "The head was trained and averaged with the adapter.",
-        Role.PRIVATE: "Clients kept their heads: "
+        Role.PERSONAL: "Clients kept their heads: "
         + (
             "this is the client's own." if clients else "the head in here is the untrained seed, train your own on top."
         ),

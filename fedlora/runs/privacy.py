@@ -28,7 +28,7 @@ def without_privacy(roles: Mapping[str, Sequence[Role]]) -> dict[str, Any]:
         roles: Roles of each kind of tensor, in turn.
     """
     told = [f"trained tensors of kind {', '.join(_shared(roles))}", "number of training rows", "mean training loss"]
-    if any(Role.PRIVATE in turns for turns in roles.values()):
+    if any(Role.PERSONAL in turns for turns in roles.values()):
         told.append("sums of metrics over the rows that a client holds out")
     return {
         "mode": "none",
@@ -85,7 +85,7 @@ def privacy_record(
         ],
         "not_released": [
             "number of rows, losses, accuracies, clipped fraction, signal to noise: in "
-            "private/client-*/diagnostics.jsonl, for the site to look at. What this simulation's researcher sees of "
+            "sites/client-*/diagnostics.jsonl, for the site to look at. What this simulation's researcher sees of "
             "clients' own rows (partition.json, metrics of clients, scores, the share of the commonest class, the "
             f"tokens of a row that an estimate rests on, errors before the first round) is {OUTSIDE}.{baselines}",
         ],

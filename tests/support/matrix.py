@@ -23,7 +23,7 @@ from fedlora.methods.base import Layer
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
 from strategies import STRATEGIES, RoleStrategy, Setting
-from tests.families import LANGUAGE, small_base, small_model, small_task, without_float32
+from tests.support.families import LANGUAGE, small_base, small_model, small_task, without_float32
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -77,7 +77,7 @@ def cycle(strategy: RoleStrategy) -> range:
 
 
 def trained_kinds(strategy: RoleStrategy, server_round: int) -> set[str]:
-    return {kind for kind, role in strategy.all_roles(server_round).items() if role in (Role.SHARED, Role.PRIVATE)}
+    return {kind for kind, role in strategy.all_roles(server_round).items() if role in (Role.SHARED, Role.PERSONAL)}
 
 
 # -- formulas -----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Kills a client's process at random moments, and checks its ledger after each; run by test_dp_kill.py.
 
-    python -m tests.kill_client FOLDER KILLS honest|late
+    python -m tests.support.kill_client FOLDER KILLS honest|late
 
 The process trains round after round; an update has left once its ledger head stands in a pipe. Every process is forked
 from this one, which has loaded the model. ``late`` plants a bug: the ledger is written after the update has left.
@@ -39,7 +39,7 @@ def train_on(trainer: object, pipe: int) -> None:
     """Train until killed; what has left stands in the pipe."""
     for number in itertools.count(1):
         for update in ask(trainer, CLIENTS, number):  # type: ignore[arg-type]
-            os.write(pipe, f"{update.client} {update.head}\n".encode())
+            os.write(pipe, f"{update.client} {update.ledger_head}\n".encode())
         while owed:
             ledger, at, use = owed.pop()
             ledger.charge(at, use)  # type: ignore[arg-type]
@@ -69,10 +69,10 @@ def main(folder: Path, kills: int, plant: str) -> None:
             whole = [line for line in pipe.read().splitlines(keepends=True) if line.endswith("\n")]
         left += [(int(line.split()[0]), line.split()[1]) for line in whole]
         for client in CLIENTS:
-            Ledger(folder / "private" / f"client-{client}" / "ledger.jsonl", client).entries()  # the chain holds
+            Ledger(folder / "sites" / f"client-{client}" / "ledger.jsonl", client).entries()  # the chain holds
     known = {
         client: {
-            entry.hash for entry in Ledger(folder / "private" / f"client-{client}" / "ledger.jsonl", client).entries()
+            entry.hash for entry in Ledger(folder / "sites" / f"client-{client}" / "ledger.jsonl", client).entries()
         }
         for client in CLIENTS
     }

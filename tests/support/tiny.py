@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from tests.families import SIZES
+from tests.support.families import SIZES
 
 WORDS = [f"w{n}" for n in range(40)]
 

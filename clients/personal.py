@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save
 from fedlora.storage import write_whole
 
 
-class PrivateStore:
+class PersonalStore:
     """Private tensors by client and round.
 
     What a client holds after round r is written for round r + 1, beside what it started round r with, so a
