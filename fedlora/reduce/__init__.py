@@ -1,0 +1,23 @@
+"""Reductions: how clients' updates become one thing, at nodes and at the server alike."""
+
+from fedlora.reduce.base import ClientUpdate, Expected, Reduced, Reduction
+from fedlora.reduce.check import check_tensors
+from fedlora.reduce.mean import WeightedMean
+from fedlora.reduce.one_by_one import OneByOne, weighted_mean
+from fedlora.registry import Registry
+
+REDUCTIONS: Registry[type[Reduction]] = Registry("reduction")
+for _reduction in (WeightedMean, OneByOne):
+    REDUCTIONS.register(_reduction.name)(_reduction)
+
+__all__ = [
+    "REDUCTIONS",
+    "ClientUpdate",
+    "Expected",
+    "OneByOne",
+    "Reduced",
+    "Reduction",
+    "WeightedMean",
+    "check_tensors",
+    "weighted_mean",
+]
