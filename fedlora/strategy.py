@@ -98,6 +98,7 @@ class Strategy(ABC):
         Raises:
             ValueError: What is wrong, with the cure.
         """
+        return None
 
     # -- clients ------------------------------------------------------------------------------------------
 
