@@ -278,8 +278,11 @@ def _trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:
 
 def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
     """Print a run's tables, or a comparison of several, and write plots, summaries and the page."""
-    from fedlora.runs.compare import comparison_table, html_page
-    from fedlora.runs.report import Run, metrics_table, outcome_table, write_report
+    from fedlora.reports.comparison import comparison_table
+    from fedlora.reports.html import html_page
+    from fedlora.reports.run import Run
+    from fedlora.reports.summary import write_report
+    from fedlora.reports.tables import metrics_table, outcome_table
     from fedlora.storage import write_whole
 
     runs = [Run.read(path.resolve()) for path in paths]

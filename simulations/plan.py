@@ -15,8 +15,9 @@ from clients.pool import split_packs
 from fedlora.config import Config
 from fedlora.data import FederatedData
 from fedlora.methods import TensorSpec, count_parameters
+from fedlora.reports.format import human_bytes
+from fedlora.reports.tables import clients_table
 from fedlora.roles import Role, with_role
-from fedlora.runs.report import clients_table, human_bytes
 from fedlora.tasks import TASKS
 from fedlora.wire import payload_bytes
 from simulations.privacy import PrivacyPlan

@@ -19,14 +19,19 @@ from clients.pool import TrainerPool, split_packs
 from clients.trainer import Description, Request, Speed
 from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
 from fedlora.methods import initial_tensors
+from fedlora.metrics import OUTSIDE, is_covered
 from fedlora.privacy import Entry, LedgerError
+from fedlora.reports.card import model_card
+from fedlora.reports.format import human_bytes, human_time
+from fedlora.reports.plots import plot_partition
+from fedlora.reports.run import Run
+from fedlora.reports.summary import write_report
+from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.roles import Role
-from fedlora.runs.card import model_card
 from fedlora.runs.folder import RunFolder, environment, read_lines
 from fedlora.runs.privacy import FILE as PRIVACY_FILE
-from fedlora.runs.privacy import OUTSIDE, privacy_record, told_epsilon, without_privacy
+from fedlora.runs.privacy import format_epsilon, privacy_record, without_privacy
 from fedlora.runs.ranks import effective_ranks, read_strengths, zero_share
-from fedlora.runs.report import Run, human_bytes, human_time, metrics_table, outcome_table, plot_partition, write_report
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS
 from fedlora.wire import from_named_arrays, named_arrays
@@ -311,7 +316,7 @@ class Simulation:
         if self.plan.privacy is None:
             return f"train loss {line['train_loss']:.4f}"
         outside = f"({OUTSIDE})  " if self._is_outside(self.plan.measure) else ""
-        return f"{outside}epsilon {told_epsilon(line['epsilon'])} at delta {self.config.privacy.delta:g}"
+        return f"{outside}epsilon {format_epsilon(line['epsilon'])} at delta {self.config.privacy.delta:g}"
 
     def _tell_faults(self, server_round: int) -> None:
         """Print what clients under DP noted and did not tell: the researcher may look, outside the guarantee."""
@@ -448,8 +453,7 @@ class Simulation:
 
     def _is_outside(self, key: str) -> bool:
         """Return whether a number under DP comes from clients' rows without noise."""
-        own = ("clients_", "personal_", "alone_", "central_", "majority_")  # the last: of the commonest training class
-        return self.plan.privacy is not None and key.startswith(own)
+        return self.plan.privacy is not None and not is_covered(key)
 
     def _export(self, tensors: dict[str, NDArray[np.floating]], outcome: dict[str, Any]) -> None:
         """Write the adapter; where clients keep factors of their own, an adapter for each of them."""
@@ -459,16 +463,12 @@ class Simulation:
         requests = [Request(self.config.rounds + 1, (client,), roles, tensors) for client in clients]
         requests = requests or [Request(self.config.rounds + 1, (), roles, tensors)]
         exported = [files[0] for files in self.pool.call_all("export", [(request,) for request in requests])]
-        lines = [
-            f"- {key}: {value}" + (f" (of clients' own rows: {OUTSIDE})" if self._is_outside(key) else "")
-            for key, value in outcome.items()
-        ]
         for request, files in zip(requests, exported, strict=True):
             name = f"adapters/client-{request.clients[0]}" if request.clients else "adapter"
             card = model_card(
                 self.config,
                 self.data.corpus.classes,
-                lines,
+                outcome,
                 roles,
                 self.privacy,
                 self.metrics[-1]["round"],

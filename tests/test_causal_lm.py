@@ -15,7 +15,7 @@ from peft import PeftModel
 from fedlora.config import Config, ConfigError, from_toml
 from fedlora.data import Table, load_federated
 from fedlora.models import load_base, load_tokenizer, model_path
-from fedlora.runs.report import Run
+from fedlora.reports.run import Run
 from fedlora.tasks import CausalLM, Examples
 from tests.support.families import PAD, VOCABULARY, random_examples, small_model, small_structure
 from tests.support.tiny import save_tiny_language_model

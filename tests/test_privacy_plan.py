@@ -151,7 +151,7 @@ def test_an_epsilon_without_bound_is_null_in_json(tmp_path: Path) -> None:
 
 def test_names_of_classes_are_covered_where_they_are_declared(tmp_path: Path) -> None:
     """The labels that rows happen to have show that a row with a rare one is there."""
-    for classes, guarantee in (("", "none: they are the labels"), ("bad,good", "tells nothing of rows")):
+    for classes, guarantee in (("", "none: they are the labels"), ("bad,good", "independent of rows")):
         config = dp_config(tmp_path, **{"data.classes": classes})
         record = privacy_record(config, {}, "cpu", {"B": [Role.SHARED]})
         (told,) = [one["guarantee"] for one in record["released"] if "classes" in one["what"]]

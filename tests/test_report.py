@@ -19,9 +19,16 @@ import pytest
 from rich.console import Console
 
 from fedlora.config import Config
-from fedlora.runs.compare import comparison, html_page
+from fedlora.reports.card import model_card
+from fedlora.reports.comparison import comparison
+from fedlora.reports.format import human_bytes, number
+from fedlora.reports.html import html_page
+from fedlora.reports.plots import plot_partition
+from fedlora.reports.run import Run
+from fedlora.reports.summary import summary, write_report
+from fedlora.reports.tables import clients_table, outcome_table
+from fedlora.roles import Role, Roles
 from fedlora.runs.folder import RunFolder, read_lines
-from fedlora.runs.report import Run, clients_table, human_bytes, number, outcome_table, plot_partition, write_report
 
 CLASSES = ["[/b]", "[sci]", "$x_1$", "_hidden", "a\\b"]
 COUNTS = [[3, 1, 0, 2, 5], [1, 0, 7, 2, 1]]
@@ -221,3 +228,25 @@ def test_bytes_have_units() -> None:
         "1.60 MB",
         "3.00 GB",
     ]
+
+
+def test_numbers_outside_of_the_guarantee_say_so(tmp_path: Path) -> None:
+    """Under DP in the tables, the summary and the card; planted: a column that nobody has declared."""
+    run = spent_run(tmp_path, 2.0, 3.25)
+    planted = {**(run.result or {}), "clients_accuracy": 0.4, "clients_accuracy_worst_tenth": 0.2, "rows_seen": 7.0}
+    RunFolder(run.path).write_json("result.json", planted)
+    run = Run.read(run.path)
+    roles: Roles = {"A": Role.FROZEN, "B": Role.SHARED, "head": Role.SHARED}
+    card = model_card(run.config, ("a", "b"), planted, roles, run.privacy, 2)
+    for text, outside, covered in (
+        (summary(run), "accuracy on clients' own rows, mean", "test accuracy"),
+        (card, "clients_accuracy: 0.4", "test_accuracy: 0.5"),
+    ):
+        (line,) = [one for one in text.splitlines() if one.startswith(f"- {outside}")]
+        assert "(outside the guarantee)" in line
+        assert "rows seen (outside the guarantee): 7.0000" in text or "rows_seen: 7.0 (outside the guarantee)" in text
+        (line,) = [one for one in text.splitlines() if one.startswith(f"- {covered}")]
+        assert "outside" not in line
+    assert "each client alone, mean (outside the guarantee)" in run.references()
+    without = fake_run(tmp_path, "plain", [0.5])
+    assert "outside" not in summary(without)

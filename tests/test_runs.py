@@ -29,7 +29,7 @@ from fedlora.config import Config, from_toml, to_toml
 from fedlora.data import load_federated
 from fedlora.privacy import Ledger, Use, epsilon, merged
 from fedlora.runs.folder import read_lines
-from fedlora.runs.privacy import told_epsilon
+from fedlora.runs.privacy import format_epsilon
 from simulations.launch import end_processes, flower_environment, shipped
 from tests.test_trainer import tiny_flat
 
@@ -665,7 +665,7 @@ def test_five_kills_of_a_private_run(tmp_path: Path) -> None:
         assert told in text, file
         assert "neighbours: add or remove one record" in text
         assert "trained tensors of kind" in text
-        assert f"| {told_epsilon(record['clients'][0]['epsilon'])} |" in text
+        assert f"| {format_epsilon(record['clients'][0]['epsilon'])} |" in text
     assert (folder / "epsilon.png").is_file()
 
 
