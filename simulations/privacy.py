@@ -1,4 +1,4 @@
-"""The privacy of a run, settled and told before its first step: noise, sample rate, and what they come to."""
+"""The privacy of a run, settled before its first step: noise, sample rate, and what they come to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 from fedlora.config import Config, ConfigError
 from fedlora.data import FederatedData
 from fedlora.privacy import Accountant, Mechanism, certifier, default_delta, epsilon, least_noise_multiplier, statement
-from strategies import sampled
+from fedlora.server import sampled
 
 
 def resolve_privacy(config: Config, data: FederatedData) -> Config:

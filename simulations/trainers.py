@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
+from clients.site import Speed
 from numpy.typing import NDArray
 
 from clients.pool import TrainerPool, split_packs
-from clients.site import Speed
 from fedlora.exchange import Instruction, Tensors
 from fedlora.roles import Role
 from fedlora.server.personal import Sums
@@ -64,9 +64,7 @@ class TrainerEvaluator:
         calls = [(self._instruction(tensors, roles, server_round, one),) for one in whose]
         return [files[0] for files in self.pool.call_all("export", calls)]
 
-    def probe(
-        self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int]
-    ) -> Speed:
+    def probe(self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int]) -> Speed:
         """Return how fast a trainer trains and evaluates a few rows of a pack of these clients."""
         pack = split_packs(clients, self.pack, len(self.pool))[0]
         speed: Speed = self.pool.call_all("probe", [(self._instruction(tensors, roles, server_round, pack),)])[0]
