@@ -2,13 +2,9 @@
 
 from fedlora.reduce.base import ClientUpdate, Expected, Reduced, Reduction
 from fedlora.reduce.check import check_tensors
+from fedlora.reduce.fold import REDUCTIONS, fold
 from fedlora.reduce.mean import WeightedMean
 from fedlora.reduce.one_by_one import OneByOne, weighted_mean
-from fedlora.registry import Registry
-
-REDUCTIONS: Registry[type[Reduction]] = Registry("reduction")
-for _reduction in (WeightedMean, OneByOne):
-    REDUCTIONS.register(_reduction.name)(_reduction)
 
 __all__ = [
     "REDUCTIONS",
@@ -19,5 +15,6 @@ __all__ = [
     "Reduction",
     "WeightedMean",
     "check_tensors",
+    "fold",
     "weighted_mean",
 ]

@@ -25,7 +25,9 @@ class MetricsFile(Observer):
         lines: The lines of the rounds before, of a run that is continued.
     """
 
-    def __init__(self, folder: RunFolder, strategy: Strategy, names: tuple[str, ...], lines: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: RunFolder, strategy: Strategy, names: tuple[str, ...], lines: list[dict[str, Any]]
+    ) -> None:
         self.folder, self.strategy, self.names = folder, strategy, names
         self.lines = lines
         self._started = time.monotonic()
