@@ -109,7 +109,7 @@ class Simulation:
         seeded = initial_tensors(self.description.specs, Seeded(self.config.seed), self.config.engine.tensor_dtype)
         tensors = {name: np.asarray(value) for name, value in self.strategy.initial(seeded).items()}
         if checkpoint is not None:
-            tensors = checkpoint.tensors
+            tensors = checkpoint.arrays
             self.strategy.have_trained = set(checkpoint.state["have_trained"])
             self.strategy.knows = dict(checkpoint.state["knows"])
             self.strategy.ledger_heads = dict(checkpoint.state["ledger_heads"])
