@@ -140,7 +140,7 @@ class Run:
         return completed
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.flower.state = ServerState.read(checkpoint.tensors, checkpoint.state["clients"])
+        self.flower.state = ServerState.read(checkpoint.arrays, checkpoint.state["clients"])
         self.lines = read_lines(self.parts.folder.path / "metrics.jsonl")
         self.before = checkpoint.state["before"]
         self.started -= checkpoint.state["seconds"]
