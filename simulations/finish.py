@@ -157,7 +157,7 @@ def _export(run: Run, outcome: Mapping[str, Any]) -> None:
     own = any(role is Role.PERSONAL for kind, role in roles.items() if kind != "head")
     clients = sorted(run.flower.state.clients.trained)[:_ADAPTERS] if own else []
     exported = run.parts.evaluator.export(run.tensors, roles, number, clients)
-    whose = [(client,) for client in clients] or [()]
+    whose: list[tuple[int, ...]] = [(client,) for client in clients] or [()]
     for one, files in zip(whose, exported, strict=True):
         name = f"adapters/client-{one[0]}" if one else "adapter"
         last, classes = run.lines[-1]["round"], plan.data.corpus.classes

@@ -1,4 +1,4 @@
-"""What a simulation's researcher may see and a server may not: ledgers, sites' notes, clients' own evaluations under DP.
+"""What a simulation's researcher may see and a server may not: ledgers, sites' notes, clients' own evaluations.
 
 In a simulation the sites' folders are on this machine. What is read from them here is outside the guarantee, and never
 reaches the strategy or a message.
