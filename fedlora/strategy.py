@@ -1,6 +1,6 @@
 """The contract of a strategy: what each tensor's part in a round is, and what the server makes of the updates.
 
-A strategy is pure: it knows neither Flower nor torch, holds no state of its own, and the same calls give the same
+A strategy is pure: it imports neither Flower nor torch, holds no state of its own, and the same calls give the same
 arrays. :mod:`fedlora.server` runs it under Flower. A whole federation of two clients by hand:
 
 >>> import numpy as np
@@ -56,6 +56,10 @@ class Setting:
     frozen: frozenset[str] = frozenset()
     ranks: tuple[int, ...] = ()
 
+    def rank(self, client: int | None) -> int | None:
+        """Return the rank that a client holds; None: the method's."""
+        return self.ranks[client] if self.ranks and client is not None else None
+
 
 class Strategy(ABC):
     """A federated strategy; the defaults are federated averaging of every tensor.
@@ -110,10 +114,9 @@ class Strategy(ABC):
         return dict.fromkeys(kinds, Role.SHARED)
 
     def specs(self, server_round: int, client: int | None = None) -> Specs:
-        """Return the tensors of a client in a round, at its own rank; of the server, without a client."""
-        if client is None or not self.setting.ranks:
-            return self.setting.specs
-        return at_rank(self.setting.specs, self.setting.ranks[client])
+        """Return the tensors of a client in a round, which follow from its rank; of the server, without a client."""
+        rank = self.setting.rank(client)
+        return self.setting.specs if rank is None else at_rank(self.setting.specs, rank)
 
     def reduction(self, server_round: int) -> str:
         """Return how updates are reduced, a name in :data:`fedlora.reduce.REDUCTIONS`."""

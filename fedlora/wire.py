@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,6 +101,8 @@ def read_instruction(content: RecordDict) -> Instruction:
     ledger_heads = tuple(header.list("ledger_heads", str))
     if any(values and len(values) != len(clients) for values in (ledger_heads, ranks)):
         raise WireError("the instruction's ledger hashes or ranks are not one a client")
+    if len(set(clients)) != len(clients):
+        raise WireError("the instruction names a client twice")
     return Instruction(
         round=header.one("round", int),
         clients=clients,
@@ -127,7 +129,7 @@ class Reply:
     """What a node answers: a report of each client, and the updates of those whose outcome is ok, reduced.
 
     Attributes:
-        reports: One a client.
+        reports: One a client. Those whose outcome is ok have the same metrics; no other has any.
         reduction: Their updates; None where clients were evaluated.
     """
 
@@ -146,63 +148,67 @@ class Reply:
             "steps": [report.steps for report in reports],
             "ledger_heads": [report.ledger_head for report in reports],
             "metrics": metrics,
-            **{f"metric.{name}": [report.metrics.get(name, 0.0) for report in reports] for name in metrics},
+            **{f"metric.{name}": [float(report.metrics.get(name, 0.0)) for report in reports] for name in metrics},
         }
-        records: dict[str, Any] = {}
+        groups: dict[str, ArrayRecord] = {}
         if self.reduction is not None and self.reduction.count:
-            groups, numbers = self.reduction.encode()
+            records, numbers = self.reduction.encode()
             header |= {"reduction": self.reduction.name, "numbers": list(numbers), "values": list(numbers.values())}
-            records = {f"{_GROUP}{name}": encode(tensors) for name, tensors in groups.items()}
-        return RecordDict({"reply": _config_record(header), **records})
-
-    @classmethod
-    def from_content(cls, content: RecordDict, reduction: str = "mean") -> Reply:
-        """Read a message content.
-
-        Args:
-            content: The content.
-            reduction: The reduction that was asked for.
-
-        Raises:
-            WireError: It is not a reply.
-        """
-        header = _Reader(content, "reply")
-        names = header.list("metrics", str)
-        columns: list[list[Any]] = [
-            header.list("clients", int),
-            header.list("outcomes", str),
-            header.list("reasons", str),
-            header.list("examples", int),
-            header.list("steps", int),
-            header.list("ledger_heads", str),
-            *(header.list(f"metric.{name}", float) for name in names),
-        ]
-        if any(len(values) != len(columns[0]) for values in columns):
-            raise WireError("the reply's lists differ in length")
-        if not set(columns[1]) <= set(Outcome):
-            raise WireError("the reply's outcomes are not known")
-        reports = [
-            ClientReport(
-                client, Outcome(outcome), reason, examples, steps, dict(zip(names, metrics, strict=True)), head
-            )
-            for client, outcome, reason, examples, steps, head, *metrics in zip(*columns, strict=True)
-        ]
-        return cls(reports, _reduction(content, header, reduction))
+            groups = {f"{_GROUP}{name}": encode(tensors) for name, tensors in records.items()}
+        return RecordDict({"reply": _config_record(header), **groups})
 
 
-def _reduction(content: RecordDict, header: _Reader, asked: str) -> Reduction | None:
-    """Return the reduced updates of a reply; None where it holds none."""
-    groups = {name: decode(content[name]) for name in content if name.startswith(_GROUP)}
+def read_reports(content: RecordDict) -> list[ClientReport]:
+    """Return the clients' reports of a reply's content.
+
+    They are read before the updates: an update that cannot be read has left its client, and its ledger hash counts.
+
+    Raises:
+        WireError: It holds none.
+    """
+    header = _Reader(content, "reply")
+    names = header.list("metrics", str)
+    columns: list[list[Any]] = [
+        header.list("clients", int),
+        header.list("outcomes", str),
+        header.list("reasons", str),
+        header.list("examples", int),
+        header.list("steps", int),
+        header.list("ledger_heads", str),
+        *(header.list(f"metric.{name}", float) for name in names),
+    ]
+    if any(len(values) != len(columns[0]) for values in columns):
+        raise WireError("the reply's lists differ in length")
+    if not set(columns[1]) <= set(Outcome):
+        raise WireError("the reply's outcomes are not known")
+    reports = [
+        ClientReport(client, Outcome(outcome), reason, examples, steps, dict(zip(names, metrics, strict=True)), head)
+        for client, outcome, reason, examples, steps, head, *metrics in zip(*columns, strict=True)
+    ]
+    return [report if report.outcome is Outcome.OK else replace(report, metrics={}) for report in reports]
+
+
+def read_reduction(content: RecordDict, asked: str) -> Reduction | None:
+    """Return the reduced updates of a reply's content; None where it holds none.
+
+    Args:
+        content: The content.
+        asked: The reduction that was asked for.
+
+    Raises:
+        WireError: They are something else.
+    """
+    header = _Reader(content, "reply")
+    groups = {name.removeprefix(_GROUP): decode(content[name]) for name in content if name.startswith(_GROUP)}
     if not groups:
         return None
     given = header.one("reduction", str)
     if given != asked:
-        raise WireError(f"its updates are reduced by {given!r}, not {asked!r}")
+        raise WireError(f"its updates are reduced by {given[:40]!r}, not {asked!r}")
     names, values = header.list("numbers", str), header.list("values", int)
     if len(names) != len(values):
         raise WireError("the reply's lists differ in length")
-    records = {name.removeprefix(_GROUP): tensors for name, tensors in groups.items()}
-    return REDUCTIONS[asked].decode(records, dict(zip(names, values, strict=True)))
+    return REDUCTIONS[asked].decode(groups, dict(zip(names, values, strict=True)))
 
 
 def _config_record(values: dict[str, Any]) -> ConfigRecord:

@@ -4,8 +4,8 @@ Wang, Shen, He, Sun, Wang, Lyu & Li, "FLoRA: Federated Fine-Tuning Large Languag
 Adaptations", NeurIPS 2024, arXiv 2409.05976; read against the authors' code (ATP-1010/FederatedLLM).
 
 Each round every client starts a fresh LoRA of its own rank r_k on the model so far, and sends A_k and B_k. The server
-stacks A = [p_1 A_1; ...; p_K A_K], weighted on that side alone, and B = [B_1, ..., B_K], so that B A = sum_k p_k B_k A_k,
-and sends both to all. What differs from the paper:
+stacks A = [p_1 A_1; ...; p_K A_K], weighted on that side alone, and B = [B_1, ..., B_K], so that
+B A = sum_k p_k B_k A_k, and sends both to all. What differs from the paper:
 
 - the paper's clients merge B A into the base. Here the base stays untouched: what has been stacked in all rounds is a
   second low-rank term, ``residual_A`` and ``residual_B``, which is sent, and exported with the adapter. It grows by

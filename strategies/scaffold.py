@@ -8,8 +8,8 @@ c, and renews it:
 - option II: c_k+ = c_k - c + (x - y) / (sum of the learning rates of its steps).
 
 It sends c_k+ - c_k beside its update; the server takes the mean x of the updates and
-c <- c + |S| / N mean(c_k+ - c_k). c is exchanged beside the shared tensors and doubles their bytes; c_k never leaves the client. All variates start at
-zero.
+c <- c + |S| / N mean(c_k+ - c_k). c is exchanged beside the shared tensors and doubles their bytes; c_k never leaves
+the client. All variates start at zero.
 
 The algebra is that of plain SGD: with AdamW, momentum, weight decay or a clip (x - y) / eta is no mean of gradients, so
 these are refused. Under DP option II renews c_k from a noised update, which costs nothing more; option I would read the

@@ -60,18 +60,16 @@ class ServerOptimizer(Wrapped):
 
     def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
         """Move what the server holds by a step along the averaged update; moments go into the state."""
-        mean, extra = dict(reduced.mean), dict(state.extra)
+        mean, moments = dict(reduced.mean), dict[str, Array]()
         for name, value in reduced.mean.items():
             held = state.tensors[name].astype(np.float64)
-            m, v = (extra.get(f"{what}/{name}", np.zeros_like(held)).astype(np.float64) for what in ("m", "v"))
-            count = int(extra.get(f"t/{name}", np.zeros(1))[0]) + 1
+            m, v = (state.extra.get(f"{what}/{name}", np.zeros_like(held)).astype(np.float64) for what in ("m", "v"))
+            count = int(state.extra.get(f"t/{name}", np.zeros(1))[0]) + 1
             step, m, v = _step(self.config, value.astype(np.float64) - held, m, v, count)
             mean[name] = (held + step).astype(value.dtype)
-            extra |= {f"m/{name}": m, f"v/{name}": v, f"t/{name}": np.full(1, float(count))}
+            moments |= {f"m/{name}": m, f"v/{name}": v, f"t/{name}": np.full(1, float(count))}
         after = self.inner.apply(state, replace(reduced, mean=mean), server_round)
-        return replace(
-            after, extra={**extra, **{name: after.extra[name] for name in after.extra.keys() - extra.keys()}}
-        )
+        return replace(after, extra={**after.extra, **moments})
 
 
 def _step(config: ServerConfig, d: Array, m: Array, v: Array, count: int) -> tuple[Array, Array, Array]:

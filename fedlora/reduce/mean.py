@@ -17,6 +17,7 @@ from fedlora.reduce.base import Expected, Header, Records, Reduced, Reduction
 from fedlora.reduce.check import check_tensors
 
 _SUMS = ("", "extra_")  # of tensors by weight; of what is sent beside them, all clients alike
+_SUM_PARTS = ("coarse", "fine", "extra_coarse", "extra_fine")
 
 
 @final
@@ -76,19 +77,22 @@ class WeightedMean(Reduction):
         """Return the mean of :meth:`encode`.
 
         Raises:
-            WireError: A part is missing.
+            WireError: A part is missing, or is none of a mean.
         """
         mean = cls()
         weight, count = header.get("weight", 0), header.get("count", 0)
+        parts = ("update", "extra") if "update" in records else _SUM_PARTS
+        for name in records.keys() - set(parts):
+            raise WireError(f"it holds {name[:40]}, which is no part of a mean")
         if "update" in records:
-            mean._only = (_alone(records), weight)
+            mean._only = (Update(ClientReport(-1), records["update"], records.get("extra", {})), weight)
             return mean
         for prefix, weights in zip(_SUMS, (weight, count), strict=True):
             coarse, fine = records.get(f"{prefix}coarse"), records.get(f"{prefix}fine")
             if (coarse is None) != (fine is None):
                 raise WireError(f"it holds one part of {prefix or 'the '}sum and not the other")
             if coarse is not None and fine is not None:
-                total = ExactSum(_wide(coarse), _wide(fine), weights, count)
+                total = ExactSum(_float64(coarse), _float64(fine), weights, count)
                 mean.tensors, mean.extra = (total, mean.extra) if prefix == "" else (mean.tensors, total)
         return mean
 
@@ -101,13 +105,13 @@ class WeightedMean(Reduction):
         """
         weight = sum(one.weight for one in expected.values())
         update, claimed = self._only
-        if update is not None:
+        if update is not None and self.count == 0:  # as decoded: it joins the sums once it is known to fit
             if len(expected) != 1:
                 raise WireError("it holds one update for several clients")
             (one,) = expected.values()
             check_tensors(update.tensors, one.tensors, dtype)
             check_tensors(update.extra, one.extra, dtype)
-            if claimed not in (0, weight):
+            if claimed != weight:
                 raise WireError("the weight of its update is not that of its client")
             self.add(update, weight)
             return
@@ -123,12 +127,18 @@ class WeightedMean(Reduction):
         return Reduced(self.count, self.tensors.mean(), self.extra.mean() if self.extra.count else {})
 
 
-def _alone(records: Records) -> Update:
-    return Update(ClientReport(-1), records["update"], records.get("extra", {}))
+def _float64(tensors: Tensors) -> dict[str, NDArray[np.float64]]:
+    """Return the tensors as what they must be.
 
-
-def _wide(tensors: Tensors) -> dict[str, NDArray[np.float64]]:
-    return {name: value.astype(np.float64) for name, value in tensors.items()}
+    Raises:
+        WireError: One is of another dtype.
+    """
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, value in tensors.items():
+        if value.dtype != np.float64:
+            raise WireError(f"the sum of {name} has dtype {value.dtype}, not float64")
+        found[name] = value.astype(np.float64, copy=False)
+    return found
 
 
 def _check_sum(total: ExactSum, expected: Mapping[str, TensorSpec], weight: int, count: int) -> None:

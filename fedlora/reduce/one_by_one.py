@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self, final
 
 import numpy as np
 
 from fedlora.codec import WireError
-from fedlora.exact_sum import ExactSum
+from fedlora.exact_sum import weighted
 from fedlora.exchange import Tensors, Update
 from fedlora.reduce.base import ClientUpdate, Expected, Header, Records, Reduced, Reduction
 from fedlora.reduce.check import check_tensors
+
+_UPDATE = re.compile(r"update\.(0|[1-9][0-9]{0,17})")
 
 
 @final
@@ -36,12 +39,10 @@ class OneByOne(Reduction):
         """Add one client's update.
 
         Raises:
-            OverflowError: A number is not finite.
+            OverflowError: A number is too large, as for a sum, or not finite; nothing was added.
         """
         assert not update.extra, "no rule that keeps updates apart sends anything beside them"
-        for name, value in update.tensors.items():
-            if not np.isfinite(value).all():
-                raise OverflowError(f"{name} holds NaN or infinity")
+        _check_size(update.tensors, weight)
         self.updates[update.client] = ClientUpdate(update.client, weight, dict(update.tensors))
 
     def merge(self, other: OneByOne) -> None:
@@ -59,15 +60,14 @@ class OneByOne(Reduction):
         """Return the updates of :meth:`encode`.
 
         Raises:
-            WireError: A weight is missing.
+            WireError: A group is not a client's update, or its weight is missing.
         """
         found: dict[int, ClientUpdate] = {}
         for name, tensors in records.items():
-            _, _, number = name.partition(".")
-            weight = header.get(f"weight.{number}")
-            if not number.isdecimal() or weight is None:
-                raise WireError(f"{name} is not a client's update with its weight")
-            found[int(number)] = ClientUpdate(int(number), weight, tensors)
+            match, weight = _UPDATE.fullmatch(name), header.get(name.replace("update.", "weight.", 1))
+            if match is None or weight is None:
+                raise WireError(f"{name[:40]} is not a client's update with its weight")
+            found[int(match[1])] = ClientUpdate(int(match[1]), weight, tensors)
         return cls(found)
 
     def check(self, expected: Mapping[int, Expected], dtype: str) -> None:
@@ -75,22 +75,28 @@ class OneByOne(Reduction):
 
         Raises:
             WireError: One of them is wrong.
+            OverflowError: A number is too large.
         """
         if self.updates.keys() != expected.keys():
             raise WireError("it does not hold one update for each of its clients")
         for client, update in self.updates.items():
             check_tensors(update.tensors, expected[client].tensors, dtype)
             if update.weight != expected[client].weight:
-                raise WireError(f"the weight of client {client} is {update.weight}")
+                raise WireError(f"the weight of client {client} is {update.weight}, not {expected[client].weight}")
+            _check_size(update.tensors, update.weight)
 
     def reduced(self) -> Reduced:
         """Return the updates in the order of clients."""
         return Reduced(len(self.updates), updates=tuple(self.updates[client] for client in sorted(self.updates)))
 
 
-def weighted_mean(updates: tuple[ClientUpdate, ...], names: list[str]) -> Tensors:
-    """Return the weighted mean of some tensors of updates that were kept apart, as the ``mean`` reduction gives it."""
-    total = ExactSum()
-    for one in updates:
-        total.add({name: one.tensors[name] for name in names}, one.weight)
-    return total.mean() if names else {}
+def _check_size(tensors: Tensors, weight: int) -> None:
+    for name, value in tensors.items():
+        weighted(name, value, weight)
+
+
+def weighted_mean(updates: Sequence[ClientUpdate], names: Iterable[str]) -> Tensors:
+    """Return the weighted mean of some tensors of updates that were kept apart, float64, summed in their order."""
+    total = sum(one.weight for one in updates)
+    terms = ((name, [one.weight / total * one.tensors[name].astype(np.float64) for one in updates]) for name in names)
+    return {name: np.sum(values, axis=0) for name, values in terms}

@@ -1,15 +1,15 @@
-"""Who takes part in a round, and which node stands for whom."""
+"""Client sampling: who takes part in a round, which node stands for whom, and how many may fail."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedlora.exchange import Weights
 from fedlora.seeded import Seeded
-from fedlora.server.errors import FederationError
+from fedlora.server.errors import BudgetSpentError, FederationError
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,47 @@ class Federation:
     def cohort(self, server_round: int) -> list[int]:
         """Return the round's clients, ascending."""
         return sampled(server_round, self.seed, self.num_clients, self.clients_per_round)
+
+    def check_budgets(self, server_round: int, spent: Collection[int]) -> None:
+        """Stop where more of a round's clients than may fail have spent their privacy budgets.
+
+        Raises:
+            BudgetSpentError: They have.
+        """
+        cohort = self.cohort(server_round)
+        without = len(set(cohort) & set(spent))
+        if without <= self.failure_threshold * len(cohort):
+            return
+        raise BudgetSpentError(
+            f"round {server_round}: {without} of {len(cohort)} clients have spent their privacy budgets, and the "
+            "others are too few to go on; the rounds so far stand. A larger privacy.epsilon allows more."
+        )
+
+    def check_failures(
+        self, server_round: int, asked: Iterable[int], refused: Mapping[int, str], spent: Collection[int], *, good: int
+    ) -> None:
+        """Stop where more clients than may fail have failed, or none is left; a spent budget is no failure.
+
+        Args:
+            server_round: The round.
+            asked: The clients that were asked.
+            refused: Why a client was left out, by client.
+            spent: Clients without privacy budget.
+            good: How many clients were not left out.
+
+        Raises:
+            FederationError: Too many have failed.
+        """
+        failed = {client: reason for client, reason in refused.items() if client not in spent}
+        able = len(set(asked) - set(spent))
+        if good and len(failed) <= self.failure_threshold * able:
+            return
+        reasons = [f"client {client}: {reason}" for client, reason in sorted(failed.items())[:3]]
+        raise FederationError(
+            f"round {server_round}: {len(failed)} of {able} clients failed, more than "
+            f"federation.failure-threshold = {self.failure_threshold} allows. {'; '.join(reasons)}"
+            f"{'; ...' if len(failed) > 3 else ''}"
+        )
 
 
 def sampled(server_round: int, seed: int, num_clients: int, clients_per_round: int) -> list[int]:

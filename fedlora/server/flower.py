@@ -1,14 +1,15 @@
 """A Flower strategy around one of ours: it runs under Flower's own loop in any ServerApp, and under :meth:`start`.
 
-Flower's loop collects all replies of a round before it aggregates, forgets its state, and goes on after failures.
+Flower's loop collects all replies of a round before it aggregates, and cannot continue a run.
 :meth:`FlowerStrategy.start` folds replies as they arrive and drops them (the server's memory does not grow with the
-number of clients), continues from a saved state, and stops where too many clients fail.
+number of clients), continues from a saved state, and ends a run early when privacy budgets are spent. Both stop where
+too many clients fail.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -19,11 +20,10 @@ from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerBase
 from numpy.typing import NDArray
 
-from fedlora.exchange import ClientReport, Instruction, Tensors
+from fedlora.exchange import Instruction, Tensors
 from fedlora.fingerprint import code_fingerprint
 from fedlora.methods import proximal_step
 from fedlora.server.cohort import Federation, assigned
-from fedlora.server.errors import BudgetSpentError, FederationError
 from fedlora.server.loop import Observe, run_rounds
 from fedlora.server.personal import PersonalEvaluation
 from fedlora.server.replies import Replies
@@ -32,6 +32,8 @@ from fedlora.state import ServerState
 from fedlora.strategy import Strategy, cut
 from fedlora.wire import from_named_arrays, message_bytes, named_arrays, write_instruction
 
+Payload = Callable[[int, int, int, Sequence[int]], tuple[int, int]]
+"""Bytes that a client is sent, and lacks, from (round, last round received, client, added ranks by round)."""
 _logger = logging.getLogger(__name__)
 
 
@@ -42,19 +44,26 @@ class FlowerStrategy(FlowerBase):
     Args:
         strategy: The strategy.
         federation: Its clients.
+        state: What the server holds before the first round, ``strategy.initial(...)``, or held after the last one.
 
     Attributes:
         state: What the server holds.
         replies: The last round's; None before the first.
+        personal: The last evaluation by clients of their own models; None before the first.
     """
 
-    def __init__(self, strategy: Strategy, federation: Federation) -> None:
+    def __init__(self, strategy: Strategy, federation: Federation, state: ServerState | None = None) -> None:
         self.strategy = strategy
         self.federation = federation
-        self.state = ServerState({})
+        self.state = ServerState({}) if state is None else state
         self.replies: Replies | None = None
         self.personal: PersonalEvaluation | None = None
         self.payloads = Payloads(strategy, federation.dtype)
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The server's tensors as Flower passes them around."""
+        return named_arrays(self.state.tensors)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -65,20 +74,14 @@ class FlowerStrategy(FlowerBase):
             ValueError: The arrays are not what the strategy exchanges.
             FederationError: There is no node, or too few clients have budget left.
         """
-        self.state = replace(self.state, tensors=from_named_arrays(arrays))
-        missing = sorted(set(self.strategy.sent(server_round)) - set(self.state.tensors))
-        if missing:
-            raise ValueError(
-                f"the initial arrays lack {missing[0]} and {len(missing) - 1} more of the exchanged tensors"
-            )
-        cohort = self.federation.cohort(server_round)
-        self._check_budgets(server_round)
+        self._take(arrays, server_round)
+        federation = self.federation
+        cohort = federation.cohort(server_round)
+        federation.check_budgets(server_round, self.state.clients.spent)
         able = [client for client in cohort if client not in self.state.clients.spent]
         nodes = assigned(able, list(grid.get_node_ids()))
-        self.replies = Replies(
-            server_round, self.strategy, self.federation.dtype, self.federation.weights, self.federation.dp, dict(nodes)
-        )
-        self._count_down(nodes, server_round)
+        self.replies = Replies(server_round, self.strategy, federation, dict(nodes))
+        self._count_down(nodes, server_round, self.payloads.down)
         return self._messages(MessageType.TRAIN, server_round, nodes)
 
     def aggregate_train(
@@ -90,18 +93,20 @@ class FlowerStrategy(FlowerBase):
             FederationError: More clients failed than the threshold allows.
         """
         assert self.replies is not None, "aggregate_train before configure_train"
-        own, clients = self.replies, self.state.clients
+        federation, own, clients = self.federation, self.replies, self.state.clients
         try:
             for message in replies:
                 own.accept(message)
             own.end()
         finally:  # what was seen of clients stays seen, however the round ends
             self._remember(ledger_heads={**clients.ledger_heads, **own.ledger_heads}, spent=clients.spent | own.spent)
-        self._check_budgets(server_round)
-        self._check_failures(server_round, own.reports, own.refused, good=own.total.count)
+        federation.check_budgets(server_round, self.state.clients.spent)
+        federation.check_failures(
+            server_round, own.reports, own.refused, self.state.clients.spent, good=own.total.count
+        )
         self._remember(trained=clients.trained | own.used)
         self._apply(server_round, own)
-        return named_arrays(self.state.tensors), _metrics(own, self.federation.dp)
+        return self.arrays, own.metrics()
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -114,11 +119,11 @@ class FlowerStrategy(FlowerBase):
         trained = self.state.clients.trained
         if not self.strategy.has_personal or not trained or self.federation.dp:
             return []
-        self.state = replace(self.state, tensors=from_named_arrays(arrays))
+        self._take(arrays, server_round + 1)
         nodes = assigned(sorted(trained), list(grid.get_node_ids()))
         self.personal = PersonalEvaluation(server_round, dict(nodes))
         # A client evaluates what it will start the next round with.
-        self._count_down(nodes, server_round + 1)
+        self._count_down(nodes, server_round + 1, self.payloads.evaluation)
         return self._messages(MessageType.EVALUATE, server_round + 1, nodes)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -133,7 +138,9 @@ class FlowerStrategy(FlowerBase):
         received = personal.collect(replies)
         if self.replies is not None:
             self.replies.traffic.message_bytes_up += received
-        self._check_failures(server_round, personal.asked, personal.refused, good=len(personal.sums))
+        self.federation.check_failures(
+            server_round, personal.asked, personal.refused, self.state.clients.spent, good=len(personal.sums)
+        )
         return MetricRecord(dict(personal.means()))
 
     def summary(self) -> None:
@@ -205,18 +212,34 @@ class FlowerStrategy(FlowerBase):
     def _remember(self, **changes: Any) -> None:
         self.state = replace(self.state, clients=replace(self.state.clients, **changes))
 
-    def _count_down(self, nodes: Mapping[int, tuple[int, ...]], server_round: int) -> None:
+    def _take(self, arrays: ArrayRecord, server_round: int) -> None:
+        """Hold what the loop passes on.
+
+        Raises:
+            ValueError: It lacks something that the round sends.
+        """
+        self.state = replace(self.state, tensors=from_named_arrays(arrays))
+        wanted = {*self.strategy.sent(server_round), *self.strategy.accumulated(self._ranks()[-1])}
+        for what, held in (("arrays", self.state.tensors), ("state", self.state.extra)):
+            lacking = sorted(wanted - set(held))
+            if lacking:
+                raise ValueError(
+                    f"the initial {what} lack {lacking[0]} and {len(lacking) - 1} more of what the strategy exchanges; "
+                    "start with FlowerStrategy(strategy, federation, strategy.initial(...)).arrays"
+                )
+            wanted = set(self.strategy.extra(server_round))
+
+    def _count_down(self, nodes: Mapping[int, tuple[int, ...]], server_round: int, payload: Payload) -> None:
         """Count what clients are sent for a round, and what of it they would lack if they kept what they were sent."""
         received = dict(self.state.clients.received)
-        ranks, known = self._ranks(), dict[tuple[int, int | None], tuple[int, int]]()
+        ranks, counted = self._ranks(), dict[tuple[int, int | None], tuple[int, int]]()
         for client in (client for clients in nodes.values() for client in clients):
-            since = received.get(client, -1)
-            rank = self.strategy.setting.ranks[client] if self.strategy.setting.ranks else None
-            if (since, rank) not in known:
-                known[since, rank] = self.payloads.down(server_round, since, client, ranks)
+            key = received.get(client, -1), self.strategy.setting.rank(client)
+            if key not in counted:
+                counted[key] = payload(server_round, key[0], client, ranks)
             if self.replies is not None:
-                self.replies.traffic.bytes_down += known[since, rank][0]
-                self.replies.traffic.bytes_down_cached += known[since, rank][1]
+                self.replies.traffic.bytes_down += counted[key][0]
+                self.replies.traffic.bytes_down_cached += counted[key][1]
             received[client] = server_round - 1
         self._remember(received=received)
 
@@ -225,7 +248,8 @@ class FlowerStrategy(FlowerBase):
     ) -> Iterator[Message]:
         """Yield one message a node, made when it is asked for."""
         federation, ranks, heads = self.federation, self.strategy.setting.ranks, self.state.clients.ledger_heads
-        extra = {name: self.state.extra[name] for name in self.strategy.extra(server_round)}
+        exchanged = self.strategy.extra(server_round) if message_type == MessageType.TRAIN else {}
+        extra = {name: self.state.extra[name] for name in exchanged}
         for node, clients in nodes.items():
             content = write_instruction(
                 Instruction(
@@ -254,32 +278,6 @@ class FlowerStrategy(FlowerBase):
         accumulated = {name: self.state.tensors[name] for name in self.strategy.accumulated(self._ranks()[-1])}
         return {**cut(self.state.tensors, self.strategy.sent(server_round, widest)), **accumulated}
 
-    def _check_budgets(self, server_round: int) -> None:
-        """Stop where more of a round's clients than may fail have spent their privacy budgets."""
-        clients = self.federation.cohort(server_round)
-        spent = len(self.state.clients.spent & set(clients))
-        if spent <= self.federation.failure_threshold * len(clients):
-            return
-        raise BudgetSpentError(
-            f"round {server_round}: {spent} of {len(clients)} clients have spent their privacy budgets, and the others "
-            "are too few to go on; the rounds so far stand. A larger privacy.epsilon allows more."
-        )
-
-    def _check_failures(
-        self, server_round: int, asked: Iterable[int], refused: Mapping[int, str], *, good: int
-    ) -> None:
-        spent, threshold = self.state.clients.spent, self.federation.failure_threshold
-        failed = {client: reason for client, reason in refused.items() if client not in spent}
-        sampled_clients = len(set(asked) - spent)
-        if good and len(failed) <= threshold * sampled_clients:
-            return
-        reasons = [f"client {client}: {reason}" for client, reason in sorted(failed.items())[:3]]
-        raise FederationError(
-            f"round {server_round}: {len(failed)} of {sampled_clients} clients failed, more than "
-            f"federation.failure-threshold = {threshold} allows. {'; '.join(reasons)}"
-            f"{'; ...' if len(failed) > 3 else ''}"
-        )
-
 
 def _placed(value: NDArray[np.floating], held: NDArray[np.floating]) -> NDArray[np.floating]:
     """Return a mean at the server's rank; ranks that no client of the round holds stay what the server held."""
@@ -288,13 +286,3 @@ def _placed(value: NDArray[np.floating], held: NDArray[np.floating]) -> NDArray[
     whole = held.copy()
     whole[tuple(slice(n) for n in value.shape)] = value
     return whole
-
-
-def _metrics(own: Replies, dp: bool) -> MetricRecord:
-    """Return a round's numbers; the mean loss by client, not by arrival: it must not depend on the order of replies."""
-    losses = {}
-    if not dp:
-        reports: list[ClientReport] = [own.reports[client] for client in sorted(own.used)]
-        losses["train_loss"] = float(np.mean([report.metrics["loss"] for report in reports]))
-    traffic = vars(own.traffic)
-    return MetricRecord({**losses, "clients_ok": own.total.count, "clients_refused": len(own.refused), **traffic})

@@ -11,7 +11,7 @@ from flwr.app import Message
 
 from fedlora.codec import WireError
 from fedlora.exchange import Outcome
-from fedlora.server.replies import read
+from fedlora.server.replies import reports_of
 from fedlora.wire import message_bytes
 
 _logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class PersonalEvaluation:
 
     Attributes:
         round: The round.
-        pending: Clients not heard of yet, by the node that stands for them.
+        pending: Clients whose reply has not arrived, by the node that stands for them.
         sums: For each client the sums of its rows' facts, and ``examples``, their number.
         refused: Why a client's report is not used, by client.
         asked: The clients that were asked.
@@ -36,8 +36,8 @@ class PersonalEvaluation:
     pending: dict[int, tuple[int, ...]]
     sums: dict[int, Sums] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
-    asked: tuple[int, ...] = ()
-    done: bool = False
+    asked: tuple[int, ...] = field(init=False)
+    done: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         """Remember who was asked."""
@@ -49,17 +49,17 @@ class PersonalEvaluation:
         for message in replies:
             clients = self.pending.pop(message.metadata.src_node_id, ())
             try:
-                reply = read(message, clients)
+                reports = reports_of(message, clients)
             except WireError as error:
                 self._refuse(clients, str(error))
                 continue
             received += message_bytes(message.content)
-            for report in reply.reports:
-                finite = np.isfinite(list(report.metrics.values())).all()
+            for report in reports:
+                finite = bool(report.metrics) and np.isfinite(list(report.metrics.values())).all()
                 if report.outcome is not Outcome.OK or report.examples < 1 or not finite:
                     self._refuse([report.client], report.reason or "not a finite number a row")
                     continue
-                self.sums[report.client] = {"examples": report.examples, **report.metrics}
+                self.sums[report.client] = {**report.metrics, "examples": report.examples}
         for clients in self.pending.values():
             self._refuse(clients, "no reply arrived in time")
         self.pending, self.done = {}, True
@@ -76,8 +76,13 @@ class PersonalEvaluation:
 
 
 def personal_means(by_client: Mapping[int, Sums]) -> dict[str, int | float]:
-    """Return each metric's mean over the clients' own rows, as ``personal_<metric>``, and ``personal_clients``."""
+    """Return each metric's mean over the clients' own rows, as ``personal_<metric>``, and ``personal_clients``.
+
+    A metric that some clients did not report is the mean over those that did.
+    """
     sums = [by_client[client] for client in sorted(by_client)]  # any order of replies, one result
-    examples = sum(one["examples"] for one in sums)
-    means = {f"personal_{name}": sum(one[name] for one in sums) / examples for name in sums[0] if name != "examples"}
+    means: dict[str, int | float] = {}
+    for name in dict.fromkeys(name for one in sums for name in one if name != "examples"):
+        having = [one for one in sums if name in one]
+        means[f"personal_{name}"] = sum(one[name] for one in having) / sum(one["examples"] for one in having)
     return {**means, "personal_clients": len(sums)}

@@ -69,7 +69,7 @@ class Payloads:
     def down(
         self, server_round: int, received: int = -1, client: int | None = None, ranks: Sequence[int] = (0,)
     ) -> tuple[int, int]:
-        """Return the bytes that a client is sent for a round, and those that it lacks if it kept what it was sent.
+        """Return the bytes that a client is sent for training, and those that it lacks if it kept what it was sent.
 
         Args:
             server_round: The round.
@@ -77,18 +77,33 @@ class Payloads:
             client: The client, where clients differ in rank.
             ranks: Of a strategy whose tensors accumulate, the ranks added until the end of each round, from round 0.
         """
-        strategy, extra = self.strategy, self._size(self.strategy.extra(server_round))
-        grown, before = strategy.accumulated(ranks[-1]), strategy.accumulated(ranks[max(0, received)])
-        # One that was compressed has changed as a whole; the others have new ranks behind those that were there.
-        new = {
-            name: spec
-            for name, spec in grown.items()
-            if prod(spec.shape) < prod(strategy.accumulated(ranks[-1] + 1)[name].shape)
-        }
-        kept = sum(self._size({name: before[name]}) for name in new if name in before)
-        sent = self._size(strategy.sent(server_round, client)) + self._size(grown) + extra
-        needed = self._size(lacking(strategy, server_round, received, client)) + self._size(grown) - kept
-        return sent, needed + (extra if server_round > 1 else 0)
+        sent, needed = self.evaluation(server_round, received, client, ranks)
+        strategy, extra = self.strategy, self.strategy.extra(server_round)
+        # What is sent beside the tensors starts at zero everywhere, and is new after each round that exchanged it.
+        before = set().union(*(strategy.extra(n) for n in range(max(1, server_round - strategy.period), server_round)))
+        new = {name: spec for name, spec in extra.items() if name in before}
+        return sent + self._size(extra), needed + self._size(new)
+
+    def evaluation(
+        self, server_round: int, received: int = -1, client: int | None = None, ranks: Sequence[int] = (0,)
+    ) -> tuple[int, int]:
+        """Return what :meth:`down` returns, for a client that evaluates what it would start the round with."""
+        grown = self.strategy.accumulated(ranks[-1])
+        sent = self._size(self.strategy.sent(server_round, client)) + self._size(grown)
+        lacked = self._size(lacking(self.strategy, server_round, received, client))
+        return sent, lacked + self._grown_since(ranks[max(0, received)], ranks[-1])
+
+    def _grown_since(self, before: int, now: int) -> int:
+        """Return the bytes of accumulated tensors that one lacks who has those of ``before`` added ranks."""
+        if before == now:
+            return 0
+        had, one_rank = self.strategy.accumulated(before), self.strategy.accumulated(1)
+        total = 0
+        for name, spec in self.strategy.accumulated(now).items():
+            # New ranks stand behind those that were there, until the tensors are compressed: then all is new.
+            appended = name in had and prod(spec.shape) == now * prod(one_rank[name].shape)
+            total += self._size({name: spec}) - (self._size({name: had[name]}) if appended else 0)
+        return total
 
     def cycle(self) -> tuple[float, float, float]:
         """Return the bytes of a client in a round: up, down, and down for one that keeps what it was sent.
