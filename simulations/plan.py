@@ -38,7 +38,7 @@ class Plan:
         family: The base model's type.
         num_parameters: Parameters of the base model.
         num_layers: Adapted layers.
-        nodes: SuperNodes among which clients are dealt.
+        nodes: SuperNodes to which clients are assigned.
         trainers: Trainers that work side by side.
     """
 
