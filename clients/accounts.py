@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from clients.site import RefusedError
 from fedlora.config import Config
 from fedlora.privacy import Ledger, LedgerError, Mechanism, PrivateRandom, Use, certifier, epsilon
 from fedlora.privacy.mechanism import SEEDED
 from fedlora.runs.folder import read_lines
 from fedlora.wire import BUDGET_SPENT
-
-
-class RefusedError(RuntimeError):
-    """A client must not train; the message is all that leaves of the reason."""
 
 
 @final

@@ -7,11 +7,11 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.pool import TrainerPool, split_packs
+from clients.pool import TrainerLostError, TrainerPool, split_packs
+from clients.site import WITHHELD, SiteError
 from clients.trainer import Request, Update
 from fedlora.exact_sum import ExactSum
 from fedlora.fingerprint import code_fingerprint
-from fedlora.messages import first_line
 from fedlora.wire import Instruction, Reply
 
 app = ClientApp()
@@ -101,6 +101,7 @@ def request_of(instruction: Instruction, clients: tuple[int, ...]) -> Request:
 
 
 def _refuse(reply: Reply, clients: tuple[int, ...], error: Exception) -> None:
-    """Enter a pack that failed as a whole."""
+    """Enter a pack that failed as a whole; only words that the site wrote for the server leave."""
+    reason = str(error) if isinstance(error, SiteError | TrainerLostError) else WITHHELD
     for client in clients:
-        reply.add(client, error=f"{type(error).__name__}: {first_line(error)}")
+        reply.add(client, error=reason)

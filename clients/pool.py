@@ -12,8 +12,8 @@ import ray
 from ray.util import list_named_actors
 
 from clients.trainer import Job, Trainer
-from fedlora.messages import first_line
 
+_logger = logging.getLogger(__name__)
 _NAMESPACE = "fedlora"
 _RESTARTS = 3
 
@@ -168,7 +168,7 @@ class TrainerPool:
             try:
                 ray.kill(actor, no_restart=True)
             except ray.exceptions.RayError as error:
-                logging.getLogger(__name__).debug("a trainer was gone already: %s", error)
+                _logger.debug("a trainer was gone already: %s", error)
 
 
 def _job_at(desk: Any) -> Job:
@@ -187,4 +187,5 @@ def _outcome(call: Any, timeout: float | None) -> Any:
             "fit the GPUs, and --federation-config must leave them alone: Flower's own actors need none."
         )
     except ray.exceptions.RayError as error:
-        return TrainerLostError(f"a trainer died and was not to be restarted: {first_line(error)}")
+        _logger.error("a trainer died: %s", error)  # Ray quotes what a process said last, so it stays in this log
+        return TrainerLostError("a trainer died and was not to be restarted; the site's log says why")

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.accounts import Accounts, RefusedError
+from clients.accounts import Accounts
 from clients.personal import PersonalStore
+from clients.site import WITHHELD, RefusedError, SiteError
 from fedlora.config import Config, Scalar, TrainConfig
 from fedlora.data import FederatedData
 from fedlora.fingerprint import code_fingerprint
+from fedlora.messages import first_line
 from fedlora.methods import TensorSpec, initial_tensors, tensors_digest
 from fedlora.privacy import PrivateRandom
 from fedlora.roles import Role, with_role
@@ -191,8 +194,20 @@ class Trainer:
         """Ask for the job anew before the next piece of work."""
         self._loaded = None
 
+    def load(self) -> None:
+        """Load the job now; what goes wrong is raised as it is, for whoever runs the site."""
+        assert self.loaded
+
     def describe(self) -> Description:
-        """Return the trainer's description."""
+        """Return what the server may know of the trainer.
+
+        Raises:
+            SiteError: The job cannot be loaded, in words that may leave.
+        """
+        with self._answering():
+            return self._description()
+
+    def _description(self) -> Description:
         engine = self.loaded.engine
         structure = engine.base.structure
         return Description(
@@ -211,16 +226,41 @@ class Trainer:
         )
 
     def train(self, request: Request) -> list[Update]:
-        """Train a pack for a round and return what each client lets out; private tensors stay here."""
+        """Train a pack for a round and return what each client lets out; personal tensors stay here.
+
+        Raises:
+            SiteError: They did not train, in words that may leave.
+        """
+        with self._answering():
+            return self._train(request)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Turn what goes wrong while the server is answered into words that may leave.
+
+        An error may quote a row, and its kind alone may depend on one. What decides is this site's own mode, never what
+        the server sent: only a site that has read its configuration, and found no privacy in it, gives reasons away.
+        """
+        try:
+            yield
+        except RefusedError as refused:
+            raise SiteError(str(refused)) from None
+        except Exception as error:
+            _logger.exception("failed while answering the server")
+            raise SiteError(WITHHELD if self._withholds() else f"{type(error).__name__}: {first_line(error)}") from None
+
+    def _withholds(self) -> bool:
+        """Whether the text of an error must stay here: always, unless this site knows that it has no privacy."""
+        try:
+            config = self._loaded.config if self._loaded is not None else Config.from_flat(self._ask().flat)
+        except Exception:
+            return True
+        return config.privacy.mode != "none"
+
+    def _train(self, request: Request) -> list[Update]:
         from fedlora.engine import plan_batches, train_pack
 
-        try:
-            loaded = self.loaded
-        except Exception:
-            if not request.ledger_heads:
-                raise
-            _logger.exception("loading failed")  # its text may quote a row, so it stays in the site's log
-            raise RuntimeError("loading failed at the site; its own log says why") from None
+        loaded = self.loaded
         if loaded.accounts is not None:
             return self._train_under_dp(request, loaded.accounts)
         seeded, config = Seeded(loaded.config.seed), loaded.config.train
@@ -238,11 +278,10 @@ class Trainer:
         """Pay for the round, train those that may, and let out nothing that the guarantee does not cover.
 
         Raises:
-            ValueError: What the server sent cannot train.
-            RuntimeError: Something failed; the message is the same whatever it was.
+            RefusedError: What the server sent cannot train, or it failed; the message is the same whatever failed.
         """
         if len(request.ledger_heads) != len(request.clients):
-            raise ValueError("a client under DP trains only for a server that says what it last saw of its ledger")
+            raise RefusedError("a client under DP trains only for a server that says what it last saw of its ledger")
         self._check_trains(request)
         updates, paid = [], {}
         for client, ledger_head in zip(request.clients, request.ledger_heads, strict=True):
@@ -256,7 +295,7 @@ class Trainer:
         except Exception as error:  # its text may quote a row, and its kind may tell of one
             for client in paid:
                 accounts.note(client, request.round, {"error": f"{type(error).__name__}: {error}"})
-            raise RuntimeError("training failed at the site; its own diagnostics.jsonl says why") from None
+            raise RefusedError("training failed at the site; its own diagnostics.jsonl says why") from None
         for result in results:
             # What the watch saw in rows' gradients stays here; of the tensors, noise included, all may know.
             finite = all(np.isfinite(value).all() for value in result.tensors.values())
@@ -299,7 +338,7 @@ class Trainer:
         work = ClientWork(0, examples, len(examples), [np.arange(len(examples))] * 2, start)
         error = train_pack(self.loaded.engine, [work], common, TrainConfig())[0].error
         if error:
-            raise ValueError(error)
+            raise RefusedError(error)
         self.loaded.seen_to_train.add(trained)
 
     def _keep_personal(self, request: Request, result: ClientResult) -> None:
@@ -390,14 +429,16 @@ class Trainer:
         ]
 
     def answer_evaluation(self, request: Request) -> list[dict[str, float]]:
-        """Return what clients tell the server that asks them to evaluate themselves: see :meth:`evaluate_personal`.
+        """Return what clients report to the server that asks them to evaluate themselves: :meth:`evaluate_personal`.
 
         Raises:
-            ValueError: They train under DP: sums over their rows are not covered by its guarantee.
+            SiteError: They did not, in words that may leave. Under DP they never do: sums over their rows are not
+                covered by its guarantee.
         """
-        if self.loaded.accounts is not None:
-            raise ValueError("a client under DP does not tell how its model does on its rows")
-        return self.evaluate_personal(request)
+        with self._answering():
+            if self.loaded.accounts is not None:
+                raise RefusedError("a client under DP does not report how its model does on its rows")
+            return self.evaluate_personal(request)
 
     def export(self, request: Request) -> list[dict[str, bytes]]:
         """Return the files of a PEFT adapter for the server's tensors, with each client's private ones in place."""

@@ -121,7 +121,8 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
         ValueError: The model cannot be loaded or adapted, or the trainers run other code or hold other tensors.
         TrainerLostError: A trainer did not start.
     """
-    described: list[Description] = pool.call_all("describe", [()] * len(pool), timeout=_START_TIMEOUT_S)
+    pool.call_all("load", [()] * len(pool), timeout=_START_TIMEOUT_S)
+    described: list[Description] = pool.call_all("describe", [()] * len(pool))
     own, folders = code_fingerprint()
     first = described[0]
     initial_digest = tensors_digest(initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype))

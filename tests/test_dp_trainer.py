@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from clients.accounts import Accounts, RefusedError
-from clients.app import request_of
+from clients.accounts import Accounts
+from clients.app import _refuse, request_of
+from clients.site import WITHHELD, RefusedError, SiteError
 from clients.trainer import Job, Request, Trainer, Update
 from fedlora.config import Config
 from fedlora.data import load_federated
 from fedlora.privacy import Ledger, Mechanism, Use, epsilon
 from fedlora.tasks import Classification
-from fedlora.wire import BUDGET_SPENT, Instruction
+from fedlora.wire import BUDGET_SPENT, Instruction, Reply
 from simulations.audit import _seen_batches
 from simulations.privacy import participations, resolve_privacy
 from simulations.setup import build_strategy, resolve
 from tests.support.tiny import save_tiny_language_model
-from tests.test_trainer import tiny_flat
+from tests.test_trainer import tiny_flat, tiny_trainer
 
 EQUAL_PARTS = {"data.partition": "iid"}
 
@@ -172,7 +173,7 @@ def test_where_the_ledger_cannot_be_written_nothing_leaves(tmp_path: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Ledger, "charge", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SiteError, match=f"^{WITHHELD}$"):
         ask(trainer, (0,))
 
 
@@ -180,7 +181,7 @@ def test_a_client_under_dp_does_not_evaluate_itself_for_the_server(tmp_path: Pat
     trainer = dp_trainer(tmp_path, **{"method.head": "personal"})
     strategy = build_strategy(trainer.loaded.config, trainer.loaded.specs)
     request = Request(2, (0,), strategy.all_roles(2), {})
-    with pytest.raises(ValueError, match="does not tell how its model does"):
+    with pytest.raises(SiteError, match="does not report how its model does"):
         trainer.answer_evaluation(request)
 
 
@@ -230,31 +231,62 @@ def test_what_an_exception_says_stays_at_the_site(tmp_path: Path, monkeypatch: p
     trainer = dp_trainer(tmp_path)
     monkeypatch.setattr(Trainer, "_check_trains", lambda *_: None)
     monkeypatch.setattr(engine, "train_pack", fail)
-    with pytest.raises(
-        RuntimeError, match=r"^training failed at the site; its own diagnostics.jsonl says why$"
-    ) as caught:
+    with pytest.raises(SiteError, match=r"^training failed at the site; its own diagnostics.jsonl says why$") as caught:
         ask(trainer, (0, 1))
     assert caught.value.__cause__ is None
     assert "MemoryError: row says: patient Smith" in noted(tmp_path, 1)
     assert [len(ledger(tmp_path, client).uses()) for client in (0, 1)] == [1, 1]
 
 
-def test_what_loading_anew_says_stays_at_the_site_too(tmp_path: Path) -> None:
-    """A trainer that was restarted within a round, and that now meets a row which it cannot read."""
+def unreadable(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """A trainer that was restarted, and that now meets a row which it cannot read."""
+    job = trainer.loaded.job if mode != "unknown" else None
 
-    def job() -> Job:
+    def encode(*_: Any) -> None:
         raise ValueError("the text 'patient Smith' has no tokens")
 
-    request = Request(2, (0, 1), {}, {}, ("", ""))
-    with pytest.raises(RuntimeError, match=r"^loading failed at the site; its own log says why$") as caught:
-        Trainer(job, 1).train(request)
+    def no_job() -> Job:
+        raise ValueError("'patient Smith' is not a row")
+
+    monkeypatch.setattr(Classification, "encode", encode)
+    trainer.__init__(no_job if job is None else lambda: job, 1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("mode", ["dp", "unknown"])
+@pytest.mark.parametrize("heads", [(), ("", "")])
+@pytest.mark.parametrize("call", ["train", "answer_evaluation", "describe"])
+def test_no_text_of_an_error_leaves_whatever_the_server_omits(
+    call: str, heads: tuple[str, ...], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """The planted bug: a server that sends no ledger hashes, as one without DP does, and waits for an error."""
+    trainer = dp_trainer(tmp_path)
+    unreadable(trainer, monkeypatch, mode)
+    arguments = () if call == "describe" else (Request(2, (0, 1), {}, {}, heads),)
+    with pytest.raises(SiteError, match=f"^{WITHHELD}$") as caught:
+        getattr(trainer, call)(*arguments)
     assert caught.value.__cause__ is None
-    with pytest.raises(ValueError, match="patient Smith"):  # without DP the reason is told
-        Trainer(job, 1).train(replace(request, ledger_heads=()))
+    assert "patient Smith" in caplog.text, "the site's own log has it"
+
+
+@pytest.mark.parametrize("call", ["train", "answer_evaluation", "describe"])
+def test_a_site_that_knows_that_it_has_no_privacy_says_why(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = tiny_trainer(tmp_path)
+    unreadable(trainer, monkeypatch, "none")
+    arguments = () if call == "describe" else (Request(2, (0, 1), {}, {}, ("", "")),)
+    with pytest.raises(SiteError, match=r"^ValueError: the text 'patient Smith' has no tokens$"):
+        getattr(trainer, call)(*arguments)
+
+
+def test_what_reaches_the_app_in_other_ways_stays_there() -> None:
+    reply = Reply()
+    _refuse(reply, (3, 4), ValueError("patient Smith"))
+    assert reply.errors == [WITHHELD] * 2
 
 
 def test_a_server_must_say_what_it_last_saw(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="only for a server that says what it last saw of its ledger"):
+    with pytest.raises(SiteError, match="only for a server that says what it last saw of its ledger"):
         ask(dp_trainer(tmp_path), (0, 1), ledger_heads=())
 
 
@@ -272,7 +304,7 @@ def test_an_adapter_that_does_not_train_is_seen_on_rows_of_nobody(
     from fedlora.engine import layers
 
     monkeypatch.setattr(layers.GroupedLayer, "forward", lambda self, x: self.base(x))
-    with pytest.raises(ValueError, match="never had a gradient"):
+    with pytest.raises(SiteError, match="never had a gradient"):
         ask(dp_trainer(tmp_path), (0,))
     assert ledger(tmp_path, 0).uses() == []
 
@@ -339,7 +371,7 @@ def test_a_loss_that_couples_rows_is_refused(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setitem(TASKS._entries, "classification", TokenMean)
     with pytest.raises(ValueError, match="a row's loss depends on the other rows of its batch"):
-        ask(dp_trainer(tmp_path))
+        dp_trainer(tmp_path).load()
     plain = resolve(tiny_flat(tmp_path))
     job = Job(plain.to_flat(), load_federated(plain, 4), str(tmp_path / "sites"))
     assert ask(Trainer(lambda: job, 1))[0].error == "", "without DP it may be"

@@ -172,7 +172,7 @@ def test_shards(resources: dict[str, float], wanted: int, trainers: int, threads
 def test_a_length_that_the_model_cannot_take(tmp_path: Path) -> None:
     trainer = tiny_trainer(tmp_path, **{"train.max-length": 65})
     with pytest.raises(ValueError, match=r"train.max-length = 65: the model takes 64 tokens at most"):
-        trainer.describe()
+        trainer.load()
 
 
 def test_texts_that_spell_special_tokens(tmp_path: Path) -> None:
