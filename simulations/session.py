@@ -11,8 +11,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 from rich.console import Console
 
-from clients.pool import Shard, TrainerPool
-from clients.trainer import Description, Job
+from clients.ray_site import Shard, TrainerPool
+from clients.site import Description, Job, SiteLimits
 from fedlora.config import Config
 from fedlora.data import FederatedData, load_federated
 from fedlora.fingerprint import code_fingerprint
@@ -99,7 +99,7 @@ class Session:
 
     def assigned(self, config: Config, data: FederatedData) -> TrainerPool:
         """Return trainers at work on a run: those that are there, or new ones where they should be others."""
-        job = Job(config.to_flat(), data, str(run_path(config) / "sites"))
+        job = Job(config.to_flat(), data, SiteLimits(str(run_path(config) / "sites")))
         shards = plan_shards(ray.cluster_resources(), config.engine.trainers)
         if self._pool is not None and self._shards == shards:
             self._pool.assign(job)
@@ -121,8 +121,8 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
         ValueError: The model cannot be loaded or adapted, or the trainers run other code or hold other tensors.
         TrainerLostError: A trainer did not start.
     """
-    pool.call_all("load", [()] * len(pool), timeout=_START_TIMEOUT_S)
-    described: list[Description] = pool.call_all("describe", [()] * len(pool))
+    pool.everywhere(lambda worker, _: worker.load(), timeout=_START_TIMEOUT_S)
+    described = pool.everywhere(lambda worker, _: worker.describe())
     own, folders = code_fingerprint()
     first = described[0]
     initial_digest = tensors_digest(initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype))

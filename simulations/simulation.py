@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from clients.accounts import Accounts
-from clients.pool import TrainerPool, split_packs
-from clients.trainer import Description, Request, Speed
+from clients.ray_site import TrainerPool, split_packs
+from clients.site import Description, SiteLimits
+from fedlora.config import Config
+from fedlora.data import FederatedData
+from fedlora.exchange import Instruction
 from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
 from fedlora.methods import initial_tensors
 from fedlora.privacy import Entry, LedgerError
@@ -30,7 +33,10 @@ from fedlora.runs.report import Run, human_bytes, human_time, metrics_table, out
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS
 from fedlora.wire import from_named_arrays, named_arrays
+from simulations.baselines import Federated, run_baselines
 from simulations.plan import Plan
+from simulations.scores import summarise, sums_of
+from simulations.setup import build_strategy
 
 if TYPE_CHECKING:
     from simulations.session import Session
@@ -152,7 +158,7 @@ class Simulation:
             ledgers: dict[int, Sequence[Entry] | str] = {}
             for client in range(len(self.data.clients)):
                 try:
-                    ledgers[client] = self.accounts.ledger(client).check_knows(
+                    ledgers[client] = self.accounts.ledger(client).check_holds(
                         self.strategy.ledger_heads.get(client, "")
                     )
                 except LedgerError as error:
@@ -168,14 +174,14 @@ class Simulation:
     @property
     def accounts(self) -> Accounts:
         """The clients' privacy accounts, which are in a simulation's folder."""
-        return Accounts(self.folder.path / "private", self.config)
+        return Accounts(SiteLimits(str(self.folder.path / "sites")), self.config)
 
     def _estimate(self, tensors: dict[str, NDArray[np.floating]], completed: int) -> None:
         """Print how long the rounds will take, by a short probe."""
         sampled = self.strategy.sample(completed + 1)
         pack = split_packs(sampled, self.config.engine.pack, len(self.pool))[0]
-        request = Request(completed + 1, pack, self.strategy.all_roles(completed + 1), tensors)
-        speed: Speed = self.pool.call_all("probe", [(request,)])[0]
+        request = Instruction(completed + 1, pack, self.strategy.all_roles(completed + 1), tensors)
+        (speed,) = self.pool.results(lambda worker, request: worker.probe(request), [request])
         rounds = self.config.rounds - completed
         examples = self.plan.examples(rounds)
         train_s = examples * speed.row_tokens * speed.train_s
@@ -207,7 +213,10 @@ class Simulation:
         """Return what the task tells of each of these rows under the server's tensors, [rows] each."""
         shares = [np.arange(first, len(rows), len(self.pool)) for first in range(len(self.pool))]
         shares = [share for share in shares if len(share)]
-        parts = self.pool.call_all("evaluate", [(tensors, split, [rows[int(at)] for at in share]) for share in shares])
+        parts = self.pool.results(
+            lambda worker, item: worker.evaluate(*item),
+            [(tensors, split, [rows[int(at)] for at in share]) for share in shares],
+        )
         told = {name: np.zeros(len(rows)) for name in parts[0]}
         for share, part in zip(shares, parts, strict=True):
             for name, values in part.items():
@@ -227,10 +236,9 @@ class Simulation:
         """
         packs = split_packs(sorted(self.strategy.have_trained), self.config.engine.pack, len(self.pool))
         roles = self.strategy.all_roles(server_round + 1)
-        requests = [(Request(server_round + 1, pack, roles, tensors),) for pack in packs]
-        sums = [one for part in self.pool.call_all("evaluate_personal", requests) for one in part]
-        clients = [client for pack in packs for client in pack]
-        self.strategy.personal_sums = dict(zip(clients, sums, strict=True))
+        requests = [Instruction(server_round + 1, pack, roles, tensors) for pack in packs]
+        parts = self.pool.results(lambda worker, request: worker.evaluate_personal(request), requests)
+        self.strategy.personal_sums = {one.client: sums_of(one) for part in parts for one in part}
         return dict(self.strategy.personal_means())
 
     def _sparsity(self, tensors: dict[str, NDArray[np.floating]]) -> float | None:
@@ -326,8 +334,6 @@ class Simulation:
 
     def _finish(self, tensors: dict[str, NDArray[np.floating]]) -> dict[str, Any]:
         """Measure what is measured once, export, compare, and write the outcome."""
-        from simulations.baselines import run_baselines
-
         last = self.metrics[-1]
         if last["round"] < self.config.rounds:
             self.console.print(
@@ -369,7 +375,7 @@ class Simulation:
             "trained_parameters": self.plan.trained_parameters(),
         }
         if self.config.eval.baselines:
-            outcome |= run_baselines(self)
+            outcome |= run_baselines(self._federated(), self._run_one, self._score_alone, self.console)
         outcome |= {
             "rounds": last["round"],
             "bytes_up": int(np.sum([line["bytes_up"] for line in self.metrics])),
@@ -390,6 +396,32 @@ class Simulation:
         for line in self._next():
             self.console.print(f"      {line}", markup=False)
         return outcome
+
+    def _federated(self) -> Federated:
+        """Return what baselines need to know of this run."""
+        return Federated(
+            config=self.config,
+            data=self.data,
+            folder=self.folder.path,
+            rounds=self.metrics[-1]["round"],
+            examples=self.plan.examples(self.metrics[-1]["round"]),
+            steps=self.plan.privacy.mechanism.steps if self.plan.privacy is not None else None,
+            frozen=frozenset(self.strategy.all_roles(1)) - self.strategy.trained_kinds,
+        )
+
+    def _run_one(self, config: Config, data: FederatedData, frozen: frozenset[str]) -> dict[str, Any]:
+        return self.session.run(config, Console(quiet=True), data, frozen)
+
+    def _score_alone(
+        self, config: Config, frozen: frozenset[str], clients: Sequence[int], split: str
+    ) -> list[dict[str, Any]]:
+        """Return the metrics of clients' own models, at the end of a run without exchange, on all rows of a split."""
+        pool = self.session.assigned(config, self.data)
+        roles = build_strategy(config, self.description.specs, frozen).all_roles(1)
+        packs = split_packs(clients, config.engine.pack, len(pool))
+        items = [(Instruction(config.rounds + 1, pack, roles, {}), split) for pack in packs]
+        parts = pool.results(lambda worker, item: worker.evaluate_personal(*item), items)
+        return [self.score(one.client, sums_of(one)) for part in parts for one in part]
 
     def _to_target(self) -> dict[str, int | None]:
         """Return the rounds and bytes until the measure first reached ``eval.target``; None where it never did."""
@@ -456,9 +488,12 @@ class Simulation:
         roles = self.strategy.all_roles(self.config.rounds + 1)
         own = any(role is Role.PERSONAL for kind, role in roles.items() if kind != "head")
         clients = sorted(self.strategy.have_trained)[:_ADAPTERS] if own else []
-        requests = [Request(self.config.rounds + 1, (client,), roles, tensors) for client in clients]
-        requests = requests or [Request(self.config.rounds + 1, (), roles, tensors)]
-        exported = [files[0] for files in self.pool.call_all("export", [(request,) for request in requests])]
+        requests = [Instruction(self.config.rounds + 1, (client,), roles, tensors) for client in clients]
+        if requests:
+            exported = self.pool.results(lambda worker, request: worker.export_personal(request)[0], requests)
+        else:
+            requests = [Instruction(self.config.rounds + 1, (), roles, tensors)]
+            exported = self.pool.results(lambda worker, tensors: worker.export(tensors), [tensors])
         lines = [
             f"- {key}: {value}" + (f" (of clients' own rows: {OUTSIDE})" if self._is_outside(key) else "")
             for key, value in outcome.items()
@@ -476,16 +511,6 @@ class Simulation:
             )
             for file, content in {**files, "README.md": card.encode()}.items():
                 self.folder.write_bytes(f"{name}/{file}", content)
-        trainers = [asdict(described) for described in self.pool.call_all("describe", [()] * len(self.pool))]
+        trainers = [asdict(described) for described in self.pool.everywhere(lambda worker, _: worker.describe())]
         kept = ("device", "threads", "pid", "base_loads", "digest")
         self.folder.write_json("trainers.json", [{key: trainer[key] for key in kept} for trainer in trainers])
-
-
-def summarise(scores: list[dict[str, Any]], measure: str, higher_is_better: bool) -> dict[str, float]:
-    """Return the mean over clients and the mean over the worst tenth of them."""
-    values = np.sort([score[measure] for score in scores])
-    worst = values if higher_is_better else values[::-1]
-    return {
-        f"clients_{measure}": float(values.mean()),
-        f"clients_{measure}_worst_tenth": float(worst[: -(-len(worst) // 10)].mean()),
-    }

@@ -31,7 +31,7 @@ from fedlora.privacy import Ledger, Use, epsilon, merged
 from fedlora.runs.folder import read_lines
 from fedlora.runs.privacy import told_epsilon
 from simulations.launch import end_processes, flower_environment, shipped
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
