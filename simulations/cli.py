@@ -14,8 +14,9 @@ from rich.console import Console
 
 from fedlora.config import SMALL_LLAMA, Config, ConfigError, Scalar
 from fedlora.data import load_corpus
-from simulations.setup import build_strategy, resolve
+from simulations.setup import federation_of, resolve
 from strategies import STRATEGIES
+from strategies.build import build_strategy
 
 if TYPE_CHECKING:
     from fedlora.data import FederatedData
@@ -247,6 +248,7 @@ def _plan(config: Config, console: Console) -> int:
         config=config,
         data=data,
         strategy=build_strategy(config, specs),
+        federation=federation_of(config),
         family=structure.family,
         num_parameters=structure.num_parameters,
         num_layers=len(structure.adapted),

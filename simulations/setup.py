@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from clients.pool import Shard
+from clients.ray_site import Shard
 from fedlora.config import Config, ConfigError
 from fedlora.data import CORPORA
 from fedlora.methods import METHODS

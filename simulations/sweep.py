@@ -24,7 +24,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from clients.pool import TrainerLostError
+from clients.ray_site import TrainerLostError
 from fedlora.config import Config, ConfigError, from_toml, to_toml
 from fedlora.messages import first_line
 from fedlora.reports.format import human_time

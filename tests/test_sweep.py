@@ -12,7 +12,7 @@ from fedlora.config import Config, ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
 from simulations.sweep import Cell, Share, Sweep
 from simulations.sweep_tables import summary
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 DEFAULTS = Config().to_flat()
 GRID: dict[str, Any] = {"grid.strategy.name": ["fedavg", "ffa-lora"], "grid.seed": [0, 1, 2]}

@@ -16,7 +16,7 @@ from fedlora.config import Config, from_toml, to_toml
 from fedlora.data import load_federated
 from fedlora.runs.folder import read_lines
 from tests.support.runs import BIN, ROOT, Family, Finished, fedlora, fedlora_run
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 pytestmark = pytest.mark.e2e
 

@@ -11,7 +11,7 @@ import pytest
 from fedlora.config import Config, to_toml
 from simulations.sweep import Sweep
 from tests.support.runs import fedlora
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 pytestmark = pytest.mark.e2e
 
