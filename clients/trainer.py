@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from clients.accounts import Accounts, RefusedError
 from clients.personal import PersonalStore
+from fedlora import plugins
 from fedlora.config import Config, Scalar, TrainConfig
 from fedlora.data import FederatedData
-from fedlora.fingerprint import code_fingerprint
 from fedlora.methods import TensorSpec, initial_tensors, tensors_digest
 from fedlora.privacy import PrivateRandom
 from fedlora.roles import Role, with_role
@@ -203,7 +203,7 @@ class Trainer:
             digest=engine.base.digest,
             initial_digest=tensors_digest(self.initial),
             constants_digest=tensors_digest(engine.method.constants()),
-            fingerprint=code_fingerprint(),
+            fingerprint=plugins.fingerprint(),
             device=str(engine.device),
             threads=self.threads,
             pid=os.getpid(),
@@ -483,7 +483,7 @@ def _load(job: Job, threads: int, resident: _Resident) -> _Loaded:
     from fedlora.tasks import TASKS
 
     torch.set_num_threads(threads)
-    config, corpus = Config.from_flat(job.flat), job.data.corpus
+    config, corpus = plugins.read_config(job.flat, foreign=True), job.data.corpus
     task_class = TASKS[config.task]
     classes = len(corpus.classes) if task_class.has_head else 0
     key = (config.model.name, task_class, classes, config.method.target_modules)

@@ -27,7 +27,7 @@ from clients.trainer import Job, Request, Trainer, Update
 from fedlora import engine as engine_package
 from fedlora.config import Config
 from fedlora.data import FederatedData
-from fedlora.methods import TensorSpec
+from fedlora.methods import S2Options, TensorSpec
 from fedlora.privacy import Ledger, Mechanism, epsilon
 from fedlora.roles import Role, with_role
 from simulations.setup import build_strategy
@@ -122,9 +122,8 @@ class _Run:
                 weight_decay=0.0,
                 schedule="constant",
             ),
-            s2=replace(config.s2, sparsity=0.0, orthogonality=0.0),
             privacy=replace(config.privacy, **{"epsilon": 0.0, **privacy}),
-        )
+        ).with_options(S2Options(sparsity=0.0))
         dealt = replace(self.data, clients=tuple(rows), holdout=(_NO_ROWS,) * len(rows), names=())
         self.job = Job(config.to_flat(), dealt, mkdtemp(dir=self.folder))
         self.trainer.renew()

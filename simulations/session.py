@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -13,15 +12,14 @@ from rich.console import Console
 
 from clients.pool import Shard, TrainerPool
 from clients.trainer import Description, Job
+from fedlora import plugins
 from fedlora.config import Config
-from fedlora.data import FederatedData, load_federated
-from fedlora.fingerprint import code_fingerprint
+from fedlora.data import FederatedData
 from fedlora.methods import initial_tensors, tensors_digest
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.seeded import Seeded
 from simulations.plan import Plan
-from simulations.privacy import resolve_privacy
-from simulations.setup import build_strategy, plan_shards
+from simulations.setup import build_strategy, plan_shards, settle
 from simulations.simulation import Simulation
 from strategies import FederationError
 
@@ -67,12 +65,7 @@ class Session:
             TrainerLostError: Trainers died for good.
         """
         started = time.monotonic()
-        natural = config.data.partition == "natural"
-        if config.federation.num_clients == 0 and not natural:
-            config = _with_clients(config, self.nodes)
-        data = data or load_federated(config, config.federation.num_clients)
-        # Checks federation.clients-per-round against the number of owners, too.
-        config = resolve_privacy(_with_clients(config, len(data.clients)), data)
+        config, data = settle(config, self.nodes, data)
         pool = self.assigned(config, data)
         description = check_trainers(pool, config)
         strategy = build_strategy(config, description.specs, frozen)
@@ -110,10 +103,6 @@ class Session:
         return self._pool
 
 
-def _with_clients(config: Config, count: int) -> Config:
-    return replace(config, federation=replace(config.federation, num_clients=count))
-
-
 def check_trainers(pool: TrainerPool, config: Config) -> Description:
     """Return a trainer's description, having compared all of them with each other and the server.
 
@@ -122,7 +111,7 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
         TrainerLostError: A trainer did not start.
     """
     described: list[Description] = pool.call_all("describe", [()] * len(pool), timeout=_START_TIMEOUT_S)
-    own, folders = code_fingerprint()
+    own, folders = plugins.fingerprint()
     first = described[0]
     initial_digest = tensors_digest(initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype))
     for other in described:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedlora import plugins
 from fedlora.registry import Registry
 from strategies.base import BudgetSpentError, FederationError, RoleStrategy, Setting, sampled
 from strategies.fedavg import FedAvg
@@ -17,7 +18,7 @@ from strategies.s2_frozen import S2Frozen
 from strategies.s2_lora import S2
 from strategies.s2_private import S2Private
 
-STRATEGIES: Registry[type[RoleStrategy]] = Registry("strategy.name")
+STRATEGIES: Registry[type[RoleStrategy]] = plugins.STRATEGIES
 for _strategy in (
     FedAvg,
     FFALora,

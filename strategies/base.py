@@ -136,6 +136,8 @@ class RoleStrategy(Strategy):
     """Whether the server's mean of tensors is the mean of the clients' updates B A; None: it holds no whole update."""
     personal: ClassVar[bool] = False
     """Whether clients keep trained tensors of their own, so that there is no global model to measure."""
+    ragged: ClassVar[bool] = False
+    """Whether clients may have ranks of their own (``method.ranks``)."""
     period: ClassVar[int] = 1
     """Rounds after which the roles repeat."""
 

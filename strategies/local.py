@@ -21,6 +21,7 @@ class Local(RoleStrategy):
     methods = ("lora", "mos", "s2-lora")
     exact = None
     personal = True
+    ragged = True
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``private`` for all kinds, and for the head unless it is frozen."""

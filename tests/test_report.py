@@ -19,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from fedlora.config import Config
+from fedlora.plugins import read_config
 from fedlora.runs.compare import comparison, html_page
 from fedlora.runs.folder import RunFolder, read_lines
 from fedlora.runs.report import Run, clients_table, human_bytes, number, outcome_table, plot_partition, write_report
@@ -56,7 +57,7 @@ def test_plots_take_any_class_name(tmp_path: Path) -> None:
 
 def fake_run(folder: Path, name: str, values: list[float], **flat: Any) -> Run:
     """A run folder with a curve, as Simulation writes it."""
-    config = Config.from_flat({"run.dir": str(folder), "run.name": name, "rounds": len(values), **flat})
+    config = read_config({"run.dir": str(folder), "run.name": name, "rounds": len(values), **flat})
     written = RunFolder.create(config)
     measure = "test_perplexity" if config.task == "causal-lm" else "test_accuracy"
     higher = measure == "test_accuracy"
@@ -207,7 +208,7 @@ def test_lines_are_valid_json_whatever_the_numbers(tmp_path: Path) -> None:
 
 
 def test_a_run_folder_is_not_shared(tmp_path: Path) -> None:
-    config = Config.from_flat({"run.dir": str(tmp_path), "run.name": "one"})
+    config = read_config({"run.dir": str(tmp_path), "run.name": "one"})
     RunFolder.create(config)
     with pytest.raises(ValueError, match=r"run.name = 'one': .* is there already; choose another name"):
         RunFolder.create(config)

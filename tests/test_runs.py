@@ -25,8 +25,9 @@ from flwr.cli.build import build_fab_from_disk
 from peft import PeftModel
 from safetensors.numpy import load_file
 
-from fedlora.config import Config, from_toml, to_toml
+from fedlora.config import from_toml, to_toml
 from fedlora.data import load_federated
+from fedlora.plugins import read_config
 from fedlora.privacy import Ledger, Use, epsilon, merged
 from fedlora.runs.folder import read_lines
 from fedlora.runs.privacy import told_epsilon
@@ -170,7 +171,7 @@ def test_the_base_model_is_loaded_once(packed: Finished) -> None:
 
 def test_peft_reproduces_the_final_accuracy(packed: Finished) -> None:
     """The adapter folder, on the untouched base, in plain PEFT and transformers: the same number, exactly."""
-    config = Config.from_flat(from_toml((packed.folder / "config.toml").read_text()))
+    config = read_config(from_toml((packed.folder / "config.toml").read_text()))
     corpus = load_federated(config, config.federation.num_clients).corpus
     base = transformers.AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2).double()
     model = PeftModel.from_pretrained(base, str(packed.folder / "adapter")).double().eval()

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from fedlora.config import Config, ConfigError, from_toml
+from fedlora.plugins import schema
 from fedlora.runs.folder import RunFolder, read_lines
 from fedlora.runs.privacy import FILE as PRIVACY_FILE
 from fedlora.runs.privacy import OUTSIDE, told_epsilon, told_in_markdown
@@ -61,7 +62,7 @@ class Run:
             return read_lines(path / name) if (path / name).is_file() else []
 
         try:
-            config = Config.from_flat(from_toml((path / "config.toml").read_text(encoding="utf-8")))
+            config = schema().read(from_toml((path / "config.toml").read_text(encoding="utf-8")), foreign=True)
             partition = json.loads((path / "partition.json").read_text(encoding="utf-8"))
             plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
             told = path / PRIVACY_FILE
