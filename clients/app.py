@@ -10,9 +10,8 @@ from flwr.clientapp import ClientApp
 
 from clients.ray_site import RaySite, TrainerPool
 from clients.site import Site
-from fedlora import wire
+from fedlora import plugins, wire
 from fedlora.exchange import Instruction
-from fedlora.fingerprint import code_fingerprint
 from fedlora.reduce import fold
 
 app = ClientApp()
@@ -21,7 +20,7 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients that this node stands for."""
-    instruction = _instruction(message)
+    instruction = _instruction(message, context)
     reports, reduction = fold(instruction, _site(context).train(instruction))
     return Message(wire.Reply(reports, reduction).to_content(), reply_to=message)
 
@@ -29,7 +28,7 @@ def train(message: Message, context: Context) -> Message:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate each client's own model on the rows that it held out."""
-    reports = list(_site(context).evaluate(_instruction(message)))
+    reports = list(_site(context).evaluate(_instruction(message, context)))
     return Message(wire.Reply(reports).to_content(), reply_to=message)
 
 
@@ -38,10 +37,12 @@ def _site(context: Context) -> Site:
     return RaySite(TrainerPool.connect(context.run_id), first=int(context.node_config.get("partition-id", 0)))
 
 
-def _instruction(message: Message) -> Instruction:
+def _instruction(message: Message, context: Context) -> Instruction:
     """Read the instruction, and refuse it where this process runs other code than the server."""
     instruction = wire.read_instruction(message.content)
-    own, folders = code_fingerprint()
+    names = str(context.run_config.get("run.plugins", ""))
+    plugins.load(names)
+    own, folders = plugins.fingerprint(names)
     if instruction.fingerprint != own:
         raise RuntimeError(
             f"this client runs other code than the server: it was imported from {folders}. A SuperLink that was "

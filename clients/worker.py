@@ -23,10 +23,9 @@ from clients.resident import LoadedModel, Resident
 from clients.site import WITHHELD, Description, Job, RefusedError, SiteError, Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer, TrainPack
-from fedlora.config import Config
+from fedlora import plugins
 from fedlora.engine import train_pack
 from fedlora.exchange import ClientReport, Instruction, Update
-from fedlora.fingerprint import code_fingerprint
 from fedlora.messages import first_line
 from fedlora.methods import tensors_digest
 
@@ -101,7 +100,7 @@ class Worker:
         """
         if self._loaded is None:
             job = self._job = self._fetch()
-            config = Config.from_flat(job.flat)
+            config = plugins.read_config(job.flat, foreign=True)
             job.limits.check(config)
             model = self._resident.load(config, job.data.corpus)
             store = PersonalStore(Path(job.limits.folder))
@@ -177,7 +176,7 @@ class Worker:
             digest=model.engine.base.digest,
             initial_digest=tensors_digest(model.initial),
             constants_digest=tensors_digest(model.engine.method.constants()),
-            fingerprint=code_fingerprint(),
+            fingerprint=plugins.fingerprint(model.config.run.plugins),
             device=str(model.engine.device),
             threads=self.threads,
             pid=os.getpid(),
@@ -201,6 +200,10 @@ class Worker:
         """Whether the text of an error must stay here: always, unless it is known that there is no privacy."""
         job = self._job
         try:
-            return job is None or job.limits.dp_required or Config.from_flat(job.flat).privacy.mode != "none"
+            return (
+                job is None
+                or job.limits.dp_required
+                or plugins.read_config(job.flat, foreign=True).privacy.mode != "none"
+            )
         except Exception:
             return True

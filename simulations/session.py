@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,9 +14,9 @@ from rich.console import Console
 from clients.accounts import Accounts
 from clients.ray_site import Shard, TrainerPool
 from clients.site import Description, Job, SiteLimits
+from fedlora import plugins
 from fedlora.config import Config
-from fedlora.data import FederatedData, load_federated
-from fedlora.fingerprint import code_fingerprint
+from fedlora.data import FederatedData
 from fedlora.methods import initial_tensors, tensors_digest
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.seeded import Seeded
@@ -25,10 +24,9 @@ from fedlora.server import FederationError
 from simulations.baselines import Federated, run_baselines
 from simulations.finish import finish
 from simulations.plan import Plan
-from simulations.privacy import resolve_privacy
 from simulations.run import Parts, Run
 from simulations.scores import score
-from simulations.setup import federation_of, plan_shards
+from simulations.setup import federation_of, plan_shards, settle
 from simulations.trainers import TrainerEvaluator
 from strategies.build import build_strategy
 
@@ -74,12 +72,7 @@ class Session:
             TrainerLostError: Trainers died for good.
         """
         started = time.monotonic()
-        natural = config.data.partition == "natural"
-        if config.federation.num_clients == 0 and not natural:
-            config = _with_clients(config, self.nodes)
-        data = data or load_federated(config, config.federation.num_clients)
-        # Checks federation.clients-per-round against the number of owners, too.
-        config = resolve_privacy(_with_clients(config, len(data.clients)), data)
+        config, data = settle(config, self.nodes, data)
         pool = self.assigned(config, data)
         description = check_trainers(pool, config)
         strategy = build_strategy(config, description.specs, frozen)
@@ -153,10 +146,6 @@ def _limits(config: Config) -> SiteLimits:
     return SiteLimits(str(run_path(config) / "sites"))
 
 
-def _with_clients(config: Config, count: int) -> Config:
-    return replace(config, federation=replace(config.federation, num_clients=count))
-
-
 def check_trainers(pool: TrainerPool, config: Config) -> Description:
     """Return a trainer's description, having compared all of them with each other and the server.
 
@@ -166,7 +155,7 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
     """
     pool.everywhere(lambda worker, _: worker.load(), timeout=_START_TIMEOUT_S)
     described = pool.everywhere(lambda worker, _: worker.describe())
-    own, folders = code_fingerprint()
+    own, folders = plugins.fingerprint(config.run.plugins)
     first = described[0]
     initial_digest = tensors_digest(initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype))
     for other in described:

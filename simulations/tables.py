@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.config import Config, MethodConfig, MosConfig
+from fedlora.config import Config, MethodConfig
 from fedlora.exchange import ClientReport, Update
-from fedlora.methods import LowRank, Method, build_method, count_parameters, initial_tensors
+from fedlora.methods import LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
 from fedlora.reduce import REDUCTIONS
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
@@ -38,7 +38,7 @@ MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,
 _LORA = Config(method=MethodConfig("lora", rank=8))
 _S2 = Config(method=MethodConfig("s2-lora", rank=8))
 _MOS = Config(method=MethodConfig("mos", rank=8))
-_MOS_1 = Config(method=MethodConfig("mos", rank=6), mos=MosConfig(budget=1, private=0))
+_MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budget=1, private=0))
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     "lora": [("`lora`, r = 8", _LORA)],
     "mos": [("`mos`, e = 4", _MOS), ("`mos`, e = 1", _MOS_1)],
@@ -70,7 +70,8 @@ def layers_of(model: str) -> tuple[Layer, ...]:
 
 
 def _strategy(name: str, method: Method) -> Strategy:
-    return STRATEGIES[name](Setting(method.specs()))
+    strategy: Strategy = STRATEGIES[name](Setting(method.specs()))
+    return strategy
 
 
 def bytes_up(name: str, config: Config, model: str) -> float:

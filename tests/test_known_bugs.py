@@ -26,6 +26,7 @@ from fedlora.methods import (
     Head,
     LowRank,
     Method,
+    MosOptions,
     S2Lora,
     TensorSpec,
     build_method,
@@ -335,7 +336,7 @@ def test_14_fan_in_and_scale_of_short_shards() -> None:
     engine = engine_of("mos", "bert")
     assert isinstance(engine.method, Head)
     assert off_from_the_formula(engine, "mos") < 1e-10
-    engine.method.method.scale = 6.0 / CONFIGS["mos"].mos.budget  # type: ignore[attr-defined]
+    engine.method.method.scale = 6.0 / CONFIGS["mos"].options(MosOptions).budget  # type: ignore[attr-defined]
     assert off_from_the_formula(engine, "mos") > 1e-3, "the planted scale, by the budget instead of the active rank"
 
 

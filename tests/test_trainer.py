@@ -10,8 +10,8 @@ import pytest
 from clients.personal import PersonalStore
 from clients.ray_site import split_packs
 from clients.worker import Worker
-from fedlora.config import Config
 from fedlora.exchange import Instruction, Outcome
+from fedlora.plugins import read_config
 from fedlora.roles import Role
 from simulations.setup import build_strategy, plan_shards, resolve
 from tests.support.tiny import save_tiny_model
@@ -178,4 +178,4 @@ def test_padding_token_inside_a_text_is_refused(tmp_path: Path) -> None:
 
 def test_configuration_survives_the_way_to_a_trainer(tmp_path: Path) -> None:
     config = resolve(tiny_flat(tmp_path))
-    assert Config.from_flat(config.to_flat()) == config
+    assert read_config(config.to_flat()) == config
