@@ -35,6 +35,8 @@ for _strategy in (
     S2Personal,
 ):
     STRATEGIES.register(_strategy.name)(_strategy)
+STRATEGIES.alias("mos-private", MoSPersonal.name)
+STRATEGIES.alias("s2-private", S2Personal.name)
 
 __all__ = [
     "S2",
