@@ -125,6 +125,11 @@ class Trainer:
         """Pay for the round, train those that may, and let out nothing that the guarantee does not cover."""
         if len(instruction.ledger_heads) != len(instruction.clients):
             raise RefusedError("a client under DP trains only for a server that says what it last saw of its ledger")
+        if instruction.local.scaffold == 1:
+            raise RefusedError(
+                "local.option = 1: a client under DP takes no gradient of all its rows, which would leave without "
+                "noise; set local.option = 2"
+            )
         self._check_trains(instruction)
         updates, paid = [], {}
         for client, ledger_head in zip(instruction.clients, instruction.ledger_heads, strict=True):
