@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 from rich.console import Console
 
+from clients.accounts import Accounts
 from clients.pool import Shard, TrainerPool
 from clients.trainer import Description, Job
 from fedlora.config import Config
@@ -19,11 +20,14 @@ from fedlora.fingerprint import code_fingerprint
 from fedlora.methods import initial_tensors, tensors_digest
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.seeded import Seeded
+from fedlora.server import FederationError
+from simulations.finish import finish
 from simulations.plan import Plan
 from simulations.privacy import resolve_privacy
-from simulations.setup import build_strategy, plan_shards
-from simulations.simulation import Simulation
-from strategies import FederationError
+from simulations.run import Parts, Run
+from simulations.setup import federation_of, plan_shards
+from simulations.trainers import TrainerEvaluator
+from strategies.build import build_strategy
 
 _START_TIMEOUT_S = 600.0  # a large base model takes minutes to load
 
@@ -80,6 +84,7 @@ class Session:
             config=config,
             data=data,
             strategy=strategy,
+            federation=federation_of(config),
             family=description.family,
             num_parameters=description.num_parameters,
             num_layers=description.num_layers,
@@ -89,7 +94,11 @@ class Session:
         # Not before: a model that is not there should not take the run's name.
         folder = RunFolder.resume(config) if config.run.resume else RunFolder.create(config)
         with folder.held():
-            return Simulation(plan, folder, pool, description, console, self, started).run(self.grid)
+            evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.setting.ranks)
+            accounts = Accounts(folder.path / "sites", config) if config.privacy.mode == "dp" else None
+            run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)
+            run.rounds(self.grid)
+            return finish(run, lambda: run_baselines(run, self))
 
     def stop(self) -> None:
         """End the trainers."""

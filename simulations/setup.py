@@ -11,10 +11,10 @@ from typing import Any
 from clients.pool import Shard
 from fedlora.config import Config, ConfigError
 from fedlora.data import CORPORA
-from fedlora.methods import METHODS, TensorSpec
-from fedlora.roles import Role
+from fedlora.methods import METHODS
+from fedlora.server import Federation
 from fedlora.tasks import TASKS
-from strategies import STRATEGIES, RoleStrategy, Setting
+from strategies import STRATEGIES
 
 _HOLDOUT = 0.2  # of its rows that a client holds out, where a run needs it and nobody said how many
 _THREADS = 4  # threads of one trainer beyond which small models gain little on a CPU
@@ -63,25 +63,18 @@ def resolve(flat: Mapping[str, Any]) -> Config:
     )
 
 
-def build_strategy(
-    config: Config, specs: Mapping[str, TensorSpec], frozen: frozenset[str] = frozenset()
-) -> RoleStrategy:
-    """Return the strategy that ``config`` names, for these tensors; kinds in ``frozen`` stay as seeded."""
-    return STRATEGIES[config.strategy.name](
-        Setting(
-            specs=specs,
-            num_clients=config.federation.num_clients,
-            seed=config.seed,
-            clients_per_round=config.federation.clients_per_round,
-            weights="examples" if config.strategy.weights == "examples" else "equal",
-            head=Role(config.method.head),
-            failure_threshold=config.federation.failure_threshold,
-            dtype=config.engine.tensor_dtype,
-            pack=config.engine.pack,
-            frozen=frozen,
-            learning_rate=config.train.learning_rate,
-            dp=config.privacy.mode == "dp",
-        )
+def federation_of(config: Config) -> Federation:
+    """Return what the server needs to know of the clients."""
+    return Federation(
+        num_clients=config.federation.num_clients,
+        seed=config.seed,
+        clients_per_round=config.federation.clients_per_round,
+        weights="examples" if config.strategy.weights == "examples" else "equal",
+        failure_threshold=config.federation.failure_threshold,
+        dtype=config.engine.tensor_dtype,
+        pack=config.engine.pack,
+        learning_rate=config.train.learning_rate,
+        dp=config.privacy.mode == "dp",
     )
 
 

@@ -159,6 +159,13 @@ def soft_threshold(x: T, threshold: T | float) -> T:
     return result
 
 
+def proximal_step(
+    tensors: Mapping[str, NDArray[np.floating]], specs: Mapping[str, TensorSpec], learning_rate: float
+) -> dict[str, NDArray[np.floating]]:
+    """Return those of the tensors that have an L1 weight, after a proximal step of its penalty."""
+    return {name: soft_threshold(tensors[name], learning_rate * spec.l1) for name, spec in specs.items() if spec.l1}
+
+
 def tensors_digest(tensors: Mapping[str, NDArray[np.floating] | NDArray[np.int64]]) -> str:
     """Return a SHA-256 digest of tensors with their names, shapes and dtypes."""
     sha = hashlib.sha256()
