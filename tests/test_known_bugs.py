@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clients.trainer import Trainer
 from fedlora.config import ConfigError, TrainConfig
+from fedlora.delta_w import updates
 from fedlora.engine import Engine, train_pack
 from fedlora.exact_sum import ExactSum
 from fedlora.methods import (
@@ -40,7 +41,6 @@ from fedlora.seeded import Seeded
 from fedlora.wire import Reply
 from simulations.privacy import participations
 from simulations.session import check_trainers
-from simulations.tables import updates
 from strategies import STRATEGIES, FedAvg, FFALora, RoleStrategy
 from tests.support.loop import LoopGrid, Node, examples_of, node_of, update_of
 from tests.support.matrix import CONFIGS, HEAD, LAYERS, Arrays, Changed, alone, engine_of, random_start, setting

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 
 from fedlora.config import TrainConfig
+from fedlora.delta_w import updates
 from fedlora.engine import ClientWork, Engine, train_pack
 from fedlora.engine.layers import Layout
 from fedlora.methods import LowRank, TensorSpec, initial_tensors
@@ -21,7 +22,6 @@ from fedlora.roles import Role
 from fedlora.runs.export import adapter_files
 from fedlora.seeded import Seeded
 from fedlora.wire import Instruction, from_named_arrays, named_arrays
-from simulations.tables import updates
 from strategies import STRATEGIES, RoleStrategy
 from tests.support.families import random_examples, small_model, without_float32
 from tests.support.loop import LoopGrid, examples_of, node_of, update_of

@@ -91,7 +91,7 @@ class Payloads:
         grown = self.strategy.accumulated(ranks[-1])
         sent = self._size(self.strategy.sent(server_round, client)) + self._size(grown)
         lacked = self._size(lacking(self.strategy, server_round, received, client))
-        return sent, lacked + self._grown_since(ranks[max(0, received)], ranks[-1])
+        return sent, lacked + self._grown_since(ranks[min(max(0, received), len(ranks) - 1)], ranks[-1])
 
     def _grown_since(self, before: int, now: int) -> int:
         """Return the bytes of accumulated tensors that one lacks who has those of ``before`` added ranks."""
