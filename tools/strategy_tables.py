@@ -122,10 +122,7 @@ def roles_table() -> list[str]:
             in_turn = strategy.roles_in_turn()
             by_role = {role: [kind for kind, roles in in_turn.items() if role in roles] for role in Role}
             sent = [kind for kind, roles in in_turn.items() if set(UP) & set(roles)]
-            turns = [
-                _joined([k for k in sent if in_turn[k][number] in UP])
-                for number in range(strategy.period)
-            ]
+            turns = [_joined([k for k in sent if in_turn[k][number] in UP]) for number in range(strategy.period)]
             if strategy.exact is None:
                 mean = "none: no whole update at the server"
             else:

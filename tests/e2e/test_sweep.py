@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from fedlora.config import Config, to_toml
-from simulations.sweep import Sweep
+from simulations.sweeps.file import Sweep
 from tests.support.runs import fedlora
 from tests.test_trainer import tiny_flat
 
