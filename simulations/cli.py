@@ -14,11 +14,11 @@ from rich.console import Console
 
 from fedlora.config import SMALL_LLAMA, Config, ConfigError, Scalar
 from fedlora.data import load_corpus
-from simulations.setup import build_strategy, resolve
+from simulations.setup import federation_of, resolve, settle
 from strategies import STRATEGIES
+from strategies.build import build_strategy
 
 if TYPE_CHECKING:
-    from fedlora.data import FederatedData
     from fedlora.models import Structure
     from simulations.plan import Plan
     from simulations.sweeps.cells import Share
@@ -209,23 +209,11 @@ def _run_share(
     return 1
 
 
-def _loaded(config: Config) -> tuple[Config, FederatedData]:
-    """Load the data; return them with the configuration, its clients counted and its ``privacy`` keys given."""
-    from fedlora.data import load_federated
-    from simulations.privacy import resolve_privacy
-
-    natural = config.data.partition == "natural"
-    num_clients = config.federation.num_clients or (0 if natural else _NODES)
-    data = load_federated(config, num_clients)
-    config = replace(config, federation=replace(config.federation, num_clients=len(data.clients)))
-    return resolve_privacy(config, data), data
-
-
 def _audit(config: Config, console: Console) -> int:
     """Check the training path under DP."""
     from simulations.audit import audit, show
 
-    config, data = _loaded(config)
+    config, data = settle(config, _NODES)
     if len(data.clients) < 2:
         raise ConfigError("fedlora audit compares clients with each other: federation.num-clients must be at least 2.")
     findings = audit(config, data)
@@ -242,7 +230,7 @@ def _plan(config: Config, console: Console) -> int:
     from fedlora.tasks import TASKS
     from simulations.plan import Plan
 
-    config, data = _loaded(config)
+    config, data = settle(config, _NODES)
     task = TASKS[config.task]
     structure = inspect_by_name(config.model.name, task, len(data.corpus.classes), config.method.target_modules)
     specs = build_method(config, structure.adapted, structure.head).specs()
@@ -250,6 +238,7 @@ def _plan(config: Config, console: Console) -> int:
         config=config,
         data=data,
         strategy=build_strategy(config, specs),
+        federation=federation_of(config),
         family=structure.family,
         num_parameters=structure.num_parameters,
         num_layers=len(structure.adapted),

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from clients.pool import split_packs
+from clients.ray_site import split_packs
 from fedlora.codec import payload_bytes
 from fedlora.config import Config
 from fedlora.data import FederatedData

@@ -46,7 +46,7 @@ class PrivacyFile(Observer):
             for client in range(len(self.plan.data.clients)):
                 try:
                     seen = clients.ledger_heads.get(client, "")
-                    ledgers[client] = self.accounts.ledger(client).check_knows(seen)
+                    ledgers[client] = self.accounts.ledger(client).check_holds(seen)
                 except LedgerError as error:
                     ledgers[client] = str(error)
             self.record = privacy_record(self.plan.config, ledgers, self.device, roles)

@@ -6,7 +6,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from clients.pool import TrainerLostError
+from clients.ray_site import TrainerLostError
 from fedlora.server import FederationError
 from simulations.session import Session
 from simulations.setup import resolve

@@ -21,6 +21,8 @@ class Local(Strategy):
     methods = ("lora", "mos", "s2-lora")
     exact = None
     personal = True
+    ragged = True
+    ragged = True
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``personal`` for all kinds, and for the head unless it is frozen."""

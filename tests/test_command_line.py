@@ -10,7 +10,7 @@ from flwr.cli.build import build_fab_from_disk
 from fedlora.config import to_toml
 from simulations.cli import main, read_overrides
 from simulations.launch import shipped
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 ROOT = Path(__file__).parents[1]
 

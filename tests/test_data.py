@@ -17,6 +17,7 @@ from fedlora.data.docstrings import LIBRARIES, load_docstrings
 from fedlora.data.files import load_file_corpus
 from fedlora.data.partition import deal
 from fedlora.data.table import Corpus, Table
+from fedlora.plugins import read_config
 
 ROWS = [
     ("one fine film", "good"),
@@ -67,7 +68,7 @@ def test_without_header(suffix: str, tmp_path: Path) -> None:
     assert corpus.train.texts[2] == "NA"
     flat = {"data.name": "file", "data.path": path, "data.test-path": path, "data.header": False}
     for columns in ({}, {"data.text-column": 0, "data.label-column": 1}):
-        assert load_file_corpus(Config.from_flat({**flat, **columns})) == corpus
+        assert load_file_corpus(read_config({**flat, **columns})) == corpus
 
 
 def test_texts_taken_for_labels_are_refused(tmp_path: Path) -> None:
@@ -273,7 +274,7 @@ def test_load_federated_follows_the_configuration(tmp_path: Path) -> None:
         "data.holdout": 0.2,
         "data.partition": "iid",
     }
-    data = load_federated(Config.from_flat(flat), 3)
+    data = load_federated(read_config(flat), 3)
     assert len(data.clients) == 3
     assert all(len(held) for held in data.holdout)
 

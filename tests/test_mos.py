@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from fedlora.config import Config, ConfigError, MethodConfig, MosConfig
-from fedlora.methods import LowRank, Mos, build_method, count_parameters, initial_tensors
+from fedlora.config import Config, ConfigError, MethodConfig
+from fedlora.methods import LowRank, Mos, MosOptions, build_method, count_parameters, initial_tensors
 from fedlora.methods.base import Layer
 from fedlora.models import inspect
 from fedlora.seeded import Seeded
@@ -21,7 +21,7 @@ SIX = [Layer(f"m.{n}.q", 24, 36, bias=True, fan_in_fan_out=False) for n in range
 
 
 def mos(layers: list[Layer] = SIX, rank: int = 6, seed: int = 0, **changes: Any) -> Mos:
-    config = replace(MosConfig(budget=2, shards=4, private=1), **changes)
+    config = replace(MosOptions(budget=2, shards=4, private=1), **changes)
     return Mos(layers, rank=rank, alpha=12.0, config=config, seeded=Seeded(seed))
 
 
@@ -32,7 +32,8 @@ def test_parameters_of_the_paper() -> None:
     adapted = inspect(model, "all-linear", has_head=False).adapted
     assert len(adapted) == 7 * 32
     for rank, private, shards in ((2, 0, 1), (8, 1, 4), (32, 1, 8)):
-        config = Config(method=MethodConfig("mos", rank=rank), mos=MosConfig(budget=2, private=private, shards=shards))
+        options = MosOptions(budget=2, private=private, shards=shards)
+        config = Config(method=MethodConfig("mos", rank=rank)).with_options(options)
         assert count_parameters(build_method(config, adapted, []).specs()) == 4_997_120
     lora = Config(method=MethodConfig("lora", rank=2))
     assert count_parameters(build_method(lora, adapted, []).specs()) == 4_997_120

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from fedlora.config import Config, ConfigError, to_toml
+from fedlora.config import ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
+from fedlora.plugins import read_config, schema
 from simulations.sweeps.cells import Cell, Share
 from simulations.sweeps.file import Sweep
 from simulations.sweeps.tables import summary, write_tables
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
-DEFAULTS = Config().to_flat()
+DEFAULTS = schema().defaults()
 GRID: dict[str, Any] = {"grid.strategy.name": ["fedavg", "ffa-lora"], "grid.seed": [0, 1, 2]}
 TUNE: dict[str, Any] = {"tune.train.learning-rate": [0.01, 0.1]}
 
@@ -76,7 +77,7 @@ def test_shares_are_all_groups_once(tmp_path: Path) -> None:
     assert str(Share(2, 3)) == "2/3"
     for text in ("0/3", "a", "1/", "1/0"):
         with pytest.raises(ConfigError, match=r"run.share = .*: must be a number and how many there are"):
-            Config.from_flat({"run.share": text})
+            read_config({"run.share": text})
 
 
 def test_options_over_the_file(tmp_path: Path) -> None:
@@ -135,13 +136,13 @@ def test_a_search_reads_no_test_row(tmp_path: Path) -> None:
     """Test files are not opened, dev rows are not trained on, and clients hold out other rows than at the end."""
     flat = {**tiny_flat(tmp_path), "data.test-path": str(tmp_path / "no-such-file.csv"), "data.dev-share": 0.25}
     whole = {**flat, "data.test-path": flat["data.path"], "data.dev-share": 0.0}
-    search = Config.from_flat({**flat, "eval.test": False, "data.holdout": 0.3})
+    search = read_config({**flat, "eval.test": False, "data.holdout": 0.3})
     corpus = load_corpus(search)
     assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (90, 30, 0)
-    assert sorted(corpus.train.texts + corpus.dev.texts) == sorted(load_corpus(Config.from_flat(whole)).train.texts)
+    assert sorted(corpus.train.texts + corpus.dev.texts) == sorted(load_corpus(read_config(whole)).train.texts)
     with pytest.raises(ValueError, match=r"no-such-file\.csv"):
-        load_corpus(Config.from_flat(flat))
-    final = Config.from_flat({**flat, "data.test-path": flat["data.path"], "data.holdout": 0.3})
+        load_corpus(read_config(flat))
+    final = read_config({**flat, "data.test-path": flat["data.path"], "data.holdout": 0.3})
     tuned, ended = load_federated(search, 4), load_federated(final, 4)
     for client in range(4):
         judged = set(ended.holdout[client])

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from fedlora.reports.format import human_bytes
-from tools.markdown import rewrite
+from tools.markdown import Table, rewrite
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 _KEYS = {"strategy.name": "strategy", "train.learning-rate": "learning rate", "data.alpha": "Dirichlet"}
@@ -88,7 +88,7 @@ _GUARANTEES = {
     "epsilon 3": ("sst2-dp", "`privacy.epsilon` == 3"),
 }
 _SWEEPS = ("sst2-lora", "sst2-mos", "sst2-s2")
-TABLES = {
+TABLES: dict[str, Table] = {
     **{
         f"{name} {measure} {alpha}": partial(table, name, measure, f"`data.alpha` == {alpha}")
         for name in _SWEEPS

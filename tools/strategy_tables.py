@@ -17,10 +17,9 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from fedlora.config import Config, MethodConfig, MosConfig
-from fedlora.delta_w import updates
+from fedlora.config import Config, MethodConfig
 from fedlora.exchange import ClientReport, Update
-from fedlora.methods import Layer, Method, build_method, count_parameters, initial_tensors
+from fedlora.methods import Layer, LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
 from fedlora.models import inspect, inspect_by_name
 from fedlora.reduce import REDUCTIONS
 from fedlora.roles import UP, Role
@@ -40,7 +39,7 @@ MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,
 _LORA = Config(method=MethodConfig("lora", rank=8))
 _S2 = Config(method=MethodConfig("s2-lora", rank=8))
 _MOS = Config(method=MethodConfig("mos", rank=8))
-_MOS_1 = Config(method=MethodConfig("mos", rank=6), mos=MosConfig(budget=1, private=0))
+_MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budget=1, private=0))
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     "lora": [("`lora`, r = 8", _LORA)],
     "mos": [("`mos`, e = 4", _MOS), ("`mos`, e = 1", _MOS_1)],
@@ -66,7 +65,8 @@ def layers_of(model: str) -> tuple[Layer, ...]:
 
 
 def _strategy(name: str, method: Method) -> Strategy:
-    return STRATEGIES[name](Setting(method.specs()))
+    strategy: Strategy = STRATEGIES[name](Setting(method.specs()))
+    return strategy
 
 
 def bytes_up(name: str, config: Config, model: str) -> float:
@@ -106,6 +106,19 @@ def error_of_mean(strategy: Strategy, method: Method) -> float:
             off += float(np.square(update - target).sum())
             whole += float(np.square(target).sum())
     return float(np.sqrt(off / whole))
+
+
+def updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.float64]]:
+    """Return Delta W of each of a method's layers, [d_out, d_in], in float64, with what is stacked beside it."""
+    named = {name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()}
+    found = {}
+    for layer, factor in method.factors(named).items():
+        if isinstance(factor, LowRank):
+            update = factor.scaled_b() @ factor.A
+            if f"{layer}.residual_A" in named:
+                update = update + factor.scale * named[f"{layer}.residual_B"] @ named[f"{layer}.residual_A"]
+            found[layer] = update.numpy()
+    return found
 
 
 def roles_table() -> list[str]:

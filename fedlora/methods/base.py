@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.config import Config
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
@@ -108,21 +109,49 @@ class Method(ABC):
         return {}
 
 
+class LowRankMethod(Method):
+    """A method that ``method.name`` may choose: it is built from the configuration."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, layers: Sequence[Layer], config: Config) -> LowRankMethod:
+        """Return the method on these layers; its own keys are ``config.options(...)``.
+
+        Raises:
+            ValueError: The configuration does not fit the layers. On no layers: what does not depend on the model.
+        """
+
+
+def refuse_rslora(config: Config) -> None:
+    """Refuse ``method.rslora`` for a method that scales by alpha / rank."""
+    if config.method.rslora:
+        raise ValueError(f"method.rslora = true: is read by lora; {config.method.name} scales by alpha / rank.")
+
+
 def count_parameters(specs: Mapping[str, TensorSpec]) -> int:
     """Return the number of elements of these tensors."""
     return sum(math.prod(spec.shape) for spec in specs.values())
 
 
 def initial_tensors(
-    specs: Mapping[str, TensorSpec], seeded: Seeded, dtype: str = "float64"
+    specs: Mapping[str, TensorSpec], seeded: Seeded, dtype: str = "float64", round_number: int = 0
 ) -> dict[str, NDArray[np.floating]]:
     """Return the tensors as every machine with the same seed starts them, without a group axis.
 
     Each is keyed by its own name, so layers of one shape still start differently.
+
+    Args:
+        specs: The tensors.
+        seeded: The run's seed.
+        dtype: Of the tensors.
+        round_number: The round, from 1, for which tensors that start anew in each round are drawn; 0: those of the run.
     """
+    key = (round_number,) if round_number else ()
     return {
         name: (
-            seeded.uniform("init", name, shape=spec.shape, bound=spec.bound) if spec.bound else np.zeros(spec.shape)
+            seeded.uniform("init", name, *key, shape=spec.shape, bound=spec.bound)
+            if spec.bound
+            else np.zeros(spec.shape)
         ).astype(dtype)
         for name, spec in specs.items()
     }

@@ -75,7 +75,7 @@ class Payloads:
             server_round: The round.
             received: The last round whose outcome it was sent; -1: none.
             client: The client, where clients differ in rank.
-            ranks: Of a strategy whose tensors accumulate, the ranks added until the end of each round, from round 0.
+            ranks: The ranks added until the end of each round, from round 0; (0,) where no tensors accumulate.
         """
         sent, needed = self.evaluation(server_round, received, client, ranks)
         strategy, extra = self.strategy, self.strategy.extra(server_round)
@@ -91,7 +91,8 @@ class Payloads:
         grown = self.strategy.accumulated(ranks[-1])
         sent = self._size(self.strategy.sent(server_round, client)) + self._size(grown)
         lacked = self._size(lacking(self.strategy, server_round, received, client))
-        return sent, lacked + self._grown_since(ranks[min(max(0, received), len(ranks) - 1)], ranks[-1])
+        before = ranks[min(max(0, received), len(ranks) - 1)]
+        return sent, lacked + self._grown_since(before, ranks[-1])
 
     def _grown_since(self, before: int, now: int) -> int:
         """Return the bytes of accumulated tensors that one lacks who has those of ``before`` added ranks."""

@@ -13,7 +13,7 @@ import pytest
 from fedlora.config import to_toml
 from fedlora.runs.folder import read_lines
 from tests.support.runs import BIN, ROOT
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 pytestmark = pytest.mark.e2e
 

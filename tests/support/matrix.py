@@ -16,22 +16,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedlora.config import Config, MethodConfig, MosConfig, S2Config, TrainConfig
+from fedlora.config import Config, MethodConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine
-from fedlora.methods import Factor, LowRank, Method, TensorSpec, build_method, initial_tensors
+from fedlora.methods import Factor, LowRank, Method, MosOptions, S2Options, TensorSpec, build_method, initial_tensors
 from fedlora.methods.base import Layer
-from fedlora.roles import Role
+from fedlora.roles import TRAINED
 from fedlora.seeded import Seeded
-from strategies import STRATEGIES, RoleStrategy, Setting
+from fedlora.strategy import Setting, Strategy
+from strategies import STRATEGIES
 from tests.support.families import LANGUAGE, small_base, small_model, small_task, without_float32
 
 Arrays = dict[str, NDArray[Any]]
 
 CONFIGS = {
     "lora": Config(method=MethodConfig("lora", rank=3, alpha=6.0)),
-    "mos": Config(method=MethodConfig("mos", rank=4, alpha=6.0), mos=MosConfig(budget=3, shards=2, private=1)),
-    "s2-lora": Config(
-        method=MethodConfig("s2-lora", rank=3, alpha=6.0), s2=S2Config(sparsity=0.05, orthogonality=0.02)
+    "mos": Config(method=MethodConfig("mos", rank=4, alpha=6.0)).with_options(
+        MosOptions(budget=3, shards=2, private=1)
+    ),
+    "s2-lora": Config(method=MethodConfig("s2-lora", rank=3, alpha=6.0)).with_options(
+        S2Options(sparsity=0.05, orthogonality=0.02)
     ),
 }
 CASES = [(name, method) for name in STRATEGIES for method in STRATEGIES[name].methods]
@@ -51,8 +54,8 @@ def method_of(name: str) -> Method:
     return build_method(CONFIGS[name], LAYERS, HEAD)
 
 
-def setting(method: str, clients: int = 5, **changes: Any) -> Setting:
-    return Setting(**{"specs": method_of(method).specs(), "num_clients": clients, "dtype": "float64", **changes})
+def setting(method: str, **changes: Any) -> Setting:
+    return Setting(**{"specs": method_of(method).specs(), **changes})
 
 
 def engine_of(method: str, family: str, targets: str = "auto") -> Engine:
@@ -72,12 +75,12 @@ def random_start(engine: Engine) -> Arrays:
     }
 
 
-def cycle(strategy: RoleStrategy) -> range:
+def cycle(strategy: Strategy) -> range:
     return range(1, strategy.period + 1)
 
 
-def trained_kinds(strategy: RoleStrategy, server_round: int) -> set[str]:
-    return {kind for kind, role in strategy.all_roles(server_round).items() if role in (Role.SHARED, Role.PERSONAL)}
+def trained_kinds(strategy: Strategy, server_round: int) -> set[str]:
+    return {kind for kind, role in strategy.all_roles(server_round).items() if role in TRAINED}
 
 
 # -- formulas -----------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ def update_of_layer(method: Any, layers: Sequence[Layer], layer: Layer, tensors:
     name = ".".join("*" if part.isdecimal() else part for part in layer.name.split("."))
     alike = [one.name for one in layers if ".".join("*" if p.isdecimal() else p for p in one.name.split(".")) == name]
     index = indices(config, name, len(alike), alike.index(layer.name))
-    pieces = config.mos.shards
+    pieces = config.options(MosOptions).shards
 
     def vectors(side: str) -> list[Tensor]:
         pool = [*tensors[f"{name}.mos_{side}"], *tensors[f"{name}.mos_{side}_private"]]
@@ -109,7 +112,7 @@ def update_of_layer(method: Any, layers: Sequence[Layer], layer: Layer, tensors:
 
 def indices(config: Config, name: str, count: int, layer: int) -> dict[str, list[int]]:
     """Return a layer's shards in the A and the B pool, from the words of the paper."""
-    mos, rank = config.mos, config.method.rank
+    mos, rank = config.options(MosOptions), config.method.rank
     public = (mos.budget - mos.private) * count * mos.shards
     own = [public + layer * mos.private * mos.shards + n for n in range(mos.private * mos.shards)]
     return {
@@ -123,7 +126,7 @@ def indices(config: Config, name: str, count: int, layer: int) -> dict[str, list
 
 def penalty(method: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return what is added to a client's loss whatever its data."""
-    weight, total = CONFIGS[method].s2.orthogonality, torch.zeros((), dtype=torch.float64)
+    weight, total = CONFIGS[method].options(S2Options).orthogonality, torch.zeros((), dtype=torch.float64)
     if method == "s2-lora":
         for name, value in tensors.items():
             if name.startswith("s2.") and name.endswith((".A", ".B")):
@@ -169,7 +172,9 @@ def proximal_step(
     """Take S2-LoRA's coefficients towards zero, in place, after an optimizer's step."""
     with torch.no_grad():
         for name, value in trained.items():
-            threshold = train.learning_rate * (CONFIGS[method].s2.sparsity if specs[name].kind == "s" else 0.0)
+            threshold = train.learning_rate * (
+                CONFIGS[method].options(S2Options).sparsity if specs[name].kind == "s" else 0.0
+            )
             value.copy_(torch.sign(value) * torch.relu(value.abs() - threshold))
 
 
@@ -231,14 +236,16 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("rolora", method), (both(rank) / 2, both(rank), both(rank) / 2)
         yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
     yield ("fedsvd", "lora"), (b(3), both(3), both(3))
+    yield ("zero-padding", "lora"), (both(3), both(3), both(3))
+    yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
     yield ("mos", "mos"), (both(3), both(3), both(3))
-    yield ("mos-private", "mos"), (both(2), both(2), both(2))
+    yield ("mos-personal", "mos"), (both(2), both(2), both(2))
     s, bases = 3 * len(LAYERS), _bases(3)
     yield ("fedavg", "s2-lora"), (bases + s, bases + s, bases + s)
     yield ("s2-lora", "s2-lora"), (bases + s, bases + s, bases + s)
     yield ("s2-frozen", "s2-lora"), (s, s, s)
     yield ("s2-cyclic", "s2-lora"), ((bases + s) / 3, bases + s, (bases + s) / 3)
-    yield ("s2-private", "s2-lora"), (bases, bases, bases)
+    yield ("s2-personal", "s2-lora"), (bases, bases, bases)
     for method in CONFIGS:
         yield ("local", method), (0, 0, 0)
 
