@@ -21,7 +21,6 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.comparison import RESULTS
 from clients.site import Job, SiteLimits
 from clients.worker import Worker
 from fedlora.config import Config, from_toml
@@ -104,7 +103,7 @@ def main(path: str) -> None:
     table = groups.agg(n="count", dev_accuracy_mean="mean", dev_accuracy_std="std")
     table["trained_parameters_mean"] = numbers
     table["bytes_up_mean"] = numbers * 4 * len(data.clients) * config.rounds
-    table.to_csv(RESULTS / "sst2-head.csv", index=False, float_format="%.6g")
+    table.to_csv(Path(__file__).parent / "results" / "sst2-head.csv", index=False, float_format="%.6g")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from strategies.build import build_strategy
 if TYPE_CHECKING:
     from fedlora.models import Structure
     from simulations.plan import Plan
-    from simulations.sweep import Share, Sweep
+    from simulations.sweeps.cells import Share
+    from simulations.sweeps.file import Sweep
 
 _NODES = 2  # SuperNodes that Flower starts by default
 _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")  # what Flower finds in an option; the rest it drops
@@ -165,7 +166,9 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Check every cell, then run them under Flower; start again where the process died, with the next cell."""
     from fedlora.storage import write_whole
     from simulations.launch import run_side_by_side
-    from simulations.sweep import Share, Sweep
+    from simulations.sweeps.cells import Share
+    from simulations.sweeps.file import Sweep
+    from simulations.sweeps.tables import finish
 
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: must be at least 1.")
@@ -187,7 +190,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         _run_share(sweep, Share(), app, file, options.federation_config, console)
     else:
         run_side_by_side(app, file, workers, options.federation_config)
-    sweep.finish(console)
+    finish(sweep, console)
     return 1 if sweep.unfinished() else 0
 
 

@@ -152,7 +152,7 @@ def test_reference_is_generated_from_the_docstrings() -> None:
 
 
 def test_sweeps_can_be_read() -> None:
-    from simulations.sweep import Sweep
+    from simulations.sweeps.file import Sweep
 
     files = sorted((ROOT / "simulations" / "sweeps").glob("*.toml"))
     assert files

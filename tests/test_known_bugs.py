@@ -41,7 +41,6 @@ from fedlora.seeded import Seeded
 from fedlora.wire import Reply
 from simulations.privacy import participations
 from simulations.session import check_trainers
-from simulations.tables import updates
 from strategies import STRATEGIES, FedAvg, FFALora, RoleStrategy
 from tests.support.loop import LoopGrid, Node, examples_of, node_of, update_of
 from tests.support.matrix import CONFIGS, HEAD, LAYERS, Arrays, Changed, alone, engine_of, random_start, setting
@@ -168,7 +167,7 @@ def test_6_the_scale_of_an_update() -> None:
     assert isinstance(head, Head)
     planted = Head(build_method(CONFIGS["lora"], engine.base.structure.adapted, []), head.layers)
     planted.method.method.scale = 1.0  # type: ignore[attr-defined]
-    right, wrong = updates(engine.method, tensors), updates(planted, tensors)
+    right, wrong = updates("lora", tensors, engine.method), updates("lora", tensors, planted)
     for layer in engine.base.structure.adapted:
         formula = 6.0 / 3 * tensors[f"{layer.name}.lora_B"] @ tensors[f"{layer.name}.lora_A"]
         assert np.abs(right[layer.name] - formula).max() < 1e-12
@@ -280,8 +279,8 @@ def test_13_exactly_one_factor_is_zero_at_the_start() -> None:
     for planted in (two_zeros, none):
         with pytest.raises(AssertionError, match="one must start at zero"):
             check_start(planted.specs())
-    assert all(np.all(update == 0) for update in updates(sound, seeded_of("s2-lora")).values())
-    started = updates(none, initial_tensors(none.specs(), Seeded(0)))
+    assert all(np.all(update == 0) for update in updates("s2-lora", seeded_of("s2-lora"), sound).values())
+    started = updates("s2-lora", initial_tensors(none.specs(), Seeded(0)), none)
     assert all(np.any(update) for update in started.values()), "the planted one does not start as its base"
     engine = engine_of("s2-lora", "bert")
     dead = TwoZeros(engine.method, 0.0, "B")

@@ -11,8 +11,9 @@ import pytest
 from fedlora.config import ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
 from fedlora.plugins import read_config, schema
-from simulations.sweep import Cell, Share, Sweep
-from simulations.sweep_tables import summary
+from simulations.sweeps.cells import Cell, Share
+from simulations.sweeps.file import Sweep
+from simulations.sweeps.tables import summary, write_tables
 from tests.support.trainers import tiny_flat
 
 DEFAULTS = schema().defaults()
@@ -69,7 +70,7 @@ def test_cells_and_the_file_that_remembers_them(tmp_path: Path) -> None:
 def test_shares_are_all_groups_once(tmp_path: Path) -> None:
     one = sweep(tmp_path, **{**GRID, "grid.strategy.name": ["fedavg", "ffa-lora", "local", "rolora", "mos"]}, **TUNE)
     for of in (1, 2, 3, 5):
-        shares = [Share(number, of).groups(one) for number in range(1, of + 1)]
+        shares = [one.groups(Share(number, of)) for number in range(1, of + 1)]
         together = [group for share in shares for group in share]
         assert sorted(map(str, together)) == sorted(map(str, one.groups()))
     assert Share.read("2/3") == Share(2, 3)
@@ -116,7 +117,7 @@ def test_an_epsilon_that_is_not_finite_is_not_averaged_away(
     one = sweep(tmp_path, **{"privacy.mode": "dp", "privacy.epsilon": 4.0, "grid.seed": [0, 1]})
     for cell, value in zip(one.finals({}, {}), spent, strict=True):
         finish_under_dp(cell, value)
-    one.write_tables()
+    write_tables(one)
     assert summary(one).endswith(f"| {told} | 1e-05 |\n")
 
 
@@ -126,7 +127,7 @@ def test_what_is_not_private_in_a_sweep_is_said(tmp_path: Path) -> None:
     one = sweep(tmp_path, **keys)
     for cell in one.finals({"privacy.seed": 0}, {}) + one.finals({"privacy.seed": 7}, {}):
         finish_under_dp(cell, 1.0)
-    one.write_tables()
+    write_tables(one)
     lines = [line for line in summary(one).splitlines() if line.startswith("Epsilon with `privacy.seed` = ")]
     assert ["NOT PRIVATE" in line for line in lines] == ["`7` is" in line for line in lines] == [False, True]
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedlora.config import to_toml
 from fedlora.plugins import schema
-from simulations.sweep import Sweep
+from simulations.sweeps.file import Sweep
 from tests.support.runs import fedlora
 from tests.support.trainers import tiny_flat
 
