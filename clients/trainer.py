@@ -203,7 +203,7 @@ class Trainer:
             digest=engine.base.digest,
             initial_digest=tensors_digest(self.initial),
             constants_digest=tensors_digest(engine.method.constants()),
-            fingerprint=plugins.fingerprint(),
+            fingerprint=plugins.fingerprint(self.loaded.config.run.plugins),
             device=str(engine.device),
             threads=self.threads,
             pid=os.getpid(),

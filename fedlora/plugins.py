@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +38,15 @@ class _Code(NamedTuple):
     place: str
 
 
-_loaded: dict[str, _Code] = {}  # as sys.modules: what a process has imported stays
+class _Source(NamedTuple):
+    """Where a plug-in comes from."""
+
+    key: str  # the module's name, or the file's path
+    where: str  # what names it, for errors
+    load: Callable[[], ModuleType]
+
+
+_loaded: dict[str, _Code] = {}  # by key; as in sys.modules, what a process has imported stays
 
 
 def schema() -> Schema:
@@ -67,24 +75,31 @@ def load(names: str) -> None:
     Raises:
         ConfigError: One cannot be imported, registers nothing, or registers what is there already.
     """
+    for source in _sources(names):
+        if source.key not in _loaded:
+            _loaded[source.key] = _load(source)
+
+
+def fingerprint(names: str) -> tuple[str, str]:
+    """Return the digest of the code of a run's clients, and where it is: that of fedlora and of its loaded plug-ins."""
+    own, folders = code_fingerprint()
+    code = [_loaded[key] for key in sorted({source.key for source in _sources(names)})]
+    digest = hashlib.sha256("".join([own, *(one.digest for one in code)]).encode()).hexdigest()
+    return digest, ", ".join([folders, *(one.place for one in code)])
+
+
+def _sources(names: str) -> Iterator[_Source]:
     for point in _installed():
-        where = f"the entry point {point.name} = {point.value!r} of {point.dist.name if point.dist else 'a package'}"
-        _load(point.module, where, lambda point=point: importlib.import_module(point.module))  # type: ignore[misc]
+        package = point.dist.name if point.dist else "a package"
+        where = f"the entry point {point.name} = {point.value!r} of {package}"
+        yield _Source(point.module, where, functools.partial(importlib.import_module, point.module))
     for name in filter(None, map(str.strip, names.split(","))):
         where = f"run.plugins = {name!r}"
         if name.endswith(".py"):
             path = Path(name).expanduser().resolve()
-            _load(str(path), where, functools.partial(_import_file, path))
+            yield _Source(str(path), where, functools.partial(_import_file, path))
         else:
-            _load(name, where, functools.partial(importlib.import_module, name))
-
-
-def fingerprint() -> tuple[str, str]:
-    """Return the digest of the code that clients run, the plug-ins of this process included, and where it is."""
-    own, folders = code_fingerprint()
-    code = sorted(_loaded.values())
-    digest = hashlib.sha256("".join([own, *(one.digest for one in code)]).encode()).hexdigest()
-    return digest, ", ".join([folders, *(one.place for one in code)])
+            yield _Source(name, where, functools.partial(importlib.import_module, name))
 
 
 @functools.cache
@@ -92,25 +107,23 @@ def _installed() -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=GROUP))
 
 
-def _load(key: str, where: str, import_it: Callable[[], ModuleType]) -> None:
-    if key in _loaded:
-        return
+def _load(source: _Source) -> _Code:
     before = {registry: set(registry) for registry in REGISTRIES}
     try:
-        module = import_it()
+        module = source.load()
         if not _registered(module, before):
-            raise ConfigError(f"registers nothing with {', '.join(registry.key for registry in REGISTRIES)}")
+            raise ConfigError(f"registers nothing for {', '.join(registry.key for registry in REGISTRIES)}.")
         schema()  # its options fit beside the others'
     except Exception as error:  # whatever its code raises
         for registry, names in before.items():
             for name in set(registry) - names:
                 registry.remove(name)
         kind = "" if isinstance(error, ConfigError) else f"cannot be imported: {type(error).__name__}: "
-        raise ConfigError(f"{where}: {kind}{first_line(error)}") from error
+        raise ConfigError(f"{source.where}: {kind}{first_line(error)}") from error
     assert module.__file__ is not None, "a module that registers has a file"
     folders = module.__spec__.submodule_search_locations if module.__spec__ else None
     place = Path(next(iter(folders))) if folders else Path(module.__file__)
-    _loaded[key] = _Code(files_digest(place), str(place))
+    return _Code(files_digest(place), str(place))
 
 
 def _registered(module: ModuleType, before: Mapping[Registry[Any], set[str]]) -> bool:

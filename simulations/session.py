@@ -111,7 +111,7 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
         TrainerLostError: A trainer did not start.
     """
     described: list[Description] = pool.call_all("describe", [()] * len(pool), timeout=_START_TIMEOUT_S)
-    own, folders = plugins.fingerprint()
+    own, folders = plugins.fingerprint(config.run.plugins)
     first = described[0]
     initial_digest = tensors_digest(initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype))
     for other in described:

@@ -282,7 +282,7 @@ def test_bad_input_stops_before_anything_starts(tmp_path: Path) -> None:
 
 def test_repeated_options_all_count(tmp_path: Path) -> None:
     """Flower itself would keep only the last option of a section; garbage must not be dropped silently."""
-    from simulations.cli import read_overrides
+    from simulations.options import read_overrides
 
     flat = read_overrides(ROOT, ["train.batch-size=3", "train.learning-rate=0.5 seed=4"])
     assert (flat["train.batch-size"], flat["train.learning-rate"], flat["seed"]) == (3, 0.5, 4)
