@@ -103,7 +103,7 @@ def with_keys(pyproject: str, config: Mapping[str, Scalar]) -> str:
 def run_side_by_side(app: Path, sweep: Path, workers: int, federation_config: Sequence[str]) -> None:
     """Run a sweep's file by several ``fedlora sweep`` processes at once, each with a share of its groups.
 
-    Each has a Flower of its own. They are dealt the GPUs that this process may use, one each, and the CPU cores.
+    Each has a Flower of its own, one of the GPUs that this process may use, and its part of the CPU cores.
     """
     import torch
 
