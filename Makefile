@@ -1,10 +1,10 @@
-# Everything a newcomer needs: make demo, make demo-dp, make test.
+# Everything a newcomer needs: make demo, make demo-dp, make test; before a change is handed in, make check test test-slow.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo demo-dp test check format config tables clean
+.PHONY: setup demo demo-dp test test-slow check format config tables clean
 
 setup: $(STAMP)
 
@@ -23,8 +23,18 @@ demo: setup
 demo-dp: setup
 	$(BIN)/fedlora run -c simulations/recipes/dp.toml
 
+# Unit tests side by side, each process on one core; what starts Flower and Ray after them, one at a time.
+UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+E2E := $(BIN)/python -m pytest
+
 test: setup
-	$(BIN)/python -m pytest
+	$(UNIT) -m "not e2e and not slow"
+	$(E2E) -m "e2e and not slow"
+
+# The kills and soaks of which `make test` runs a short form.
+test-slow: setup
+	$(UNIT) -m "not e2e and slow"
+	$(E2E) -m "e2e and slow"
 
 check: setup
 	$(BIN)/ruff format --check .

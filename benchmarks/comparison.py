@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedlora.runs.report import human_bytes
+from fedlora.reports.format import human_bytes
 from simulations.tables import with_tables
 
 RESULTS = Path(__file__).parent / "results"

@@ -1,4 +1,4 @@
-"""Weighted sums that do not depend on the order in which their count arrive.
+"""Weighted sums that do not depend on the order in which their terms arrive.
 
 Floating-point addition is not associative, so a mean folded in order of arrival changes its last bits
 from run to run. Here every term is split into a coarse and a fine part on two fixed grids
@@ -25,6 +25,18 @@ _MAX_TERMS = 2**18
 def _round_to(x: NDArray[np.float64], step: float) -> NDArray[np.float64]:
     """Return ``x`` rounded to multiples of ``step`` (a power of two, so both products are exact)."""
     return np.rint(x / step) * step
+
+
+def weighted(name: str, value: NDArray[np.floating], weight: int) -> NDArray[np.float64]:
+    """Return ``weight * value`` in float64.
+
+    Raises:
+        OverflowError: A number of it is too large to be summed exactly, or not finite.
+    """
+    with np.errstate(over="ignore"):
+        term = np.asarray(value, dtype=np.float64) * float(weight)
+    _check_range(name, term)
+    return term
 
 
 def _check_range(name: str, x: NDArray[np.float64]) -> None:
@@ -58,8 +70,7 @@ class ExactSum:
         coarse: dict[str, NDArray[np.float64]] = {}
         fine: dict[str, NDArray[np.float64]] = {}
         for name, value in tensors.items():
-            term = np.asarray(value, dtype=np.float64) * float(weight)
-            _check_range(name, term)
+            term = weighted(name, value, weight)
             coarse[name] = _round_to(term, _COARSE)
             fine[name] = _round_to(term - coarse[name], _FINE)
         self.merge(ExactSum(coarse, fine, weight, 1))
@@ -88,7 +99,7 @@ class ExactSum:
         self.count += other.count
 
     def is_sound(self) -> bool:
-        """Whether both parts are what sums of this many count can be (another machine may have sent them)."""
+        """Whether both parts are what sums of this many terms can be (another machine may have sent them)."""
         bound = self.count * _COARSE / 2
         return 1 <= self.count <= min(self.weight, _MAX_TERMS) and all(
             np.array_equal(_round_to(value, step), value) and np.all(np.abs(value) <= limit)

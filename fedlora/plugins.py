@@ -24,9 +24,12 @@ from fedlora.fingerprint import code_fingerprint, files_digest
 from fedlora.messages import first_line
 from fedlora.methods import METHODS
 from fedlora.registry import Registry
+from fedlora.strategy import Strategy
 from fedlora.tasks import TASKS
 
-STRATEGIES: Registry[Any] = Registry("strategy.name")  # filled by the package strategies, which stands above this one
+STRATEGIES: Registry[type[Strategy]] = Registry(
+    "strategy.name"
+)  # filled by the package strategies, which stands above this one
 REGISTRIES: tuple[Registry[Any], ...] = (STRATEGIES, METHODS, TASKS, CORPORA)
 GROUP = "fedlora.plugins"
 
@@ -84,7 +87,7 @@ def fingerprint(names: str) -> tuple[str, str]:
     """Return the digest of the code of a run's clients, and where it is: that of fedlora and of its loaded plug-ins."""
     own, folders = code_fingerprint()
     code = [_loaded[key] for key in sorted({source.key for source in _sources(names)})]
-    digest = hashlib.sha256("".join([own, *(one.digest for one in code)]).encode()).hexdigest()
+    digest = hashlib.sha256("".join([own, *(one.digest for one in code)]).encode()).hexdigest() if code else own
     return digest, ", ".join([folders, *(one.place for one in code)])
 
 

@@ -19,9 +19,15 @@ class Role(StrEnum):
     """Equal to what the seed gives, always; never sent."""
     BROADCAST = "broadcast"
     """Not trained this round, but the server holds a newer value than the client, so it is sent."""
+    UPLOAD = "upload"
+    """Trained from a fresh seeded start in each round and sent to the server, which never sends it."""
 
 
 Roles = Mapping[str, Role]
+UP = (Role.SHARED, Role.UPLOAD)
+"""Roles of the tensors that a client sends."""
+TRAINED = (*UP, Role.PERSONAL)
+"""Roles of the tensors that a client trains."""
 
 
 def with_role(specs: Mapping[str, TensorSpec], roles: Roles, *wanted: Role) -> dict[str, TensorSpec]:

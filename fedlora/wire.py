@@ -1,54 +1,31 @@
-"""Tensors <-> Flower records: the only module of the library that knows Flower.
-
-The codec concatenates the tensors' raw little-endian bytes; a compressed manifest beside them names each
-tensor with dtype and shape. The payload is therefore exactly what theory says (elements times their size)
-and the envelope a few hundred bytes. Nothing is unpickled.
-"""
+"""Messages <-> Flower's records: beside the apps and :mod:`fedlora.server` the only module that knows Flower."""
 
 from __future__ import annotations
 
-import json
-import math
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedlora.exact_sum import ExactSum
-from fedlora.methods import TensorSpec, count_parameters
+from fedlora.codec import Tensors, WireError, pack, unpack
+from fedlora.exchange import ClientReport, Instruction, Outcome
+from fedlora.local_terms import LocalTerms
+from fedlora.reduce import REDUCTIONS, Reduction
 from fedlora.roles import Role
 
-Tensors = Mapping[str, NDArray[np.floating]]
-
-_DTYPES = ("float32", "float64")
-_MAX_MANIFEST_BYTES = 1 << 24
 _CODEC = "fedlora.raw"
-BUDGET_SPENT = "its privacy budget is spent"
-"""How the error of a client begins that will not train any more."""
-
-
-class WireError(ValueError):
-    """A record does not hold what it should; the message says what is wrong with it."""
-
-
-# -- tensors ------------------------------------------------------------------------------------------
+_GROUP = "reduced."
 
 
 def encode(tensors: Tensors) -> ArrayRecord:
     """Return the tensors (float32 or float64) as one record."""
-    manifest = [[name, str(value.dtype), list(value.shape)] for name, value in tensors.items()]
-    assert all(dtype in _DTYPES for _, dtype, _ in manifest), "only float32 and float64 travel"
-    packed = zlib.compress(json.dumps(manifest, separators=(",", ":")).encode(), 9)
-    data = b"".join(
-        np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<")).tobytes() for value in tensors.values()
-    )
+    manifest, data = pack(tensors)
     return ArrayRecord(
         {
-            "manifest": Array(dtype="uint8", shape=(len(packed),), stype=_CODEC, data=packed),
+            "manifest": Array(dtype="uint8", shape=(len(manifest),), stype=_CODEC, data=manifest),
             "data": Array(dtype="uint8", shape=(len(data),), stype=_CODEC, data=data),
         }
     )
@@ -60,72 +37,11 @@ def decode(record: Any) -> dict[str, NDArray[np.floating]]:
     Raises:
         WireError: The record is anything else.
     """
-    manifest, data = _manifest(record), record["data"].data
-    tensors: dict[str, NDArray[np.floating]] = {}
-    at = 0
-    for entry in manifest:
-        name, dtype, shape = _entry(entry)
-        if name in tensors:
-            raise WireError(f"{name} is there twice")
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if at + size > len(data):
-            raise WireError(f"the data end before {name}")
-        flat = np.frombuffer(data[at : at + size], dtype=np.dtype(dtype).newbyteorder("<"))
-        tensors[name] = flat.reshape(shape).astype(dtype)
-        at += size
-    if at != len(data):
-        raise WireError(f"{len(data) - at} bytes follow the last tensor")
-    return tensors
-
-
-def _manifest(record: Any) -> list[Any]:
     if not isinstance(record, ArrayRecord) or set(record) != {"manifest", "data"}:
         raise WireError("not a record of tensors in fedlora's codec")
     if any(array.stype != _CODEC for array in record.values()):
         raise WireError(f"the tensors are not encoded as {_CODEC}")
-    try:
-        unpack = zlib.decompressobj()
-        text = unpack.decompress(record["manifest"].data, _MAX_MANIFEST_BYTES)
-        manifest = json.loads(text) if unpack.eof else None
-    except (zlib.error, ValueError, RecursionError) as error:
-        raise WireError(f"the manifest cannot be read ({error})") from error
-    if not isinstance(manifest, list):
-        raise WireError("the manifest is not a list, or it is cut short")
-    return manifest
-
-
-def _entry(entry: Any) -> tuple[str, str, tuple[int, ...]]:
-    match entry:
-        case [str(name), str(dtype), list(shape)] if all(type(n) is int and 0 <= n < 2**40 for n in shape):
-            if dtype not in _DTYPES:
-                raise WireError(f"{name} has dtype {dtype!r}, not one of {', '.join(_DTYPES)}")
-            return name, dtype, tuple(shape)
-    raise WireError("an entry of the manifest is not [name, dtype, shape]")
-
-
-def check_tensors(tensors: Tensors, expected: Mapping[str, TensorSpec], dtype: str) -> None:
-    """Check names, shapes, dtype and that every number is finite.
-
-    Raises:
-        WireError: The first thing that is wrong, with the tensor's name.
-    """
-    for name in expected:
-        if name not in tensors:
-            raise WireError(f"{name} is missing")
-    for name, value in tensors.items():
-        if name not in expected:
-            raise WireError(f"{name} is not expected")
-        if value.shape != expected[name].shape:
-            raise WireError(f"{name} has shape {list(value.shape)}, not {list(expected[name].shape)}")
-        if str(value.dtype) != dtype:
-            raise WireError(f"{name} has dtype {value.dtype}, not {dtype}")
-        if not np.isfinite(value).all():
-            raise WireError(f"{name} holds NaN or infinity")
-
-
-def payload_bytes(specs: Mapping[str, TensorSpec], dtype: str) -> int:
-    """Return the bytes of these tensors in the codec, without the envelope."""
-    return count_parameters(specs) * np.dtype(dtype).itemsize
+    return unpack(record["manifest"].data, record["data"].data)
 
 
 def message_bytes(content: RecordDict) -> int:
@@ -143,176 +59,156 @@ def from_named_arrays(record: ArrayRecord) -> dict[str, NDArray[np.floating]]:
     return {name: array.numpy() for name, array in record.items()}
 
 
-# -- messages -----------------------------------------------------------------------------------------
+# -- the server's instruction -------------------------------------------------------------------------
+
+
+def write_instruction(instruction: Instruction) -> RecordDict:
+    """Return the content of a message to a node."""
+    local = instruction.local
+    header: dict[str, Any] = {
+        "round": instruction.round,
+        "clients": list(instruction.clients),
+        "kinds": list(instruction.roles),
+        "roles": [str(role) for role in instruction.roles.values()],
+        "weights": instruction.weights,
+        "reduction": instruction.reduction,
+        "learning_rate": local.learning_rate,
+        "proximal": local.proximal,
+        "scaffold": local.scaffold,
+        "ranks": list(instruction.ranks),
+        "fingerprint": instruction.fingerprint,
+        "pack": instruction.pack,
+        "ledger_heads": list(instruction.ledger_heads),
+    }
+    extra = {"extra": encode(instruction.extra)} if instruction.extra else {}
+    return RecordDict({"instruction": _config_record(header), "tensors": encode(instruction.tensors), **extra})
+
+
+def read_instruction(content: RecordDict) -> Instruction:
+    """Return the instruction of a message's content.
+
+    Raises:
+        WireError: It holds none.
+    """
+    header = _Reader(content, "instruction")
+    kinds, roles = header.list("kinds", str), header.list("roles", str)
+    weights, reduction = header.one("weights", str), header.one("reduction", str)
+    if weights not in ("examples", "equal") or len(kinds) != len(roles) or not set(roles) <= set(Role):
+        raise WireError("the instruction's roles or weights are not known")
+    if reduction not in REDUCTIONS:
+        raise WireError(f"the instruction's reduction {reduction!r} is not known")
+    clients, ranks = tuple(header.list("clients", int)), tuple(header.list("ranks", int))
+    ledger_heads = tuple(header.list("ledger_heads", str))
+    if any(values and len(values) != len(clients) for values in (ledger_heads, ranks)):
+        raise WireError("the instruction's ledger hashes or ranks are not one a client")
+    if len(set(clients)) != len(clients):
+        raise WireError("the instruction names a client twice")
+    return Instruction(
+        round=header.one("round", int),
+        clients=clients,
+        roles={kind: Role(role) for kind, role in zip(kinds, roles, strict=True)},
+        tensors=decode(content.get("tensors")),
+        weights="examples" if weights == "examples" else "equal",
+        reduction=reduction,
+        local=LocalTerms(
+            header.one("learning_rate", float), header.one("proximal", float), header.one("scaffold", int)
+        ),
+        extra=decode(content["extra"]) if "extra" in content else {},
+        ranks=ranks,
+        fingerprint=header.one("fingerprint", str),
+        pack=header.one("pack", int),
+        ledger_heads=ledger_heads,
+    )
+
+
+# -- the node's reply ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Instruction:
-    """What the server asks of a node: to train clients, or to evaluate them on their own rows.
-
-    Attributes:
-        round: The round, from 1.
-        clients: The clients that the node stands for, ascending.
-        roles: Role of each kind of tensor.
-        weights: ``examples`` or ``equal``.
-        tensors: Current values of the shared and broadcast tensors.
-        fingerprint: The server's code, see :mod:`fedlora.fingerprint`.
-        pack: Clients trained together; 0: automatic.
-        ledger_heads: Under DP for each client the hash of the last ledger entry that the server was told; empty: none.
-    """
-
-    round: int
-    clients: tuple[int, ...]
-    roles: dict[str, Role]
-    weights: Literal["examples", "equal"]
-    tensors: dict[str, NDArray[np.floating]]
-    fingerprint: str
-    pack: int = 0
-    ledger_heads: tuple[str, ...] = ()
-
-    def to_content(self) -> RecordDict:
-        """Return the message content."""
-        header: dict[str, Any] = {
-            "round": self.round,
-            "clients": list(self.clients),
-            "kinds": list(self.roles),
-            "roles": [str(role) for role in self.roles.values()],
-            "weights": self.weights,
-            "fingerprint": self.fingerprint,
-            "pack": self.pack,
-            "ledger_heads": list(self.ledger_heads),
-        }
-        return RecordDict({"instruction": _config_record(header), "tensors": encode(self.tensors)})
-
-    @classmethod
-    def from_content(cls, content: RecordDict) -> Instruction:
-        """Read a message content.
-
-        Raises:
-            WireError: It is not an instruction.
-        """
-        header = _Reader(content, "instruction")
-        kinds, roles = header.list("kinds", str), header.list("roles", str)
-        weights = header.one("weights", str)
-        if weights not in ("examples", "equal") or len(kinds) != len(roles) or not set(roles) <= set(Role):
-            raise WireError("the instruction's roles or weights are not known")
-        clients, ledger_heads = tuple(header.list("clients", int)), tuple(header.list("ledger_heads", str))
-        if ledger_heads and len(ledger_heads) != len(clients):
-            raise WireError("the instruction's ledger hashes are not one a client")
-        return cls(
-            round=header.one("round", int),
-            clients=clients,
-            ledger_heads=ledger_heads,
-            roles={kind: Role(role) for kind, role in zip(kinds, roles, strict=True)},
-            weights="examples" if weights == "examples" else "equal",
-            tensors=decode(content.get("tensors")),
-            fingerprint=header.one("fingerprint", str),
-            pack=header.one("pack", int),
-        )
-
-
-@dataclass
 class Reply:
-    """What a node answers: each client's facts, and one update or the exact sum of several.
-
-    A list has one entry a client. A client with an error is not in the sum.
+    """What a node answers: a report of each client, and the updates of those whose outcome is ok, reduced.
 
     Attributes:
-        clients: The clients asked for.
-        examples: Rows that each trained on (or evaluated).
-        steps: Optimizer steps of each.
-        metrics: For each metric one number a client: mean training loss, or sums over its own rows.
-        errors: Why a client's update was left out; empty where it is in.
-        ledger_heads: Under DP the hash of each client's last ledger entry; empty: it has none.
-        update: The update of a node's only client.
-        total: The weighted sum of several clients' updates.
+        reports: One a client. Those whose outcome is ok have the same metrics; no other has any.
+        reduction: Their updates; None where clients were evaluated.
     """
 
-    clients: list[int] = field(default_factory=list)
-    examples: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    errors: list[str] = field(default_factory=list)
-    ledger_heads: list[str] = field(default_factory=list)
-    update: Tensors | None = None
-    total: ExactSum | None = None
-
-    def add(
-        self,
-        client: int,
-        *,
-        examples: int = 0,
-        steps: int = 0,
-        metrics: Mapping[str, float] | None = None,
-        error: str = "",
-        ledger_head: str = "",
-    ) -> None:
-        """Enter one client's facts; metrics that it lacks are 0."""
-        for name in metrics or {}:
-            self.metrics.setdefault(name, [0.0] * len(self.clients))
-        for name, values in self.metrics.items():
-            values.append((metrics or {}).get(name, 0.0))
-        self.clients.append(client)
-        self.examples.append(examples)
-        self.steps.append(steps)
-        self.errors.append(error)
-        self.ledger_heads.append(ledger_head)
+    reports: Sequence[ClientReport]
+    reduction: Reduction | None = None
 
     def to_content(self) -> RecordDict:
         """Return the message content."""
+        reports = self.reports
+        metrics = list(dict.fromkeys(name for report in reports for name in report.metrics))
         header: dict[str, Any] = {
-            "clients": self.clients,
-            "examples": self.examples,
-            "steps": self.steps,
-            "metrics": list(self.metrics),
-            "errors": self.errors,
-            "ledger_heads": self.ledger_heads,
+            "clients": [report.client for report in reports],
+            "outcomes": [str(report.outcome) for report in reports],
+            "reasons": [report.reason for report in reports],
+            "examples": [report.examples for report in reports],
+            "steps": [report.steps for report in reports],
+            "ledger_heads": [report.ledger_head for report in reports],
+            "metrics": metrics,
+            **{f"metric.{name}": [float(report.metrics.get(name, 0.0)) for report in reports] for name in metrics},
         }
-        header |= {f"metric.{name}": values for name, values in self.metrics.items()}
-        records: dict[str, Any] = {}
-        if self.update is not None:
-            records["update"] = encode(self.update)
-        if self.total is not None and self.total.count:
-            header |= {"weight": self.total.weight, "count": self.total.count}
-            records |= {"coarse": encode(self.total.coarse), "fine": encode(self.total.fine)}
-        return RecordDict({"reply": _config_record(header), **records})
+        groups: dict[str, ArrayRecord] = {}
+        if self.reduction is not None and self.reduction.count:
+            records, numbers = self.reduction.encode()
+            header |= {"reduction": self.reduction.name, "numbers": list(numbers), "values": list(numbers.values())}
+            groups = {f"{_GROUP}{name}": encode(tensors) for name, tensors in records.items()}
+        return RecordDict({"reply": _config_record(header), **groups})
 
-    @classmethod
-    def from_content(cls, content: RecordDict) -> Reply:
-        """Read a message content.
 
-        Raises:
-            WireError: It is not a reply.
-        """
-        header = _Reader(content, "reply")
-        reply = cls(
-            clients=header.list("clients", int),
-            examples=header.list("examples", int),
-            steps=header.list("steps", int),
-            metrics={name: header.list(f"metric.{name}", float) for name in header.list("metrics", str)},
-            errors=header.list("errors", str),
-            ledger_heads=header.list("ledger_heads", str),
-        )
-        lists: list[list[Any]] = [
-            reply.examples,
-            reply.steps,
-            reply.errors,
-            reply.ledger_heads,
-            *reply.metrics.values(),
-        ]
-        if any(len(values) != len(reply.clients) for values in lists):
-            raise WireError("the reply's lists differ in length")
-        if "update" in content:
-            reply.update = decode(content["update"])
-        if "coarse" in content:
-            coarse, fine = decode(content["coarse"]), decode(content.get("fine"))
-            reply.total = ExactSum(
-                {name: value.astype(np.float64) for name, value in coarse.items()},
-                {name: value.astype(np.float64) for name, value in fine.items()},
-                header.one("weight", int),
-                header.one("count", int),
-            )
-        return reply
+def read_reports(content: RecordDict) -> list[ClientReport]:
+    """Return the clients' reports of a reply's content.
+
+    They are read before the updates: an update that cannot be read has left its client, and its ledger hash counts.
+
+    Raises:
+        WireError: It holds none.
+    """
+    header = _Reader(content, "reply")
+    names = header.list("metrics", str)
+    columns: list[list[Any]] = [
+        header.list("clients", int),
+        header.list("outcomes", str),
+        header.list("reasons", str),
+        header.list("examples", int),
+        header.list("steps", int),
+        header.list("ledger_heads", str),
+        *(header.list(f"metric.{name}", float) for name in names),
+    ]
+    if any(len(values) != len(columns[0]) for values in columns):
+        raise WireError("the reply's lists differ in length")
+    if not set(columns[1]) <= set(Outcome):
+        raise WireError("the reply's outcomes are not known")
+    reports = [
+        ClientReport(client, Outcome(outcome), reason, examples, steps, dict(zip(names, metrics, strict=True)), head)
+        for client, outcome, reason, examples, steps, head, *metrics in zip(*columns, strict=True)
+    ]
+    return [report if report.outcome is Outcome.OK else replace(report, metrics={}) for report in reports]
+
+
+def read_reduction(content: RecordDict, asked: str) -> Reduction | None:
+    """Return the reduced updates of a reply's content; None where it holds none.
+
+    Args:
+        content: The content.
+        asked: The reduction that was asked for.
+
+    Raises:
+        WireError: They are something else.
+    """
+    header = _Reader(content, "reply")
+    groups = {name.removeprefix(_GROUP): decode(content[name]) for name in content if name.startswith(_GROUP)}
+    if not groups:
+        return None
+    given = header.one("reduction", str)
+    if given != asked:
+        raise WireError(f"its updates are reduced by {given[:40]!r}, not {asked!r}")
+    names, values = header.list("numbers", str), header.list("values", int)
+    if len(names) != len(values):
+        raise WireError("the reply's lists differ in length")
+    return REDUCTIONS[asked].decode(groups, dict(zip(names, values, strict=True)))
 
 
 def _config_record(values: dict[str, Any]) -> ConfigRecord:

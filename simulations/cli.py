@@ -18,14 +18,17 @@ from rich.console import Console
 from fedlora.config import SMALL_LLAMA, Config, ConfigError
 from fedlora.data import load_corpus
 from fedlora.methods import build_method
-from fedlora.runs.report import Run, metrics_table, outcome_table, write_report
+from fedlora.reports.run import Run
+from fedlora.reports.summary import write_report
+from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.storage import write_whole
 from fedlora.tasks import TASKS
 from simulations.launch import launch, run_side_by_side
 from simulations.options import absolute_paths, read_options, read_overrides
 from simulations.plan import Plan
-from simulations.setup import build_strategy, resolve, settle
+from simulations.setup import federation_of, resolve, settle
 from strategies import STRATEGIES
+from strategies.build import build_strategy
 
 if TYPE_CHECKING:
     from fedlora.models import Structure
@@ -172,6 +175,7 @@ def _plan(config: Config, console: Console) -> int:
         config=config,
         data=data,
         strategy=build_strategy(config, specs),
+        federation=federation_of(config),
         family=structure.family,
         num_parameters=structure.num_parameters,
         num_layers=len(structure.adapted),
@@ -201,7 +205,8 @@ def _trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:
 
 def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
     """Print a run's tables, or a comparison of several, and write plots, summaries and the page."""
-    from fedlora.runs.compare import comparison_table, html_page
+    from fedlora.reports.comparison import comparison_table
+    from fedlora.reports.html import html_page
 
     runs = [Run.read(path.resolve()) for path in paths]
     if len(runs) > 1:

@@ -1,4 +1,4 @@
-"""What a run is going to do, told before it does it."""
+"""The plan of a run: what it will train, exchange and spend, before its first round."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from clients.pool import split_packs
+from clients.ray_site import split_packs
+from fedlora.codec import payload_bytes
 from fedlora.config import Config
 from fedlora.data import FederatedData
 from fedlora.methods import TensorSpec, count_parameters
-from fedlora.roles import Role, with_role
-from fedlora.runs.report import clients_table, human_bytes
+from fedlora.reports.format import human_bytes
+from fedlora.reports.tables import clients_table
+from fedlora.roles import TRAINED, UP, Role
+from fedlora.server import Federation, Payloads, assigned
+from fedlora.strategy import Strategy
 from fedlora.tasks import TASKS
-from fedlora.wire import payload_bytes
 from simulations.privacy import PrivacyPlan
-from strategies import RoleStrategy
-from strategies.base import deal
+from strategies.server_optimizers import learning_rate
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,18 @@ class Plan:
         config: The resolved configuration.
         data: The federated data.
         strategy: The strategy.
+        federation: Its clients, as the server sees them.
         family: The base model's type.
         num_parameters: Parameters of the base model.
         num_layers: Adapted layers.
-        nodes: SuperNodes among which clients are dealt.
+        nodes: SuperNodes to which clients are assigned.
         trainers: Trainers that work side by side.
     """
 
     config: Config
     data: FederatedData
-    strategy: RoleStrategy
+    strategy: Strategy
+    federation: Federation
     family: str
     num_parameters: int
     num_layers: int
@@ -75,9 +79,20 @@ class Plan:
         """The number by which a round is reported, such as ``test_accuracy``."""
         return f"{self.measured}_{TASKS[self.config.task].measure.name}"
 
-    def payload(self, server_round: int, *roles: Role) -> int:
-        """Bytes of one client's tensors that have one of these roles in a round."""
-        return payload_bytes(self.strategy.exchanged(server_round, *roles), self.config.engine.tensor_dtype)
+    @property
+    def payloads(self) -> Payloads:
+        """The bytes of a client's messages."""
+        return Payloads(self.strategy, self.config.engine.tensor_dtype)
+
+    def traffic(self) -> tuple[list[int], list[int]]:
+        """Return the bytes that all clients send, and are sent, in each round, if none fails."""
+        ups, downs, ranks = [], [], [0]
+        for number in range(1, self.config.rounds + 1):
+            cohort = self.federation.cohort(number)
+            ups.append(sum(self.payloads.up(number, client) for client in cohort))
+            downs.append(sum(self.payloads.down(number, -1, client, ranks)[0] for client in cohort))
+            ranks.append(ranks[-1] + self.strategy.added_rank(cohort))
+        return ups, downs
 
     def steps(self) -> list[int]:
         """Return each client's local steps in a round that it takes part in."""
@@ -106,17 +121,17 @@ class Plan:
     def examples(self, rounds: int) -> int:
         """Return the examples that all clients see in so many rounds."""
         seen = self.examples_by_client()
-        return sum(seen[client] for number in range(1, rounds + 1) for client in self.strategy.sample(number))
+        return sum(seen[client] for number in range(1, rounds + 1) for client in self.federation.cohort(number))
 
     def packs(self) -> int:
         """Return the packs of the first round."""
-        dealt = deal(self.strategy.sample(1), range(self.nodes))
-        return sum(len(split_packs(own, self.config.engine.pack, self.trainers)) for own in dealt.values())
+        nodes = assigned(self.federation.cohort(1), range(self.nodes))
+        return sum(len(split_packs(own, self.config.engine.pack, self.trainers)) for own in nodes.values())
 
     def record(self) -> dict[str, Any]:
         """Return the plan as plain values, for ``plan.json``."""
         measure = TASKS[self.config.task].measure
-        up, down, cached = self.strategy.bytes_per_round(self.config.engine.tensor_dtype)
+        up, down, cached = self.payloads.cycle()
         return {
             "measure": self.measure,
             "higher_is_better": measure.higher_is_better,
@@ -138,7 +153,7 @@ class Plan:
         return max(count_parameters(self._trained(number)) for number in turns)
 
     def _trained(self, server_round: int) -> Mapping[str, TensorSpec]:
-        return with_role(self.specs, self.strategy.all_roles(server_round), Role.SHARED, Role.PERSONAL)
+        return self.strategy.with_role(server_round, *TRAINED)
 
     def trained_parameters(self) -> int:
         """Return the numbers that a client trains, over the rounds of a cycle."""
@@ -160,16 +175,15 @@ class Plan:
         for kind, roles in self.strategy.roles_in_turn().items():
             own = {name: spec for name, spec in self.specs.items() if spec.kind == kind}
             size = payload_bytes(own, dtype)
-            up = size if Role.SHARED in roles else 0
+            up = size if set(UP) & set(roles) else 0
             down = size if {Role.SHARED, Role.BROADCAST} & set(roles) else 0
             table.add_row(kind, _in_turn(roles), str(len(own)), f"{count_parameters(own):,}", f"{up:,}", f"{down:,}")
         return table
 
     def _lines(self) -> list[str]:
         config, steps = self.config, self.steps()
-        up, down, cached = self.strategy.bytes_per_round(config.engine.tensor_dtype)
-        ups = [self.payload(number, Role.SHARED) for number in range(1, config.rounds + 1)]
-        downs = [self.payload(number) for number in range(1, config.rounds + 1)]
+        up, down, cached = self.payloads.cycle()
+        ups, downs = self.traffic()
         exact = {
             True: "exact",
             False: "not exact (a product of means, not the mean of products)",
@@ -186,34 +200,64 @@ class Plan:
             f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down"
             + (f" ({human_bytes(cached)} if it kept what it was sent)" if cached != down else "")
             + (f", means over {self.strategy.period} rounds" if self.strategy.period > 1 else ""),
-            f"bytes of the whole run: {human_bytes(self.sampled * sum(ups))} up, "
-            f"{human_bytes(self.sampled * sum(downs))} down",
+            f"bytes of the whole run: {human_bytes(sum(ups))} up, {human_bytes(sum(downs))} down",
         ]
         if self.strategy.has_personal:
             lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")
         lines.append(f"server mean of updates: {exact[self.strategy.exact]}")
+        lines += self._terms()
         lines += ["privacy: none"] if self.privacy is None else self.privacy.lines()
         lines += self._remarks()
         return lines
 
+    def _terms(self) -> list[str]:
+        """Return what is done beside the strategy's own rule: server optimizer, local terms, schedule, ranks."""
+        config, lines = self.config, []
+        if config.server.optimizer != "none":
+            lines.append(
+                f"server optimizer: {config.server.optimizer}, learning rate {learning_rate(config.server):.4g}"
+            )
+        first = self.strategy.local(1)
+        if first.proximal:
+            lines.append(f"local term: FedProx, mu {first.proximal:g}")
+        if first.scaffold:
+            lines.append(
+                f"local term: SCAFFOLD, option {first.scaffold}; control variates double the bytes of what is shared"
+            )
+        shares = [self.strategy.local(number).learning_rate for number in range(1, config.rounds + 1)]
+        if len(set(shares)) > 1:
+            lines.append(
+                f"learning rate by round: {', '.join(f'{config.train.learning_rate * one:.4g}' for one in shares[:10])}"
+                + (", ..." if len(shares) > 10 else "")
+            )
+        ranks = self.strategy.setting.ranks
+        if ranks:
+            lines.append(f"ranks by client: {', '.join(map(str, ranks[:20]))}" + (", ..." if len(ranks) > 20 else ""))
+        if self.strategy.accumulated(1):
+            downs = self.traffic()[1]
+            lines.append(
+                f"what is sent grows by round: {human_bytes(downs[0])} in round 1, {human_bytes(downs[-1])} in the last"
+            )
+        return lines
+
     def _remarks(self) -> list[str]:
         """Return what is allowed but may surprise."""
-        counts, told = self.data.label_counts(), []
+        counts, remarks = self.data.label_counts(), []
         lone = np.flatnonzero((counts > 0).sum(1) == 1).tolist() if counts.shape[1] > 1 else []
         if lone:
             shown = ", ".join(map(str, lone[:10])) + (", ..." if len(lone) > 10 else "")
-            told.append(
+            remarks.append(
                 f"note: {len(lone)} of {len(counts)} clients hold rows of one class only ({shown}): alone they learn "
-                "to answer it always, and a private head stays useless for the others"
+                "to answer it always, and a personal head stays useless for the others"
             )
         declared = self.config.privacy.client_size
         mean = np.mean([len(self.data.training_rows(client)) for client in range(len(counts))])
         if self.privacy is not None and not declared / 2 <= mean <= 2 * declared:
-            told.append(
+            remarks.append(
                 f"note: clients hold {mean:.0f} training rows on average; sample rate, steps, denominators and delta "
                 f"go by privacy.client-size = {declared}"
             )
-        return told
+        return remarks
 
 
 def _in_turn(roles: Sequence[Role]) -> str:

@@ -1,4 +1,4 @@
-"""The privacy of a run, settled and told before its first step: noise, sample rate, and what they come to."""
+"""The privacy of a run, settled before its first step: noise, sample rate, and what they come to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table as RichTable
 from fedlora.config import Config, ConfigError
 from fedlora.data import FederatedData
 from fedlora.privacy import Accountant, Mechanism, certifier, default_delta, epsilon, least_noise_multiplier, statement
-from strategies import sampled
+from fedlora.server import sampled
 
 
 def resolve_privacy(config: Config, data: FederatedData) -> Config:
@@ -67,7 +67,7 @@ def _noise(config: Config, rounds: int) -> float:
 
 
 def participations(config: Config) -> NDArray[np.int64]:
-    """Return the rounds that each client has been sampled in, [rounds + 1, clients]; the server knows it beforehand."""
+    """Return the rounds that each client has been sampled in, [rounds + 1, clients]; it follows from the seed."""
     federation = config.federation
     counts = np.zeros((config.rounds + 1, federation.num_clients), dtype=np.int64)
     for number in range(1, config.rounds + 1):

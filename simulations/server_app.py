@@ -6,11 +6,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from clients.pool import TrainerLostError
+from clients.ray_site import TrainerLostError
+from fedlora.server import FederationError
 from simulations.session import Session
 from simulations.setup import resolve
 from simulations.sweep import Share, Sweep
-from strategies import FederationError
 
 app = ServerApp()
 

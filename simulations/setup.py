@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from clients.pool import Shard
+from clients.ray_site import Shard
 from fedlora.config import Config, ConfigError, require
 from fedlora.data import CORPORA, FederatedData, load_federated
-from fedlora.methods import METHODS, TensorSpec
-from fedlora.plugins import read_config
+from fedlora.methods import METHODS
+from fedlora.plugins import fingerprint, read_config
 from fedlora.ranks import client_ranks
-from fedlora.roles import Role
+from fedlora.server import Federation
 from fedlora.tasks import TASKS, Task
 from simulations.privacy import resolve_privacy
-from strategies import STRATEGIES, RoleStrategy, Setting
+from strategies import STRATEGIES
 
 _HOLDOUT = 0.2  # of its rows that a client holds out, where a run needs it and nobody said how many
 _THREADS = 4  # threads of one trainer beyond which small models gain little on a CPU
@@ -133,25 +133,19 @@ def _check_ranks(config: Config) -> None:
     require(method == "lora", "method.ranks", ranks, f"is read with method.name = 'lora' only, not {method!r}.")
 
 
-def build_strategy(
-    config: Config, specs: Mapping[str, TensorSpec], frozen: frozenset[str] = frozenset()
-) -> RoleStrategy:
-    """Return the strategy that ``config`` names, for these tensors; kinds in ``frozen`` stay as seeded."""
-    return STRATEGIES[config.strategy.name](
-        Setting(
-            specs=specs,
-            num_clients=config.federation.num_clients,
-            seed=config.seed,
-            clients_per_round=config.federation.clients_per_round,
-            weights="examples" if config.strategy.weights == "examples" else "equal",
-            head=Role(config.method.head),
-            failure_threshold=config.federation.failure_threshold,
-            dtype=config.engine.tensor_dtype,
-            pack=config.engine.pack,
-            frozen=frozen,
-            learning_rate=config.train.learning_rate,
-            dp=config.privacy.mode == "dp",
-        )
+def federation_of(config: Config) -> Federation:
+    """Return what the server needs to know of the clients."""
+    return Federation(
+        num_clients=config.federation.num_clients,
+        seed=config.seed,
+        clients_per_round=config.federation.clients_per_round,
+        weights="examples" if config.strategy.weights == "examples" else "equal",
+        failure_threshold=config.federation.failure_threshold,
+        dtype=config.engine.tensor_dtype,
+        pack=config.engine.pack,
+        learning_rate=config.train.learning_rate,
+        dp=config.privacy.mode == "dp",
+        fingerprint=fingerprint(config.run.plugins)[0],
     )
 
 

@@ -24,10 +24,10 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from clients.pool import TrainerLostError
+from clients.ray_site import TrainerLostError
 from fedlora.config import Config, ConfigError, from_toml, to_toml
 from fedlora.messages import first_line
-from fedlora.runs.report import human_time
+from fedlora.reports.format import human_time
 from fedlora.storage import write_whole
 from fedlora.tasks import TASKS
 from simulations.session import Session

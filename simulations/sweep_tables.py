@@ -8,8 +8,8 @@ import pandas as pd
 from rich.table import Table as RichTable
 
 from fedlora.privacy import conditions
-from fedlora.runs.privacy import told_epsilon
-from fedlora.runs.report import human_bytes, number
+from fedlora.reports.format import human_bytes, number
+from fedlora.runs.privacy import format_epsilon
 from fedlora.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _epsilon(row: Row) -> str:
     if "delta_mean" not in row:
         return "-"  # of runs without DP
     known = row.get("epsilon_n", row["n"]) if "epsilon_mean" in row else 0
-    return told_epsilon(row["epsilon_mean"] if known == row["n"] else None)
+    return format_epsilon(row["epsilon_mean"] if known == row["n"] else None)
 
 
 def _conditions(sweep: Sweep) -> list[str]:

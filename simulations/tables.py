@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, MethodConfig
+from fedlora.exchange import ClientReport, Update
 from fedlora.methods import LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
+from fedlora.reduce import REDUCTIONS
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
-from strategies import STRATEGIES, RoleStrategy, Setting
+from fedlora.server import Payloads
+from fedlora.strategy import Setting, Strategy
+from strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from fedlora.methods import Layer
@@ -64,16 +69,17 @@ def layers_of(model: str) -> tuple[Layer, ...]:
         return inspect(skeleton, "q_proj,v_proj" if targets == "q,v" else "all-linear", has_head=False).adapted
 
 
-def _strategy(name: str, method: Method) -> RoleStrategy:
-    return STRATEGIES[name](Setting(specs=method.specs(), num_clients=_CLIENTS, dtype="float64"))
+def _strategy(name: str, method: Method) -> Strategy:
+    strategy: Strategy = STRATEGIES[name](Setting(method.specs()))
+    return strategy
 
 
 def bytes_up(name: str, config: Config, model: str) -> float:
     """Return the bytes that a client sends in a round, a mean over a cycle."""
-    return _strategy(name, build_method(config, layers_of(model), [])).bytes_per_round(_DTYPE)[0]
+    return Payloads(_strategy(name, build_method(config, layers_of(model), [])), _DTYPE).cycle()[0]
 
 
-def error_of_mean(strategy: RoleStrategy, method: Method) -> float:
+def error_of_mean(strategy: Strategy, method: Method) -> float:
     """Return how far the server's update is from the mean of the clients', relative, over all layers and rounds.
 
     Five clients of equal weight return tensors half of which they have in common: each is the sum of a part drawn for
@@ -86,20 +92,22 @@ def error_of_mean(strategy: RoleStrategy, method: Method) -> float:
         return {name: draws.uniform(whose, number, name, shape=specs[name].shape, bound=1.0) for name in names}
 
     held: Arrays = dict(initial_tensors(specs, draws))
+    state = strategy.initial(held)
     off = whole = 0.0
     for number in range(1, strategy.period + 1):
-        shared = list(strategy.exchanged(number, Role.SHARED))
-        held |= drawn("server", number, list(strategy.exchanged(number)))
-        common = drawn("all", number, shared)
-        clients = []
+        sent, expected = strategy.sent(number), strategy.expected(number)
+        held |= drawn("server", number, list(sent))
+        state = replace(state, tensors={**state.tensors, **{name: held[name] for name in sent}})
+        common = drawn("all", number, list(expected))
+        total, clients = REDUCTIONS[strategy.reduction(number)](), []
         for client in range(_CLIENTS):
-            own = drawn(f"client {client}", number, shared)
-            clients.append({name: common[name] + own[name] for name in shared})
-        mean = {name: np.mean([client[name] for client in clients], axis=0) for name in shared}
-        server = strategy.combine({name: held[name] for name in strategy.exchanged(number)}, mean, number)
-        expected = [updates(method, {**held, **client}) for client in clients]
-        for layer, update in updates(method, {**held, **server}).items():
-            target = np.mean([one[layer] for one in expected], axis=0)
+            own = drawn(f"client {client}", number, list(expected))
+            clients.append({name: common[name] + own[name] for name in expected})
+            total.add(Update(ClientReport(client), clients[-1]), 1)
+        state = strategy.apply(state, total.reduced(), number)
+        each = [updates(method, {**held, **client}) for client in clients]
+        for layer, update in updates(method, {**held, **state.tensors}).items():
+            target = np.mean([one[layer] for one in each], axis=0)
             off += float(np.square(update - target).sum())
             whole += float(np.square(target).sum())
     return float(np.sqrt(off / whole))
@@ -188,7 +196,7 @@ def down_table() -> list[str]:
             label, config = METHODS[kind][0]
             strategy = _strategy(name, build_method(config, layers, []))
             trained = {n: s for n, s in strategy.setting.specs.items() if s.kind in strategy.trained_kinds}
-            sizes = " | ".join(_size(value) for value in strategy.bytes_per_round(_DTYPE))
+            sizes = " | ".join(_size(value) for value in Payloads(strategy, _DTYPE).cycle())
             lines.append(f"| `{name}` | {label} | {sizes} | {count_parameters(trained):,} |")
     return lines
 

@@ -1,57 +1,57 @@
-"""Strategies: one file each, one registry."""
+"""Strategies: one pure file each, one registry."""
 
 from __future__ import annotations
 
-from fedlora import plugins
-from fedlora.registry import Registry
-from strategies.base import BudgetSpentError, FederationError, RoleStrategy, Setting, sampled
+from fedlora.plugins import STRATEGIES
 from strategies.fedavg import FedAvg
 from strategies.fedsa_lora import FedSALora
 from strategies.fedsvd import FedSVD
 from strategies.ffa_lora import FFALora
+from strategies.flora import FLoRA
 from strategies.local import Local
 from strategies.mos import MoS
-from strategies.mos_private import MoSPrivate
+from strategies.mos_personal import MoSPersonal
 from strategies.rolora import RoLoRA
 from strategies.s2_cyclic import S2Cyclic
 from strategies.s2_frozen import S2Frozen
 from strategies.s2_lora import S2
-from strategies.s2_private import S2Private
+from strategies.s2_personal import S2Personal
+from strategies.zero_padding import ZeroPadding
 
-STRATEGIES: Registry[type[RoleStrategy]] = plugins.STRATEGIES
 for _strategy in (
     FedAvg,
     FFALora,
     RoLoRA,
     FedSVD,
     FedSALora,
+    ZeroPadding,
+    FLoRA,
     Local,
     MoS,
-    MoSPrivate,
+    MoSPersonal,
     S2,
     S2Frozen,
     S2Cyclic,
-    S2Private,
+    S2Personal,
 ):
     STRATEGIES.register(_strategy.name)(_strategy)
+STRATEGIES.alias("mos-private", MoSPersonal.name)
+STRATEGIES.alias("s2-private", S2Personal.name)
 
 __all__ = [
     "S2",
     "STRATEGIES",
-    "BudgetSpentError",
     "FFALora",
+    "FLoRA",
     "FedAvg",
     "FedSALora",
     "FedSVD",
-    "FederationError",
     "Local",
     "MoS",
-    "MoSPrivate",
+    "MoSPersonal",
     "RoLoRA",
-    "RoleStrategy",
     "S2Cyclic",
     "S2Frozen",
-    "S2Private",
-    "Setting",
-    "sampled",
+    "S2Personal",
+    "ZeroPadding",
 ]

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import final
 
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 
 @final
-class FedAvg(RoleStrategy):
+class FedAvg(Strategy):
     """Trains and averages every tensor of the method."""
 
     name = "fedavg"

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from typing import final
 
 from fedlora.roles import Role, Roles
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 
 @final
-class FedSALora(RoleStrategy):
-    """Averages A; the rest is private."""
+class FedSALora(Strategy):
+    """Averages A; the rest is personal."""
 
     name = "fedsa-lora"
     methods = ("lora", "mos")
@@ -27,5 +27,5 @@ class FedSALora(RoleStrategy):
     personal = True
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
-        """Return ``shared`` for A and ``private`` for the others."""
+        """Return ``shared`` for A and ``personal`` for the others."""
         return {kind: Role.SHARED if kind.startswith("A") else Role.PERSONAL for kind in kinds}

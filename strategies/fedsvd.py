@@ -18,22 +18,26 @@ nothing more. What differs from the authors' code:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.reduce import Reduced
 from fedlora.roles import Role, Roles
-from strategies.base import RoleStrategy, Setting, Tensors
+from fedlora.state import ServerState, Tensors
+from fedlora.strategy import Setting, Strategy
 
 
 @final
-class FedSVD(RoleStrategy):
+class FedSVD(Strategy):
     """Trains and averages B, then refactors B A on the server."""
 
     name = "fedsvd"
     methods = ("lora",)
     exact = True
+    keeps_basis = False
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -54,16 +58,18 @@ class FedSVD(RoleStrategy):
         """Return what is averaged, and A, which does not start as the seed gives it either."""
         return {"A"} | super().changed(server_round)
 
-    def initial(self, seeded: Tensors) -> Tensors:
+    def initial(self, seeded: Tensors) -> ServerState:
         """Return the seed's tensors with orthonormal A."""
         return self._refactored(super().initial(seeded))
 
-    def combine(self, server: Tensors, mean: Tensors, server_round: int) -> Tensors:
+    def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
         """Return the mean with each layer's B A refactored."""
-        return self._refactored(super().combine(server, mean, server_round))
+        return self._refactored(super().apply(state, reduced, server_round))
 
-    def _refactored(self, tensors: Tensors) -> Tensors:
-        return {**tensors, **{name: value for pair in self._pairs() for name, value in _refactor(tensors, *pair)}}
+    def _refactored(self, state: ServerState) -> ServerState:
+        tensors = state.tensors
+        changed = {name: value for pair in self._pairs() for name, value in _refactor(tensors, *pair)}
+        return replace(state, tensors={**tensors, **changed})
 
     def _pairs(self) -> Iterator[tuple[str, str]]:
         """Yield the names of each layer's A and B."""

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import final
 
 from fedlora.roles import Role, Roles
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 
 @final
-class FFALora(RoleStrategy):
+class FFALora(Strategy):
     """Freezes A, trains and averages the rest."""
 
     name = "ffa-lora"

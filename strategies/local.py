@@ -1,7 +1,7 @@
 """No federation: each client trains by itself, and nothing is exchanged.
 
 What a federation has to beat. Clients are sampled as in any other strategy, so a client takes as many steps here
-as there. A head that others would share is private here.
+as there. A head that others would share is kept by the client here.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import final
 
 from fedlora.roles import Role, Roles
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 
 @final
-class Local(RoleStrategy):
+class Local(Strategy):
     """Keeps every tensor at its client."""
 
     name = "local"
@@ -22,8 +22,9 @@ class Local(RoleStrategy):
     exact = None
     personal = True
     ragged = True
+    ragged = True
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
-        """Return ``private`` for all kinds, and for the head unless it is frozen."""
+        """Return ``personal`` for all kinds, and for the head unless it is frozen."""
         head = Role.PERSONAL if self.setting.head is Role.SHARED else self.setting.head
         return {**dict.fromkeys(kinds, Role.PERSONAL), "head": head}

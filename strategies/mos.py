@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import final
 
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 
 @final
-class MoS(RoleStrategy):
+class MoS(Strategy):
     """Trains and averages both pools."""
 
     name = "mos"

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import final
 
 from fedlora.roles import Role, Roles
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 
 @final
-class RoLoRA(RoleStrategy):
+class RoLoRA(Strategy):
     """Trains and averages B in odd rounds and A in even ones."""
 
     name = "rolora"

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import final
 
 from fedlora.roles import Role, Roles
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 _ORDER = ("s", "B", "A")
 
 
 @final
-class S2Cyclic(RoleStrategy):
+class S2Cyclic(Strategy):
     """Trains and averages s, B and A in turn."""
 
     name = "s2-cyclic"

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import final
 
 from fedlora.roles import Role, Roles
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 
 @final
-class S2Frozen(RoleStrategy):
+class S2Frozen(Strategy):
     """Trains and averages s; A and B stay as seeded."""
 
     name = "s2-frozen"

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from typing import final
 
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 
 @final
-class S2(RoleStrategy):
+class S2(Strategy):
     """Trains and averages A, B and s."""
 
     name = "s2-lora"

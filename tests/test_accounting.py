@@ -109,7 +109,7 @@ def test_merged_adds_steps_of_equal_mechanisms() -> None:
     [
         *((8.0, 0.02, 400, 1e-4), (3.0, 0.02, 400, 1e-4), (0.5, 0.01, 1000, 1e-5), (8.0, 1.0, 20, 1e-4)),
         (0.11, 0.1, 10, 1e-5),  # below what RDP's orders can say
-        (0.3, 0.001, 100_000, 1e-6),  # so many steps that a coarse grid would show
+        pytest.param(0.3, 0.001, 100_000, 1e-6, marks=pytest.mark.slow),  # a coarse grid would show in so many steps
         (0.3, 1.0, 1, 0.5),  # a delta so large that nothing is left of epsilon
         (0.3, 1.0, 1, 0.9),  # nor with the noise at which the search begins
     ],

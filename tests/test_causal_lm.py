@@ -16,12 +16,12 @@ from fedlora.config import ConfigError, from_toml
 from fedlora.data import Table, load_federated
 from fedlora.models import load_base, load_tokenizer, model_path
 from fedlora.plugins import read_config
-from fedlora.runs.report import Run
+from fedlora.reports.run import Run
 from fedlora.tasks import CausalLM, Examples
 from simulations.setup import resolve
 from tests.support.families import PAD, VOCABULARY, random_examples, small_model, small_structure
+from tests.support.runs import Finished, fedlora_run
 from tests.support.tiny import save_tiny_language_model
-from tests.test_runs import Finished, fedlora_run
 
 CPU = torch.device("cpu")
 CHAT = (

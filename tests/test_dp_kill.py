@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,13 +23,15 @@ def killed(folder: Path, kills: int, plant: str) -> tuple[int, int, int]:
     return left, unpaid, more
 
 
-def test_a_hundred_kills(tmp_path: Path) -> None:
-    left, unpaid, more = killed(tmp_path, 100, "honest")
-    assert left > 40, "the kills hit processes at work"
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+def test_kills_at_random_moments(kills: int, tmp_path: Path) -> None:
+    left, unpaid, more = killed(tmp_path, kills, "honest")
+    assert left > 0.4 * kills, "the kills hit processes at work"
     assert unpaid == 0
     assert more <= 0
 
 
+@pytest.mark.slow
 def test_a_ledger_that_is_written_late_is_noticed(tmp_path: Path) -> None:
     """The control: the same kills find the planted bug."""
     left, _, more = killed(tmp_path, 40, "late")

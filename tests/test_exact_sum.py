@@ -1,4 +1,4 @@
-"""The sum that does not depend on the order of its count."""
+"""The sum that does not depend on the order of its terms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedlora.exact_sum import ExactSum
 
 numbers = st.floats(-1e3, 1e3, width=32)
-count = st.lists(st.tuples(st.lists(numbers, min_size=3, max_size=3), st.integers(1, 100_000)), min_size=1, max_size=12)
+terms = st.lists(st.tuples(st.lists(numbers, min_size=3, max_size=3), st.integers(1, 100_000)), min_size=1, max_size=12)
 
 
 def folded(items: list[tuple[list[float], int]], dtype: str = "float32") -> ExactSum:
@@ -22,7 +22,7 @@ def folded(items: list[tuple[list[float], int]], dtype: str = "float32") -> Exac
     return total
 
 
-@given(count, st.randoms(use_true_random=False), st.integers(0, 12))
+@given(terms, st.randoms(use_true_random=False), st.integers(0, 12))
 def test_order_and_grouping_do_not_matter(items: list[tuple[list[float], int]], random: object, cut: int) -> None:
     """Any order, and any cut into partial sums made elsewhere, gives the same bits."""
     straight = folded(items)
@@ -37,7 +37,7 @@ def test_order_and_grouping_do_not_matter(items: list[tuple[list[float], int]], 
     assert (straight.weight, straight.count) == (merged.weight, merged.count)
 
 
-@given(count)
+@given(terms)
 def test_mean_is_the_exact_mean(items: list[tuple[list[float], int]]) -> None:
     """Against rational arithmetic: off by the last grid step and one rounding."""
     mean = folded(items, "float64").mean()["x"]

@@ -14,18 +14,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clients.trainer import Job, Request, Trainer
+from clients.site import Job, SiteLimits
+from clients.worker import Worker
 from fedlora import plugins
 from fedlora.config import ConfigError, from_toml, to_toml
 from fedlora.data import load_federated
+from fedlora.exchange import Instruction, Outcome
 from fedlora.methods import METHODS, LowRank, build_method
 from fedlora.plugins import read_config, schema
 from fedlora.registry import Registry
-from fedlora.runs.report import Run
+from fedlora.reports.run import Run
+from fedlora.roles import Role
 from simulations.app_config import with_defaults
 from simulations.launch import with_keys
 from simulations.options import absolute_paths, read_options
-from simulations.setup import build_strategy, resolve
+from simulations.setup import resolve
+from strategies.build import build_strategy
 from tests.support.matrix import LAYERS
 from tests.support.plugged import blocks, forgotten, write_tutorial
 from tests.support.tiny import save_tiny_model
@@ -58,21 +62,20 @@ def tutorial_flat(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
 
 
 def test_the_tutorial_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method, a strategy, a task and a data set of one file each, in the trainer itself."""
+    """A method, a strategy, a task and a data set of one file each, in the trainers' own worker."""
     flat = tutorial_flat(tmp_path, monkeypatch)
     config = resolve(flat)
     assert (config.method.name, config.task, config.to_flat()["tied.strength"]) == ("tied", "smooth", 2.0)
-    data = load_federated(config, 3)
-    job = Job(config.to_flat(), data, str(tmp_path / "sites"))
-    trainer = Trainer(lambda: job, 1)
-    described = trainer.describe()
+    job = Job(config.to_flat(), load_federated(config, 3), SiteLimits(str(tmp_path / "sites")))
+    worker = Worker(lambda: job, 1)
+    described = worker.describe()
     assert described.fingerprint == plugins.fingerprint(config.run.plugins)
     assert all(name in described.fingerprint[1] for name in ("tied.py", "tied_ffa.py", "smooth.py", "sums.py"))
     strategy = build_strategy(config, described.specs)
-    sent = {name: trainer.initial[name] for name in strategy.exchanged(1)}
+    sent = strategy.initial(worker.loaded.model.initial).tensors
     assert {name.rpartition(".")[2] for name in sent} == {"tied_B", "weight", "bias"}
-    updates = trainer.train(Request(1, (0, 1, 2), strategy.all_roles(1), sent))
-    assert [update.error for update in updates] == ["", "", ""]
+    updates = worker.train(Instruction(1, (0, 1, 2), strategy.all_roles(1), sent))
+    assert [update.report.outcome for update in updates] == [Outcome.OK] * 3
     for update in updates:
         assert all(np.abs(value - sent[name]).max() > 0 for name, value in update.tensors.items())
 
@@ -104,13 +107,42 @@ def test_flower_is_shown_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "tied" in with_defaults(pyproject), "what is imported has its place in the generated table"
 
 
+STRATEGY = """
+from dataclasses import dataclass
+from fedlora.config import Options
+from fedlora.plugins import STRATEGIES
+from fedlora.roles import Role
+from fedlora.strategy import Strategy
+@dataclass(frozen=True)
+class KeepOptions(Options):
+    section = "keep"
+    kind: str = "B"
+@STRATEGIES.register("keep", KeepOptions)
+class Keep(Strategy):
+    name, methods, exact, personal = "keep", ("lora",), None, True
+    def roles(self, kinds, server_round):
+        kept = self.setting.config.options(KeepOptions).kind
+        return {kind: Role.PERSONAL if kind == kept else Role.SHARED for kind in kinds}
+"""
+
+
+def test_own_keys_reach_the_strategy(tmp_path: Path) -> None:
+    file = tmp_path / "keep.py"
+    file.write_text(STRATEGY)
+    config = resolve({"run.plugins": str(file), "strategy.name": "keep", "keep.kind": "A"})
+    specs = build_method(config, LAYERS, []).specs()
+    assert build_strategy(config, specs).all_roles(1) == {"A": Role.PERSONAL, "B": Role.SHARED}
+
+
 METHOD = """
+from fedlora.exchange import Instruction, Outcome
 from fedlora.methods import METHODS, Lora
 METHODS.register({name!r})(Lora)
 """
 OPTIONS = """
 from dataclasses import dataclass
 from fedlora.config import Options
+from fedlora.exchange import Instruction, Outcome
 from fedlora.methods import METHODS, Lora
 @dataclass(frozen=True)
 class Own(Options):

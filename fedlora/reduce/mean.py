@@ -1,0 +1,183 @@
+"""The weighted mean of updates, folded as they arrive; shorter ranks count as padded with zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Self, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.codec import WireError
+from fedlora.exact_sum import ExactSum
+from fedlora.exchange import ClientReport, Tensors, Update
+from fedlora.methods import TensorSpec
+from fedlora.reduce.base import Expected, Header, Records, Reduced, Reduction
+from fedlora.reduce.check import check_tensors
+
+_SUMS = ("", "extra_")  # of tensors by weight; of what is sent beside them, all clients alike
+_SUM_PARTS = ("coarse", "fine", "extra_coarse", "extra_fine")
+
+
+@final
+class WeightedMean(Reduction):
+    """A sum of weighted updates that does not depend on their order (:mod:`fedlora.exact_sum`).
+
+    A single update crosses the wire as it is, at half the bytes of a sum.
+
+    Attributes:
+        tensors: The weighted sum of the clients' tensors.
+        extra: The sum of what they sent beside.
+    """
+
+    name = "mean"
+
+    def __init__(self) -> None:
+        self.tensors = ExactSum()
+        self.extra = ExactSum()
+        self._only: tuple[Update | None, int] = (None, 0)
+
+    @property
+    def count(self) -> int:
+        """How many clients' updates are in it."""
+        return self.tensors.count
+
+    def add(self, update: Update, weight: int) -> None:
+        """Add one client's update, ``weight`` times."""
+        one = WeightedMean()
+        one.tensors.add(update.tensors, weight)
+        if update.extra:
+            one.extra.add(update.extra, 1)
+        alone = self.count == 0
+        self.merge(one)
+        self._only = (update, weight) if alone else (None, 0)
+
+    def merge(self, other: WeightedMean) -> None:
+        """Add the updates of another node."""
+        tensors, extra = _padded_sum(self.tensors, other.tensors), _padded_sum(self.extra, other.extra)
+        self.tensors, self.extra, self._only = tensors, extra, (None, 0)
+
+    def encode(self) -> tuple[Records, Header]:
+        """Return the only update, or both parts of the sums."""
+        update, weight = self._only
+        if self.count == 0:
+            return {}, {}
+        if update is not None:
+            beside = {"extra": update.extra} if update.extra else {}
+            return {"update": update.tensors, **beside}, {"weight": weight, "count": 1}
+        records: dict[str, Tensors] = {}
+        for prefix, total in zip(_SUMS, (self.tensors, self.extra), strict=True):
+            if total.count:
+                records |= {f"{prefix}coarse": total.coarse, f"{prefix}fine": total.fine}
+        return records, {"weight": self.tensors.weight, "count": self.tensors.count}
+
+    @classmethod
+    def decode(cls, records: Records, header: Header) -> Self:
+        """Return the mean of :meth:`encode`.
+
+        Raises:
+            WireError: A part is missing, or is none of a mean.
+        """
+        mean = cls()
+        weight, count = header.get("weight", 0), header.get("count", 0)
+        parts = ("update", "extra") if "update" in records else _SUM_PARTS
+        for name in records.keys() - set(parts):
+            raise WireError(f"it holds {name[:40]}, which is no part of a mean")
+        if "update" in records:
+            mean._only = (Update(ClientReport(-1), records["update"], records.get("extra", {})), weight)
+            return mean
+        for prefix, weights in zip(_SUMS, (weight, count), strict=True):
+            coarse, fine = records.get(f"{prefix}coarse"), records.get(f"{prefix}fine")
+            if (coarse is None) != (fine is None):
+                raise WireError(f"it holds one part of {prefix or 'the '}sum and not the other")
+            if coarse is not None and fine is not None:
+                total = ExactSum(_float64(coarse), _float64(fine), weights, count)
+                mean.tensors, mean.extra = (total, mean.extra) if prefix == "" else (mean.tensors, total)
+        return mean
+
+    def check(self, expected: Mapping[int, Expected], dtype: str) -> None:
+        """Check the update, or that the sum can be one of these clients' updates.
+
+        Raises:
+            WireError: It cannot.
+            OverflowError: An update is too large for an exact sum.
+        """
+        weight = sum(one.weight for one in expected.values())
+        update, claimed = self._only
+        if update is not None and self.count == 0:  # as decoded: it joins the sums once it is known to fit
+            if len(expected) != 1:
+                raise WireError("it holds one update for several clients")
+            (one,) = expected.values()
+            check_tensors(update.tensors, one.tensors, dtype)
+            check_tensors(update.extra, one.extra, dtype)
+            if claimed != weight:
+                raise WireError("the weight of its update is not that of its client")
+            self.add(update, weight)
+            return
+        if self.tensors.count == 0:
+            raise WireError("it holds no update")
+        _check_sum(self.tensors, _widest([one.tensors for one in expected.values()]), weight, len(expected))
+        extra = _widest([one.extra for one in expected.values()])
+        if extra or self.extra.count:
+            _check_sum(self.extra, extra, len(expected), len(expected))
+
+    def reduced(self) -> Reduced:
+        """Return the mean."""
+        return Reduced(self.count, self.tensors.mean(), self.extra.mean() if self.extra.count else {})
+
+
+def _float64(tensors: Tensors) -> dict[str, NDArray[np.float64]]:
+    """Return the tensors as what they must be.
+
+    Raises:
+        WireError: One is of another dtype.
+    """
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, value in tensors.items():
+        if value.dtype != np.float64:
+            raise WireError(f"the sum of {name} has dtype {value.dtype}, not float64")
+        found[name] = value.astype(np.float64, copy=False)
+    return found
+
+
+def _check_sum(total: ExactSum, expected: Mapping[str, TensorSpec], weight: int, count: int) -> None:
+    check_tensors(total.coarse, expected, "float64")
+    check_tensors(total.fine, expected, "float64")
+    if (total.weight, total.count) != (weight, count):
+        raise WireError("the weight of its sum is not that of its clients")
+    if not total.is_sound():
+        raise WireError("its sum cannot come from that many updates")
+
+
+def _widest(specs: list[Mapping[str, TensorSpec]]) -> dict[str, TensorSpec]:
+    """Return for each tensor the shape that holds it at every client's rank."""
+    widest: dict[str, TensorSpec] = {}
+    for own in specs:
+        for name, spec in own.items():
+            shape = widest[name].shape if name in widest else spec.shape
+            widest[name] = replace(spec, shape=tuple(map(max, spec.shape, shape)))
+    return widest
+
+
+def _padded_sum(one: ExactSum, other: ExactSum) -> ExactSum:
+    """Return the sum of two sums, the smaller of each pair of tensors padded with zeros."""
+    total = ExactSum(one.coarse, one.fine, one.weight, one.count)
+    if one.count and other.count:
+        assert one.coarse.keys() == other.coarse.keys(), "sums of different tensors"
+        shapes = {name: tuple(map(max, one.coarse[name].shape, other.coarse[name].shape)) for name in one.coarse}
+        total, other = _padded(total, shapes), _padded(other, shapes)
+    total.merge(other)
+    return total
+
+
+def _padded(total: ExactSum, shapes: Mapping[str, tuple[int, ...]]) -> ExactSum:
+    coarse, fine = ({n: pad(value, shapes[n]) for n, value in part.items()} for part in (total.coarse, total.fine))
+    return ExactSum(coarse, fine, total.weight, total.count)
+
+
+def pad(value: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Return ``value`` with zeros behind it up to ``shape``; itself where it has that shape."""
+    if value.shape == shape:
+        return value
+    return np.pad(value, [(0, wanted - had) for wanted, had in zip(shape, value.shape, strict=True)])

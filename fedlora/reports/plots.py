@@ -1,0 +1,128 @@
+"""Plots of runs; no display and no global state of matplotlib is used."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fedlora.reports.run import Run
+from fedlora.runs.folder import read_lines
+
+_MANY = 200  # clients beyond which plots show their distribution and not each of them
+
+
+def draw_curves(runs: list[Run]) -> Any:
+    """Return a figure of the measure by round, one line a run; of a single run with what it is compared with."""
+    figure, axes = _figure()
+    for run in runs:
+        label = run.config.strategy.name if len(runs) == 1 else run.path.name
+        axes.plot(*run.curve(), marker="o", label=_plain(label))
+    if len(runs) == 1:
+        styles = ("--", ":", "-.", (0, (1, 3)))
+        for (name, value), style in zip(runs[0].references().items(), styles, strict=False):
+            axes.axhline(value, color="#777777", linestyle=style, label=name)
+    axes.set(xlabel="round", ylabel=runs[0].label(runs[0].measure.key))
+    if runs[0].measure.name == "accuracy":
+        axes.set_ylim(0, 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=8)  # matplotlib finds the emptiest corner
+    return figure
+
+
+def draw_epsilon(run: Run) -> Any:
+    """Return a figure of epsilon by round: of the clients that spent the most and the least, with the budget."""
+    figure, axes = _figure()
+    rounds, most, least = zip(*run.spent, strict=True)
+    axes.plot(rounds, most, marker="o", label="the client that spent most")
+    if most != least:
+        axes.plot(rounds, least, marker=".", label="the client that spent least")
+    if run.config.privacy.epsilon:
+        axes.axhline(run.config.privacy.epsilon, color="#777777", linestyle="--", label="budget")
+    axes.set(xlabel="round", ylabel=f"epsilon at delta {run.privacy['delta']:g}")
+    axes.set_title(_plain(textwrap.fill(run.privacy["guarantee"], 120)), fontsize=5)
+    axes.set_ylim(0, None)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_clients(run: Run) -> Any:
+    """Return a figure of each client's measure on its own rows, from the worst to the best."""
+    figure, axes = _figure()
+    alone = run.path / "baselines" / "alone" / "scores.jsonl"
+    series = {run.config.strategy.name: run.scores}
+    if alone.is_file():
+        series["each client alone"] = read_lines(alone)
+    for name, scores in series.items():
+        values = sorted(score[run.measure.name] for score in scores if score[run.measure.name] is not None)
+        axes.plot(np.linspace(0, 100, len(values)), values, marker="." if len(values) <= _MANY else "", label=name)
+    axes.set(xlabel="clients, sorted (percent)", ylabel=f"{run.measure.name} on own rows")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_ranks(run: Run) -> Any:
+    """Return a figure of the strengths of each layer's rank-one components, sorted; white is exactly zero.
+
+    Where clients have adapters of their own, of the mean over them.
+    """
+    strengths = run.strengths
+    figure, axes = _figure()
+    width = max(values.shape[1] for values in strengths.values())
+    grid = np.zeros((len(strengths), width))
+    for row, values in enumerate(strengths.values()):
+        grid[row, : values.shape[1]] = np.sort(values.mean(0))[::-1]
+    image = axes.imshow(np.ma.masked_equal(grid, 0.0), aspect="auto", cmap="viridis", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="Frobenius norm")
+    if len(strengths) <= 40:
+        axes.set_yticks(range(len(strengths)), [_plain(_short(name)) for name in strengths], fontsize=6)
+    axes.set(xlabel="component, strongest first", ylabel="adapted layer")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def _short(name: str) -> str:
+    """Return a layer's name without what all names begin with: from its number on."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[numbers[0] :]) if numbers else name
+
+
+def plot_partition(run: Run) -> None:
+    """Draw each client's rows, stacked by label, into ``partition.png``."""
+    draw_partition(run).savefig(run.path / "partition.png", dpi=120)
+
+
+def draw_partition(run: Run) -> Any:
+    """Return a figure of each client's rows by label; of many clients sorted by size."""
+    figure, axes = _figure()
+    counts = np.asarray(run.partition["counts"])
+    names = [_plain(name) if label < 20 else None for label, name in enumerate(run.partition["classes"])]
+    if len(counts) > _MANY:
+        ordered = counts[np.argsort(-counts.sum(1), kind="stable")]
+        axes.stackplot(np.arange(len(ordered)), ordered.T, labels=[name or "" for name in names])
+    else:
+        bottom = np.zeros(len(counts))
+        for label, name in enumerate(names):
+            axes.bar(np.arange(len(counts)), counts[:, label], bottom=bottom, label=name, width=0.9)
+            bottom += counts[:, label]
+    axes.set(xlabel="client" + (", largest first" if len(counts) > _MANY else ""), ylabel="training rows")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _plain(name: str) -> str:
+    """Return a name as text: matplotlib reads $...$ as mathematics and leaves out names that begin with _."""
+    return f" {name}".replace("$", r"\$")
+
+
+def _figure() -> tuple[Any, Any]:
+    """Return a figure that needs no display and no global state."""
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()

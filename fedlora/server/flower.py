@@ -1,0 +1,288 @@
+"""A Flower strategy around one of ours: it runs under Flower's own loop in any ServerApp, and under :meth:`start`.
+
+Flower's loop collects all replies of a round before it aggregates, and cannot continue a run.
+:meth:`FlowerStrategy.start` folds replies as they arrive and drops them (the server's memory does not grow with the
+number of clients), continues from a saved state, and ends a run early when privacy budgets are spent. Both stop where
+too many clients fail.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import Strategy as FlowerBase
+from numpy.typing import NDArray
+
+from fedlora.exchange import Instruction, Tensors
+from fedlora.fingerprint import code_fingerprint
+from fedlora.methods import proximal_step
+from fedlora.server.cohort import Federation, assigned
+from fedlora.server.loop import Observe, run_rounds
+from fedlora.server.personal import PersonalEvaluation
+from fedlora.server.replies import Replies
+from fedlora.server.traffic import ACCUMULATED, Payloads
+from fedlora.state import ServerState
+from fedlora.strategy import Strategy, cut
+from fedlora.wire import from_named_arrays, message_bytes, named_arrays, write_instruction
+
+Payload = Callable[[int, int, int, Sequence[int]], tuple[int, int]]
+"""Bytes that a client is sent, and lacks, from (round, last round received, client, added ranks by round)."""
+_logger = logging.getLogger(__name__)
+
+
+@final
+class FlowerStrategy(FlowerBase):
+    """One of our strategies as one of Flower's.
+
+    Args:
+        strategy: The strategy.
+        federation: Its clients.
+        state: What the server holds before the first round, ``strategy.initial(...)``, or held after the last one.
+
+    Attributes:
+        state: What the server holds.
+        replies: The last round's; None before the first.
+        personal: The last evaluation by clients of their own models; None before the first.
+    """
+
+    def __init__(self, strategy: Strategy, federation: Federation, state: ServerState | None = None) -> None:
+        self.strategy = strategy
+        self.federation = federation
+        self.state = ServerState({}) if state is None else state
+        self.replies: Replies | None = None
+        self.personal: PersonalEvaluation | None = None
+        self.payloads = Payloads(strategy, federation.dtype)
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The server's tensors as Flower passes them around."""
+        return named_arrays(self.state.tensors)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample the cohort, assign it to the nodes, and address one message to each node.
+
+        Raises:
+            ValueError: The arrays are not what the strategy exchanges.
+            FederationError: There is no node, or too few clients have budget left.
+        """
+        self._take(arrays, server_round)
+        federation = self.federation
+        cohort = federation.cohort(server_round)
+        federation.check_budgets(server_round, self.state.clients.spent)
+        able = [client for client in cohort if client not in self.state.clients.spent]
+        nodes = assigned(able, list(grid.get_node_ids()))
+        self.replies = Replies(server_round, self.strategy, federation, dict(nodes))
+        self._count_down(nodes, server_round, self.payloads.down)
+        return self._messages(MessageType.TRAIN, server_round, nodes)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the replies, one after another, and apply the strategy to what they come to.
+
+        Raises:
+            FederationError: More clients failed than the threshold allows.
+        """
+        assert self.replies is not None, "aggregate_train before configure_train"
+        federation, own, clients = self.federation, self.replies, self.state.clients
+        try:
+            for message in replies:
+                own.accept(message)
+            own.end()
+        finally:  # what was seen of clients stays seen, however the round ends
+            self._remember(ledger_heads={**clients.ledger_heads, **own.ledger_heads}, spent=clients.spent | own.spent)
+        federation.check_budgets(server_round, self.state.clients.spent)
+        federation.check_failures(
+            server_round, own.reports, own.refused, self.state.clients.spent, good=own.total.count
+        )
+        self._remember(trained=clients.trained | own.used)
+        self._apply(server_round, own)
+        return self.arrays, own.metrics()
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask clients to evaluate themselves, where they keep tensors that the server cannot evaluate.
+
+        Those are asked that have trained so far: another's personal tensors are still the seed's. Under DP nobody is:
+        sums over a client's rows are not covered by its guarantee.
+        """
+        trained = self.state.clients.trained
+        if not self.strategy.has_personal or not trained or self.federation.dp:
+            return []
+        self._take(arrays, server_round + 1)
+        nodes = assigned(sorted(trained), list(grid.get_node_ids()))
+        self.personal = PersonalEvaluation(server_round, dict(nodes))
+        # A client evaluates what it will start the next round with.
+        self._count_down(nodes, server_round + 1, self.payloads.evaluation)
+        return self._messages(MessageType.EVALUATE, server_round + 1, nodes)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Return each metric's mean over the clients' own rows, as ``personal_<metric>``; None if none was asked.
+
+        Raises:
+            FederationError: More clients failed than the threshold allows.
+        """
+        personal = self.personal
+        if personal is None or personal.done:
+            return None
+        received = personal.collect(replies)
+        if self.replies is not None:
+            self.replies.traffic.message_bytes_up += received
+        self.federation.check_failures(
+            server_round, personal.asked, personal.refused, self.state.clients.spent, good=len(personal.sums)
+        )
+        return MetricRecord(dict(personal.means()))
+
+    def summary(self) -> None:
+        """Log what the strategy exchanges."""
+        roles = ", ".join(f"{kind} {role}" for kind, role in self.strategy.all_roles(1).items())
+        _logger.info("%s: %s; %d bytes to a client", self.strategy.name, roles, self.payloads.down(1)[0])
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        on_round: Observe | None = None,
+        completed: int = 0,
+    ) -> Result:
+        """Run the rounds.
+
+        Args:
+            grid: The way to the nodes.
+            initial_arrays: The exchanged tensors before the first round, by name.
+            num_rounds: Number of rounds.
+            timeout: Seconds that a round waits for its clients.
+            train_config: Unused; kept for Flower's signature.
+            evaluate_config: Unused; kept for Flower's signature.
+            evaluate_fn: Evaluates the server's tensors, before the first round (0) and after each.
+            on_round: Called with the round's number and the results so far.
+            completed: Rounds that an earlier run of the same federation has completed; :attr:`state` is what it held
+                then.
+
+        Returns:
+            Flower's result object.
+
+        Raises:
+            FederationError: More clients of a round failed than the threshold allows. Where clients have spent their
+                privacy budgets after some rounds, the rounds end early instead.
+        """
+        self.summary()
+        return run_rounds(
+            self, grid, initial_arrays, num_rounds, timeout, evaluate_fn=evaluate_fn, on_round=on_round, done=completed
+        )
+
+    # -- helpers ------------------------------------------------------------------------------------------
+
+    def _apply(self, server_round: int, own: Replies) -> None:
+        """Turn the round's updates into the server's new state, in the dtype of its tensors."""
+        dtype, strategy = self.federation.dtype, self.strategy
+        reduced = own.total.reduced()
+        held = self.state.tensors
+        reduced = replace(reduced, mean={n: _placed(value.astype(dtype), held[n]) for n, value in reduced.mean.items()})
+        ranks = self._ranks()
+        state = strategy.apply(self.state, reduced, server_round)
+        # A mean of sparse tensors is dense where only one of the clients is not zero.
+        rate = self.federation.learning_rate * strategy.local(server_round).learning_rate
+        shrunk = proximal_step(state.tensors, strategy.expected(server_round), rate)
+        tensors = {name: value.astype(dtype) for name, value in {**state.tensors, **shrunk}.items()}
+        self.state = replace(state, tensors=tensors)
+        if strategy.accumulated(1):
+            history = np.array([*ranks, ranks[-1] + strategy.added_rank(own.used)], dtype=np.float64)
+            self.state = replace(self.state, extra={**self.state.extra, ACCUMULATED: history})
+
+    def _ranks(self) -> list[int]:
+        """Return the ranks that have been added until the end of each round, of a strategy whose tensors accumulate."""
+        return [int(rank) for rank in self.state.extra.get(ACCUMULATED, np.zeros(1))]
+
+    def _remember(self, **changes: Any) -> None:
+        self.state = replace(self.state, clients=replace(self.state.clients, **changes))
+
+    def _take(self, arrays: ArrayRecord, server_round: int) -> None:
+        """Hold what the loop passes on.
+
+        Raises:
+            ValueError: It lacks something that the round sends.
+        """
+        self.state = replace(self.state, tensors=from_named_arrays(arrays))
+        wanted = {*self.strategy.sent(server_round), *self.strategy.accumulated(self._ranks()[-1])}
+        for what, held in (("arrays", self.state.tensors), ("state", self.state.extra)):
+            lacking = sorted(wanted - set(held))
+            if lacking:
+                raise ValueError(
+                    f"the initial {what} lack {lacking[0]} and {len(lacking) - 1} more of what the strategy exchanges; "
+                    "start with FlowerStrategy(strategy, federation, strategy.initial(...)).arrays"
+                )
+            wanted = set(self.strategy.extra(server_round))
+
+    def _count_down(self, nodes: Mapping[int, tuple[int, ...]], server_round: int, payload: Payload) -> None:
+        """Count what clients are sent for a round, and what of it they would lack if they kept what they were sent."""
+        received = dict(self.state.clients.received)
+        ranks, counted = self._ranks(), dict[tuple[int, int | None], tuple[int, int]]()
+        for client in (client for clients in nodes.values() for client in clients):
+            key = received.get(client, -1), self.strategy.setting.rank(client)
+            if key not in counted:
+                counted[key] = payload(server_round, key[0], client, ranks)
+            if self.replies is not None:
+                self.replies.traffic.bytes_down += counted[key][0]
+                self.replies.traffic.bytes_down_cached += counted[key][1]
+            received[client] = server_round - 1
+        self._remember(received=received)
+
+    def _messages(
+        self, message_type: str, server_round: int, nodes: Mapping[int, tuple[int, ...]]
+    ) -> Iterator[Message]:
+        """Yield one message a node, made when it is asked for."""
+        federation, ranks, heads = self.federation, self.strategy.setting.ranks, self.state.clients.ledger_heads
+        exchanged = self.strategy.extra(server_round) if message_type == MessageType.TRAIN else {}
+        extra = {name: self.state.extra[name] for name in exchanged}
+        for node, clients in nodes.items():
+            content = write_instruction(
+                Instruction(
+                    round=server_round,
+                    clients=clients,
+                    roles=self.strategy.all_roles(server_round),
+                    tensors=self._sent(server_round, clients),
+                    weights=federation.weights,
+                    reduction=self.strategy.reduction(server_round),
+                    local=self.strategy.local(server_round),
+                    extra=extra,
+                    ranks=tuple(ranks[client] for client in clients) if ranks else (),
+                    fingerprint=federation.fingerprint or code_fingerprint()[0],
+                    pack=federation.pack,
+                    ledger_heads=tuple(heads.get(client, "") for client in clients) if federation.dp else (),
+                )
+            )
+            if self.replies is not None:
+                self.replies.traffic.message_bytes_down += message_bytes(content)
+            yield Message(content, dst_node_id=node, message_type=message_type, group_id=str(server_round))
+
+    def _sent(self, server_round: int, clients: tuple[int, ...]) -> Tensors:
+        """Return the tensors that a node is sent: as much of each as the client with the largest rank holds."""
+        ranks = self.strategy.setting.ranks
+        widest = max(clients, key=lambda client: ranks[client]) if ranks else None
+        accumulated = {name: self.state.tensors[name] for name in self.strategy.accumulated(self._ranks()[-1])}
+        return {**cut(self.state.tensors, self.strategy.sent(server_round, widest)), **accumulated}
+
+
+def _placed(value: NDArray[np.floating], held: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return a mean at the server's rank; ranks that no client of the round holds stay what the server held."""
+    if value.shape == held.shape:
+        return value
+    whole = held.copy()
+    whole[tuple(slice(n) for n in value.shape)] = value
+    return whole

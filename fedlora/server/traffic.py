@@ -1,0 +1,125 @@
+"""Bytes of a round, by client: what is sent, what comes back, and what a client lacks that keeps what it was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from fedlora.codec import payload_bytes
+from fedlora.roles import Role
+from fedlora.strategy import Specs, Strategy
+
+ACCUMULATED = "accumulated/ranks"
+"""Where a server's state keeps the ranks that have been added until the end of each round, [rounds + 1]."""
+
+
+@dataclass
+class Traffic:
+    """Bytes that a round took.
+
+    Attributes:
+        bytes_up: Payload that clients sent, each counted alone.
+        bytes_down: Payload that was sent to clients, each counted alone.
+        bytes_down_cached: The part of it that clients would need who keep what they were sent before.
+        message_bytes_up: What Flower carried to the server.
+        message_bytes_down: What Flower carried to the nodes.
+    """
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    bytes_down_cached: int = 0
+    message_bytes_up: int = 0
+    message_bytes_down: int = 0
+
+
+def lacking(strategy: Strategy, server_round: int, received: int, client: int | None = None) -> Specs:
+    """Return the tensors sent in a round that a client lacks who has kept what it was sent before.
+
+    Args:
+        strategy: The strategy.
+        server_round: The round.
+        received: The last round whose outcome the client was sent; 0: what the server started with; -1: nothing, so
+            it has what the seed gives.
+        client: The client, where clients differ in rank.
+    """
+    since = max(received + 1, server_round - strategy.period)  # what a whole cycle changes is all that ever changes
+    kinds = set().union(*(strategy.changed(number) for number in range(since, server_round)))
+    if received < 0:
+        kinds |= strategy.changed(0)
+    return {name: spec for name, spec in strategy.sent(server_round, client).items() if spec.kind in kinds}
+
+
+@dataclass(frozen=True)
+class Payloads:
+    """The payloads of a strategy's messages.
+
+    Attributes:
+        strategy: The strategy.
+        dtype: Of the tensors.
+    """
+
+    strategy: Strategy
+    dtype: str
+
+    def up(self, server_round: int, client: int | None = None) -> int:
+        """Return the bytes that a client sends in a round."""
+        return self._size(self.strategy.expected(server_round, client)) + self._size(self.strategy.extra(server_round))
+
+    def down(
+        self, server_round: int, received: int = -1, client: int | None = None, ranks: Sequence[int] = (0,)
+    ) -> tuple[int, int]:
+        """Return the bytes that a client is sent for training, and those that it lacks if it kept what it was sent.
+
+        Args:
+            server_round: The round.
+            received: The last round whose outcome it was sent; -1: none.
+            client: The client, where clients differ in rank.
+            ranks: The ranks added until the end of each round, from round 0; (0,) where no tensors accumulate.
+        """
+        sent, needed = self.evaluation(server_round, received, client, ranks)
+        strategy, extra = self.strategy, self.strategy.extra(server_round)
+        # What is sent beside the tensors starts at zero everywhere, and is new after each round that exchanged it.
+        before = set().union(*(strategy.extra(n) for n in range(max(1, server_round - strategy.period), server_round)))
+        new = {name: spec for name, spec in extra.items() if name in before}
+        return sent + self._size(extra), needed + self._size(new)
+
+    def evaluation(
+        self, server_round: int, received: int = -1, client: int | None = None, ranks: Sequence[int] = (0,)
+    ) -> tuple[int, int]:
+        """Return what :meth:`down` returns, for a client that evaluates what it would start the round with."""
+        grown = self.strategy.accumulated(ranks[-1])
+        sent = self._size(self.strategy.sent(server_round, client)) + self._size(grown)
+        lacked = self._size(lacking(self.strategy, server_round, received, client))
+        before = ranks[min(max(0, received), len(ranks) - 1)]
+        return sent, lacked + self._grown_since(before, ranks[-1])
+
+    def _grown_since(self, before: int, now: int) -> int:
+        """Return the bytes of accumulated tensors that one lacks who has those of ``before`` added ranks."""
+        if before == now:
+            return 0
+        had, one_rank = self.strategy.accumulated(before), self.strategy.accumulated(1)
+        total = 0
+        for name, spec in self.strategy.accumulated(now).items():
+            # New ranks stand behind those that were there, until the tensors are compressed: then all is new.
+            appended = name in had and prod(spec.shape) == now * prod(one_rank[name].shape)
+            total += self._size({name: spec}) - (self._size({name: had[name]}) if appended else 0)
+        return total
+
+    def cycle(self) -> tuple[float, float, float]:
+        """Return the bytes of a client in a round: up, down, and down for one that keeps what it was sent.
+
+        Means over a cycle of rounds after the first, for a client that takes part in all of them, without what
+        accumulates. To evaluate itself a client is sent the tensors once more, which is not counted here.
+        """
+        period = self.strategy.period
+        sums = [(self.up(n), *self.down(n, n - 2)) for n in range(period + 1, 2 * period + 1)]
+        up, down, cached = (sum(column) / len(sums) for column in zip(*sums, strict=True))
+        return up, down, cached
+
+    def of_role(self, server_round: int, *roles: Role) -> int:
+        """Return the bytes of the tensors that have one of these roles in a round."""
+        return self._size(self.strategy.with_role(server_round, *roles))
+
+    def _size(self, specs: Specs) -> int:
+        return payload_bytes(specs, self.dtype)

@@ -1,0 +1,229 @@
+"""The contract of a strategy: what each tensor's part in a round is, and what the server makes of the updates.
+
+A strategy is pure: it imports neither Flower nor torch, holds no state of its own, and the same calls give the same
+arrays. :mod:`fedlora.server` runs it under Flower. A whole federation of two clients by hand:
+
+>>> import numpy as np
+>>> from fedlora.methods import TensorSpec
+>>> from fedlora.reduce import WeightedMean
+>>> from fedlora.exchange import ClientReport, Update
+>>> class OnlyB(Strategy):
+...     name, methods, exact = "only-b", ("lora",), True
+...     def roles(self, kinds, server_round):
+...         return {kind: Role.SHARED if kind == "B" else Role.FROZEN for kind in kinds}
+>>> specs = {"a": TensorSpec((1, 2), "A", ("layer",), 0.5), "b": TensorSpec((2, 1), "B", ("layer",), 0.0)}
+>>> strategy = OnlyB(Setting(specs))
+>>> state = strategy.initial({"a": np.ones((1, 2)), "b": np.zeros((2, 1))})
+>>> list(state.tensors)
+['b']
+>>> total = WeightedMean()
+>>> for client, (value, rows) in enumerate([(1.0, 30), (5.0, 10)]):
+...     total.add(Update(ClientReport(client), {"b": np.full((2, 1), value)}), rows)
+>>> strategy.apply(state, total.reduced(), server_round=1).tensors["b"].ravel().tolist()
+[2.0, 2.0]
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fedlora.config import Config
+from fedlora.local_terms import LocalTerms
+from fedlora.methods import TensorSpec, zero_kinds
+from fedlora.reduce import Reduced
+from fedlora.roles import TRAINED, UP, Role, Roles, with_role
+from fedlora.state import ServerState, Tensors
+
+Specs = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a strategy is made for.
+
+    Attributes:
+        specs: The method's tensors, at the server's rank.
+        head: Role of the head.
+        frozen: Kinds that stay as the seed gives them, whatever the strategy does with them.
+        ranks: The rank that each client holds; empty: all hold the method's.
+        config: The run's configuration, where a strategy reads its own keys: ``config.options(...)``.
+    """
+
+    specs: Specs
+    head: Role = Role.SHARED
+    frozen: frozenset[str] = frozenset()
+    ranks: tuple[int, ...] = ()
+    config: Config = field(default_factory=Config)
+
+    def rank(self, client: int | None) -> int | None:
+        """Return the rank that a client holds; None: the method's."""
+        return self.ranks[client] if self.ranks and client is not None else None
+
+
+class Strategy(ABC):
+    """A federated strategy; the defaults are federated averaging of every tensor.
+
+    Args:
+        setting: What it is made for.
+
+    Raises:
+        ValueError: In the first round a factor that starts at zero is fixed, and another is to be trained.
+    """
+
+    name: str
+    """Its name in ``strategy.name``."""
+    methods: tuple[str, ...]
+    """Methods it works with; the first is what ``method.name = 'auto'`` stands for."""
+    exact: bool | None
+    """Whether the server's update is the mean of the clients' updates B A; None: it holds no whole update."""
+    personal: bool = False
+    """Whether clients keep trained tensors of their own, so that there is no global model to measure."""
+    period: int = 1
+    """Rounds after which the roles repeat."""
+    ragged: bool = False
+    """Whether clients may hold different ranks (``method.ranks``)."""
+    keeps_basis: bool = True
+    """Whether a tensor's numbers mean the same in the next round, which a server optimizer's moments rest on."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        if setting.ranks and not self.ragged:
+            raise ValueError(
+                f"method.ranks: strategy {self.name!r} needs one rank for all clients; leave it empty, or choose a "
+                "strategy for ranks by client (zero-padding, flora, local)."
+            )
+        check_gradients(self)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuse a configuration in which the strategy would not be what it says.
+
+        Raises:
+            ValueError: What is wrong, with the cure.
+        """
+        return None
+
+    # -- clients ------------------------------------------------------------------------------------------
+
+    def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
+        """Return the role of each kind of the method's tensors in a round.
+
+        The head's comes from the setting, unless a strategy names it here, too.
+        """
+        return dict.fromkeys(kinds, Role.SHARED)
+
+    def specs(self, server_round: int, client: int | None = None) -> Specs:
+        """Return the tensors of a client in a round, which follow from its rank; of the server, without a client."""
+        rank = self.setting.rank(client)
+        return self.setting.specs if rank is None else at_rank(self.setting.specs, rank)
+
+    def reduction(self, server_round: int) -> str:
+        """Return how updates are reduced, a name in :data:`fedlora.reduce.REDUCTIONS`."""
+        return "mean"
+
+    def local(self, server_round: int) -> LocalTerms:
+        """Return the terms of local training in a round."""
+        return LocalTerms()
+
+    def extra(self, server_round: int) -> Specs:
+        """Return what clients and server send each other beside the tensors, named as ``ServerState.extra``."""
+        return {}
+
+    def accumulated(self, rank: int) -> Specs:
+        """Return the tensors that grow by round and are broadcast beside :meth:`sent`, after so many added ranks."""
+        return {}
+
+    def added_rank(self, clients: Iterable[int]) -> int:
+        """Return the rank that the updates of these clients add to :meth:`accumulated`."""
+        return 0
+
+    # -- the server ---------------------------------------------------------------------------------------
+
+    def initial(self, seeded: Tensors) -> ServerState:
+        """Return what the server holds before the first round, given what the seed gives."""
+        return ServerState({name: seeded[name] for name in self.sent(1)})
+
+    def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
+        """Return the server's state after a round; by default the mean replaces what was there."""
+        return replace(state, tensors={**state.tensors, **reduced.mean})
+
+    def changed(self, server_round: int) -> set[str]:
+        """Return the kinds of exchanged tensors that the server changes after a round.
+
+        Those that are shared in it, unless :meth:`apply` changes others. After round 0: those that do not start as the
+        seed gives them.
+        """
+        return {kind for kind, role in self.all_roles(server_round).items() if server_round and role is Role.SHARED}
+
+    # -- what follows from the roles ----------------------------------------------------------------------
+
+    def all_roles(self, server_round: int) -> dict[str, Role]:
+        """Return the role of every kind, head included."""
+        kinds = list(dict.fromkeys(spec.kind for spec in self.setting.specs.values()))
+        roles = {"head": self.setting.head, **self.roles([kind for kind in kinds if kind != "head"], server_round)}
+        return {kind: Role.FROZEN if kind in self.setting.frozen else roles[kind] for kind in kinds}
+
+    def with_role(self, server_round: int, *wanted: Role, client: int | None = None) -> dict[str, TensorSpec]:
+        """Return the tensors that have one of the ``wanted`` roles in a round."""
+        return with_role(self.specs(server_round, client), self.all_roles(server_round), *wanted)
+
+    def sent(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:
+        """Return the tensors that a client is sent in a round."""
+        return self.with_role(server_round, Role.SHARED, Role.BROADCAST, client=client)
+
+    def expected(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:
+        """Return the tensors that a client sends back in a round."""
+        return self.with_role(server_round, *UP, client=client)
+
+    def roles_in_turn(self) -> dict[str, list[Role]]:
+        """Return the roles of each kind in the rounds of a cycle."""
+        rounds = [self.all_roles(number) for number in range(1, self.period + 1)]
+        return {kind: [roles[kind] for roles in rounds] for kind in rounds[0]}
+
+    @property
+    def trained_kinds(self) -> set[str]:
+        """The kinds that clients train in some round."""
+        return {kind for kind, roles in self.roles_in_turn().items() if set(TRAINED) & set(roles)}
+
+    @property
+    def has_personal(self) -> bool:
+        """Whether clients keep trained tensors in some round: the strategy's personal ones, or the head."""
+        return any(Role.PERSONAL in roles for roles in self.roles_in_turn().values())
+
+
+def at_rank(specs: Specs, rank: int) -> dict[str, TensorSpec]:
+    """Return tensors as a client of this rank holds them: the first ``rank`` of each rank axis."""
+    return {
+        name: spec
+        if spec.rank_axis is None
+        else replace(spec, shape=tuple(rank if axis == spec.rank_axis else n for axis, n in enumerate(spec.shape)))
+        for name, spec in specs.items()
+    }
+
+
+def cut(tensors: Tensors, specs: Specs) -> dict[str, Any]:
+    """Return tensors cut to the shapes of ``specs``, which are theirs or a smaller rank's."""
+    return {name: tensors[name][tuple(slice(n) for n in spec.shape)] for name, spec in specs.items()}
+
+
+def check_gradients(strategy: Strategy) -> None:
+    """Refuse roles that let nothing train: a factor fixed at zero hides every gradient that it is multiplied with.
+
+    Raises:
+        ValueError: In some round a factor that still has its start at zero is fixed, and another is to be trained.
+    """
+    ever: set[str] = set()
+    for number in range(1, strategy.period + 1):
+        now = {kind for kind, role in strategy.all_roles(number).items() if role in TRAINED}
+        ever |= now
+        for product, kinds in zero_kinds(strategy.setting.specs).items():
+            dead = [kind for kind, zero in kinds.items() if zero]
+            hidden = [kind for kind, zero in kinds.items() if not zero and kind in now]
+            if dead and hidden and not ever & set(dead):
+                raise ValueError(
+                    f"strategy {strategy.name!r} trains {hidden[0]} of {product} in round {number} while {dead[0]}, "
+                    f"which it is multiplied with, is fixed at zero: nothing would be learned. Train {dead[0]} first."
+                )

@@ -1,0 +1,89 @@
+"""A simulation's evaluator: the clients' trainers, which have every client's rows and the server's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clients.ray_site import TrainerPool, split_packs
+from clients.site import Speed
+from fedlora.exchange import Instruction, Tensors
+from fedlora.roles import Role
+from fedlora.server.personal import Sums
+from simulations.scores import sums_of
+
+
+@final
+class TrainerEvaluator:
+    """Measures and exports on all trainers side by side.
+
+    Args:
+        pool: The trainers, at work on the run.
+        pack: Clients evaluated together; 0: automatic.
+        ranks: The rank that each client holds; empty: all hold the method's.
+    """
+
+    def __init__(self, pool: TrainerPool, pack: int, ranks: Sequence[int] = ()) -> None:
+        self.pool, self.pack, self.ranks = pool, pack, ranks
+
+    def facts(self, tensors: Tensors, split: str, rows: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+        """Return facts of each of these rows of a split under the server's tensors, by name, [rows] each."""
+        shares = [np.arange(first, len(rows), len(self.pool)) for first in range(len(self.pool))]
+        shares = [share for share in shares if len(share)]
+        parts = self.pool.results(
+            lambda worker, item: worker.evaluate(*item),
+            [(tensors, split, [rows[int(at)] for at in share]) for share in shares],
+        )
+        facts = {name: np.zeros(len(rows)) for name in parts[0]}
+        for share, part in zip(shares, parts, strict=True):
+            for name, values in part.items():
+                facts[name][share] = values
+        return facts
+
+    def personal(
+        self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int], split: str = ""
+    ) -> dict[int, Sums]:
+        """Return the sums of the facts of clients' rows under their own models, as they start a round.
+
+        Args:
+            tensors: What the server sends.
+            roles: Roles of the round.
+            server_round: The round that the clients would start.
+            clients: The clients.
+            split: Evaluate each on all rows of this split; empty: on those that it holds out.
+        """
+        packs = split_packs(sorted(clients), self.pack, len(self.pool))
+        items = [(self._instruction(tensors, roles, server_round, pack), split) for pack in packs]
+        parts = self.pool.results(lambda worker, item: worker.evaluate_personal(*item), items)
+        return {report.client: sums_of(report) for part in parts for report in part}
+
+    def export(
+        self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int] = ()
+    ) -> list[dict[str, bytes]]:
+        """Return the files of a PEFT adapter for the server's tensors, or one for each of ``clients``."""
+        if not clients:
+            return self.pool.results(lambda worker, server: worker.export(server), [tensors])
+        items = [self._instruction(tensors, roles, server_round, (client,)) for client in clients]
+        return self.pool.results(lambda worker, item: worker.export_personal(item)[0], items)
+
+    def probe(self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int]) -> Speed:
+        """Return how fast a trainer trains and evaluates a few rows of a pack of these clients."""
+        pack = split_packs(clients, self.pack, len(self.pool))[0]
+        item = self._instruction(tensors, roles, server_round, pack)
+        (speed,) = self.pool.results(lambda worker, item: worker.probe(item), [item])
+        return speed
+
+    def _instruction(
+        self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int]
+    ) -> Instruction:
+        ranks = tuple(self.ranks[client] for client in clients) if self.ranks else ()
+        return Instruction(server_round, tuple(clients), dict(roles), tensors, ranks=ranks)
+
+
+def describe(pool: TrainerPool) -> list[dict[str, Any]]:
+    """Return what each trainer reports of itself, for ``trainers.json``."""
+    kept = ("device", "threads", "pid", "base_loads", "digest")
+    return [{key: getattr(one, key) for key in kept} for one in pool.everywhere(lambda worker, _: worker.describe())]

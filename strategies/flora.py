@@ -1,0 +1,86 @@
+"""FLoRA: the server stacks the clients' A and B instead of averaging them, so its update is their exact mean.
+
+Wang, Shen, He, Sun, Wang, Lyu & Li, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+Adaptations", NeurIPS 2024, arXiv 2409.05976; read against the authors' code (ATP-1010/FederatedLLM).
+
+Each round every client starts a fresh LoRA of its own rank r_k on the model so far, and sends A_k and B_k. The server
+stacks A = [p_1 A_1; ...; p_K A_K], weighted on that side alone, and B = [B_1, ..., B_K], so that
+B A = sum_k p_k B_k A_k, and sends both to all. What differs from the paper:
+
+- the paper's clients merge B A into the base. Here the base stays untouched: what has been stacked in all rounds is a
+  second low-rank term, ``residual_A`` and ``residual_B``, which is sent, and exported with the adapter. It grows by
+  sum_k r_k ranks a round until a layer has as many as features; then its SVD replaces it, without loss;
+- the fresh start of a round is drawn from the seed and the round, and costs no bytes; the head is averaged;
+- the scale is alpha / ``method.rank`` for all ranks (the authors' alpha = 2 r makes it 2 for all).
+
+In the first step of a round B is zero and A has no gradient, in every round anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import final
+
+import numpy as np
+
+from fedlora.methods.residual import compress, residual_specs
+from fedlora.reduce import Reduced, weighted_mean
+from fedlora.roles import Role, Roles
+from fedlora.state import ServerState
+from fedlora.strategy import Specs, Strategy
+
+
+@final
+class FLoRA(Strategy):
+    """Stacks the clients' factors; clients start a fresh LoRA each round."""
+
+    name = "flora"
+    methods = ("lora",)
+    exact = True
+    ragged = True
+    keeps_basis = False
+
+    def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
+        """Return ``upload`` for A and B: fresh in each round, sent and never received."""
+        return dict.fromkeys(kinds, Role.UPLOAD)
+
+    def reduction(self, server_round: int) -> str:
+        """Return the reduction that keeps updates apart."""
+        return "one-by-one"
+
+    def accumulated(self, rank: int) -> Specs:
+        """Return the stacked factors of all rounds."""
+        return residual_specs(self.setting.specs, rank)
+
+    def added_rank(self, clients: Iterable[int]) -> int:
+        """Return the sum of the clients' ranks."""
+        ranks = self.setting.ranks
+        whole = next(spec.shape[0] for spec in self.setting.specs.values() if spec.kind == "A")
+        return sum(ranks[client] if ranks else whole for client in clients)
+
+    def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
+        """Stack the updates behind those of the rounds before, and average the head."""
+        total = sum(one.weight for one in reduced.updates)
+        tensors = dict(state.tensors)
+        for name_a, name_b, into_a, into_b in self._layers():
+            a = [one.weight / total * one.tensors[name_a].astype(np.float64) for one in reduced.updates]
+            b = [one.tensors[name_b].astype(np.float64) for one in reduced.updates]
+            if into_a in tensors:
+                a, b = [tensors[into_a].astype(np.float64), *a], [tensors[into_b].astype(np.float64), *b]
+            whole_a, whole_b = np.concatenate(a, axis=0), np.concatenate(b, axis=1)
+            features = min(whole_a.shape[1], whole_b.shape[0])
+            if len(whole_a) > features:
+                whole_a, whole_b = compress(whole_a, whole_b, rank=features)
+            tensors[into_a], tensors[into_b] = whole_a, whole_b
+        shared = [name for name, spec in self.expected(server_round).items() if spec.kind == "head"]
+        return replace(state, tensors={**tensors, **weighted_mean(reduced.updates, shared)})
+
+    def _layers(self) -> Iterable[tuple[str, str, str, str]]:
+        """Yield for each layer the names of its A and B, and of the stacked ones."""
+        by_layer: dict[str, dict[str, str]] = {}
+        for name, spec in self.setting.specs.items():
+            if spec.kind in ("A", "B"):
+                by_layer.setdefault(spec.factors[0], {})[spec.kind] = name
+        for layer, names in by_layer.items():
+            yield names["A"], names["B"], f"{layer}.residual_A", f"{layer}.residual_B"

@@ -1,0 +1,67 @@
+"""A strategy around another: what it does not change is the inner one's."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterable, Sequence
+
+from fedlora.local_terms import LocalTerms
+from fedlora.reduce import Reduced
+from fedlora.roles import Roles
+from fedlora.state import ServerState, Tensors
+from fedlora.strategy import Specs, Strategy
+
+
+class Wrapped(Strategy, ABC):
+    """Passes every question on to the inner strategy.
+
+    Args:
+        inner: The strategy.
+    """
+
+    def __init__(self, inner: Strategy) -> None:
+        self.inner = inner
+        self.name, self.methods, self.exact = inner.name, inner.methods, inner.exact
+        self.personal, self.period, self.ragged = inner.personal, inner.period, inner.ragged
+        self.keeps_basis = inner.keeps_basis
+        super().__init__(inner.setting)
+
+    def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
+        """Return the inner strategy's roles."""
+        return self.inner.roles(kinds, server_round)
+
+    def specs(self, server_round: int, client: int | None = None) -> Specs:
+        """Return the inner strategy's tensors."""
+        return self.inner.specs(server_round, client)
+
+    def reduction(self, server_round: int) -> str:
+        """Return the inner strategy's reduction."""
+        return self.inner.reduction(server_round)
+
+    def local(self, server_round: int) -> LocalTerms:
+        """Return the inner strategy's terms."""
+        return self.inner.local(server_round)
+
+    def extra(self, server_round: int) -> Specs:
+        """Return what the inner strategy exchanges beside the tensors."""
+        return self.inner.extra(server_round)
+
+    def accumulated(self, rank: int) -> Specs:
+        """Return the inner strategy's accumulated tensors."""
+        return self.inner.accumulated(rank)
+
+    def added_rank(self, clients: Iterable[int]) -> int:
+        """Return the rank that updates add for the inner strategy."""
+        return self.inner.added_rank(clients)
+
+    def initial(self, seeded: Tensors) -> ServerState:
+        """Return the inner strategy's start."""
+        return self.inner.initial(seeded)
+
+    def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
+        """Return what the inner strategy makes of the updates."""
+        return self.inner.apply(state, reduced, server_round)
+
+    def changed(self, server_round: int) -> set[str]:
+        """Return the kinds that the inner strategy changes."""
+        return self.inner.changed(server_round)

@@ -1,0 +1,81 @@
+"""Runs that are killed go on to the bits of an undisturbed one; trainers that are killed are restarted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedlora.runs.folder import read_lines
+from tests.e2e.conftest import LONG, PACKED
+from tests.support.runs import Family, Finished, comparable, fedlora_run, kill_a_trainer
+
+pytestmark = pytest.mark.e2e
+
+
+def test_personal_strategies_report_clients_and_export_their_adapters(undisturbed: Finished) -> None:
+    """MoS with personal shards and heads: personal accuracy by round, baselines beside it, an adapter a client."""
+    assert undisturbed.code == 0, undisturbed.output
+    assert undisturbed.left == []
+    assert all(line["test_accuracy"] is None for line in undisturbed.metrics)
+    assert all(0 <= line["personal_accuracy"] <= 1 for line in undisturbed.metrics)
+    result = undisturbed.json("result.json")
+    scores = read_lines(undisturbed.folder / "scores.jsonl")
+    assert result["clients_accuracy"] == pytest.approx(np.mean([score["accuracy"] for score in scores]))
+    assert result["clients_accuracy_worst_tenth"] == min(score["accuracy"] for score in scores), "one of four"
+    assert {"alone_clients_accuracy", "alone_test_accuracy", "central_test_accuracy"} <= set(result)
+    assert (undisturbed.folder / "clients.png").is_file()
+    assert not (undisturbed.folder / "adapter").exists(), "without the clients' B it would do nothing"
+    loaded = [load_file(undisturbed.folder / f"adapters/client-{k}/adapter_model.safetensors") for k in range(2)]
+    for name in loaded[0]:
+        assert not np.array_equal(loaded[0][name], loaded[1][name]), name
+        if "lora_" in name:  # r = 2 of which one is the layer's own; the other comes from the pool that all share
+            axis = 0 if "lora_A" in name else 1
+            shared = [np.take(one[name], 0, axis) for one in loaded]
+            assert np.array_equal(*shared), name
+    kinds = {name.rpartition(".")[2] for name in undisturbed.checkpoint()}
+    assert kinds == {"mos_A", "mos_B"}, "nothing that clients keep"
+    assert (undisturbed.folder / "ranks.png").is_file()
+    assert result["effective_rank"] == 2.0
+
+
+def test_killed_runs_go_on_to_the_same_bits(undisturbed: Finished, tmp_path: Path) -> None:
+    """kill -9 of a trainer, whose pack is repeated; then of every process in mid-round; baselines included."""
+
+    def kill(number: int, family: Family) -> bool:
+        if number == 1:
+            kill_a_trainer(family)
+        return number < 3
+
+    killed = fedlora_run(tmp_path, on_round=kill, **LONG)
+    assert killed.left == []
+    assert not (killed.folder / "result.json").exists()
+    # The same texts and model as the undisturbed run's: only the place differs.
+    run = fedlora_run(tmp_path, ["-c", "run.resume=true"], **LONG)
+    assert run.code == 0, run.output
+    assert "resumed after round " in run.output
+    one, two = comparable(undisturbed.folder), comparable(run.folder)
+    assert one.keys() == two.keys()
+    assert [key for key in one if one[key] != two[key]] == []
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_is_restarted_and_its_pack_repeated(packed: Finished, tmp_path: Path) -> None:
+    """Two trainers instead of one, one of them killed: the same packs give the same tensors, no client is lost."""
+
+    def kill(number: int, family: Family) -> bool:
+        if number == 1:
+            kill_a_trainer(family)
+        return True
+
+    run = fedlora_run(tmp_path, on_round=kill, **{**PACKED, "engine.trainers": 2})
+    assert run.code == 0, run.output
+    assert run.left == []
+    assert [line["clients_refused"] for line in run.metrics] == [0, 0, 0, 0]
+    expected, tensors = packed.checkpoint(), run.checkpoint()
+    assert tensors.keys() == expected.keys()
+    assert max(float(np.abs(tensors[name] - expected[name]).max()) for name in expected) < 1e-10
+    loads = [trainer["base_loads"] for trainer in run.json("trainers.json")]
+    assert loads == [1, 1], "once in each process, the new one included"
