@@ -199,7 +199,7 @@ def test_what_the_watch_sees_in_rows_stays_at_the_site(tmp_path: Path, monkeypat
 
     trainer = dp_trainer(tmp_path)
     monkeypatch.setattr(Trainer, "_check_trains", lambda *_: None)
-    monkeypatch.setattr(training._Watch, "errors", lambda *_: ["lora_B never had a gradient in 3 steps"])
+    monkeypatch.setattr(training.Watch, "faults", lambda *_: ["lora_B never had a gradient in 3 steps"])
     update = ask(trainer, (0,))[0]
     assert update.error == ""
     assert update.tensors
