@@ -114,15 +114,24 @@ def count_parameters(specs: Mapping[str, TensorSpec]) -> int:
 
 
 def initial_tensors(
-    specs: Mapping[str, TensorSpec], seeded: Seeded, dtype: str = "float64"
+    specs: Mapping[str, TensorSpec], seeded: Seeded, dtype: str = "float64", round_number: int = 0
 ) -> dict[str, NDArray[np.floating]]:
     """Return the tensors as every machine with the same seed starts them, without a group axis.
 
     Each is keyed by its own name, so layers of one shape still start differently.
+
+    Args:
+        specs: The tensors.
+        seeded: The run's seed.
+        dtype: Of the tensors.
+        round_number: The round, from 1, for which tensors that start anew in each round are drawn; 0: those of the run.
     """
+    key = (round_number,) if round_number else ()
     return {
         name: (
-            seeded.uniform("init", name, shape=spec.shape, bound=spec.bound) if spec.bound else np.zeros(spec.shape)
+            seeded.uniform("init", name, *key, shape=spec.shape, bound=spec.bound)
+            if spec.bound
+            else np.zeros(spec.shape)
         ).astype(dtype)
         for name, spec in specs.items()
     }
