@@ -86,7 +86,7 @@ def test_a_start_without_its_state_is_refused_with_the_cure() -> None:
     server = server_of(Scaffold(strategy_of("fedavg", "lora"), 5, 2), "lora")
     arrays = server.arrays
     server.state = ServerState({})
-    with pytest.raises(ValueError, match=r"the initial state lack variate/.*start with FlowerStrategy\("):
+    with pytest.raises(ValueError, match=r"the initial state lacks variate/.*start with FlowerStrategy\("):
         FlowerBase.start(server, LoopGrid({1: node_of(server)}), arrays, num_rounds=1)
 
 
