@@ -50,8 +50,8 @@ config: setup
 	$(BIN)/python -m simulations.app_config .
 
 tables: setup
-	$(BIN)/python -m simulations.tables .
-	$(BIN)/python -m benchmarks.comparison .
+	$(BIN)/python -m tools.strategy_tables .
+	$(BIN)/python -m tools.comparison_tables .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

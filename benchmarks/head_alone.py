@@ -21,8 +21,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.comparison import RESULTS
-from clients.trainer import Job, Trainer
+from clients.site import Job, SiteLimits
+from clients.worker import Worker
 from fedlora.config import Config, from_toml
 from fedlora.data import FederatedData, load_federated
 from fedlora.engine import plan_batches
@@ -34,9 +34,9 @@ RATES = (0.003, 0.01, 0.03, 0.1)
 SEEDS = (0, 1, 2)
 
 
-def pooled(trainer: Trainer, split: str) -> tuple[Tensor, Tensor]:
+def pooled(worker: Worker, split: str) -> tuple[Tensor, Tensor]:
     """Return the frozen model's pooled output of each row [n, d], and the rows' classes [n]."""
-    engine, examples = trainer.loaded.engine, trainer.loaded.examples[split]
+    engine, examples = worker.loaded.model.engine, worker.loaded.model.examples[split]
     model: Any = engine.base.model
     parts = []
     with torch.inference_mode():
@@ -86,13 +86,13 @@ def main(path: str) -> None:
         config = resolve({**flat, "seed": seed})
         data = load_federated(config, config.federation.num_clients)
         with tempfile.TemporaryDirectory() as folder:
-            job = Job(config.to_flat(), data, folder)
-            trainer = Trainer(lambda job=job: job, 2)  # type: ignore[misc]
-            rows = {split: pooled(trainer, split) for split in ("train", "dev")}
+            job = Job(config.to_flat(), data, SiteLimits(folder))
+            worker = Worker(lambda job=job: job, 2)  # type: ignore[misc]
+            rows = {split: pooled(worker, split) for split in ("train", "dev")}
             start = {
                 name.rpartition(".")[2]: torch.from_numpy(value.copy())
-                for name, value in trainer.initial.items()
-                if trainer.loaded.specs[name].kind == "head"
+                for name, value in worker.loaded.model.initial.items()
+                if worker.loaded.model.specs[name].kind == "head"
             }
         for rate in RATES:
             one = resolve({**flat, "seed": seed, "train.learning-rate": rate})
@@ -103,7 +103,7 @@ def main(path: str) -> None:
     table = groups.agg(n="count", dev_accuracy_mean="mean", dev_accuracy_std="std")
     table["trained_parameters_mean"] = numbers
     table["bytes_up_mean"] = numbers * 4 * len(data.clients) * config.rounds
-    table.to_csv(RESULTS / "sst2-head.csv", index=False, float_format="%.6g")
+    table.to_csv(Path(__file__).parent / "results" / "sst2-head.csv", index=False, float_format="%.6g")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,25 @@
-"""What stands between a client's rows and the server under DP: who may train, what it costs, and what may leave.
+"""Privacy accounts: whether a client may train under DP, what a round costs it, and its private randomness.
 
-It is the client's own: in a deployment the site keeps it, in a simulation the run folder does. A client's update
+They are the site's own: in a deployment they lie at the site, in a simulation in the run folder. A client's update
 leaves only after its ledger has paid for it; what is not covered by the guarantee (numbers of rows, losses, what was
-clipped) goes into a file beside the ledger, for the site to look at.
+clipped) goes into a file beside the ledger, for the site to read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from clients.site import RefusedError, SiteLimits
 from fedlora.config import Config
+from fedlora.exchange import Outcome
 from fedlora.privacy import Ledger, LedgerError, Mechanism, PrivateRandom, Use, certifier, epsilon
 from fedlora.privacy.mechanism import SEEDED
 from fedlora.runs.folder import read_lines
-from fedlora.wire import BUDGET_SPENT
-
-
-class RefusedError(RuntimeError):
-    """A client must not train; the message is all that leaves of the reason."""
 
 
 @final
@@ -30,12 +28,19 @@ class Accounts:
     """The privacy accounts of the clients whose rows are here.
 
     Attributes:
-        folder: Parent of the clients' folders.
+        limits: What the site demands; its folder is the parent of the clients'.
         config: The configuration, with all ``privacy`` keys given.
+        sync: Puts an open file on the disk, given its descriptor.
     """
 
-    folder: Path
+    limits: SiteLimits
     config: Config
+    sync: Callable[[int], None] = os.fsync
+
+    @property
+    def folder(self) -> Path:
+        """Parent of the clients' folders."""
+        return Path(self.limits.folder)
 
     @property
     def mechanism(self) -> Mechanism:
@@ -44,7 +49,7 @@ class Accounts:
 
     def ledger(self, client: int) -> Ledger:
         """Return a client's ledger."""
-        return Ledger(self.folder / f"client-{client}" / "ledger.jsonl", client)
+        return Ledger(self.folder / f"client-{client}" / "ledger.jsonl", client, self.sync)
 
     def random(self, client: int, round_number: int) -> PrivateRandom:
         """Return a client's private randomness for a round, never the same twice unless ``privacy.seed`` is set."""
@@ -59,7 +64,7 @@ class Accounts:
         Args:
             client: The client.
             round_number: The round, from 1.
-            head: The hash of the last ledger entry that the server was told; empty: none.
+            head: The hash of the last ledger entry that the server has seen; empty: none.
 
         Raises:
             RefusedError: The client must not train. What the error says leaves; the rest is noted at the site.
@@ -79,13 +84,13 @@ class Accounts:
         return entry.hash
 
     def _check_budget(self, uses: Sequence[Use]) -> None:
-        privacy = self.config.privacy
-        spent = epsilon(uses, target_delta=privacy.delta, accountant=certifier(self.config)) if privacy.epsilon else 0.0
-        if spent > privacy.epsilon:
-            raise RefusedError(f"{BUDGET_SPENT}: one more round would pass privacy.epsilon = {privacy.epsilon:g}")
+        privacy, budget = self.config.privacy, self.limits.budget(self.config.privacy.epsilon)
+        if budget and epsilon(uses, target_delta=privacy.delta, accountant=certifier(self.config)) > budget:
+            whose = f"privacy.epsilon = {budget:g}" if budget == privacy.epsilon else "the site's own max-epsilon"
+            raise RefusedError(f"its privacy budget is spent: one more round would pass {whose}", Outcome.BUDGET_SPENT)
 
     def note(self, client: int, round_number: int, facts: dict[str, float | str]) -> None:
-        """Write down what a site may look at: not covered by the guarantee, and never sent."""
+        """Write down what only the site may read: it is not covered by the guarantee, and never sent."""
         file = self._diagnostics(client)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as lines:

@@ -1,9 +1,10 @@
-"""Where a client's private tensors stay between rounds: a folder of its own, never the wire."""
+"""What a client keeps between rounds, in a folder of its own: personal tensors and control variates."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +13,13 @@ from safetensors.numpy import load_file, save
 from fedlora.storage import write_whole
 
 
+@final
 class PersonalStore:
-    """Private tensors by client and round.
+    """Tensors by client and round, which never leave the site.
 
     What a client holds after round r is written for round r + 1, beside what it started round r with, so a
-    round that is repeated after a crash starts from the same tensors.
+    round that is repeated after a crash starts from the same tensors. Personal tensors and control variates are in one
+    file, so that they are always of one round.
 
     Args:
         folder: Parent of the clients' folders.

@@ -15,8 +15,8 @@ from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.roles import Role
 from fedlora.runs.ranks import effective_ranks, read_strengths, zero_share
 from fedlora.server.evaluator import metrics
-from fedlora.tasks import Task
 from simulations.run import Run
+from simulations.scores import score, summarise
 from simulations.trainers import describe
 
 _ADAPTERS = 100  # of clients' own adapters that are exported, at most
@@ -83,7 +83,7 @@ def _measured(run: Run) -> dict[str, Any]:
     scores = _scores(run)
     if scores:
         run.parts.folder.write_lines("scores.jsonl", scores)
-        outcome |= over_clients(scores, task)
+        outcome |= summarise(scores, task.measure.name, task.measure.higher_is_better)
     if task.measure.name == "accuracy":
         outcome["majority_share"] = plan.data.corpus.majority_share(splits.get("test") or splits["dev"])
     if plan.privacy is not None:
@@ -114,24 +114,6 @@ def _scores(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def score(task: type[Task], client: int, sums: Mapping[str, float]) -> dict[str, Any]:
-    """Return a client's metrics, given the sums of the facts of its rows."""
-    examples = sums["examples"]
-    means = {name: value / examples for name, value in sums.items() if name != "examples"}
-    return {"client": client, "examples": int(examples), **task.metrics(means)}
-
-
-def over_clients(scores: list[dict[str, Any]], task: type[Task]) -> dict[str, float]:
-    """Return the mean over clients and the mean over the worst tenth of them."""
-    measure = task.measure.name
-    values = np.sort([one[measure] for one in scores])
-    worst = values if task.measure.higher_is_better else values[::-1]
-    return {
-        f"clients_{measure}": float(values.mean()),
-        f"clients_{measure}_worst_tenth": float(worst[: -(-len(worst) // 10)].mean()),
-    }
-
-
 def _to_target(run: Run) -> dict[str, int | None]:
     """Return the rounds and bytes until the measure first reached ``eval.target``; None where it never did."""
     target = run.plan.config.eval.target
@@ -157,7 +139,7 @@ def _export(run: Run, outcome: Mapping[str, Any]) -> None:
     own = any(role is Role.PERSONAL for kind, role in roles.items() if kind != "head")
     clients = sorted(run.flower.state.clients.trained)[:_ADAPTERS] if own else []
     exported = run.parts.evaluator.export(run.tensors, roles, number, clients)
-    whose = [(client,) for client in clients] or [()]
+    whose: list[tuple[int, ...]] = [(client,) for client in clients] or [()]
     for one, files in zip(whose, exported, strict=True):
         name = f"adapters/client-{one[0]}" if one else "adapter"
         last, classes = run.lines[-1]["round"], plan.data.corpus.classes

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from clients.pool import split_packs
+from clients.ray_site import split_packs
 from fedlora.codec import payload_bytes
 from fedlora.config import Config
 from fedlora.data import FederatedData
@@ -38,7 +38,7 @@ class Plan:
         family: The base model's type.
         num_parameters: Parameters of the base model.
         num_layers: Adapted layers.
-        nodes: SuperNodes among which clients are dealt.
+        nodes: SuperNodes to which clients are assigned.
         trainers: Trainers that work side by side.
     """
 

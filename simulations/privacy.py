@@ -67,7 +67,7 @@ def _noise(config: Config, rounds: int) -> float:
 
 
 def participations(config: Config) -> NDArray[np.int64]:
-    """Return the rounds that each client has been sampled in, [rounds + 1, clients]; the server knows it beforehand."""
+    """Return the rounds that each client has been sampled in, [rounds + 1, clients]; it follows from the seed."""
     federation = config.federation
     counts = np.zeros((config.rounds + 1, federation.num_clients), dtype=np.int64)
     for number in range(1, config.rounds + 1):

@@ -1,4 +1,4 @@
-"""What a simulation's researcher may see and a server may not: ledgers, sites' notes, clients' own evaluations under DP.
+"""What a simulation's researcher may see and a server may not: ledgers, sites' notes, clients' own evaluations.
 
 In a simulation the sites' folders are on this machine. What is read from them here is outside the guarantee, and never
 reaches the strategy or a message.
@@ -46,7 +46,7 @@ class PrivacyFile(Observer):
             for client in range(len(self.plan.data.clients)):
                 try:
                     seen = clients.ledger_heads.get(client, "")
-                    ledgers[client] = self.accounts.ledger(client).check_knows(seen)
+                    ledgers[client] = self.accounts.ledger(client).check_holds(seen)
                 except LedgerError as error:
                     ledgers[client] = str(error)
             self.record = privacy_record(self.plan.config, ledgers, self.device, roles)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from clients.site import Description
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from rich.console import Console
 
 from clients.accounts import Accounts
+from clients.site import Description
 from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
 from fedlora.methods import initial_tensors
 from fedlora.reports.format import human_time

@@ -6,11 +6,13 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from clients.pool import TrainerLostError
+from clients.ray_site import TrainerLostError
 from fedlora.server import FederationError
 from simulations.session import Session
 from simulations.setup import resolve
-from simulations.sweep import Share, Sweep
+from simulations.sweeps.cells import Share
+from simulations.sweeps.file import Sweep
+from simulations.sweeps.progress import run_share
 
 app = ServerApp()
 
@@ -25,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
         if flat.get("run.sweep"):  # its cells are configurations; what they share need not be one
             sweep, share = Sweep.read(str(flat["run.sweep"]), flat), Share.read(str(flat.get("run.share", "1/1")))
             session = Session(grid, context)
-            sweep.run(session, console, share)
+            run_share(sweep, session, console, share)
         else:
             config = resolve(flat)
             session = Session(grid, context)

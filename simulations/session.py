@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -12,20 +12,21 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from clients.accounts import Accounts
-from clients.pool import Shard, TrainerPool
-from clients.trainer import Description, Job
+from clients.ray_site import Shard, TrainerPool
+from clients.site import Description, Job, SiteLimits
+from fedlora import plugins
 from fedlora.config import Config
-from fedlora.data import FederatedData, load_federated
-from fedlora.fingerprint import code_fingerprint
+from fedlora.data import FederatedData
 from fedlora.methods import initial_tensors, tensors_digest
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.seeded import Seeded
 from fedlora.server import FederationError
+from simulations.baselines import Federated, run_baselines
 from simulations.finish import finish
 from simulations.plan import Plan
-from simulations.privacy import resolve_privacy
 from simulations.run import Parts, Run
-from simulations.setup import federation_of, plan_shards
+from simulations.scores import score
+from simulations.setup import federation_of, plan_shards, settle
 from simulations.trainers import TrainerEvaluator
 from strategies.build import build_strategy
 
@@ -71,12 +72,7 @@ class Session:
             TrainerLostError: Trainers died for good.
         """
         started = time.monotonic()
-        natural = config.data.partition == "natural"
-        if config.federation.num_clients == 0 and not natural:
-            config = _with_clients(config, self.nodes)
-        data = data or load_federated(config, config.federation.num_clients)
-        # Checks federation.clients-per-round against the number of owners, too.
-        config = resolve_privacy(_with_clients(config, len(data.clients)), data)
+        config, data = settle(config, self.nodes, data)
         pool = self.assigned(config, data)
         description = check_trainers(pool, config)
         strategy = build_strategy(config, description.specs, frozen)
@@ -95,10 +91,36 @@ class Session:
         folder = RunFolder.resume(config) if config.run.resume else RunFolder.create(config)
         with folder.held():
             evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.setting.ranks)
-            accounts = Accounts(folder.path / "sites", config) if config.privacy.mode == "dp" else None
+            accounts = Accounts(_limits(config), config) if config.privacy.mode == "dp" else None
             run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)
             run.rounds(self.grid)
-            return finish(run, lambda: run_baselines(run, self))
+            return finish(run, lambda: self._baselines(run))
+
+    def _baselines(self, run: Run) -> dict[str, float]:
+        """Run what a run is compared with, and return its numbers."""
+        plan, rounds = run.plan, run.lines[-1]["round"]
+        federated = Federated(
+            config=plan.config,
+            data=plan.data,
+            folder=run.parts.folder.path,
+            rounds=rounds,
+            examples=plan.examples(rounds),
+            steps=plan.privacy.mechanism.steps if plan.privacy is not None else None,
+            frozen=frozenset(plan.strategy.all_roles(1)) - plan.strategy.trained_kinds,
+        )
+
+        def run_one(config: Config, data: FederatedData, frozen: frozenset[str]) -> dict[str, Any]:
+            return self.run(config, Console(quiet=True), data, frozen)
+
+        def score_alone(
+            config: Config, frozen: frozenset[str], clients: Sequence[int], split: str
+        ) -> list[dict[str, Any]]:
+            strategy = build_strategy(config, run.parts.description.specs, frozen)
+            evaluator = TrainerEvaluator(self.assigned(config, plan.data), config.engine.pack, strategy.setting.ranks)
+            sums = evaluator.personal({}, strategy.all_roles(1), config.rounds + 1, clients, split)
+            return [score(run.task, client, one) for client, one in sums.items()]
+
+        return run_baselines(federated, run_one, score_alone, run.parts.console)
 
     def stop(self) -> None:
         """End the trainers."""
@@ -108,7 +130,7 @@ class Session:
 
     def assigned(self, config: Config, data: FederatedData) -> TrainerPool:
         """Return trainers at work on a run: those that are there, or new ones where they should be others."""
-        job = Job(config.to_flat(), data, str(run_path(config) / "sites"))
+        job = Job(config.to_flat(), data, _limits(config))
         shards = plan_shards(ray.cluster_resources(), config.engine.trainers)
         if self._pool is not None and self._shards == shards:
             self._pool.assign(job)
@@ -119,8 +141,9 @@ class Session:
         return self._pool
 
 
-def _with_clients(config: Config, count: int) -> Config:
-    return replace(config, federation=replace(config.federation, num_clients=count))
+def _limits(config: Config) -> SiteLimits:
+    """Return the limits of a simulation's sites: none, but for where their clients' folders are."""
+    return SiteLimits(str(run_path(config) / "sites"))
 
 
 def check_trainers(pool: TrainerPool, config: Config) -> Description:
@@ -130,8 +153,9 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
         ValueError: The model cannot be loaded or adapted, or the trainers run other code or hold other tensors.
         TrainerLostError: A trainer did not start.
     """
-    described: list[Description] = pool.call_all("describe", [()] * len(pool), timeout=_START_TIMEOUT_S)
-    own, folders = code_fingerprint()
+    pool.everywhere(lambda worker, _: worker.load(), timeout=_START_TIMEOUT_S)
+    described = pool.everywhere(lambda worker, _: worker.describe())
+    own, folders = plugins.fingerprint(config.run.plugins)
     first = described[0]
     initial_digest = tensors_digest(initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype))
     for other in described:

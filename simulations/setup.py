@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from clients.pool import Shard
-from fedlora.config import Config, ConfigError
-from fedlora.data import CORPORA
+from clients.ray_site import Shard
+from fedlora.config import Config, ConfigError, require
+from fedlora.data import CORPORA, FederatedData, load_federated
 from fedlora.methods import METHODS
+from fedlora.plugins import fingerprint, read_config
+from fedlora.ranks import client_ranks
 from fedlora.server import Federation
-from fedlora.tasks import TASKS
+from fedlora.tasks import TASKS, Task
+from simulations.privacy import resolve_privacy
 from strategies import STRATEGIES
 
 _HOLDOUT = 0.2  # of its rows that a client holds out, where a run needs it and nobody said how many
@@ -21,46 +24,113 @@ _THREADS = 4  # threads of one trainer beyond which small models gain little on 
 
 
 def resolve(flat: Mapping[str, Any]) -> Config:
-    """Return the configuration with every ``auto`` and default name filled in.
+    """Return the configuration that dotted keys say, with every ``auto`` and default name filled in.
+
+    All that can be checked without the data and the model is; :func:`settle` goes on from here.
 
     Raises:
         ConfigError: A value is of the wrong type, out of range or unknown, or values cannot work together.
     """
-    config = Config.from_flat(flat)
+    config = _named(read_config(flat))
     try:
-        strategy = STRATEGIES[config.strategy.name]
-        method = strategy.methods[0] if config.method.name == "auto" else config.method.name
-        METHODS[method]
-        strategy.check(config)
-        TASKS[config.task]
-        CORPORA[config.data.name]
+        STRATEGIES[config.strategy.name].check(config)
+        METHODS[config.method.name].build((), config)  # on no layers: what does not depend on the model
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if method not in strategy.methods:
-        raise ConfigError(
-            f"method.name = {method!r}: strategy {strategy.name!r} works with {', '.join(strategy.methods)}; "
-            "choose one of them, or method.name = 'auto'."
-        )
-    try:
-        # On no layers: what does not depend on the model is refused here.
-        METHODS[method]((), replace(config, method=replace(config.method, name=method)))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if config.eval.target > 1 and TASKS[config.task].measure.name == "accuracy":
-        raise ConfigError(f"eval.target = {config.eval.target}: is an accuracy here, between 0 and 1.")
-    name = config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{strategy.name}"
+    _check_task(config, TASKS[config.task])
+    _check_rounds(config)
+    _check_ranks(config)
     data = config.data
-    if data.holdout == 0 and (strategy.personal or config.method.head == "personal" or config.eval.baselines):
+    if data.holdout == 0 and (_keeps_tensors(config) or config.eval.baselines):
         data = replace(data, holdout=_HOLDOUT)
     # Under DP the number of a client's examples is not sent.
     weights = "equal" if config.privacy.mode == "dp" else config.strategy.weights
+    return replace(config, strategy=replace(config.strategy, weights=weights), data=data)
+
+
+def settle(config: Config, nodes: int, data: FederatedData | None = None) -> tuple[Config, FederatedData]:
+    """Return a resolved configuration with what depends on nodes and data filled in, and the data.
+
+    That is the number of clients, and under DP declared size, delta and noise multiplier.
+
+    Args:
+        config: What :func:`resolve` returned.
+        nodes: The number of SuperNodes: of clients, where ``federation.num-clients`` leaves it to them.
+        data: The federated data, where they are not what the configuration would load.
+
+    Raises:
+        ValueError: The data cannot be read or partitioned, or the configuration does not fit them.
+    """
+    if data is None:
+        natural = config.data.partition == "natural"
+        data = load_federated(config, config.federation.num_clients or (0 if natural else nodes))
+    # Checks federation.clients-per-round against the number of owners, too.
+    config = replace(config, federation=replace(config.federation, num_clients=len(data.clients)))
+    client_ranks(config, len(data.clients))
+    return resolve_privacy(config, data), data
+
+
+def _named(config: Config) -> Config:
+    """Return the configuration with current names, all of them known, and the run's own name."""
+    name = STRATEGIES.current(config.strategy.name)
+    strategy = STRATEGIES[name]
+    method = strategy.methods[0] if config.method.name == "auto" else METHODS.current(config.method.name)
+    METHODS[method]
+    TASKS[config.task]
+    CORPORA[config.data.name]
+    if method not in strategy.methods:
+        raise ConfigError(
+            f"method.name = {method!r}: strategy {name!r} works with {', '.join(strategy.methods)}; "
+            "choose one of them, or method.name = 'auto'."
+        )
     return replace(
         config,
-        strategy=replace(config.strategy, weights=weights),
+        strategy=replace(config.strategy, name=name),
         method=replace(config.method, name=method),
-        run=replace(config.run, name=name),
-        data=data,
+        run=replace(config.run, name=config.run.name or f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"),
     )
+
+
+def _keeps_tensors(config: Config) -> bool:
+    """Return whether clients keep trained tensors of their own, so that each is measured on its own rows."""
+    return STRATEGIES[config.strategy.name].personal or config.method.head == "personal"
+
+
+def _check_task(config: Config, task: type[Task]) -> None:
+    """Refuse what the task does not read."""
+    data, head = config.data, config.method.head
+    if task.has_head:
+        rule = f"is read with task = 'causal-lm' and the like, which write an answer, not {config.task!r}."
+        require(not data.prompt_template, "data.prompt-template", data.prompt_template, rule)
+        require(not data.chat_template, "data.chat-template", data.chat_template, rule)
+    else:
+        rule = "a language model has no head of the task's own; leave it at 'shared'."
+        require(head == "shared", "method.head", head, rule)
+        rule = f"is read by a task with classes, such as 'classification', not {config.task!r}."
+        require(data.classes == "", "data.classes", data.classes, rule)
+    if task.measure.name == "accuracy":
+        require(config.eval.target <= 1, "eval.target", config.eval.target, "is an accuracy here, between 0 and 1.")
+
+
+def _check_rounds(config: Config) -> None:
+    warmup = config.train.warmup_rounds
+    require(
+        warmup < config.rounds,
+        "train.warmup-rounds",
+        warmup,
+        f"must be below rounds = {config.rounds}, or the learning rate never reaches its peak.",
+    )
+
+
+def _check_ranks(config: Config) -> None:
+    """Refuse ranks by client where strategy or method cannot have them."""
+    ranks, name, method = config.method.ranks, config.strategy.name, config.method.name
+    if not client_ranks(config, config.federation.num_clients) and not ranks:
+        return
+    able = [one for one in STRATEGIES if STRATEGIES[one].ragged]
+    rule = f"strategy {name!r} takes tensors of one shape from all clients; choose one of {', '.join(able)}."
+    require(name in able, "method.ranks", ranks, rule)
+    require(method == "lora", "method.ranks", ranks, f"is read with method.name = 'lora' only, not {method!r}.")
 
 
 def federation_of(config: Config) -> Federation:
@@ -75,6 +145,7 @@ def federation_of(config: Config) -> Federation:
         pack=config.engine.pack,
         learning_rate=config.train.learning_rate,
         dp=config.privacy.mode == "dp",
+        fingerprint=fingerprint(config.run.plugins)[0],
     )
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
-from clients.site import Speed
 from numpy.typing import NDArray
 
-from clients.pool import TrainerPool, split_packs
+from clients.ray_site import TrainerPool, split_packs
+from clients.site import Speed
 from fedlora.exchange import Instruction, Tensors
 from fedlora.roles import Role
 from fedlora.server.personal import Sums
+from simulations.scores import sums_of
 
 
 @final
@@ -32,7 +33,10 @@ class TrainerEvaluator:
         """Return facts of each of these rows of a split under the server's tensors, by name, [rows] each."""
         shares = [np.arange(first, len(rows), len(self.pool)) for first in range(len(self.pool))]
         shares = [share for share in shares if len(share)]
-        parts = self.pool.call_all("evaluate", [(tensors, split, [rows[int(at)] for at in share]) for share in shares])
+        parts = self.pool.results(
+            lambda worker, item: worker.evaluate(*item),
+            [(tensors, split, [rows[int(at)] for at in share]) for share in shares],
+        )
         facts = {name: np.zeros(len(rows)) for name in parts[0]}
         for share, part in zip(shares, parts, strict=True):
             for name, values in part.items():
@@ -52,22 +56,24 @@ class TrainerEvaluator:
             split: Evaluate each on all rows of this split; empty: on those that it holds out.
         """
         packs = split_packs(sorted(clients), self.pack, len(self.pool))
-        calls = [(self._instruction(tensors, roles, server_round, pack), split) for pack in packs]
-        sums = [one for part in self.pool.call_all("evaluate_personal", calls) for one in part]
-        return dict(zip((client for pack in packs for client in pack), sums, strict=True))
+        items = [(self._instruction(tensors, roles, server_round, pack), split) for pack in packs]
+        parts = self.pool.results(lambda worker, item: worker.evaluate_personal(*item), items)
+        return {report.client: sums_of(report) for part in parts for report in part}
 
     def export(
         self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int] = ()
     ) -> list[dict[str, bytes]]:
         """Return the files of a PEFT adapter for the server's tensors, or one for each of ``clients``."""
-        whose: list[tuple[int, ...]] = [(client,) for client in clients] or [()]
-        calls = [(self._instruction(tensors, roles, server_round, one),) for one in whose]
-        return [files[0] for files in self.pool.call_all("export", calls)]
+        if not clients:
+            return self.pool.results(lambda worker, server: worker.export(server), [tensors])
+        items = [self._instruction(tensors, roles, server_round, (client,)) for client in clients]
+        return self.pool.results(lambda worker, item: worker.export_personal(item)[0], items)
 
     def probe(self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int]) -> Speed:
         """Return how fast a trainer trains and evaluates a few rows of a pack of these clients."""
         pack = split_packs(clients, self.pack, len(self.pool))[0]
-        speed: Speed = self.pool.call_all("probe", [(self._instruction(tensors, roles, server_round, pack),)])[0]
+        item = self._instruction(tensors, roles, server_round, pack)
+        (speed,) = self.pool.results(lambda worker, item: worker.probe(item), [item])
         return speed
 
     def _instruction(
@@ -78,6 +84,6 @@ class TrainerEvaluator:
 
 
 def describe(pool: TrainerPool) -> list[dict[str, Any]]:
-    """Return what each trainer says of itself, for ``trainers.json``."""
+    """Return what each trainer reports of itself, for ``trainers.json``."""
     kept = ("device", "threads", "pid", "base_loads", "digest")
-    return [{key: getattr(one, key) for key in kept} for one in pool.call_all("describe", [()] * len(pool))]
+    return [{key: getattr(one, key) for key in kept} for one in pool.everywhere(lambda worker, _: worker.describe())]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora.registry import Registry
-from fedlora.strategy import Strategy
+from fedlora.plugins import STRATEGIES
 from strategies.fedavg import FedAvg
 from strategies.fedsa_lora import FedSALora
 from strategies.fedsvd import FedSVD
@@ -19,7 +18,6 @@ from strategies.s2_lora import S2
 from strategies.s2_personal import S2Personal
 from strategies.zero_padding import ZeroPadding
 
-STRATEGIES: Registry[type[Strategy]] = Registry("strategy.name")
 for _strategy in (
     FedAvg,
     FFALora,
@@ -37,6 +35,8 @@ for _strategy in (
     S2Personal,
 ):
     STRATEGIES.register(_strategy.name)(_strategy)
+STRATEGIES.alias("mos-private", MoSPersonal.name)
+STRATEGIES.alias("s2-private", S2Personal.name)
 
 __all__ = [
     "S2",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import final
 
 from fedlora.config import Config
+from fedlora.methods import MosOptions
 from fedlora.roles import Role, Roles
 from fedlora.strategy import Strategy
 
@@ -31,7 +32,7 @@ class MoSPersonal(Strategy):
     @classmethod
     def check(cls, config: Config) -> None:
         """Refuse pools in which nothing is personal, or nothing shared."""
-        mos = config.mos
+        mos = config.options(MosOptions)
         if not 0 < mos.private < mos.budget:
             raise ValueError(
                 f"mos.private = {mos.private}: strategy 'mos-personal' needs shards of each layer's own and shared "

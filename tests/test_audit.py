@@ -14,25 +14,28 @@ import numpy as np
 import pytest
 import torch
 
+from clients import resident
 from clients.accounts import Accounts
 from fedlora.data import load_federated
+from fedlora.engine import train_pack
 from fedlora.privacy import Ledger, Mechanism, PrivateRandom, step
+from fedlora.tasks import TASKS
 from simulations.audit import Finding, audit
-from tests.test_dp_trainer import TokenMean, dp_config
+from tests.support.trainers import TokenMean, dp_config
 
 Patch = pytest.MonkeyPatch
 
 
-def findings(folder: Path, **changes: Any) -> list[Finding]:
+def findings(folder: Path, train: Any = train_pack, **changes: Any) -> list[Finding]:
     config = dp_config(folder, **{"privacy.noise-multiplier": 0.8, **changes})
-    return audit(config, load_federated(config, 4))
+    return audit(config, load_federated(config, 4), train)
 
 
 @pytest.mark.parametrize(
     ("strategy", "checks"), [("ffa-lora", 14), ("fedsa-lora", 14), ("mos-private", 14), ("s2-lora", 14), ("rolora", 20)]
 )
 def test_the_shipped_code_passes(strategy: str, checks: int, tmp_path: Path) -> None:
-    """Those whose roles change are looked at in every turn."""
+    """Those whose roles change are checked in every turn."""
     found = findings(tmp_path, **{"strategy.name": strategy})
     assert [finding for finding in found if not finding.passed] == []
     assert len(found) == checks
@@ -87,11 +90,8 @@ def clip_the_mean(patch: Patch) -> None:
 
 
 def token_mean(patch: Patch) -> None:
-    from fedlora import engine
-    from fedlora.tasks import TASKS
-
     patch.setitem(TASKS._entries, "classification", TokenMean)
-    patch.setattr(engine, "check_rows_apart", lambda *_: None)
+    patch.setattr(resident, "check_rows_apart", lambda *_: None)
 
 
 def fixed_size_batches(patch: Patch) -> None:
@@ -139,7 +139,7 @@ def run_seed(patch: Patch) -> None:
     patch.setattr(Accounts, "random", random)
 
 
-def private_head_without_noise(patch: Patch) -> None:
+def personal_head_without_noise(patch: Patch) -> None:
     real = step.noisy_mean
 
     def noisy_mean(sums: torch.Tensor, private: step.PrivateStep) -> torch.Tensor:
@@ -177,15 +177,6 @@ def sent_before_it_is_written(patch: Patch) -> None:
     patch.setattr(Accounts, "charge", charge)
 
 
-def without_privacy(patch: Patch) -> None:
-    from fedlora import engine
-
-    real = engine.train_pack
-    patch.setattr(
-        engine, "train_pack", lambda engine, works, common, train, private=None: real(engine, works, common, train)
-    )
-
-
 def the_same_rows_always(patch: Patch) -> None:
     patch.setattr(Mechanism, "batches", lambda self, random, rows: [rows[:4]] * self.steps)
 
@@ -200,10 +191,13 @@ def claimed_use(mechanism: Mechanism, rounds: int) -> Any:
     return Use(mechanism.noise_multiplier, mechanism.sample_rate, rounds)
 
 
-def test_a_trainer_without_privacy(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_trainer_without_privacy(tmp_path: Path) -> None:
     """Neither clip nor noise, with an honest ledger."""
-    without_privacy(monkeypatch)
-    failed = [finding.name for finding in findings(tmp_path) if not finding.passed]
+
+    def without(engine: Any, works: Any, common: Any, train: Any, private: Any = None, **local: Any) -> Any:
+        return train_pack(engine, works, common, train, **local)
+
+    failed = [finding.name for finding in findings(tmp_path, without) if not finding.passed]
     assert any("clipped to C" in name for name in failed)
     assert any("every tensor has the noise" in name for name in failed)
 
@@ -219,7 +213,7 @@ BUGS: dict[str, tuple[Callable[[Patch], None], str]] = {
     "actual batch size in the denominator": (actual_batch_size, "by the expected batch size"),
     "seed shared between clients": (seed_of_all_clients, "share noise"),
     "run seed used for sampling": (run_seed, "share samples"),
-    "private tensor without noise": (private_head_without_noise, "every tensor has the noise"),
+    "personal tensor without noise": (personal_head_without_noise, "every tensor has the noise"),
     "ledger reset by round": (ledger_reset_by_round, "the ledger holds every step"),
     "update sent before the ledger is written": (sent_before_it_is_written, "no update leaves before"),
     "the same rows always": (the_same_rows_always, "batch sizes are binomial"),
@@ -230,7 +224,7 @@ BUGS: dict[str, tuple[Callable[[Patch], None], str]] = {
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_fails_the_audit(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
     plant, expected = BUGS[name]
-    changes = {"method.head": "personal"} if "private tensor" in name else {}
+    changes = {"method.head": "personal"} if "personal tensor" in name else {}
     plant(monkeypatch)
     failed = [finding.name for finding in findings(tmp_path, **changes) if not finding.passed]
     assert any(expected in one for one in failed), failed

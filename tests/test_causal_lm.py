@@ -12,11 +12,13 @@ import torch
 import transformers
 from peft import PeftModel
 
-from fedlora.config import Config, ConfigError, from_toml
+from fedlora.config import ConfigError, from_toml
 from fedlora.data import Table, load_federated
 from fedlora.models import load_base, load_tokenizer, model_path
+from fedlora.plugins import read_config
 from fedlora.reports.run import Run
 from fedlora.tasks import CausalLM, Examples
+from simulations.setup import resolve
 from tests.support.families import PAD, VOCABULARY, random_examples, small_model, small_structure
 from tests.support.runs import Finished, fedlora_run
 from tests.support.tiny import save_tiny_language_model
@@ -137,7 +139,7 @@ def test_settings_that_a_language_model_cannot_have() -> None:
         ({"data.chat-template": True}, "data.chat-template = True: is read with task = 'causal-lm'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Config.from_flat(flat)
+            resolve(flat)
 
 
 def test_tokenizers_without_an_end_are_refused(tokenizer: Any) -> None:
@@ -191,7 +193,7 @@ def test_perplexity_falls(run: Finished) -> None:
 @pytest.mark.e2e
 def test_plain_transformers_reproduces_the_run(run: Finished) -> None:
     """The exported adapter in plain PEFT: the run's perplexity, and text by generate that the engine would write."""
-    config = Config.from_flat(from_toml((run.folder / "config.toml").read_text()))
+    config = read_config(from_toml((run.folder / "config.toml").read_text()))
     corpus = load_federated(config, config.federation.num_clients).corpus
     base = transformers.AutoModelForCausalLM.from_pretrained(model_path("small-llama")).double()
     model = PeftModel.from_pretrained(base, str(run.folder / "adapter")).double().eval()

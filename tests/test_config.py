@@ -10,15 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.config import Config, ConfigError, from_toml, to_toml
+from fedlora.config import Config, ConfigError, MethodConfig, from_toml, to_toml
+from fedlora.plugins import read_config, schema
+from fedlora.ranks import client_ranks
 from simulations.app_config import reference, with_defaults
 from simulations.setup import resolve
 
 ROOT = Path(__file__).parents[1]
-KEYS = sorted(Config().to_flat())
+KEYS = sorted(schema().defaults())
 
 
 DP = {"privacy.mode": "dp", "privacy.epsilon": 8.0}
+SCAFFOLD = {"local.term": "scaffold", "train.optimizer": "sgd"}
+KNOWN_RANKS = (6, 5, 4, 2, 3, 4, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,35 @@ DP = {"privacy.mode": "dp", "privacy.epsilon": 8.0}
         ({"method.name": "lorra"}, r"method.name: unknown name 'lorra'. Did you mean 'lora'"),
         ({"eval.target": 84.0}, r"eval.target = 84.0: is an accuracy here, between 0 and 1"),
         ({"strategy.name": "mos", "method.rslora": True}, r"method.rslora = true: is read by lora; mos scales by"),
+        ({"data.chat-template": True}, r"data.chat-template = True: is read with task = 'causal-lm' and the like"),
+        ({"local.mu": 0.1}, r"local.mu = 0.1: is read with local.term = 'prox' only, not 'none'"),
+        ({"local.term": "prox", "local.option": 1}, r"local.option = 1: is read with local.term = 'scaffold' only"),
+        (
+            {"local.term": "scaffold"},
+            r"train.optimizer = 'adamw': local.term = 'scaffold' .* set train.optimizer = 'sgd'",
+        ),
+        ({**SCAFFOLD, "train.momentum": 0.9}, r"train.momentum = 0.9: .*set train.momentum = 0.0"),
+        ({**SCAFFOLD, "train.weight-decay": 0.1}, r"train.weight-decay = 0.1: .*set train.weight-decay = 0.0"),
+        ({**SCAFFOLD, "train.clip-norm": 1.0}, r"train.clip-norm = 1.0: .*set train.clip-norm = 0.0"),
+        ({**SCAFFOLD, **DP, "local.option": 1}, r"local.option = 1: a gradient of all rows .* use 2"),
+        ({"server.tau": 0.1}, r"server.tau = 0.1: is read with server.optimizer = 'adam' or .* only, not 'none'"),
+        ({"server.learning-rate": 1.0}, r"server.learning-rate = 1.0: is read with server.optimizer = 'momentum' or"),
+        (
+            {"server.optimizer": "adam", "server.momentum": 0.5},
+            r"server.momentum = 0.5: .*'momentum' only, not",
+        ),
+        ({"train.warmup-rounds": 3}, r"train.warmup-rounds = 3: must be below rounds = 3"),
+        ({"method.ranks": "1,2"}, r"method.ranks = '1,2': has 2 ranks for federation.num-clients = 10"),
+        ({"method.ranks": "1;2"}, r"method.ranks = '1;2': must be one rank a client with commas between, or uniform"),
+        (
+            {"method.ranks": "uniform:2-9"},
+            r"method.ranks = 'uniform:2-9': must go from 1 .* up to method.rank = 8",
+        ),
+        ({"method.ranks": "uniform:2-8"}, r"method.ranks = .*: strategy 'ffa-lora' takes tensors of one shape"),
+        (
+            {"strategy.name": "local", "method.name": "mos", "method.ranks": "uniform:2-8"},
+            r"method.ranks = .*: is read with method.name = 'lora' only, not 'mos'",
+        ),
         ({"task": "classify"}, r"task: unknown name 'classify'. Did you mean 'classification'"),
         ({"data.name": "docstring"}, r"data.name: unknown name 'docstring'. Did you mean 'docstrings'"),
     ],
@@ -101,10 +134,10 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 def test_toml_round_trip(flat: dict[str, Any]) -> None:
     """``config.toml`` of a run folder configures the same run again."""
     try:
-        config = Config.from_flat(flat)
+        config = read_config(flat)
     except ConfigError:
         return  # a model name of white space
-    assert Config.from_flat(from_toml(to_toml(config.to_flat()))) == config
+    assert read_config(from_toml(to_toml(config.to_flat()))) == config
 
 
 def test_app_table_is_generated_from_the_defaults() -> None:
@@ -119,12 +152,12 @@ def test_reference_is_generated_from_the_docstrings() -> None:
 
 
 def test_sweeps_can_be_read() -> None:
-    from simulations.sweep import Sweep
+    from simulations.sweeps.file import Sweep
 
     files = sorted((ROOT / "simulations" / "sweeps").glob("*.toml"))
     assert files
     for file in files:
-        sweep = Sweep.read(str(file), Config().to_flat())
+        sweep = Sweep.read(str(file), schema().defaults())
         assert sweep.size() > 1
         assert sweep.first.rounds >= 1
 
@@ -142,6 +175,24 @@ def test_auto_names_are_filled_in() -> None:
     config = resolve({"strategy.name": "ffa-lora"})
     assert config.method.name == "lora"
     assert config.run.name.endswith("-ffa-lora")
+
+
+def test_ranks_by_client() -> None:
+    """A list as it stands; drawn ranks by seed and client, the same on every machine, however many clients."""
+
+    def ranks(text: str, clients: int, seed: int = 0) -> tuple[int, ...]:
+        return client_ranks(Config(seed=seed, method=MethodConfig("lora", rank=8, ranks=text)), clients)
+
+    assert ranks("", 3) == ()
+    assert ranks("1, 8,2", 3) == (1, 8, 2)
+    assert ranks("uniform:2-8", 8) == KNOWN_RANKS
+    assert ranks("uniform:2-8", 3) == KNOWN_RANKS[:3]
+    assert ranks("uniform:2-8", 8, seed=1) != KNOWN_RANKS
+    many = ranks("uniform:3-5", 3000)
+    assert all(900 < many.count(rank) < 1100 for rank in (3, 4, 5))
+    for text in ("0,1,2", "1,2,9", "uniform:0-2", "uniform:3-2", "uniform:2", "1,,2", " "):
+        with pytest.raises(ConfigError, match=r"method.ranks = "):
+            ranks(text, 3)
 
 
 def test_version_is_written_once_more_only_in_pyproject() -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from fedlora.config import Config
+from fedlora.plugins import read_config
 from fedlora.runs.folder import RunFolder, read_lines
 
 
 def config_of(folder: Path, **flat: Any) -> Config:
-    return Config.from_flat({"run.dir": str(folder), "run.name": "run", "rounds": 4, **flat})
+    return read_config({"run.dir": str(folder), "run.name": "run", "rounds": 4, **flat})
 
 
 def finished(folder: Path, **flat: Any) -> RunFolder:

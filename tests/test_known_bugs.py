@@ -17,7 +17,7 @@ import torch
 from flwr.app import Message, RecordDict
 from torch import Tensor
 
-from clients.trainer import Trainer
+from clients.worker import Worker
 from fedlora.config import ConfigError, TrainConfig
 from fedlora.engine import Engine, train_pack
 from fedlora.exact_sum import ExactSum
@@ -26,6 +26,7 @@ from fedlora.methods import (
     Head,
     LowRank,
     Method,
+    MosOptions,
     S2Lora,
     TensorSpec,
     build_method,
@@ -40,14 +41,11 @@ from fedlora.seeded import Seeded
 from fedlora.wire import Reply
 from simulations.privacy import participations
 from simulations.session import check_trainers
-from simulations.tables import updates
 from strategies import STRATEGIES, FedAvg, FFALora, RoleStrategy
 from tests.support.loop import LoopGrid, Node, examples_of, node_of, update_of
 from tests.support.matrix import CONFIGS, HEAD, LAYERS, Arrays, Changed, alone, engine_of, random_start, setting
-from tests.test_dp_trainer import dp_config
+from tests.support.trainers import InProcess, dp_config, tiny_worker
 from tests.test_matrix import run, seeded_of, works
-from tests.test_pool import InProcess
-from tests.test_trainer import tiny_trainer
 
 
 class SameForAll(Seeded):
@@ -169,7 +167,7 @@ def test_6_the_scale_of_an_update() -> None:
     assert isinstance(head, Head)
     planted = Head(build_method(CONFIGS["lora"], engine.base.structure.adapted, []), head.layers)
     planted.method.method.scale = 1.0  # type: ignore[attr-defined]
-    right, wrong = updates(engine.method, tensors), updates(planted, tensors)
+    right, wrong = updates("lora", tensors, engine.method), updates("lora", tensors, planted)
     for layer in engine.base.structure.adapted:
         formula = 6.0 / 3 * tensors[f"{layer.name}.lora_B"] @ tensors[f"{layer.name}.lora_A"]
         assert np.abs(right[layer.name] - formula).max() < 1e-12
@@ -233,12 +231,12 @@ def test_10_parameters_clipped_in_place_of_updates(tmp_path: Path) -> None:
 
 def test_11_a_start_that_depends_on_data(tmp_path: Path) -> None:
     """Bases made from a client's gradients (Fed-SB) give away what they came from: such a trainer is refused."""
-    honest, other = tiny_trainer(tmp_path / "one"), tiny_trainer(tmp_path / "two")
-    assert check_trainers(InProcess([honest, other]), honest.loaded.config).specs
-    planted = next(name for name, value in other.initial.items() if value.any())
-    other.initial[planted][:] += float(other.loaded.examples["train"].lengths.mean())
+    honest, other = tiny_worker(tmp_path / "one"), tiny_worker(tmp_path / "two")
+    assert check_trainers(InProcess([honest, other]), honest.loaded.model.config).specs
+    planted = next(name for name, value in other.loaded.model.initial.items() if value.any())
+    other.loaded.model.initial[planted][:] += float(other.loaded.model.examples["train"].lengths.mean())
     with pytest.raises(ValueError, match="do not draw the same seeded tensors or indices"):
-        check_trainers(InProcess([honest, other]), honest.loaded.config)
+        check_trainers(InProcess([honest, other]), honest.loaded.model.config)
 
 
 def test_12_a_head_that_nobody_averaged(tmp_path: Path) -> None:
@@ -281,8 +279,8 @@ def test_13_exactly_one_factor_is_zero_at_the_start() -> None:
     for planted in (two_zeros, none):
         with pytest.raises(AssertionError, match="one must start at zero"):
             check_start(planted.specs())
-    assert all(np.all(update == 0) for update in updates(sound, seeded_of("s2-lora")).values())
-    started = updates(none, initial_tensors(none.specs(), Seeded(0)))
+    assert all(np.all(update == 0) for update in updates("s2-lora", seeded_of("s2-lora"), sound).values())
+    started = updates("s2-lora", initial_tensors(none.specs(), Seeded(0)), none)
     assert all(np.any(update) for update in started.values()), "the planted one does not start as its base"
     engine = engine_of("s2-lora", "bert")
     dead = TwoZeros(engine.method, 0.0, "B")
@@ -309,18 +307,19 @@ def test_13_roles_that_fix_the_zero_factor() -> None:
 
 def test_14_shards_of_another_seed(tmp_path: Path) -> None:
     """MoS indices drawn from another seed on one machine: the pools fit, and mean something else there."""
-    honest = tiny_trainer(tmp_path / "one", **{"strategy.name": "mos"})
-    other = tiny_trainer(tmp_path / "two", **{"strategy.name": "mos"})
-    assert check_trainers(InProcess([honest, other]), honest.loaded.config).specs
-    planted = tiny_trainer(tmp_path / "three", **{"strategy.name": "mos"})
-    engine = planted.loaded.engine
+    honest = tiny_worker(tmp_path / "one", **{"strategy.name": "mos"})
+    other = tiny_worker(tmp_path / "two", **{"strategy.name": "mos"})
+    assert check_trainers(InProcess([honest, other]), honest.loaded.model.config).specs
+    planted = tiny_worker(tmp_path / "three", **{"strategy.name": "mos"})
+    engine = planted.loaded.model.engine
     structure = engine.base.structure
-    shuffled = build_method(replace(planted.loaded.config, seed=9), structure.adapted, structure.head)
-    planted._loaded = replace(planted.loaded, engine=replace(engine, method=shuffled))
-    assert isinstance(planted, Trainer)
+    shuffled = build_method(replace(planted.loaded.model.config, seed=9), structure.adapted, structure.head)
+    model = replace(planted.loaded.model, engine=replace(engine, method=shuffled))
+    planted._loaded = replace(planted.loaded, model=model)
+    assert isinstance(planted, Worker)
     assert planted.describe().initial_digest == honest.describe().initial_digest, "no tensor shows it"
     with pytest.raises(ValueError, match="do not draw the same seeded tensors or indices"):
-        check_trainers(InProcess([honest, planted]), honest.loaded.config)
+        check_trainers(InProcess([honest, planted]), honest.loaded.model.config)
 
 
 def test_14_fan_in_and_scale_of_short_shards() -> None:
@@ -336,7 +335,7 @@ def test_14_fan_in_and_scale_of_short_shards() -> None:
     engine = engine_of("mos", "bert")
     assert isinstance(engine.method, Head)
     assert off_from_the_formula(engine, "mos") < 1e-10
-    engine.method.method.scale = 6.0 / CONFIGS["mos"].mos.budget  # type: ignore[attr-defined]
+    engine.method.method.scale = 6.0 / CONFIGS["mos"].options(MosOptions).budget  # type: ignore[attr-defined]
     assert off_from_the_formula(engine, "mos") > 1e-3, "the planted scale, by the budget instead of the active rank"
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from fedlora.config import Config, ConfigError, MethodConfig, MosConfig
-from fedlora.methods import LowRank, Mos, build_method, count_parameters, initial_tensors
+from fedlora.config import Config, ConfigError, MethodConfig
+from fedlora.methods import LowRank, Mos, MosOptions, build_method, count_parameters, initial_tensors
 from fedlora.methods.base import Layer
 from fedlora.models import inspect
 from fedlora.seeded import Seeded
@@ -21,7 +21,7 @@ SIX = [Layer(f"m.{n}.q", 24, 36, bias=True, fan_in_fan_out=False) for n in range
 
 
 def mos(layers: list[Layer] = SIX, rank: int = 6, seed: int = 0, **changes: Any) -> Mos:
-    config = replace(MosConfig(budget=2, shards=4, private=1), **changes)
+    config = replace(MosOptions(budget=2, shards=4, private=1), **changes)
     return Mos(layers, rank=rank, alpha=12.0, config=config, seeded=Seeded(seed))
 
 
@@ -32,7 +32,8 @@ def test_parameters_of_the_paper() -> None:
     adapted = inspect(model, "all-linear", has_head=False).adapted
     assert len(adapted) == 7 * 32
     for rank, private, shards in ((2, 0, 1), (8, 1, 4), (32, 1, 8)):
-        config = Config(method=MethodConfig("mos", rank=rank), mos=MosConfig(budget=2, private=private, shards=shards))
+        options = MosOptions(budget=2, private=private, shards=shards)
+        config = Config(method=MethodConfig("mos", rank=rank)).with_options(options)
         assert count_parameters(build_method(config, adapted, []).specs()) == 4_997_120
     lora = Config(method=MethodConfig("lora", rank=2))
     assert count_parameters(build_method(lora, adapted, []).specs()) == 4_997_120
@@ -149,8 +150,8 @@ def test_impossible_settings_are_refused_with_the_cure(changes: dict[str, Any], 
     [
         ({"mos.budget": 2, "mos.private": 3}, r"mos.private = 3: must be at most mos.budget = 2"),
         ({"strategy.name": "mos", "method.rank": 3}, r"method.rank = 3: the active rank of mos must be at least"),
-        ({"strategy.name": "mos-private", "mos.private": 0}, r"mos.private = 0: strategy 'mos-private' needs private"),
-        ({"strategy.name": "mos-private", "mos.private": 4}, r"mos.private = 4: .* below mos.budget = 4"),
+        ({"strategy.name": "mos-personal", "mos.private": 0}, r"mos.private = 0: strategy 'mos-personal' needs shards"),
+        ({"strategy.name": "mos-personal", "mos.private": 4}, r"mos.private = 4: .* below mos.budget = 4"),
         ({"strategy.name": "fedsvd", "method.name": "mos"}, r"method.name = 'mos': strategy 'fedsvd' works with lora"),
         ({"strategy.name": "s2-frozen", "method.name": "lora"}, r"strategy 's2-frozen' works with s2-lora"),
     ],

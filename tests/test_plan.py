@@ -15,12 +15,12 @@ from fedlora.seeded import Seeded
 from simulations.plan import Plan
 from simulations.setup import build_strategy, resolve
 from strategies import STRATEGIES
-from tests.test_trainer import tiny_flat, tiny_trainer
+from tests.support.trainers import tiny_flat, tiny_worker
 
 
 def plan(folder: Path, **changes: Any) -> Plan:
     config = resolve(tiny_flat(folder, **changes))
-    description = tiny_trainer(folder, **changes).describe()
+    description = tiny_worker(folder, **changes).describe()
     data = load_federated(config, config.federation.num_clients)
     return Plan(config, data, build_strategy(config, description.specs), "bert", 1000, 4, nodes=2, trainers=1)
 

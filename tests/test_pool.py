@@ -14,13 +14,14 @@ import psutil
 import pytest
 import ray
 
-from clients.pool import Shard, TrainerLostError, TrainerPool
-from clients.trainer import Job, Trainer
+from clients.ray_site import Shard, TrainerLostError, TrainerPool
+from clients.site import Job, SiteLimits
+from clients.worker import Worker
 from fedlora.data import load_federated
 from simulations.session import check_trainers
 from simulations.setup import resolve
 from tests.support.tiny import save_texts, save_tiny_model
-from tests.test_trainer import tiny_flat, tiny_trainer
+from tests.support.trainers import InProcess, tiny_flat, tiny_worker
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,9 +35,13 @@ def pool(tmp_path: Path) -> Iterator[TrainerPool]:
         config = resolve(flat)
         data = load_federated(config, 4)
         shards = [Shard(threads=1, gpus=0.0)] * 2
-        yield TrainerPool.start(7, shards, Job(config.to_flat(), data, str(tmp_path / "sites")))
+        yield TrainerPool.start(7, shards, Job(config.to_flat(), data, SiteLimits(str(tmp_path / "sites"))))
     finally:
         ray.shutdown()
+
+
+def describe(worker: Any, _: None) -> Any:
+    return worker.describe()
 
 
 def until_gone(pid: int) -> None:
@@ -55,37 +60,30 @@ def until_gone(pid: int) -> None:
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_trainer_is_restarted_and_a_lost_one_is_replaced(pool: TrainerPool) -> None:
-    before = [described.pid for described in pool.call("describe", [(), ()])]
+    before = [described.pid for described in list(pool.outcomes(describe, [None, None]))]
     os.kill(before[0], signal.SIGKILL)
-    after = pool.call("describe", [(), ()])
+    after = list(pool.outcomes(describe, [None, None]))
     assert [described.base_loads for described in after] == [1, 1]
     assert after[0].pid != before[0]
     assert after[1].pid == before[1]
     ray.kill(pool.actors[0], no_restart=True)
     until_gone(after[0].pid)  # Ray kills in its own time; until then the trainer answers
-    assert [described.pid for described in pool.call("describe", [(), (), ()])] == [before[1]] * 3
+    assert [described.pid for described in list(pool.outcomes(describe, [None, None, None]))] == [before[1]] * 3
     assert len(TrainerPool.connect(7)) in (1, 2), "Ray forgets the dead one in its own time"
     with pytest.raises(RuntimeError, match="run 8 has no trainers"):
         TrainerPool.connect(8)
     ray.kill(pool.actors[1], no_restart=True)
     until_gone(before[1])
-    assert all(isinstance(outcome, TrainerLostError) for outcome in pool.call("describe", [()]))
-
-
-class InProcess(TrainerPool):
-    """Real trainers in this process, called in turn."""
-
-    def call(self, method: str, arguments: Any, *, first: int = 0, timeout: float | None = None) -> list[Any]:
-        return [getattr(actor, method)(*argument) for actor, argument in zip(self.actors, arguments, strict=True)]
+    assert all(isinstance(outcome, TrainerLostError) for outcome in list(pool.outcomes(describe, [None])))
 
 
 def test_trainers_that_differ_are_refused(tmp_path: Path) -> None:
     """Another base model, or other seeded tensors, on one of the machines."""
-    one = tiny_trainer(tmp_path / "one")
-    assert check_trainers(InProcess([one, one]), one.loaded.config).specs
-    other_model = tiny_trainer(tmp_path / "two", **{"model.name": save_tiny_model(tmp_path / "other", seed=1)})
+    one = tiny_worker(tmp_path / "one")
+    assert check_trainers(InProcess([one, one]), one.loaded.model.config).specs
+    other_model = tiny_worker(tmp_path / "two", **{"model.name": save_tiny_model(tmp_path / "other", seed=1)})
     job = one.loaded.job
-    other_seed = Trainer(lambda: replace(job, flat={**job.flat, "seed": 1}), 1)
+    other_seed = Worker(lambda: replace(job, flat={**job.flat, "seed": 1}), 1)
     for other, what in ((other_model, "hold the same base model and"), (other_seed, "draw the same seeded tensors")):
         with pytest.raises(ValueError, match=f"the trainers do not {what}"):
-            check_trainers(InProcess([one, other]), one.loaded.config)
+            check_trainers(InProcess([one, other]), one.loaded.model.config)

@@ -17,8 +17,7 @@ from fedlora.runs.folder import RunFolder
 from fedlora.runs.privacy import client_record, privacy_record, without_privacy
 from simulations.cli import main
 from simulations.privacy import PrivacyPlan
-from tests.test_dp_trainer import EQUAL_PARTS, dp_config
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import EQUAL_PARTS, dp_config, tiny_flat
 
 ROOT = Path(__file__).parents[1]
 DP = {"privacy.mode": "dp", "privacy.epsilon": 6.0, **EQUAL_PARTS}

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from fedlora.config import Config
+from fedlora.plugins import read_config
 from fedlora.reports.card import model_card
 from fedlora.reports.comparison import comparison
 from fedlora.reports.format import human_bytes, number
@@ -63,7 +64,7 @@ def test_plots_take_any_class_name(tmp_path: Path) -> None:
 
 def fake_run(folder: Path, name: str, values: list[float], **flat: Any) -> Run:
     """A run folder with a curve, as Simulation writes it."""
-    config = Config.from_flat({"run.dir": str(folder), "run.name": name, "rounds": len(values), **flat})
+    config = read_config({"run.dir": str(folder), "run.name": name, "rounds": len(values), **flat})
     written = RunFolder.create(config)
     measure = "test_perplexity" if config.task == "causal-lm" else "test_accuracy"
     higher = measure == "test_accuracy"

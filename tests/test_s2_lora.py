@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.config import Config, MethodConfig, S2Config, TrainConfig
+from fedlora.config import TrainConfig
 from fedlora.engine import train_pack
 from fedlora.engine.optimizers import build_optimizer
-from fedlora.methods import S2Lora, count_parameters, initial_tensors, soft_threshold
+from fedlora.methods import S2Lora, S2Options, count_parameters, initial_tensors, soft_threshold
 from fedlora.methods.base import Layer
+from fedlora.plugins import read_config
 from fedlora.runs.export import adapter_files
 from fedlora.runs.ranks import FILE, effective_ranks, strengths, zero_share
 from fedlora.seeded import Seeded
@@ -80,7 +81,7 @@ def test_the_server_takes_the_step_once_more() -> None:
 
     strategy = S2(setting("s2-lora", 2, weights="equal", learning_rate=1.0))
     server = run(strategy, "s2-lora", LoopGrid({1: node_of(strategy, sparse)}), 1)
-    assert CONFIGS["s2-lora"].s2.sparsity == 0.05
+    assert CONFIGS["s2-lora"].options(S2Options).sparsity == 0.05
     assert np.allclose(server["s2.10x6.s"], [[0.0, 1.45, 0.0], [0.0, 1.45, 0.0], [0.0, 0.0, 0.0]])
     assert np.allclose(server["s2.10x6.A"], 0.01)
 
@@ -123,8 +124,9 @@ def test_an_adapter_without_any_rank_can_be_loaded(tmp_path: Path) -> None:
 
 
 def test_configuration() -> None:
-    config = Config(method=MethodConfig("s2-lora"), s2=S2Config(sparsity=0.5))
-    assert Config.from_flat(config.to_flat()) == config
+    config = read_config({"method.name": "s2-lora", "s2.sparsity": 0.5})
+    assert config.options(S2Options) == S2Options(sparsity=0.5)
+    assert read_config(config.to_flat()) == config
     for key in ("sparsity", "orthogonality"):
         with pytest.raises(ValueError, match=f"s2.{key} = -1.0: must be at least 0"):
-            Config.from_flat({f"s2.{key}": -1.0})
+            read_config({f"s2.{key}": -1.0})

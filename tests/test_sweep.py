@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from fedlora.config import Config, ConfigError, to_toml
+from fedlora.config import ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
-from simulations.sweep import Cell, Share, Sweep
-from simulations.sweep_tables import summary
-from tests.test_trainer import tiny_flat
+from fedlora.plugins import read_config, schema
+from simulations.sweeps.cells import Cell, Share
+from simulations.sweeps.file import Sweep
+from simulations.sweeps.tables import summary, write_tables
+from tests.support.trainers import tiny_flat
 
-DEFAULTS = Config().to_flat()
+DEFAULTS = schema().defaults()
 GRID: dict[str, Any] = {"grid.strategy.name": ["fedavg", "ffa-lora"], "grid.seed": [0, 1, 2]}
 TUNE: dict[str, Any] = {"tune.train.learning-rate": [0.01, 0.1]}
 
@@ -68,14 +70,14 @@ def test_cells_and_the_file_that_remembers_them(tmp_path: Path) -> None:
 def test_shares_are_all_groups_once(tmp_path: Path) -> None:
     one = sweep(tmp_path, **{**GRID, "grid.strategy.name": ["fedavg", "ffa-lora", "local", "rolora", "mos"]}, **TUNE)
     for of in (1, 2, 3, 5):
-        shares = [Share(number, of).groups(one) for number in range(1, of + 1)]
+        shares = [one.groups(Share(number, of)) for number in range(1, of + 1)]
         together = [group for share in shares for group in share]
         assert sorted(map(str, together)) == sorted(map(str, one.groups()))
     assert Share.read("2/3") == Share(2, 3)
     assert str(Share(2, 3)) == "2/3"
     for text in ("0/3", "a", "1/", "1/0"):
         with pytest.raises(ConfigError, match=r"run.share = .*: must be a number and how many there are"):
-            Config.from_flat({"run.share": text})
+            read_config({"run.share": text})
 
 
 def test_options_over_the_file(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_an_epsilon_that_is_not_finite_is_not_averaged_away(
     one = sweep(tmp_path, **{"privacy.mode": "dp", "privacy.epsilon": 4.0, "grid.seed": [0, 1]})
     for cell, value in zip(one.finals({}, {}), spent, strict=True):
         finish_under_dp(cell, value)
-    one.write_tables()
+    write_tables(one)
     assert summary(one).endswith(f"| {told} | 1e-05 |\n")
 
 
@@ -125,7 +127,7 @@ def test_what_is_not_private_in_a_sweep_is_said(tmp_path: Path) -> None:
     one = sweep(tmp_path, **keys)
     for cell in one.finals({"privacy.seed": 0}, {}) + one.finals({"privacy.seed": 7}, {}):
         finish_under_dp(cell, 1.0)
-    one.write_tables()
+    write_tables(one)
     lines = [line for line in summary(one).splitlines() if line.startswith("Epsilon with `privacy.seed` = ")]
     assert ["NOT PRIVATE" in line for line in lines] == ["`7` is" in line for line in lines] == [False, True]
 
@@ -134,13 +136,13 @@ def test_a_search_reads_no_test_row(tmp_path: Path) -> None:
     """Test files are not opened, dev rows are not trained on, and clients hold out other rows than at the end."""
     flat = {**tiny_flat(tmp_path), "data.test-path": str(tmp_path / "no-such-file.csv"), "data.dev-share": 0.25}
     whole = {**flat, "data.test-path": flat["data.path"], "data.dev-share": 0.0}
-    search = Config.from_flat({**flat, "eval.test": False, "data.holdout": 0.3})
+    search = read_config({**flat, "eval.test": False, "data.holdout": 0.3})
     corpus = load_corpus(search)
     assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (90, 30, 0)
-    assert sorted(corpus.train.texts + corpus.dev.texts) == sorted(load_corpus(Config.from_flat(whole)).train.texts)
+    assert sorted(corpus.train.texts + corpus.dev.texts) == sorted(load_corpus(read_config(whole)).train.texts)
     with pytest.raises(ValueError, match=r"no-such-file\.csv"):
-        load_corpus(Config.from_flat(flat))
-    final = Config.from_flat({**flat, "data.test-path": flat["data.path"], "data.holdout": 0.3})
+        load_corpus(read_config(flat))
+    final = read_config({**flat, "data.test-path": flat["data.path"], "data.holdout": 0.3})
     tuned, ended = load_federated(search, 4), load_federated(final, 4)
     for client in range(4):
         judged = set(ended.holdout[client])

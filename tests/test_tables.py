@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import comparison
-from simulations.tables import METHODS, MODELS, TABLES, bytes_up, layers_of, with_tables
 from strategies import STRATEGIES
+from tools import comparison_tables, strategy_tables
+from tools.markdown import with_tables
+from tools.strategy_tables import METHODS, MODELS, bytes_up, layers_of
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_tables_are_made_by_their_command() -> None:
-    for page, tables in (("strategies", TABLES), ("comparison", comparison.TABLES)):
+    for page, tables in (("strategies", strategy_tables.TABLES), ("comparison", comparison_tables.TABLES)):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         assert with_tables(text, tables) == text, "run `make tables`"
 

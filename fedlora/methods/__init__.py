@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from fedlora.config import Config, MethodConfig
+from fedlora.config import Config
 from fedlora.methods.base import (
     Dense,
     Factor,
     Layer,
     LowRank,
+    LowRankMethod,
     Method,
     TensorSpec,
     check_start,
@@ -22,41 +23,19 @@ from fedlora.methods.base import (
 )
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
-from fedlora.methods.mos import Mos
-from fedlora.methods.s2_lora import S2Lora
+from fedlora.methods.mos import Mos, MosOptions
+from fedlora.methods.s2_lora import S2Lora, S2Options
 from fedlora.registry import Registry
-from fedlora.seeded import Seeded
 
-METHODS: Registry[Callable[[Sequence[Layer], Config], Method]] = Registry("method.name")
-
-
-@METHODS.register("lora")
-def _lora(layers: Sequence[Layer], config: Config) -> Method:
-    method = config.method
-    return Lora(layers, rank=method.rank, alpha=method.alpha, rslora=method.rslora)
-
-
-@METHODS.register("mos")
-def _mos(layers: Sequence[Layer], config: Config) -> Method:
-    method = _plain_scale(config)
-    return Mos(layers, rank=method.rank, alpha=method.alpha, config=config.mos, seeded=Seeded(config.seed))
-
-
-@METHODS.register("s2-lora")
-def _s2_lora(layers: Sequence[Layer], config: Config) -> Method:
-    method, s2 = _plain_scale(config), config.s2
-    return S2Lora(layers, rank=method.rank, alpha=method.alpha, sparsity=s2.sparsity, orthogonality=s2.orthogonality)
-
-
-def _plain_scale(config: Config) -> MethodConfig:
-    if config.method.rslora:
-        raise ValueError(f"method.rslora = true: is read by lora; {config.method.name} scales by alpha / rank.")
-    return config.method
+METHODS: Registry[type[LowRankMethod]] = Registry("method.name")
+METHODS.register("lora")(Lora)
+METHODS.register("mos", MosOptions)(Mos)
+METHODS.register("s2-lora", S2Options)(S2Lora)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
     """Return the method ``method.name`` on the layers ``adapted``, joined to a head on the layers ``head``."""
-    method = Head(METHODS[config.method.name](adapted, config), head)
+    method = Head(METHODS[config.method.name].build(adapted, config), head)
     check_start(method.specs())
     return method
 
@@ -69,9 +48,12 @@ __all__ = [
     "Layer",
     "Lora",
     "LowRank",
+    "LowRankMethod",
     "Method",
     "Mos",
+    "MosOptions",
     "S2Lora",
+    "S2Options",
     "TensorSpec",
     "build_method",
     "check_start",

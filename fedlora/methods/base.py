@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.config import Config
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
@@ -106,6 +107,25 @@ class Method(ABC):
     def constants(self) -> dict[str, NDArray[np.int64]]:
         """Return fixed numbers beside the tensors that every machine must agree on, by name."""
         return {}
+
+
+class LowRankMethod(Method):
+    """A method that ``method.name`` may choose: it is built from the configuration."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, layers: Sequence[Layer], config: Config) -> LowRankMethod:
+        """Return the method on these layers; its own keys are ``config.options(...)``.
+
+        Raises:
+            ValueError: The configuration does not fit the layers. On no layers: what does not depend on the model.
+        """
+
+
+def refuse_rslora(config: Config) -> None:
+    """Refuse ``method.rslora`` for a method that scales by alpha / rank."""
+    if config.method.rslora:
+        raise ValueError(f"method.rslora = true: is read by lora; {config.method.name} scales by alpha / rank.")
 
 
 def count_parameters(specs: Mapping[str, TensorSpec]) -> int:

@@ -13,14 +13,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
-from fedlora.methods.base import Factor, Layer, LowRank, Method, TensorSpec
+from fedlora.config import Config
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @final
-class Lora(Method):
+class Lora(LowRankMethod):
     """LoRA on a set of layers.
 
     Args:
@@ -34,6 +35,12 @@ class Lora(Method):
         self.layers = tuple(layers)
         self.rank = rank
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+
+    @classmethod
+    def build(cls, layers: Sequence[Layer], config: Config) -> Lora:
+        """Return LoRA of the rank ``method.rank``."""
+        method = config.method
+        return cls(layers, rank=method.rank, alpha=method.alpha, rslora=method.rslora)
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return ``<layer>.lora_A`` [r, d_in] and ``<layer>.lora_B`` [d_out, r] for every layer."""

@@ -26,17 +26,48 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.config import MosConfig
-from fedlora.methods.base import Factor, Layer, LowRank, Method, TensorSpec
+from fedlora.config import Config, Options, at_least, require
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@final
+@dataclass(frozen=True)
+class MosOptions(Options):
+    """Mixture of Shards; read by ``method.name = 'mos'`` only."""
+
+    section: ClassVar[str] = "mos"
+
+    budget: int = 4
+    """Rank e of the LoRA that has as many parameters: each pool holds budget x layers ranks."""
+    shards: int = 4
+    """Shards l that a row of A or a column of B is put together from; 1 switches vector sharding off."""
+    private: int = 1
+    """Ranks p of the budget that each layer has to itself; 0 switches shard privatisation off."""
+    subset: bool = True
+    """Whether each layer takes its own random subset of the shared shards; without, each takes all of them."""
+    dissociation: bool = True
+    """Whether A and B take shards independently of each other."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        at_least("mos.budget", self.budget, 1)
+        at_least("mos.shards", self.shards, 1)
+        at_least("mos.private", self.private, 0)
+        require(
+            self.private <= self.budget,
+            "mos.private",
+            self.private,
+            f"must be at most mos.budget = {self.budget}, of which it is a part.",
+        )
 
 
 @dataclass(frozen=True)
@@ -49,7 +80,7 @@ class _Type:
 
 
 @final
-class Mos(Method):
+class Mos(LowRankMethod):
     """Mixture of Shards on a set of layers.
 
     Args:
@@ -63,7 +94,7 @@ class Mos(Method):
         ValueError: The numbers do not fit together, or not with the layers.
     """
 
-    def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, config: MosConfig, seeded: Seeded) -> None:
+    def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, config: MosOptions, seeded: Seeded) -> None:
         if rank < config.budget:
             raise ValueError(
                 f"method.rank = {rank}: the active rank of mos must be at least mos.budget = {config.budget}; raise "
@@ -82,6 +113,13 @@ class Mos(Method):
             self._check(own)
             self.types.append(_Type(key, tuple(own), self._draw(key, len(own), seeded)))
         self._placed: dict[tuple[str, str, object], Tensor] = {}
+
+    @classmethod
+    def build(cls, layers: Sequence[Layer], config: Config) -> Mos:
+        """Return MoS of the rank ``method.rank`` with the keys of its section; the indices come from the run's seed."""
+        refuse_rslora(config)
+        rank, alpha = config.method.rank, config.method.alpha
+        return cls(layers, rank=rank, alpha=alpha, config=config.options(MosOptions), seeded=Seeded(config.seed))
 
     def _check(self, layers: Sequence[Layer]) -> None:
         rank, config, count = self.rank, self.config, len(layers)

@@ -21,16 +21,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, final
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, final
 
-from fedlora.methods.base import Factor, Layer, LowRank, Method, TensorSpec
+from fedlora.config import Config, Options, at_least
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @final
-class S2Lora(Method):
+@dataclass(frozen=True)
+class S2Options(Options):
+    """S2-LoRA; read by ``method.name = 's2-lora'`` only."""
+
+    section: ClassVar[str] = "s2"
+
+    sparsity: float = 0.1
+    """Weight of the L1 penalty on the rank coefficients, applied as a proximal step after each optimizer step."""
+    orthogonality: float = 0.0
+    """Weight of the penalty that keeps the rows of A and the columns of B orthonormal; 0: none."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        at_least("s2.sparsity", self.sparsity, 0)
+        at_least("s2.orthogonality", self.orthogonality, 0)
+
+
+@final
+class S2Lora(LowRankMethod):
     """S2-LoRA on a set of layers.
 
     Args:
@@ -51,6 +71,13 @@ class S2Lora(Method):
         self.classes: dict[str, list[Layer]] = {}
         for layer in layers:
             self.classes.setdefault(f"s2.{layer.d_out}x{layer.d_in}", []).append(layer)
+
+    @classmethod
+    def build(cls, layers: Sequence[Layer], config: Config) -> S2Lora:
+        """Return S2-LoRA of the rank ``method.rank`` with the keys of its section."""
+        refuse_rslora(config)
+        rank, alpha, own = config.method.rank, config.method.alpha, config.options(S2Options)
+        return cls(layers, rank=rank, alpha=alpha, sparsity=own.sparsity, orthogonality=own.orthogonality)
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return for each shape ``s2.<d_out>x<d_in>.A`` [r, d_in], ``.B`` [d_out, r] and ``.s`` [M, r]."""

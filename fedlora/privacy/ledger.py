@@ -3,8 +3,8 @@
 A line is one round's use. Each carries the hash of the line before it, so that no line can be changed, dropped or moved
 without breaking the chain; the first names the client and a random number, so that no other client's ledger can stand
 in. A line is on the disk before the update that it pays for leaves (:meth:`Ledger.charge` returns after ``fsync``).
-Cutting lines off the end leaves a valid chain: that shows when the last hash that the server was told is missing, which
-is why clients send it. Server and client both rolled back together cannot be told.
+Cutting lines off the end leaves a valid chain: that shows when the last hash that the server has seen is missing, which
+is why clients send it. Server and client both rolled back together cannot be detected.
 """
 
 from __future__ import annotations
@@ -53,11 +53,13 @@ class Ledger:
     Args:
         path: Its file; made by the first charge.
         client: Whose it is.
+        sync: Puts an open file on the disk, given its descriptor.
     """
 
-    def __init__(self, path: Path, client: int) -> None:
+    def __init__(self, path: Path, client: int, sync: Callable[[int], None] = os.fsync) -> None:
         self.path = path
         self.client = client
+        self._sync = sync
 
     def entries(self) -> list[Entry]:
         """Return all entries, with the chain checked.
@@ -87,17 +89,17 @@ class Ledger:
         """
         return [entry.use for entry in self.entries()]
 
-    def check_knows(self, head: str) -> list[Entry]:
+    def check_holds(self, head: str) -> list[Entry]:
         """Return all entries, and refuse a ledger that lacks what the server last saw of it.
 
         Args:
-            head: The last hash that the server was told; empty: it was told none.
+            head: The last hash that the server has seen; empty: it has seen none.
 
         Raises:
             LedgerError: It does, or as for :meth:`entries`.
         """
         entries = self.entries()
-        self._check_knows(head, entries)
+        self._check_holds(head, entries)
         return entries
 
     def charge(
@@ -114,27 +116,27 @@ class Ledger:
         Args:
             round_number: The round, from 1.
             use: What the client's rows are used for.
-            head: The last hash that the server was told; empty: it was told none.
+            head: The last hash that the server has seen; empty: it has seen none.
             budget: Raises where all uses together, this one included, are too many.
             remark: What a reader must know of the entry.
 
         Raises:
-            LedgerError: As for :meth:`check_knows`.
+            LedgerError: As for :meth:`check_holds`.
             OSError: It cannot be written.
         """
         made = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for folder in made:
-            _sync_folder(folder.parent)
+            self._sync_folder(folder.parent)
         with FileLock(self.path.with_suffix(".lock")):
             entries, opening, whole = self._read()
-            self._check_knows(head, entries)
+            self._check_holds(head, entries)
             if budget is not None:
                 budget([*(entry.use for entry in entries), use])
             facts = {"round": round_number, **use._asdict(), **({"remark": remark} if remark else {})}
             return Entry(round_number, use, self._append(facts, entries, opening, whole))
 
-    def _check_knows(self, head: str, entries: Sequence[Entry]) -> None:
+    def _check_holds(self, head: str, entries: Sequence[Entry]) -> None:
         if head and head not in {entry.hash for entry in entries}:
             raise LedgerError(
                 f"the privacy ledger {self.path} has {len(entries)} entries, not the one that the server last saw: "
@@ -153,17 +155,25 @@ class Ledger:
             "time": _now(),
             "previous": entries[-1].hash if entries else opening["hash"],
         }
-        told = _hash(record)
-        lines += _line({**record, "hash": told})
+        digest = _hash(record)
+        lines += _line({**record, "hash": digest})
         with self.path.open("ab") as file:
             file.truncate(whole)  # of what a killed process left
             file.seek(0, os.SEEK_END)
             file.write(lines)
             file.flush()
-            os.fsync(file.fileno())
+            self._sync(file.fileno())
         if not entries:
-            _sync_folder(self.path.parent)
-        return told
+            self._sync_folder(self.path.parent)
+        return digest
+
+    def _sync_folder(self, path: Path) -> None:
+        """Put a folder's entries on the disk: a new file's name is part of its folder."""
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            self._sync(handle)
+        finally:
+            os.close(handle)
 
     def _opening(self) -> dict[str, Any]:
         record = {"ledger": _FORMAT, "client": self.client, "nonce": secrets.token_hex(16), "time": _now()}
@@ -208,12 +218,12 @@ class Ledger:
         """Return a line's record, if it has the hash that it says it has."""
         try:
             record = json.loads(line)
-            told = record.pop("hash")
+            digest = record.pop("hash")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise self._changed(number, f"cannot be read ({error})") from error
-        if _hash(record) != told:
+        if _hash(record) != digest:
             raise self._changed(number, "does not have the hash that it says it has")
-        return {**record, "hash": told}
+        return {**record, "hash": digest}
 
     def _changed(self, number: int, what: str) -> LedgerError:
         return LedgerError(
@@ -232,12 +242,3 @@ def _hash(record: Mapping[str, Any]) -> str:
 
 def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record).encode() + b"\n"
-
-
-def _sync_folder(path: Path) -> None:
-    """Put a folder's entries on the disk: a new file's name is part of its folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,8 +1,8 @@
-"""What a run under DP promises, in numbers and in words.
+"""The mechanism of a run under DP, in numbers and in words.
 
-The trained tensors of a client, private ones and head included, are released after steps of DP-SGD (Abadi et al. 2016):
-sum the clipped gradients of the sampled rows, add noise, divide by the expected batch size. All numbers in it are
-public: they come from the configuration and the declared size of a client, never from the rows that a client has.
+The trained tensors of a client, personal ones and head included, are released after steps of DP-SGD (Abadi et al.
+2016): sum the clipped gradients of the sampled rows, add noise, divide by the expected batch size. All numbers in it
+are public: they come from the configuration and the declared size of a client, never from the rows that a client has.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def certifier(config: Config) -> Accountant:
 
 
 def conditions(config: Config) -> str:
-    """Return what an epsilon means nothing without, but for delta."""
+    """Return the conditions of an epsilon: unit, neighbours, adversary, sampling, accountant."""
     privacy = config.privacy
     seeded = f" {SEEDED}" if privacy.seed else ""
     return (
@@ -79,7 +79,7 @@ def conditions(config: Config) -> str:
 
 
 def statement(config: Config, epsilon: float) -> str:
-    """Return an epsilon with everything without which it means nothing."""
+    """Return an epsilon with its delta, its budget and its conditions."""
     privacy = config.privacy
     budget = f" of a budget of {privacy.epsilon:g}" if privacy.epsilon else ", without a budget"
     return f"epsilon {epsilon:.4g} at delta {privacy.delta:g}{budget}, {conditions(config)}"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedlora.config import Config, ConfigError, from_toml
 from fedlora.metrics import OUTSIDE, Metric, Population, is_covered
+from fedlora.plugins import schema
 from fedlora.runs.folder import read_lines
 from fedlora.runs.privacy import FILE as PRIVACY_FILE
 from fedlora.runs.ranks import read_strengths
@@ -57,7 +58,7 @@ class Run:
             return read_lines(path / name) if (path / name).is_file() else []
 
         try:
-            config = Config.from_flat(from_toml((path / "config.toml").read_text(encoding="utf-8")))
+            config = schema().read(from_toml((path / "config.toml").read_text(encoding="utf-8")), foreign=True)
             partition = json.loads((path / "partition.json").read_text(encoding="utf-8"))
             plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
             record = path / PRIVACY_FILE

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save
 
 from fedlora import __version__
 from fedlora.config import Config, from_toml, to_toml
+from fedlora.plugins import schema
 from fedlora.storage import write_whole
 
 _LIBRARIES = (
@@ -92,10 +93,10 @@ class RunFolder:
         if not file.is_file():
             raise ValueError(f"run.resume = true: {path} holds no run to continue; start it without run.resume.")
         # Keys that are newer than the run had their defaults; whether its checkpoint can be read is checked later.
-        before, now = Config.from_flat(from_toml(file.read_text(encoding="utf-8"))).to_flat(), config.to_flat()
-        differing = [key for key in before if before[key] != now[key] and key not in _MAY_DIFFER]
+        before, now = {**schema().defaults(), **from_toml(file.read_text(encoding="utf-8"))}, config.to_flat()
+        differing = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _MAY_DIFFER]
         if differing:
-            shown = "; ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in differing[:5])
+            shown = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
             raise ValueError(
                 f"run.resume = true: the run in {path} has another configuration: {shown}. Continue it with its own "
                 "config.toml (only rounds may change), or start a new run."

@@ -26,6 +26,7 @@ class Federation:
         pack: Clients trained together; 0: automatic.
         learning_rate: Of local training: the size of the server's proximal step on tensors that have an L1 weight.
         dp: Whether clients train under DP, and so report nothing but their updates.
+        fingerprint: The code that clients must run; empty: that of the installed packages (:mod:`fedlora.fingerprint`).
     """
 
     num_clients: int
@@ -37,6 +38,7 @@ class Federation:
     pack: int = 0
     learning_rate: float = 0.0
     dp: bool = False
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         """Check the fields.

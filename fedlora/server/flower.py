@@ -264,7 +264,7 @@ class FlowerStrategy(FlowerBase):
                     local=self.strategy.local(server_round),
                     extra=extra,
                     ranks=tuple(ranks[client] for client in clients) if ranks else (),
-                    fingerprint=code_fingerprint()[0],
+                    fingerprint=federation.fingerprint or code_fingerprint()[0],
                     pack=federation.pack,
                     ledger_heads=tuple(heads.get(client, "") for client in clients) if federation.dp else (),
                 )

@@ -13,7 +13,7 @@ import pytest
 from fedlora.config import to_toml
 from fedlora.runs.folder import read_lines
 from tests.support.runs import BIN, ROOT
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 pytestmark = pytest.mark.e2e
 
@@ -166,6 +166,7 @@ def test_a_plain_server_app_drives_a_strategy(flower: dict[str, str], tmp_path: 
     (app / "pyproject.toml").write_text(PLAIN_PYPROJECT)
     path = tmp_path / "result.json"
     nodes = "num-supernodes=4 client-resources-num-cpus=1"
+    flower["PYTHONPATH"] = str(ROOT)  # the library of this checkout, whichever one is installed
     output = flwr(flower, app, "run", ".", "--stream", "--run-config", f"result='{path}'", "--federation-config", nodes)
     assert path.is_file(), output
     outcome = json.loads(path.read_text())

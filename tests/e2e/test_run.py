@@ -12,11 +12,12 @@ import torch
 import transformers
 from peft import PeftModel
 
-from fedlora.config import Config, from_toml, to_toml
+from fedlora.config import from_toml, to_toml
 from fedlora.data import load_federated
+from fedlora.plugins import read_config
 from fedlora.runs.folder import read_lines
 from tests.support.runs import BIN, ROOT, Family, Finished, fedlora, fedlora_run
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 pytestmark = pytest.mark.e2e
 
@@ -69,7 +70,7 @@ def test_the_base_model_is_loaded_once(packed: Finished) -> None:
 
 def test_peft_reproduces_the_final_accuracy(packed: Finished) -> None:
     """The adapter folder, on the untouched base, in plain PEFT and transformers: the same number, exactly."""
-    config = Config.from_flat(from_toml((packed.folder / "config.toml").read_text()))
+    config = read_config(from_toml((packed.folder / "config.toml").read_text()))
     corpus = load_federated(config, config.federation.num_clients).corpus
     base = transformers.AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2).double()
     model = PeftModel.from_pretrained(base, str(packed.folder / "adapter")).double().eval()

@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fedlora.config import Config, to_toml
-from simulations.sweep import Sweep
+from fedlora.config import to_toml
+from fedlora.plugins import schema
+from simulations.sweeps.file import Sweep
 from tests.support.runs import fedlora
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 pytestmark = pytest.mark.e2e
 
@@ -55,5 +56,5 @@ def test_a_real_sweep(tmp_path: Path) -> None:
         assert all(line["test_accuracy"] is None and line["dev_accuracy"] is not None for line in curve)
         trainers = json.loads((Path(cell) / "trainers.json").read_text())
         assert [trainer["base_loads"] for trainer in trainers] == [1], "one process, one base model"
-    left = Sweep.read(str(folder / "sweep.toml"), Config().to_flat()).unfinished()
+    left = Sweep.read(str(folder / "sweep.toml"), schema().defaults()).unfinished()
     assert [cell.config.federation.num_clients for cell in left] == [500, 500], "a second call would try these again"

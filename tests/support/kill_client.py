@@ -20,7 +20,7 @@ import torch
 
 from clients.accounts import Accounts
 from fedlora.privacy import Ledger
-from tests.test_dp_trainer import ask, dp_trainer
+from tests.support.trainers import ask, dp_worker
 
 CLIENTS = (0, 1)
 
@@ -35,11 +35,11 @@ def late(self: Accounts, client: int, number: int, head: str) -> str:
 owed: list[tuple[Ledger, int, object]] = []
 
 
-def train_on(trainer: object, pipe: int) -> None:
+def train_on(worker: object, pipe: int) -> None:
     """Train until killed; what has left stands in the pipe."""
     for number in itertools.count(1):
-        for update in ask(trainer, CLIENTS, number):  # type: ignore[arg-type]
-            os.write(pipe, f"{update.client} {update.ledger_head}\n".encode())
+        for update in ask(worker, CLIENTS, number):  # type: ignore[arg-type]
+            os.write(pipe, f"{update.client} {update.report.ledger_head}\n".encode())
         while owed:
             ledger, at, use = owed.pop()
             ledger.charge(at, use)  # type: ignore[arg-type]
@@ -50,8 +50,8 @@ def main(folder: Path, kills: int, plant: str) -> None:
     torch.set_num_threads(1)
     if plant == "late":
         Accounts.charge = late  # type: ignore[method-assign]
-    trainer = dp_trainer(folder)
-    ask(trainer, CLIENTS)  # loads the model
+    worker = dp_worker(folder)
+    ask(worker, CLIENTS)  # loads the model
     owed.clear()
     generator = random.Random(0)
     left: list[tuple[int, str]] = []
@@ -60,7 +60,7 @@ def main(folder: Path, kills: int, plant: str) -> None:
         child = os.fork()
         if child == 0:
             os.close(read)
-            train_on(trainer, write)
+            train_on(worker, write)
         os.close(write)
         time.sleep(generator.uniform(0.0, 0.3))
         os.kill(child, signal.SIGKILL)

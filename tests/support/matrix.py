@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedlora.config import Config, MethodConfig, MosConfig, S2Config, TrainConfig
+from fedlora.config import Config, MethodConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine
-from fedlora.methods import Factor, LowRank, Method, TensorSpec, build_method, initial_tensors
+from fedlora.methods import Factor, LowRank, Method, MosOptions, S2Options, TensorSpec, build_method, initial_tensors
 from fedlora.methods.base import Layer
 from fedlora.roles import TRAINED
 from fedlora.seeded import Seeded
@@ -30,9 +30,11 @@ Arrays = dict[str, NDArray[Any]]
 
 CONFIGS = {
     "lora": Config(method=MethodConfig("lora", rank=3, alpha=6.0)),
-    "mos": Config(method=MethodConfig("mos", rank=4, alpha=6.0), mos=MosConfig(budget=3, shards=2, private=1)),
-    "s2-lora": Config(
-        method=MethodConfig("s2-lora", rank=3, alpha=6.0), s2=S2Config(sparsity=0.05, orthogonality=0.02)
+    "mos": Config(method=MethodConfig("mos", rank=4, alpha=6.0)).with_options(
+        MosOptions(budget=3, shards=2, private=1)
+    ),
+    "s2-lora": Config(method=MethodConfig("s2-lora", rank=3, alpha=6.0)).with_options(
+        S2Options(sparsity=0.05, orthogonality=0.02)
     ),
 }
 CASES = [(name, method) for name in STRATEGIES for method in STRATEGIES[name].methods]
@@ -99,7 +101,7 @@ def update_of_layer(method: Any, layers: Sequence[Layer], layer: Layer, tensors:
     name = ".".join("*" if part.isdecimal() else part for part in layer.name.split("."))
     alike = [one.name for one in layers if ".".join("*" if p.isdecimal() else p for p in one.name.split(".")) == name]
     index = indices(config, name, len(alike), alike.index(layer.name))
-    pieces = config.mos.shards
+    pieces = config.options(MosOptions).shards
 
     def vectors(side: str) -> list[Tensor]:
         pool = [*tensors[f"{name}.mos_{side}"], *tensors[f"{name}.mos_{side}_private"]]
@@ -110,7 +112,7 @@ def update_of_layer(method: Any, layers: Sequence[Layer], layer: Layer, tensors:
 
 def indices(config: Config, name: str, count: int, layer: int) -> dict[str, list[int]]:
     """Return a layer's shards in the A and the B pool, from the words of the paper."""
-    mos, rank = config.mos, config.method.rank
+    mos, rank = config.options(MosOptions), config.method.rank
     public = (mos.budget - mos.private) * count * mos.shards
     own = [public + layer * mos.private * mos.shards + n for n in range(mos.private * mos.shards)]
     return {
@@ -124,7 +126,7 @@ def indices(config: Config, name: str, count: int, layer: int) -> dict[str, list
 
 def penalty(method: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return what is added to a client's loss whatever its data."""
-    weight, total = CONFIGS[method].s2.orthogonality, torch.zeros((), dtype=torch.float64)
+    weight, total = CONFIGS[method].options(S2Options).orthogonality, torch.zeros((), dtype=torch.float64)
     if method == "s2-lora":
         for name, value in tensors.items():
             if name.startswith("s2.") and name.endswith((".A", ".B")):
@@ -170,7 +172,9 @@ def proximal_step(
     """Take S2-LoRA's coefficients towards zero, in place, after an optimizer's step."""
     with torch.no_grad():
         for name, value in trained.items():
-            threshold = train.learning_rate * (CONFIGS[method].s2.sparsity if specs[name].kind == "s" else 0.0)
+            threshold = train.learning_rate * (
+                CONFIGS[method].options(S2Options).sparsity if specs[name].kind == "s" else 0.0
+            )
             value.copy_(torch.sign(value) * torch.relu(value.abs() - threshold))
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from fedlora.config import to_toml
 from fedlora.runs.folder import read_lines
-from tests.test_trainer import tiny_flat
+from tests.support.trainers import tiny_flat
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

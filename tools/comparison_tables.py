@@ -1,4 +1,4 @@
-"""Makes the tables of ``docs/comparison.md`` from what the sweeps of ``simulations/sweeps/sst2-*.toml`` came to.
+"""Makes the tables of ``docs/comparison.md`` from the results of the sweeps ``simulations/sweeps/sst2-*.toml``.
 
 ``benchmarks/results/NAME.csv`` is the ``groups.csv`` of the sweep of that name, without timings. ``make tables`` runs
 this.
@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 
 from fedlora.reports.format import human_bytes
-from simulations.tables import with_tables
+from tools.markdown import Table, rewrite
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 _KEYS = {"strategy.name": "strategy", "train.learning-rate": "learning rate", "data.alpha": "Dirichlet"}
 
 
@@ -43,11 +43,11 @@ def table(name: str, measure: str, where: str = "") -> list[str]:
     return lines
 
 
-def private_table() -> list[str]:
+def dp_table() -> list[str]:
     """Return test accuracy by strategy, a column for each guarantee and each of its parts, as Markdown lines."""
     columns = {
-        told: _groups(name, where).set_index("strategy.name").to_dict("index")
-        for told, (name, where) in _PRIVATE.items()
+        guarantee: _groups(name, where).set_index("strategy.name").to_dict("index")
+        for guarantee, (name, where) in _GUARANTEES.items()
     }
     lines = [f"| strategy | trained parameters | {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(columns) + 1)]
     for strategy, first in next(iter(columns.values())).items():
@@ -75,11 +75,11 @@ def _until(row: dict[Any, Any]) -> str:
     if pd.isna(row.get("bytes_up_to_target_mean")):
         return "never"
     reached = row.get("bytes_up_to_target_n", float("nan"))
-    told = "" if pd.isna(reached) or reached == row["n"] else f" ({reached:.0f} of {row['n']:.0f})"
-    return human_bytes(row["bytes_up_to_target_mean"]) + told
+    count = "" if pd.isna(reached) or reached == row["n"] else f" ({reached:.0f} of {row['n']:.0f})"
+    return human_bytes(row["bytes_up_to_target_mean"]) + count
 
 
-_PRIVATE = {
+_GUARANTEES = {
     "without privacy, AdamW": ("sst2-dp-adamw", ""),
     "without privacy, SGD": ("sst2-dp-none", ""),
     "clip only": ("sst2-dp-clip", ""),
@@ -88,7 +88,7 @@ _PRIVATE = {
     "epsilon 3": ("sst2-dp", "`privacy.epsilon` == 3"),
 }
 _SWEEPS = ("sst2-lora", "sst2-mos", "sst2-s2")
-TABLES = {
+TABLES: dict[str, Table] = {
     **{
         f"{name} {measure} {alpha}": partial(table, name, measure, f"`data.alpha` == {alpha}")
         for name in _SWEEPS
@@ -97,14 +97,13 @@ TABLES = {
     },
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-mos-devices", "sst2-mos-budget")},
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-s2-rank", "sst2-s2-scale", "sst2-head")},
-    "sst2-dp": private_table,
+    "sst2-dp": dp_table,
 }
 
 
 def main(root: str) -> None:
     """Rewrite the tables of the project in the folder ``root``."""
-    file = Path(root) / "docs" / "comparison.md"
-    file.write_text(with_tables(file.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+    rewrite(Path(root) / "docs" / "comparison.md", TABLES)
 
 
 if __name__ == "__main__":

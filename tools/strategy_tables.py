@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+import transformers
 from numpy.typing import NDArray
 
-from fedlora.config import Config, MethodConfig, MosConfig
-from fedlora.methods import LowRank, Method, build_method, count_parameters, initial_tensors
-from fedlora.roles import Role
+from fedlora.config import Config, MethodConfig
+from fedlora.exchange import ClientReport, Update
+from fedlora.methods import Layer, LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
+from fedlora.models import inspect, inspect_by_name
+from fedlora.reduce import REDUCTIONS
+from fedlora.roles import UP, Role
 from fedlora.seeded import Seeded
-from strategies import STRATEGIES, RoleStrategy, Setting
-
-if TYPE_CHECKING:
-    from fedlora.methods import Layer
+from fedlora.server import Payloads
+from fedlora.strategy import Setting, Strategy
+from fedlora.tasks import TASKS
+from strategies import STRATEGIES
+from tools.markdown import rewrite
 
 Arrays = dict[str, NDArray[np.floating]]
 _DTYPE = "float32"
@@ -33,7 +39,7 @@ MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,
 _LORA = Config(method=MethodConfig("lora", rank=8))
 _S2 = Config(method=MethodConfig("s2-lora", rank=8))
 _MOS = Config(method=MethodConfig("mos", rank=8))
-_MOS_1 = Config(method=MethodConfig("mos", rank=6), mos=MosConfig(budget=1, private=0))
+_MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budget=1, private=0))
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     "lora": [("`lora`, r = 8", _LORA)],
     "mos": [("`mos`, e = 4", _MOS), ("`mos`, e = 1", _MOS_1)],
@@ -44,12 +50,6 @@ METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
 @functools.cache
 def layers_of(model: str) -> tuple[Layer, ...]:
     """Return the adapted layers of a model of the tables."""
-    import torch
-    import transformers
-
-    from fedlora.models import inspect, inspect_by_name
-    from fedlora.tasks import TASKS
-
     name, targets = model.split(" ")
     if name == "MiniLM":
         return inspect_by_name("minilm", TASKS["classification"], 2, "query,value").adapted
@@ -64,16 +64,17 @@ def layers_of(model: str) -> tuple[Layer, ...]:
         return inspect(skeleton, "q_proj,v_proj" if targets == "q,v" else "all-linear", has_head=False).adapted
 
 
-def _strategy(name: str, method: Method) -> RoleStrategy:
-    return STRATEGIES[name](Setting(specs=method.specs(), num_clients=_CLIENTS, dtype="float64"))
+def _strategy(name: str, method: Method) -> Strategy:
+    strategy: Strategy = STRATEGIES[name](Setting(method.specs()))
+    return strategy
 
 
 def bytes_up(name: str, config: Config, model: str) -> float:
     """Return the bytes that a client sends in a round, a mean over a cycle."""
-    return _strategy(name, build_method(config, layers_of(model), [])).bytes_per_round(_DTYPE)[0]
+    return Payloads(_strategy(name, build_method(config, layers_of(model), [])), _DTYPE).cycle()[0]
 
 
-def error_of_mean(strategy: RoleStrategy, method: Method) -> float:
+def error_of_mean(strategy: Strategy, method: Method) -> float:
     """Return how far the server's update is from the mean of the clients', relative, over all layers and rounds.
 
     Five clients of equal weight return tensors half of which they have in common: each is the sum of a part drawn for
@@ -86,33 +87,38 @@ def error_of_mean(strategy: RoleStrategy, method: Method) -> float:
         return {name: draws.uniform(whose, number, name, shape=specs[name].shape, bound=1.0) for name in names}
 
     held: Arrays = dict(initial_tensors(specs, draws))
+    state = strategy.initial(held)
     off = whole = 0.0
     for number in range(1, strategy.period + 1):
-        shared = list(strategy.exchanged(number, Role.SHARED))
-        held |= drawn("server", number, list(strategy.exchanged(number)))
-        common = drawn("all", number, shared)
-        clients = []
+        sent, expected = strategy.sent(number), strategy.expected(number)
+        held |= drawn("server", number, list(sent))
+        state = replace(state, tensors={**state.tensors, **{name: held[name] for name in sent}})
+        common = drawn("all", number, list(expected))
+        total, clients = REDUCTIONS[strategy.reduction(number)](), []
         for client in range(_CLIENTS):
-            own = drawn(f"client {client}", number, shared)
-            clients.append({name: common[name] + own[name] for name in shared})
-        mean = {name: np.mean([client[name] for client in clients], axis=0) for name in shared}
-        server = strategy.combine({name: held[name] for name in strategy.exchanged(number)}, mean, number)
-        expected = [updates(method, {**held, **client}) for client in clients]
-        for layer, update in updates(method, {**held, **server}).items():
-            target = np.mean([one[layer] for one in expected], axis=0)
+            own = drawn(f"client {client}", number, list(expected))
+            clients.append({name: common[name] + own[name] for name in expected})
+            total.add(Update(ClientReport(client), clients[-1]), 1)
+        state = strategy.apply(state, total.reduced(), number)
+        each = [updates(method, {**held, **client}) for client in clients]
+        for layer, update in updates(method, {**held, **state.tensors}).items():
+            target = np.mean([one[layer] for one in each], axis=0)
             off += float(np.square(update - target).sum())
             whole += float(np.square(target).sum())
     return float(np.sqrt(off / whole))
 
 
 def updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.float64]]:
-    """Return Delta W of each of a method's layers, [d_out, d_in], in float64."""
-    import torch
-
-    factors = method.factors({name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()})
-    return {
-        name: (factor.scaled_b() @ factor.A).numpy() for name, factor in factors.items() if isinstance(factor, LowRank)
-    }
+    """Return Delta W of each of a method's layers, [d_out, d_in], in float64, with what is stacked beside it."""
+    named = {name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()}
+    found = {}
+    for layer, factor in method.factors(named).items():
+        if isinstance(factor, LowRank):
+            update = factor.scaled_b() @ factor.A
+            if f"{layer}.residual_A" in named:
+                update = update + factor.scale * named[f"{layer}.residual_B"] @ named[f"{layer}.residual_A"]
+            found[layer] = update.numpy()
+    return found
 
 
 def roles_table() -> list[str]:
@@ -128,25 +134,24 @@ def roles_table() -> list[str]:
             strategy = _strategy(name, method)
             in_turn = strategy.roles_in_turn()
             by_role = {role: [kind for kind, roles in in_turn.items() if role in roles] for role in Role}
-            turns = [
-                _told([k for k, roles in in_turn.items() if roles[n] is Role.SHARED]) for n in range(strategy.period)
-            ]
+            sent = [kind for kind, roles in in_turn.items() if set(UP) & set(roles)]
+            turns = [_joined([k for k in sent if in_turn[k][number] in UP]) for number in range(strategy.period)]
             if strategy.exact is None:
-                told = "none: no whole update at the server"
+                mean = "none: no whole update at the server"
             else:
                 off = error_of_mean(strategy, method)
-                told = "exact" if strategy.exact else f"off by {off:.2f}"
+                mean = "exact" if strategy.exact else f"off by {off:.2f}"
                 assert (off < 1e-12) == strategy.exact, f"{name} is off by {off}"
-            sent_only = [k for k in by_role[Role.BROADCAST] if k not in by_role[Role.SHARED]]
+            sent_only = [k for k in by_role[Role.BROADCAST] if k not in sent]
             fixed = ", ".join([*by_role[Role.FROZEN], *(f"{k} (by the server)" for k in sent_only)])
             lines.append(
-                f"| `{name}` | `{kind}` | {_told(by_role[Role.SHARED])} | {_told(by_role[Role.PERSONAL])} | "
-                f"{fixed or '-'} | {' → '.join(turns) if strategy.period > 1 else '-'} | {told} |"
+                f"| `{name}` | `{kind}` | {_joined(sent)} | {_joined(by_role[Role.PERSONAL])} | "
+                f"{fixed or '-'} | {' → '.join(turns) if strategy.period > 1 else '-'} | {mean} |"
             )
     return lines
 
 
-def _told(kinds: Sequence[str]) -> str:
+def _joined(kinds: Sequence[str]) -> str:
     return ", ".join(kinds) or "-"
 
 
@@ -188,7 +193,8 @@ def down_table() -> list[str]:
             label, config = METHODS[kind][0]
             strategy = _strategy(name, build_method(config, layers, []))
             trained = {n: s for n, s in strategy.setting.specs.items() if s.kind in strategy.trained_kinds}
-            sizes = " | ".join(_size(value) for value in strategy.bytes_per_round(_DTYPE))
+            up, down, cached = map(_size, Payloads(strategy, _DTYPE).cycle())
+            sizes = f"{up} | grows | grows" if strategy.accumulated(1) else f"{up} | {down} | {cached}"
             lines.append(f"| `{name}` | {label} | {sizes} | {count_parameters(trained):,} |")
     return lines
 
@@ -205,20 +211,9 @@ def _share(share: float) -> str:
 TABLES = {"roles": roles_table, "bytes": bytes_table, "down": down_table}
 
 
-def with_tables(text: str, tables: Mapping[str, Callable[[], list[str]]]) -> str:
-    """Return the text of a page with every one of ``tables`` made anew between its marks."""
-    for name, table in tables.items():
-        before, mark, rest = text.partition(f"<!-- table: {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        assert all([mark, end]), f"no pair of marks for the table {name}"
-        text = "".join([before, mark, *(f"{line}\n" for line in table()), end, after])
-    return text
-
-
 def main(root: str) -> None:
     """Rewrite the tables of the project in the folder ``root``."""
-    file = Path(root) / "docs" / "strategies.md"
-    file.write_text(with_tables(file.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+    rewrite(Path(root) / "docs" / "strategies.md", TABLES)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Evaluation and export: of the server's tensors, and of each client's own model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clients.resident import LoadedModel
+from clients.site import Speed
+from clients.start import StartTensors
+from clients.trainer import Trainer
+from fedlora.engine import evaluate
+from fedlora.exchange import ClientReport, Instruction
+from fedlora.privacy import PrivateRandom
+from fedlora.privacy.step import PrivateStep
+from fedlora.runs.export import adapter_files
+
+_PROBED = 8  # rows of a client that a probe takes, at most
+
+
+@final
+class Evaluator:
+    """Evaluates and exports global tensors; needs no client, so a server may have one of its own.
+
+    Args:
+        model: The model, with the rows that it is evaluated on.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+
+    def evaluate(
+        self, tensors: Mapping[str, NDArray[np.floating]], split: str, rows: Sequence[int]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return facts of each of these rows under the global model; ``tensors`` are what the server holds."""
+        return evaluate(self.model.engine, {**self.model.initial, **tensors}, self.model.examples[split], rows)
+
+    def export(self, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, bytes]:
+        """Return the files of a PEFT adapter for the server's tensors."""
+        return adapter_files(self.model.engine, {**self.model.initial, **tensors}, self.model.config)
+
+
+@final
+class PersonalEvaluator:
+    """Evaluates and exports each client's own model: the server's tensors with the client's personal ones in place.
+
+    Args:
+        trainer: Trains the same clients.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.model: LoadedModel = trainer.model
+        self._trainer = trainer
+        self._start: StartTensors = trainer.start
+
+    def evaluate(self, instruction: Instruction, split: str = "") -> list[ClientReport]:
+        """Return, for each client, the sums of its own model's facts over the rows that it held out.
+
+        Args:
+            instruction: The clients, and what they start the round with.
+            split: Evaluate each client on all rows of this split instead.
+        """
+        common = self._start.common(instruction)
+        own = [self._start.personal_of(instruction, client, common) for client in instruction.clients]
+        if split:
+            rows = [np.arange(len(self.model.examples[split]))] * len(own)
+        else:
+            rows = [self._trainer.data.holdout[client] for client in instruction.clients]
+        group = np.repeat(np.arange(len(rows)), [len(held) for held in rows])
+        facts = evaluate(
+            self.model.engine,
+            {name: value for name, value in common.items() if name not in own[0]},
+            self.model.examples[split or "train"],
+            np.concatenate(rows).tolist(),
+            own=own,
+            group=group,
+        )
+        return [
+            ClientReport(
+                client,
+                examples=len(held),
+                metrics={name: float(values[group == g].sum()) for name, values in facts.items()},
+            )
+            for g, (client, held) in enumerate(zip(instruction.clients, rows, strict=True))
+        ]
+
+    def export(self, instruction: Instruction) -> list[dict[str, bytes]]:
+        """Return, for each client, the files of a PEFT adapter of its own."""
+        common = self._start.common(instruction)
+        own = [self._start.personal_of(instruction, client, common) for client in instruction.clients]
+        return [adapter_files(self.model.engine, {**common, **one}, self.model.config) for one in own]
+
+    def probe(self, instruction: Instruction) -> Speed:
+        """Train and evaluate a few rows of each client, twice, and time the second; nothing is kept of it."""
+        model, trainer = self.model, self._trainer
+        size = min(_PROBED, model.config.train.batch_size)
+        batches = [[trainer.data.training_rows(client)[:size]] for client in instruction.clients]
+        private: PrivateStep | None = None
+        if trainer.accounts is not None:  # what steps under DP take, with a result that nobody sees
+            private = PrivateStep(trainer.accounts.mechanism, [PrivateRandom() for _ in batches])
+        examples = model.examples["train"]
+        rows = [int(row) for (batch,) in batches for row in batch]
+        tokens = max(1, int(examples.lengths[rows].sum()))
+        for _ in range(2):
+            started = time.perf_counter()
+            trainer.run(instruction, batches, private)
+            trained = time.perf_counter()
+            evaluate(model.engine, self._start.common(instruction), examples, rows)
+            evaluated = time.perf_counter()
+        return Speed(
+            train_s=(trained - started) / tokens,
+            evaluate_s=(evaluated - trained) / tokens,
+            row_tokens=float(examples.lengths.mean()),
+            measured_tokens=int(model.examples[model.measured].lengths.sum()),
+        )

@@ -1,0 +1,106 @@
+"""The base model and tokenized rows that stay in memory from job to job, and a job's model made ready from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlora.config import Config
+from fedlora.data import Corpus
+from fedlora.engine import Engine, check_rows_apart
+from fedlora.methods import TensorSpec, build_method, initial_tensors
+from fedlora.models import Base, check_length, load_base
+from fedlora.seeded import Seeded
+from fedlora.tasks import TASKS, Examples
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that is ready to train and to evaluate, with the rows for both.
+
+    Attributes:
+        config: The configuration.
+        engine: The engine.
+        specs: The method's tensors.
+        initial: Their values from the seed.
+        examples: The tokenized rows, by split.
+    """
+
+    config: Config
+    engine: Engine
+    specs: dict[str, TensorSpec]
+    initial: dict[str, NDArray[np.floating]]
+    examples: dict[str, Examples]
+
+    @property
+    def measured(self) -> str:
+        """The split that a round is measured on."""
+        return "dev" if "dev" in self.examples else "test"
+
+
+@final
+class Resident:
+    """Loads models, and keeps what the next one may have in common with the last.
+
+    Args:
+        threads: CPU threads to use.
+
+    Attributes:
+        loads: How often a base model was loaded.
+    """
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.loads = 0
+        self._key: tuple[Any, ...] = ()
+        self._engine: Engine | None = None
+        self._examples: dict[str, tuple[tuple[Any, ...], Examples]] = {}
+
+    def load(self, config: Config, corpus: Corpus) -> LoadedModel:
+        """Load the base model and tokenize the rows, but for what is resident already.
+
+        Raises:
+            ValueError: They cannot be loaded, or not work together; the message may quote a row.
+        """
+        task_class = TASKS[config.task]
+        base = self._base(config, len(corpus.classes) if task_class.has_head else 0)
+        check_length(base.model.config, config.train.max_length)
+        method = build_method(config, base.structure.adapted, base.structure.head)
+        task = task_class(base.tokenizer.pad_token_id, config.data.chat_template)
+        if self._engine is None:
+            self._engine = Engine.build(base, method, task)
+        engine = replace(self._engine, method=method, task=task)
+        for split, table in corpus.splits.items():
+            source = (table, config.model.name, config.train.max_length, task_class, config.data.chat_template)
+            if split not in self._examples or self._examples[split][0] != source:
+                self._examples[split] = (source, task.encode(table, base.tokenizer, config.train.max_length))
+        specs = method.specs()
+        initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype)
+        if config.privacy.mode == "dp":
+            check_rows_apart(engine, initial)
+        return LoadedModel(
+            config=config,
+            engine=engine,
+            specs=specs,
+            initial=initial,
+            examples={split: self._examples[split][1] for split in corpus.splits},
+        )
+
+    def _base(self, config: Config, classes: int) -> Base:
+        """Return the base model: the resident one, or another in its place."""
+        key = (config.model.name, TASKS[config.task], classes, config.method.target_modules)
+        if self._engine is not None and self._key == (*key, config.engine.dtype):
+            return self._engine.base
+        self._engine = None  # two base models might not fit
+        base = load_base(
+            *key,
+            dtype=getattr(torch, config.engine.dtype),
+            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        )
+        self._key = (*key, config.engine.dtype)
+        self.loads += 1
+        return base

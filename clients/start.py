@@ -1,0 +1,97 @@
+"""The tensors that clients start a round with, by role: sent, kept, drawn anew, or as the seed gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clients.personal import PersonalStore
+from clients.resident import LoadedModel
+from fedlora.exchange import Instruction
+from fedlora.methods import TensorSpec, initial_tensors
+from fedlora.roles import TRAINED, UP, Role, with_role
+from fedlora.seeded import Seeded
+
+Arrays = dict[str, NDArray[np.floating]]
+
+VARIATE = "variate/"
+"""Begins the names of control variates, in what is sent beside the tensors and in what a client keeps."""
+
+
+@final
+@dataclass(frozen=True)
+class StartTensors:
+    """What clients start a round with.
+
+    Attributes:
+        model: The model.
+        store: What the clients keep between rounds.
+    """
+
+    model: LoadedModel
+    store: PersonalStore
+
+    def common(self, instruction: Instruction) -> Arrays:
+        """Return the tensors that all clients have alike, at the method's rank.
+
+        Tensors that are sent and are none of the method's (FLoRA's residual) are among them as they came.
+        """
+        fresh = self._with_role(instruction, Role.UPLOAD)
+        config = self.model.config
+        drawn = initial_tensors(fresh, Seeded(config.seed), config.engine.tensor_dtype, instruction.round)
+        return {**self.model.initial, **instruction.tensors, **drawn}
+
+    def trained(self, instruction: Instruction) -> dict[str, TensorSpec]:
+        """Return the tensors that clients train."""
+        return self._with_role(instruction, *TRAINED)
+
+    def sent_up(self, instruction: Instruction) -> dict[str, TensorSpec]:
+        """Return the tensors that clients send."""
+        return self._with_role(instruction, *UP)
+
+    def personal(self, instruction: Instruction) -> dict[str, TensorSpec]:
+        """Return the tensors that clients train and keep."""
+        return self._with_role(instruction, Role.PERSONAL)
+
+    def kept(self, instruction: Instruction, client: int) -> Arrays:
+        """Return what a client kept for the round: personal tensors, and control variates; empty if nothing."""
+        if not self.personal(instruction) and not instruction.local.scaffold:
+            return {}
+        return self.store.load(client, instruction.round) or {}
+
+    def of(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
+        """Return what a client trains as it starts the round, at its own rank; ``common`` is :meth:`common`."""
+        values = {**common, **self.kept(instruction, client)}
+        rank = instruction.rank(client)
+        return {name: cut(values[name], spec, rank) for name, spec in self.trained(instruction).items()}
+
+    def personal_of(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
+        """Return a client's personal tensors as it starts the round, at the method's rank: what it lacks is zero."""
+        values = {**common, **self.kept(instruction, client)}
+        return {name: pad(values[name], spec.shape) for name, spec in self.personal(instruction).items()}
+
+    def _with_role(self, instruction: Instruction, *roles: Role) -> dict[str, TensorSpec]:
+        return with_role(self.model.specs, instruction.roles, *roles)
+
+
+def cut(value: NDArray[np.floating], spec: TensorSpec, rank: int | None) -> NDArray[np.floating]:
+    """Return the first ``rank`` entries of a tensor along its rank axis; all of it without a rank or an axis."""
+    if rank is None or spec.rank_axis is None:
+        return value
+    return value[(slice(None),) * spec.rank_axis + (slice(rank),)]
+
+
+def pad(value: NDArray[np.floating], shape: tuple[int, ...]) -> NDArray[np.floating]:
+    """Return a tensor with zeros behind it, up to ``shape``."""
+    if value.shape == shape:
+        return value
+    return np.pad(value, [(0, whole - n) for whole, n in zip(shape, value.shape, strict=True)])
+
+
+def variates(tensors: Mapping[str, NDArray[np.floating]]) -> Arrays:
+    """Return the control variates among tensors, by the name of the tensor that each belongs to."""
+    return {name.removeprefix(VARIATE): value for name, value in tensors.items() if name.startswith(VARIATE)}

@@ -1,0 +1,209 @@
+"""A trainer's process: one share of the machine, a resident base model, a job, and the wall towards the server.
+
+What the server asks for (:meth:`Worker.describe`, :meth:`Worker.train`, :meth:`Worker.report`) comes back without the
+text of an error that may quote a row. Everything else is for whoever runs the site, and raises errors as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clients.accounts import Accounts
+from clients.evaluator import Evaluator, PersonalEvaluator
+from clients.personal import PersonalStore
+from clients.resident import LoadedModel, Resident
+from clients.site import WITHHELD, Description, Job, RefusedError, SiteError, Speed
+from clients.start import StartTensors
+from clients.trainer import Trainer, TrainPack
+from fedlora import plugins
+from fedlora.engine import train_pack
+from fedlora.exchange import ClientReport, Instruction, Update
+from fedlora.messages import first_line
+from fedlora.methods import tensors_digest
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A job, ready to work on.
+
+    Attributes:
+        job: The job.
+        model: Its model.
+        store: What its clients keep between rounds.
+        accounts: Their privacy accounts; None without DP.
+        trainer: Trains its clients.
+        evaluator: Evaluates and exports global tensors.
+        personal: Evaluates and exports clients' own models.
+    """
+
+    job: Job
+    model: LoadedModel
+    store: PersonalStore
+    accounts: Accounts | None
+    trainer: Trainer
+    evaluator: Evaluator
+    personal: PersonalEvaluator
+
+
+@final
+class Worker:
+    """Does a job's work, pack by pack.
+
+    Args:
+        job: Returns the job; called again after :meth:`renew`, and by a process that was restarted.
+        threads: CPU threads to use.
+        train: Trains a pack.
+        sync: Puts an open file of a ledger on the disk.
+    """
+
+    def __init__(
+        self,
+        job: Callable[[], Job],
+        threads: int,
+        train: TrainPack = train_pack,
+        sync: Callable[[int], None] = os.fsync,
+    ) -> None:
+        self._fetch = job
+        self.threads = threads
+        self._train = train
+        self._sync = sync
+        self._resident = Resident(threads)
+        self._job: Job | None = None
+        self._loaded: LoadedJob | None = None
+
+    # -- for whoever runs the site ------------------------------------------------------------------------
+
+    def renew(self) -> None:
+        """Fetch the job anew before the next piece of work."""
+        self._job = self._loaded = None
+
+    def load(self) -> None:
+        """Load the job now, if it is not loaded; what goes wrong is raised as it is."""
+        assert self.loaded
+
+    @property
+    def loaded(self) -> LoadedJob:
+        """The job with its model.
+
+        Loaded at the first call and not in the constructor, whose errors Ray would wrap in its own. What the job
+        before has in common with this one stays: the base model, and tables that are already tokenized.
+        """
+        if self._loaded is None:
+            job = self._job = self._fetch()
+            config = plugins.read_config(job.flat, foreign=True)
+            job.limits.check(config)
+            model = self._resident.load(config, job.data.corpus)
+            store = PersonalStore(Path(job.limits.folder))
+            accounts = Accounts(job.limits, config, self._sync) if config.privacy.mode == "dp" else None
+            trainer = Trainer(StartTensors(model, store), job.data, accounts, self._train)
+            self._loaded = LoadedJob(job, model, store, accounts, trainer, Evaluator(model), PersonalEvaluator(trainer))
+        return self._loaded
+
+    def evaluate(
+        self, tensors: Mapping[str, NDArray[np.floating]], split: str, rows: Sequence[int]
+    ) -> dict[str, NDArray[np.float64]]:
+        """Return facts of rows under the global model: :meth:`clients.evaluator.Evaluator.evaluate`."""
+        return self.loaded.evaluator.evaluate(tensors, split, rows)
+
+    def export(self, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, bytes]:
+        """Return a PEFT adapter's files: :meth:`clients.evaluator.Evaluator.export`."""
+        return self.loaded.evaluator.export(tensors)
+
+    def evaluate_personal(self, instruction: Instruction, split: str = "") -> list[ClientReport]:
+        """Return sums over clients' own rows: :meth:`clients.evaluator.PersonalEvaluator.evaluate`."""
+        return self.loaded.personal.evaluate(instruction, split)
+
+    def export_personal(self, instruction: Instruction) -> list[dict[str, bytes]]:
+        """Return PEFT adapters of clients: :meth:`clients.evaluator.PersonalEvaluator.export`."""
+        return self.loaded.personal.export(instruction)
+
+    def probe(self, instruction: Instruction) -> Speed:
+        """Measure how fast this process is: :meth:`clients.evaluator.PersonalEvaluator.probe`."""
+        return self.loaded.personal.probe(instruction)
+
+    # -- for the server -----------------------------------------------------------------------------------
+
+    def describe(self) -> Description:
+        """Return what the server may know of this process.
+
+        Raises:
+            SiteError: The job cannot be loaded, in words that may leave.
+        """
+        try:
+            return self._description()
+        except Exception as error:
+            raise SiteError(self._reason(error)) from None
+
+    def train(self, instruction: Instruction) -> list[Update]:
+        """Train a pack for a round; one update a client, in order, also where it came to nothing."""
+        try:
+            return self.loaded.trainer.train(instruction)
+        except Exception as error:
+            reason = self._reason(error)
+            return [Update(ClientReport.failed(client, reason)) for client in instruction.clients]
+
+    def report(self, instruction: Instruction) -> list[ClientReport]:
+        """Return each client's evaluation of its own model; one report a client, in order.
+
+        Under DP none of them evaluates itself: sums over their rows are not covered by the guarantee.
+        """
+        try:
+            if self.loaded.accounts is not None:
+                raise RefusedError("a client under DP does not report how its model does on its rows")
+            return self.evaluate_personal(instruction)
+        except Exception as error:
+            reason = self._reason(error)
+            return [ClientReport.failed(client, reason) for client in instruction.clients]
+
+    def _description(self) -> Description:
+        model = self.loaded.model
+        structure = model.engine.base.structure
+        return Description(
+            specs=model.specs,
+            family=structure.family,
+            num_parameters=structure.num_parameters,
+            num_layers=len(structure.adapted),
+            digest=model.engine.base.digest,
+            initial_digest=tensors_digest(model.initial),
+            constants_digest=tensors_digest(model.engine.method.constants()),
+            fingerprint=plugins.fingerprint(model.config.run.plugins),
+            device=str(model.engine.device),
+            threads=self.threads,
+            pid=os.getpid(),
+            base_loads=self._resident.loads,
+        )
+
+    # -- the wall -----------------------------------------------------------------------------------------
+
+    def _reason(self, error: Exception) -> str:
+        """Return what the server may read of an error.
+
+        An error may quote a row, and its kind alone may depend on one. What decides is this site's own mode, never what
+        the server sent: only a site that has read its job, and found no privacy in it, gives reasons away.
+        """
+        if isinstance(error, RefusedError):
+            return str(error)
+        _logger.error("failed while answering the server", exc_info=error)
+        return WITHHELD if self._withholds() else f"{type(error).__name__}: {first_line(error)}"
+
+    def _withholds(self) -> bool:
+        """Whether the text of an error must stay here: always, unless it is known that there is no privacy."""
+        job = self._job
+        try:
+            return (
+                job is None
+                or job.limits.dp_required
+                or plugins.read_config(job.flat, foreign=True).privacy.mode != "none"
+            )
+        except Exception:
+            return True

@@ -1,0 +1,258 @@
+"""Sections of the configuration that say what is run: the run folder, model, data, federation, strategy and method.
+
+Frozen dataclasses, the one source of their keys' defaults, types and ranges.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from typing import final
+
+from fedlora.config.fields import at_least, dotted, numbered, one_of, positive, require, share
+
+SMALL_LLAMA = "small-llama"  # the model that a machine trains for itself, see fedlora.small_llama
+
+
+@final
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run's folder goes."""
+
+    dir: str = "runs"
+    """Parent folder of run folders."""
+    name: str = ""
+    """Name of this run's folder; empty: a time stamp."""
+    resume: bool = False
+    """Continue the run of this name from its last checkpoint; give its own ``config.toml`` and this."""
+    sweep: str = ""
+    """A sweep's file: this run goes through its cells, one after the other (``fedlora sweep`` sets it)."""
+    share: str = "1/1"
+    """Which share of a sweep's groups this process runs (``fedlora sweep --workers`` sets it)."""
+    plugins: str = ""
+    """Modules, or paths of ``.py`` files, with commas between, that register methods, strategies, tasks or data sets of
+    your own; every process of the run imports them."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require(self.dir != "", "run.dir", self.dir, "must name a folder.")
+        require(
+            re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.share) is not None,
+            "run.share",
+            self.share,
+            "must be a number and how many there are, such as 2/4.",
+        )
+        require(not self.resume or self.name != "", "run.resume", self.resume, "needs run.name, the run to continue.")
+        require(
+            "/" not in self.name and "\\" not in self.name and self.name not in (".", ".."),
+            "run.name",
+            self.name,
+            "must be a plain folder name; set run.dir for the path.",
+        )
+
+
+@final
+@dataclass(frozen=True)
+class ModelConfig:
+    """The frozen base model."""
+
+    name: str = "minilm"
+    """``minilm`` (bundled, offline), ``small-llama`` (a small language model that this machine trains once, on
+    docstrings), a local folder, or a Hugging Face hub name."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        require(self.name.strip() != "", "model.name", self.name, "must name a model.")
+
+
+@final
+@dataclass(frozen=True)
+class DataConfig:
+    """The data and how they are partitioned among clients."""
+
+    name: str = "docstrings"
+    """The data set: ``docstrings`` is built in, ``file`` reads a file, ``hub`` a data set of the Hugging Face hub."""
+    path: str = ""
+    """With ``file`` the training file (csv, tsv, jsonl, parquet); with ``hub`` the data set's name or local folder."""
+    test_path: str = ""
+    """Test file of the same kind; empty: a fifth of the training file, drawn from the seed."""
+    subset: str = ""
+    """Configuration of the hub data set, where it has several."""
+    train_split: str = "train"
+    """Split of the hub data set that clients share among themselves."""
+    test_split: str = ""
+    """Split of the hub data set that the server tests on; empty: a fifth of the training split."""
+    text_column: str = numbered("text")
+    """Name of the text (or prompt) column; where the file has no header its number, from 0 (``text`` stands for 0)."""
+    label_column: str = numbered("label")
+    """Name of the label column; where the file has no header its number, from 0 (``label`` stands for 1). For
+    ``causal-lm`` a category to partition by, read by ``dirichlet`` and ``shards`` only."""
+    classes: str = ""
+    """Names of the classes, with commas between, in the order of their numbers; empty: the labels that the training
+    rows have, sorted. Under DP name them: that a label occurs at all is not protected otherwise."""
+    answer_column: str = "answer"
+    """Name of the column that the model learns to write, for ``causal-lm``."""
+    prompt_template: str = ""
+    """Prompt with columns in braces, such as ``{question} Answer:``, for ``causal-lm``; empty: the text column."""
+    chat_template: bool = False
+    """Whether the prompt is a user's message and the answer the assistant's, by the tokenizer's chat template."""
+    header: bool = True
+    """Whether the first line of a csv or tsv names the columns."""
+    partition: str = "dirichlet"
+    """``iid``; ``dirichlet``: label shares drawn from Dirichlet(alpha); ``shards``: a few shards of rows sorted by
+    label; ``quantity``: sizes drawn from Dirichlet(alpha); ``natural``: by partition-column."""
+    alpha: float = 0.5
+    """Concentration of the Dirichlet and quantity partitions; smaller is more uneven."""
+    shards_per_client: int = 2
+    """Shards that each client gets, with ``shards``."""
+    partition_column: str = ""
+    """Column that says whose a row is (a hospital, a user); ``natural`` goes by it, and no other partition may
+    put rows of one owner on two clients."""
+    min_size: int = 1
+    """Rows that each client must have to train on; a partition that gives one fewer is refused."""
+    holdout: float = 0.0
+    """Share of its rows that each client holds out to be measured on; 0: none, or a fifth where a run needs it
+    (personal tensors, ``eval.baselines``)."""
+    dev_share: float = 0.0
+    """Share of the training rows that nobody trains on and the curve is measured on; the test rows are then
+    read once, after the last round. 0: none, and the curve is measured on the test rows."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("data.partition", self.partition, ("iid", "dirichlet", "shards", "quantity", "natural"))
+        positive("data.alpha", self.alpha)
+        at_least("data.shards-per-client", self.shards_per_client, 1)
+        at_least("data.min-size", self.min_size, 1)
+        share("data.holdout", self.holdout)
+        share("data.dev-share", self.dev_share)
+        require(
+            self.partition != "natural" or self.partition_column != "",
+            "data.partition-column",
+            self.partition_column,
+            "must name the column that says whose a row is, with data.partition = 'natural'.",
+        )
+        if self.name in ("file", "hub"):
+            what = "a file" if self.name == "file" else "a data set of the hub or a local folder of one"
+            require(self.path != "", "data.path", self.path, f"must name {what} with data.name = {self.name!r}.")
+        readers = {
+            "path": ("file", "hub"),
+            "test_path": ("file",),
+            "subset": ("hub",),
+            "test_split": ("hub",),
+            "classes": ("file", "hub"),
+        }
+        for name, own in readers.items():
+            require(
+                self.name in own or getattr(self, name) == "",
+                dotted("data", name),
+                getattr(self, name),
+                f"is only read with data.name = {' or '.join(map(repr, own))}, not {self.name!r}.",
+            )
+        if self.classes:
+            names = self.class_names
+            require(
+                len(names) > 1 and all(names) and len(set(names)) == len(names),
+                "data.classes",
+                self.classes,
+                "must be two names or more, each once, with commas between.",
+            )
+        if not self.header:
+            for name, value in (("text", self.text_column), ("label", self.label_column)):
+                require(
+                    value.isdecimal() or value == name,
+                    f"data.{name}-column",
+                    value,
+                    "must be a column number from 0 with data.header = false.",
+                )
+        require(
+            self.text_column != self.label_column,
+            "data.label-column",
+            self.label_column,
+            "is the text column; name the column that holds the labels.",
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names in ``classes``."""
+        return tuple(name.strip() for name in self.classes.split(",")) if self.classes else ()
+
+
+@final
+@dataclass(frozen=True)
+class FederationConfig:
+    """Who takes part."""
+
+    num_clients: int = 10
+    """Number of clients; 0: one per SuperNode, or with ``data.partition = 'natural'`` one for each owner of rows."""
+    clients_per_round: int = 0
+    """Clients sampled each round; 0: all."""
+    failure_threshold: float = 0.5
+    """The run stops when more than this share of a round's clients fails or is refused."""
+    timeout: float = 3600.0
+    """Seconds that a round waits for its clients."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        at_least("federation.num-clients", self.num_clients, 0)
+        at_least("federation.clients-per-round", self.clients_per_round, 0)
+        require(
+            self.num_clients == 0 or self.clients_per_round <= self.num_clients,
+            "federation.clients-per-round",
+            self.clients_per_round,
+            f"must be at most federation.num-clients = {self.num_clients}.",
+        )
+        share("federation.failure-threshold", self.failure_threshold)
+        positive("federation.timeout", self.timeout)
+
+
+@final
+@dataclass(frozen=True)
+class StrategyConfig:
+    """How the server combines what clients send."""
+
+    name: str = "ffa-lora"
+    """Aggregation strategy."""
+    weights: str = "examples"
+    """``examples``: a client counts by its number of training examples; ``equal``: all alike."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        one_of("strategy.weights", self.weights, ("examples", "equal"))
+
+
+@final
+@dataclass(frozen=True)
+class MethodConfig:
+    """The low-rank method and the head."""
+
+    name: str = "auto"
+    """Low-rank method; ``auto``: the strategy's own."""
+    rank: int = 8
+    """Inner dimension r of each layer's update; of ``mos`` the active rank."""
+    ranks: str = ""
+    """Ranks by client, each at most ``rank``: one number a client with commas between, or ``uniform:2-16``, drawn from
+    the seed; empty: all have ``rank``. Read by ``lora``. The scale stays alpha / ``rank``, one for all clients."""
+    alpha: float = 16.0
+    """Numerator of the scale alpha / r."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (rsLoRA); read by ``lora``."""
+    target_modules: str = "auto"
+    """Comma-separated module names as in PEFT, ``all-linear``, or ``auto``: PEFT's choice for the model."""
+    head: str = "shared"
+    """``shared``: trained and averaged; ``personal``: trained and kept by the client; ``frozen``: as seeded."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        if self.head == "private":
+            warnings.warn("method.head = 'private' is now called 'personal'.", FutureWarning, stacklevel=4)
+            object.__setattr__(self, "head", "personal")
+        at_least("method.rank", self.rank, 1)
+        positive("method.alpha", self.alpha)
+        one_of("method.head", self.head, ("shared", "personal", "frozen"))
+        require(
+            all(part.strip() for part in self.target_modules.split(",")),
+            "method.target-modules",
+            self.target_modules,
+            "must be module names separated by commas.",
+        )

@@ -1,0 +1,115 @@
+"""Runs a share of a sweep's cells in one session."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any, final
+
+from rich.console import Console
+
+from clients.ray_site import TrainerLostError
+from fedlora.messages import first_line
+from fedlora.reports.format import human_time
+from fedlora.storage import write_whole
+from simulations.session import Session
+from simulations.setup import resolve
+from simulations.sweeps.cells import Cell, Share, Values, describe, measures
+from simulations.sweeps.file import Sweep
+from simulations.sweeps.tables import write_tables
+
+_ATTEMPTS = 2  # of a cell in which the whole process died
+
+
+def run_share(sweep: Sweep, session: Session, console: Console, share: Share) -> None:
+    """Run what has not run yet of a share; a cell that fails does not stop the others."""
+    progress = _Progress(sweep, console, share)
+    for group in sweep.groups(share):
+        for cell in sweep.tuning(group):
+            progress.run(cell, session)
+        try:
+            chosen = sweep.choose(group)
+        except ValueError as error:
+            progress.skip(group, error)
+            continue
+        for cell in sweep.finals(group, chosen):
+            progress.run(cell, session)
+    write_tables(sweep)
+
+
+@final
+class _Progress:
+    """Runs cells one after the other, reports progress, and records what failed."""
+
+    def __init__(self, sweep: Sweep, console: Console, share: Share) -> None:
+        self.sweep = sweep
+        self.console = console
+        self.share = share
+        self.errors: dict[str, str] = {}
+        self.number = 0
+        groups = sweep.groups(share)
+        self.total = sum(len(sweep.tuning(group)) + len(sweep.finals(group, {})) for group in groups)
+        self._record_errors()
+        self._seconds: list[float] = []
+
+    def run(self, cell: Cell, session: Session) -> None:
+        """Run a cell, or go on with it, unless it is finished."""
+        self.number += 1
+        started = time.monotonic()
+        outcome = cell.outcome()
+        if outcome is not None:
+            self._report(cell, outcome, "was there already")
+            return
+        try:
+            self._begin_attempt(cell)
+            resume = (cell.folder / "config.toml").is_file()
+            config = resolve({**cell.config.to_flat(), "run.resume": resume})
+            outcome = session.run(config, Console(quiet=True))
+        except Exception as error:  # whatever it is, it is this cell's own
+            if isinstance(error, TrainerLostError):
+                session.stop()  # the next cell gets new ones
+            self.errors[cell.config.run.name] = f"{type(error).__name__}: {first_line(error)}"
+            self._record_errors()
+            self._report(cell, None, self.errors[cell.config.run.name])
+            self._end_attempt()
+        else:
+            self._end_attempt()
+            self._seconds.append(time.monotonic() - started)
+            left = (self.total - self.number) * statistics.median(self._seconds)  # the first one starts the trainers
+            remark = f", {human_time(left)} left" if left >= 1 else ""
+            self._report(cell, outcome, f"{self._seconds[-1]:.1f} s{remark}")
+        write_tables(self.sweep)
+
+    def skip(self, group: Values, error: ValueError) -> None:
+        """Leave out the final cells of a group for which nothing could be chosen."""
+        self.number += len(self.sweep.finals(group, {}))
+        self.errors[describe(group)] = str(error)
+        self._record_errors()
+
+    def _record_errors(self) -> None:
+        """Write the errors where the tables of all shares are made from; of earlier calls none is left."""
+        self.sweep.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.sweep.errors_file(self.share), json.dumps(self.errors).encode())
+
+    def _begin_attempt(self, cell: Cell) -> None:
+        """Give up a cell in which the process died over and over."""
+        file = self.sweep.attempt_file(self.share)
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        count = before.get("count", 0) + 1 if before.get("cell") == cell.config.run.name else 1
+        if count > _ATTEMPTS:
+            raise RuntimeError(f"the whole process ended {_ATTEMPTS} times in this cell")
+        write_whole(file, json.dumps({"cell": cell.config.run.name, "count": count}).encode())
+
+    def _end_attempt(self) -> None:
+        self.sweep.attempt_file(self.share).unlink(missing_ok=True)
+
+    def _report(self, cell: Cell, outcome: Mapping[str, Any] | None, remark: str) -> None:
+        found = [metric for metric in measures(cell.config) if metric.key in (outcome or {})]
+        value = f"{found[0].label} {outcome[found[0].key]:.4f}" if outcome and found else "failed"
+        share = f"[{self.share}] " if self.share.of > 1 else ""
+        self.console.print(
+            f"{share}cell {self.number}/{self.total} {cell.stage}  {describe(cell.varied)}  {value}  {remark}",
+            markup=False,
+        )

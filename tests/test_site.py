@@ -1,0 +1,220 @@
+"""The wall of a site: what it demands of a job, and what it lets out of an error, whatever a server sends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients.ray_site import RaySite, TrainerLostError
+from clients.site import WITHHELD, Job, RefusedError, SiteError, SiteLimits
+from clients.worker import Worker
+from fedlora.exchange import ClientReport, Instruction, Outcome
+from fedlora.privacy import Mechanism, epsilon
+from fedlora.tasks import Classification
+from simulations.setup import resolve
+from tests.support.trainers import InProcess, ask, dp_config, ledger, tiny_flat, tiny_job
+
+ROOT = Path(__file__).parents[1]
+CALLS: dict[str, Callable[[RaySite, Instruction], list[Any]]] = {
+    "describe": lambda site, _: [site.describe()],
+    "train": lambda site, instruction: [update.report for update in site.train(instruction)],
+    "evaluate": lambda site, instruction: list(site.evaluate(instruction)),
+}
+
+
+def reasons(call: str, worker: Worker, heads: tuple[str, ...]) -> list[str]:
+    """What a server reads of a site that fails."""
+    site = RaySite(InProcess([worker]))
+    try:
+        reports: list[ClientReport] = CALLS[call](site, Instruction(2, (0, 1), {}, {}, ledger_heads=heads))
+    except SiteError as error:
+        return [str(error)]
+    assert [report.client for report in reports] == [0, 1]
+    assert {report.outcome for report in reports} == {Outcome.FAILED}
+    return [report.reason for report in reports]
+
+
+def no_encoding(*_: Any) -> None:
+    raise ValueError("the text 'patient Smith' has no tokens")
+
+
+def dp_job(folder: Path) -> Job:
+    return tiny_job(dp_config(folder), folder)
+
+
+def no_job(_: Path) -> Job:
+    raise ValueError("'patient Smith' is not a row")
+
+
+def no_config(folder: Path) -> Job:
+    job = tiny_job(resolve(tiny_flat(folder)), folder)
+    return Job({**job.flat, "patient Smith": 1}, job.data, job.limits)
+
+
+@pytest.mark.parametrize("job", [dp_job, no_job, no_config])
+@pytest.mark.parametrize("heads", [(), ("", "")])
+@pytest.mark.parametrize("call", CALLS)
+def test_no_text_of_an_error_leaves_whatever_the_server_omits(
+    call: str,
+    heads: tuple[str, ...],
+    job: Callable[[Path], Job],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The planted bug: a server that sends no ledger hashes, as one without DP does, and waits for an error.
+
+    Neither does text leave where a site cannot read what mode it is in.
+    """
+    monkeypatch.setattr(Classification, "encode", no_encoding)
+    assert set(reasons(call, Worker(lambda: job(tmp_path), 1), heads)) == {WITHHELD}
+    assert "patient Smith" in caplog.text, "the site's own log has it"
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_site_that_knows_that_it_has_no_privacy_says_why(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Classification, "encode", no_encoding)
+    job = tiny_job(resolve(tiny_flat(tmp_path)), tmp_path)
+    found = reasons(call, Worker(lambda: job, 1), ("", ""))
+    assert set(found) == {"ValueError: the text 'patient Smith' has no tokens"}
+
+
+class Failing(InProcess):
+    """Trainers whose process fails, as Ray reports it."""
+
+    error: Exception
+
+    def outcomes(self, work: Any, items: Any, *, first: int = 0, timeout: float | None = None) -> Iterator[Any]:
+        yield from [self.error] * len(items)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("error", [ValueError("patient Smith"), TrainerLostError("a trainer died")])
+def test_of_a_process_that_fails_only_our_own_words_leave(call: str, error: Exception) -> None:
+    pool = Failing([None])
+    pool.error = error
+    said = WITHHELD if isinstance(error, ValueError) else "a trainer died"
+    instruction = Instruction(1, (0, 1), {}, {})
+    if call == "describe":
+        with pytest.raises(SiteError, match=f"^{said}$"):
+            RaySite(pool).describe()
+    else:
+        assert {report.reason for report in CALLS[call](RaySite(pool), instruction)} == {said}
+
+
+# -- limits -----------------------------------------------------------------------------------------------
+
+LIMITS = {"dp_required": True, "max_epsilon": 3.0, "max_delta": 1e-2, "min_noise_multiplier": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("job", "limits", "key", "limit"),
+    [
+        ({"privacy.mode": "none"}, {"dp_required": True}, "privacy.mode", "dp-required"),
+        ({"privacy.seed": 7}, {"dp_required": True}, "privacy.seed", "dp-required"),
+        ({"privacy.epsilon": 4.0}, LIMITS, "privacy.epsilon", "max-epsilon"),
+        ({"privacy.delta": 2e-2}, LIMITS, "privacy.delta", "max-delta"),
+        ({"privacy.noise-multiplier": 0.4}, LIMITS, "privacy.noise-multiplier", "min-noise-multiplier"),
+        ({}, {"models": ("minilm",)}, "model.name", "models"),
+    ],
+)
+def test_a_server_that_asks_for_more_than_the_site_allows_is_refused(
+    job: dict[str, Any],
+    limits: dict[str, Any],
+    key: str,
+    limit: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before anything is loaded; it learns which key, and neither the limit's value nor anything else."""
+    monkeypatch.setattr("clients.resident.load_base", lambda *_, **__: pytest.fail("nothing may be loaded"))
+    if job.get("privacy.mode") == "none":
+        config = resolve(tiny_flat(tmp_path, **job))
+    else:
+        config = dp_config(tmp_path, **{"privacy.epsilon": 2.0, "privacy.delta": 1e-3, **job})
+    planted = tiny_job(config, tmp_path, **limits)
+    for call in CALLS:
+        said = set(reasons(call, Worker(lambda: planted, 1), ("", "")))
+        assert said == {f"the site's own limits refuse the job: {key}, by {limit}"}
+    assert not (tmp_path / "sites").exists()
+
+
+def test_a_server_that_leaves_keys_to_the_site_is_refused(tmp_path: Path) -> None:
+    """What is automatic is resolved by the server; a site cannot keep books of what is not said."""
+    job = tiny_job(dp_config(tmp_path), tmp_path)
+    for key in ("privacy.delta", "privacy.client-size"):
+        planted = Job({**job.flat, key: 0}, job.data, job.limits)
+        found = reasons("train", Worker(lambda planted=planted: planted, 1), ("", ""))  # type: ignore[misc]
+        assert set(found) == {f"a site under DP needs {key}, and a value that can work"}
+
+
+def test_the_stricter_budget_counts(tmp_path: Path) -> None:
+    """A server that sets no budget, and one that sets a larger noise than it needs, meet the site's own."""
+    keys = {"privacy.noise-multiplier": 2.0, "privacy.delta": 1e-3}
+    config = dp_config(tmp_path, **keys)
+    assert config.privacy.epsilon == 0
+    use = Mechanism.of(config).use()
+    able = next(n for n in range(1, 99) if epsilon([use] * (n + 1), target_delta=1e-3) > 1.0)
+    job = tiny_job(config, tmp_path, dp_required=True, max_epsilon=1.0, max_delta=1e-2)
+    worker = Worker(lambda: job, 1)
+    said = [ask(worker, (0,), number)[0].report for number in range(1, able + 2)]
+    assert [report.outcome for report in said] == [Outcome.OK] * able + [Outcome.BUDGET_SPENT]
+    assert "the site's own max-epsilon" in said[-1].reason
+    assert len(ledger(tmp_path, 0).uses()) == able
+    assert SiteLimits(".").budget(2.0) == 2.0
+    assert SiteLimits(".").budget(0.0) == 0.0
+    assert job.limits.budget(0.5) == 0.5
+
+
+def test_a_job_within_the_limits_trains(tmp_path: Path) -> None:
+    config = dp_config(tmp_path, **{"privacy.epsilon": 2.0, "privacy.delta": 1e-3})
+    job = tiny_job(config, tmp_path, **LIMITS, models=(config.model.name,))
+    assert [update.report.outcome for update in ask(Worker(lambda: job, 1))] == [Outcome.OK] * 4
+
+
+def test_limits_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "limits.toml"
+    file.write_text('folder = "mine"\ndp-required = true\nmax-epsilon = 3\nmax-delta = 1e-5\nmodels = ["minilm"]\n')
+    own = str(tmp_path / "mine")
+    assert SiteLimits.from_toml(file) == SiteLimits(own, True, 3.0, 1e-5, models=("minilm",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('folder = "x"\nmax-epsilo = 3.0', r"unknown key 'max-epsilo'. Did you mean 'max-epsilon'\?"),
+        ('folder = "x"\ndp-required = "yes"', r"dp-required = 'yes': must be true or false"),
+        ('folder = "x"\nmodels = ["a", 1]', r"models = \['a', 1\]: must be a list of texts in quotes"),
+        ('folder = "x"\nmax-delta = 0.1', r"max-delta = 0.1: a job without differential privacy would pass it"),
+        ('folder = "x"\ndp-required = true\nmax-epsilon = 3', r"max-epsilon = 3.0: says nothing without a delta"),
+        ('folder = "x"\ndp-required = true\nmax-delta = nan', r"max-delta = nan: must be a finite number"),
+        ("dp-required = true", r"folder: must name"),
+        ("folder = ", r"cannot be read"),
+    ],
+)
+def test_limits_that_are_none_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    """A limit that is misspelt would be no limit."""
+    file = tmp_path / "limits.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        SiteLimits.from_toml(file)
+
+
+def test_what_a_site_refuses_reaches_whoever_runs_it(tmp_path: Path) -> None:
+    job = tiny_job(resolve(tiny_flat(tmp_path)), tmp_path, dp_required=True)
+    with pytest.raises(RefusedError, match=r"privacy\.mode, by dp-required"):
+        Worker(lambda: job, 1).load()
+
+
+def test_the_client_app_stays_thin() -> None:
+    """Flower starts a process for each message: it must not pay for torch, nor hold a model."""
+    code = "import sys, clients.app; print(sorted({'torch', 'transformers', 'peft', 'opacus'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
