@@ -7,7 +7,6 @@ the guarantee covers becomes part of an update.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import final
 
 import numpy as np
@@ -103,10 +102,7 @@ class Trainer:
         metrics: dict[str, float] | None = None,
         ledger_head: str = "",
     ) -> Update:
-        """Keep what is the client's own of a result, and return what leaves: no tensors where there is a reason."""
-        kept = {name: result.tensors[name] for name in self.start.personal(instruction)}
-        if kept and not result.error:
-            self.start.store.save(result.client, instruction.round, kept)
+        """Keep what is the client's own of a result, and return what leaves; where there is a reason, neither."""
         report = ClientReport(
             client=result.client,
             outcome=Outcome.FAILED if reason else Outcome.OK,
@@ -116,8 +112,12 @@ class Trainer:
             metrics=metrics or {},
             ledger_head=ledger_head,
         )
-        sent = self.start.sent_up(instruction)
-        return Update(report, {} if reason else {name: result.tensors[name] for name in sent})
+        if reason:
+            return Update(report)
+        kept = {name: result.tensors[name] for name in self.start.personal(instruction)}
+        if kept:
+            self.start.store.save(result.client, instruction.round, kept)
+        return Update(report, {name: result.tensors[name] for name in self.start.sent_up(instruction)})
 
     # -- under DP -----------------------------------------------------------------------------------------
 
@@ -125,6 +125,11 @@ class Trainer:
         """Pay for the round, train those that may, and let out nothing that the guarantee does not cover."""
         if len(instruction.ledger_heads) != len(instruction.clients):
             raise RefusedError("a client under DP trains only for a server that says what it last saw of its ledger")
+        if instruction.local.scaffold == 1:
+            raise RefusedError(
+                "local.option = 1: a client under DP takes no gradient of all its rows, which would leave without "
+                "noise; set local.option = 2"
+            )
         self._check_trains(instruction)
         updates, paid = [], {}
         for client, ledger_head in zip(instruction.clients, instruction.ledger_heads, strict=True):
@@ -148,8 +153,7 @@ class Trainer:
                 instruction.round,
                 {"loss": result.loss, "steps": result.steps, **result.diagnostics, "error": result.error},
             )
-            covered = replace(result, error=fault)
-            updates.append(self._update(instruction, covered, fault, ledger_head=paid[result.client]))
+            updates.append(self._update(instruction, result, fault, ledger_head=paid[result.client]))
         return sorted(updates, key=lambda update: update.client)
 
     def _private_results(self, instruction: Instruction, accounts: Accounts) -> list[ClientResult]:

@@ -33,6 +33,8 @@ def weighted(name: str, value: NDArray[np.floating], weight: int) -> NDArray[np.
     Raises:
         OverflowError: A number of it is too large to be summed exactly, or not finite.
     """
+    if not np.isfinite(value).all():
+        raise OverflowError(f"{name} holds NaN or infinity")
     with np.errstate(over="ignore"):
         term = np.asarray(value, dtype=np.float64) * float(weight)
     _check_range(name, term)

@@ -24,9 +24,12 @@ from fedlora.fingerprint import code_fingerprint, files_digest
 from fedlora.messages import first_line
 from fedlora.methods import METHODS
 from fedlora.registry import Registry
+from fedlora.strategy import Strategy
 from fedlora.tasks import TASKS
 
-STRATEGIES: Registry[Any] = Registry("strategy.name")  # filled by the package strategies, which stands above this one
+STRATEGIES: Registry[type[Strategy]] = Registry(
+    "strategy.name"
+)  # filled by the package strategies, which stands above this one
 REGISTRIES: tuple[Registry[Any], ...] = (STRATEGIES, METHODS, TASKS, CORPORA)
 GROUP = "fedlora.plugins"
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora.config import Config
@@ -49,12 +49,14 @@ class Setting:
         head: Role of the head.
         frozen: Kinds that stay as the seed gives them, whatever the strategy does with them.
         ranks: The rank that each client holds; empty: all hold the method's.
+        config: The run's configuration, where a strategy reads its own keys: ``config.options(...)``.
     """
 
     specs: Specs
     head: Role = Role.SHARED
     frozen: frozenset[str] = frozenset()
     ranks: tuple[int, ...] = ()
+    config: Config = field(default_factory=Config)
 
     def rank(self, client: int | None) -> int | None:
         """Return the rank that a client holds; None: the method's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -103,6 +104,10 @@ def read_instruction(content: RecordDict) -> Instruction:
         raise WireError("the instruction's ledger hashes or ranks are not one a client")
     if len(set(clients)) != len(clients):
         raise WireError("the instruction names a client twice")
+    local = LocalTerms(header.one("learning_rate", float), header.one("proximal", float), header.one("scaffold", int))
+    sizes = (local.learning_rate, local.proximal)
+    if local.scaffold not in (0, 1, 2) or not all(0 <= size < math.inf for size in sizes):
+        raise WireError("the instruction's terms of local training are not numbers of 0 or more, or not known")
     return Instruction(
         round=header.one("round", int),
         clients=clients,
@@ -110,9 +115,7 @@ def read_instruction(content: RecordDict) -> Instruction:
         tensors=decode(content.get("tensors")),
         weights="examples" if weights == "examples" else "equal",
         reduction=reduction,
-        local=LocalTerms(
-            header.one("learning_rate", float), header.one("proximal", float), header.one("scaffold", int)
-        ),
+        local=local,
         extra=decode(content["extra"]) if "extra" in content else {},
         ranks=ranks,
         fingerprint=header.one("fingerprint", str),

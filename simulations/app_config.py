@@ -14,17 +14,16 @@ from pathlib import Path
 from fedlora.config import Schema, to_toml
 from fedlora.config.fields import dotted
 from fedlora.plugins import REGISTRIES, schema
+from simulations.launch import CONFIG_TABLE
 from strategies import STRATEGIES
-
-_HEADER = "[tool.flwr.app.config]\n"
 
 
 def with_defaults(pyproject: str) -> str:
     """Return the text of a ``pyproject.toml`` with the configuration table generated anew."""
-    before, found, rest = pyproject.partition(_HEADER)
-    assert found, f"pyproject.toml has no {_HEADER.strip()} table"
+    before, found, rest = pyproject.partition(CONFIG_TABLE)
+    assert found, f"pyproject.toml has no {CONFIG_TABLE.strip()} table"
     following = rest.find("\n[")
-    return before + _HEADER + to_toml(schema().defaults()) + (rest[following:] if following >= 0 else "")
+    return before + CONFIG_TABLE + to_toml(schema().defaults()) + (rest[following:] if following >= 0 else "")
 
 
 def reference() -> str:

@@ -1,31 +1,41 @@
-"""The console command ``fedlora``: what ``flwr`` lacks, and never a second way to configure things."""
+"""The console command ``fedlora``: what ``flwr`` lacks, and never a second way to configure things.
+
+What takes seconds to import (torch, transformers, pandas) is imported by the subcommands that need it, so that the
+others answer at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fedlora.config import SMALL_LLAMA, Config, ConfigError, Scalar
+from fedlora.config import SMALL_LLAMA, Config, ConfigError
 from fedlora.data import load_corpus
+from fedlora.methods import build_method
+from fedlora.reports.run import Run
+from fedlora.reports.summary import write_report
+from fedlora.reports.tables import metrics_table, outcome_table
+from fedlora.storage import write_whole
+from fedlora.tasks import TASKS
+from simulations.launch import launch, run_side_by_side
+from simulations.options import absolute_paths, read_options, read_overrides
+from simulations.plan import Plan
 from simulations.setup import federation_of, resolve, settle
 from strategies import STRATEGIES
 from strategies.build import build_strategy
 
 if TYPE_CHECKING:
     from fedlora.models import Structure
-    from simulations.plan import Plan
     from simulations.sweeps.cells import Share
     from simulations.sweeps.file import Sweep
 
 _NODES = 2  # SuperNodes that Flower starts by default
-_PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")  # what Flower finds in an option; the rest it drops
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,71 +96,8 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         return _plan(config, console)
     if options.command == "audit":
         return _audit(config, console)
-    from simulations.launch import launch
-
     _prepare(config)
     return launch(app, overrides, options.federation_config, console)
-
-
-def read_overrides(app: Path, run_config: Sequence[str]) -> dict[str, Scalar]:
-    """Return the app's own configuration with the ``--run-config`` options over it, by dotted key.
-
-    Flower merges repeated options by section, so that of ``-c train.a=1 -c train.b=2`` only the second
-    survives, and drops what it cannot read; here each option counts and must be readable.
-
-    Raises:
-        ConfigError: There is no app in the folder, or an option cannot be read.
-    """
-    from flwr.common.config import get_fused_config_from_dir
-
-    if not (app / "pyproject.toml").is_file():
-        raise ConfigError(f"{app} holds no pyproject.toml; run from the checkout of fedlora, or name its folder.")
-    overrides = read_options(run_config)
-    try:
-        defaults = get_fused_config_from_dir(app, {})
-    except KeyError as error:
-        raise ConfigError(f"{app / 'pyproject.toml'} is not a Flower app: it has no {error} table.") from error
-    return {**defaults, **overrides}
-
-
-def read_options(run_config: Sequence[str]) -> dict[str, Any]:
-    """Return what the ``--run-config`` options say, by dotted key.
-
-    Raises:
-        ConfigError: An option cannot be read.
-    """
-    import click
-    from flwr.common.config import parse_config_args
-
-    overrides: dict[str, Any] = {}
-    for option in run_config:
-        try:
-            found = parse_config_args([option])
-        except (click.ClickException, OSError, ValueError) as error:
-            reason = error.message if isinstance(error, click.ClickException) else str(error)
-            raise ConfigError(f"--run-config {option!r} cannot be read: {reason}") from error
-        unread = "" if option.endswith(".toml") else _PAIR.sub("", option).strip()
-        if unread or not found:
-            raise ConfigError(
-                f"--run-config {option!r}: cannot read {unread or 'anything'!r}; write key=value without spaces around "
-                "the sign, and texts in quotes: key='text'."
-            )
-        overrides |= found
-    return overrides
-
-
-def absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with paths from this folder: the run itself starts in Flower's."""
-    flat = dict(flat)
-    for key in ("run.dir", "run.sweep", "data.path", "data.test-path", "model.name"):
-        value = flat.get(key)
-        if not isinstance(value, str) or not value:
-            continue
-        path = Path(value).expanduser()
-        may_be_a_hub_name = key == "model.name" or (key == "data.path" and flat.get("data.name") == "hub")
-        if not may_be_a_hub_name or path.is_dir():
-            flat[key] = str(path.resolve())
-    return flat
 
 
 def _prepare(config: Config) -> None:
@@ -164,8 +111,6 @@ def _prepare(config: Config) -> None:
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Check every cell, then run them under Flower; start again where the process died, with the next cell."""
-    from fedlora.storage import write_whole
-    from simulations.launch import run_side_by_side
     from simulations.sweeps.cells import Share
     from simulations.sweeps.file import Sweep
     from simulations.sweeps.tables import finish
@@ -198,8 +143,6 @@ def _run_share(
     sweep: Sweep, share: Share, app: Path, file: Path, federation_config: Sequence[str], console: Console
 ) -> int:
     """Run a share of a sweep under Flower; again where the process died elsewhere than the last time."""
-    from simulations.launch import launch
-
     flat = {**sweep.base, "run.sweep": str(file), "run.share": str(share)}
     before = None
     while (now := sweep.state(share)) != before:
@@ -225,10 +168,7 @@ def _audit(config: Config, console: Console) -> int:
 
 def _plan(config: Config, console: Console) -> int:
     """Print what a run would do and send."""
-    from fedlora.methods import build_method
     from fedlora.models import inspect_by_name
-    from fedlora.tasks import TASKS
-    from simulations.plan import Plan
 
     config, data = settle(config, _NODES)
     task = TASKS[config.task]
@@ -253,8 +193,6 @@ def _plan(config: Config, console: Console) -> int:
 
 def _trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:
     """Return the numbers that a client trains in a round under each strategy, on its own method."""
-    from fedlora.methods import build_method
-
     trained = {}
     for name in STRATEGIES:
         base = plan.config.to_flat() | {"strategy.name": name, "method.name": "auto"}
@@ -272,10 +210,6 @@ def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
     """Print a run's tables, or a comparison of several, and write plots, summaries and the page."""
     from fedlora.reports.comparison import comparison_table
     from fedlora.reports.html import html_page
-    from fedlora.reports.run import Run
-    from fedlora.reports.summary import write_report
-    from fedlora.reports.tables import metrics_table, outcome_table
-    from fedlora.storage import write_whole
 
     runs = [Run.read(path.resolve()) for path in paths]
     if len(runs) > 1:

@@ -24,7 +24,7 @@ from types import FrameType
 import psutil
 from rich.console import Console
 
-from fedlora.config import Scalar, to_toml
+from fedlora.config import Scalar, from_toml, to_toml
 
 # What Flower does by itself at start-up and a run must not: install [project].dependencies anew (torch among
 # them) into an environment of its own, and call home.
@@ -37,6 +37,7 @@ _FLOWER_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 _GRACE_S = 10.0
+CONFIG_TABLE = "[tool.flwr.app.config]\n"
 
 
 def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[str], console: Console) -> int:
@@ -54,7 +55,7 @@ def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[
     with _home() as (home, environment):
         file = home / "run-config.toml"
         file.write_text(to_toml(config), encoding="utf-8")
-        command = [_flwr(), "run", str(shipped(app, home / "app")), "--stream", "--run-config", str(file)]
+        command = [_flwr(), "run", str(shipped(app, home / "app", config)), "--stream", "--run-config", str(file)]
         for option in federation_config:
             command += ["--federation-config", option]
         started = subprocess.run(command, env=environment, cwd=app, check=False)
@@ -65,14 +66,20 @@ def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[
         return _verdict(environment, home, console)
 
 
-def shipped(app: Path, folder: Path) -> Path:
+def shipped(app: Path, folder: Path, config: Mapping[str, Scalar] | None = None) -> Path:
     """Copy what an app ships into ``folder``, and return it; the app itself where it does not say what it ships.
 
     Flower walks through everything below an app's folder before it leaves out what is not shipped: with a virtual
     environment in it that takes seconds.
+
+    Args:
+        app: Folder of the app.
+        folder: Where the copy goes.
+        config: The run configuration. Flower refuses keys that the app's table does not have, as those of a plug-in
+            are: the copy's has them.
     """
-    settings = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = settings["tool"]["flwr"]["app"].get("fab-include", [])
+    pyproject = (app / "pyproject.toml").read_text(encoding="utf-8")
+    patterns = tomllib.loads(pyproject)["tool"]["flwr"]["app"].get("fab-include", [])
     if not patterns:
         return app
     for pattern in ("pyproject.toml", ".gitignore", *patterns):
@@ -81,13 +88,22 @@ def shipped(app: Path, folder: Path) -> Path:
                 copy = folder / file.relative_to(app)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
+    (folder / "pyproject.toml").write_text(with_keys(pyproject, config or {}), encoding="utf-8")
     return folder
+
+
+def with_keys(pyproject: str, config: Mapping[str, Scalar]) -> str:
+    """Return the text of an app's ``pyproject.toml`` with the keys of ``config`` that its table lacks."""
+    known = from_toml(pyproject)
+    missing = {key: value for key, value in config.items() if f"tool.flwr.app.config.{key}" not in known}
+    before, header, rest = pyproject.partition(CONFIG_TABLE)
+    return "".join([before, header, to_toml(missing), rest])
 
 
 def run_side_by_side(app: Path, sweep: Path, workers: int, federation_config: Sequence[str]) -> None:
     """Run a sweep's file by several ``fedlora sweep`` processes at once, each with a share of its groups.
 
-    Each has a Flower of its own. They are dealt the GPUs that this process may use, one each, and the CPU cores.
+    Each has a Flower of its own, one of the GPUs that this process may use, and its part of the CPU cores.
     """
     import torch
 

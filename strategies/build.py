@@ -25,7 +25,8 @@ def build_strategy(config: Config, specs: Specs, frozen: frozenset[str] = frozen
         ValueError: Its parts cannot work together.
     """
     ranks = client_ranks(config, config.federation.num_clients)
-    strategy: Strategy = STRATEGIES[config.strategy.name](Setting(specs, Role(config.method.head), frozen, ranks))
+    setting = Setting(specs, Role(config.method.head), frozen, ranks, config)
+    strategy: Strategy = STRATEGIES[config.strategy.name](setting)
     if config.server.optimizer != "none":
         strategy = ServerOptimizer(strategy, config.server)
     match config.local.term:

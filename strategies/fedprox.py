@@ -13,7 +13,7 @@ from typing import final
 
 from fedlora.local_terms import LocalTerms
 from fedlora.strategy import Strategy
-from strategies.wrapped import Wrapped
+from strategies.wrapped import Wrapped, check_shared
 
 
 @final
@@ -23,11 +23,15 @@ class FedProx(Wrapped):
     Args:
         inner: The strategy.
         mu: The term's weight.
+
+    Raises:
+        ValueError: The strategy has no shared tensors.
     """
 
     def __init__(self, inner: Strategy, mu: float) -> None:
         super().__init__(inner)
         self.mu = mu
+        check_shared(inner, "local.term = 'prox'")
 
     def local(self, server_round: int) -> LocalTerms:
         """Return the inner strategy's terms with the proximal one."""

@@ -28,7 +28,7 @@ from fedlora.reduce import Reduced
 from fedlora.roles import Role
 from fedlora.state import ServerState, Tensors
 from fedlora.strategy import Specs, Strategy
-from strategies.wrapped import Wrapped
+from strategies.wrapped import Wrapped, check_shared
 
 VARIATE = "variate"
 
@@ -55,6 +55,7 @@ class Scaffold(Wrapped):
                 "so a control variate of one round means nothing in the next; choose a strategy that averages, such as "
                 "'fedavg' or 'ffa-lora', with one rank for all clients."
             )
+        check_shared(inner, "local.term = 'scaffold'")
 
     def local(self, server_round: int) -> LocalTerms:
         """Return the inner strategy's terms with control variates."""

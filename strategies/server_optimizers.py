@@ -31,7 +31,7 @@ from fedlora.config import ServerConfig
 from fedlora.reduce import Reduced
 from fedlora.state import ServerState
 from fedlora.strategy import Strategy
-from strategies.wrapped import Wrapped
+from strategies.wrapped import Wrapped, check_shared
 
 Array = NDArray[np.float64]
 
@@ -57,6 +57,7 @@ class ServerOptimizer(Wrapped):
                 "every round, so moments of one round mean nothing in the next; set server.optimizer = 'none', or "
                 "choose a strategy that averages, such as 'fedavg' or 'ffa-lora'."
             )
+        check_shared(inner, f"server.optimizer = {config.optimizer!r}")
 
     def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
         """Move what the server holds by a step along the averaged update; moments go into the state."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from fedlora.local_terms import LocalTerms
 from fedlora.reduce import Reduced
-from fedlora.roles import Roles
+from fedlora.roles import Role, Roles
 from fedlora.state import ServerState, Tensors
 from fedlora.strategy import Specs, Strategy
 
@@ -65,3 +65,20 @@ class Wrapped(Strategy, ABC):
     def changed(self, server_round: int) -> set[str]:
         """Return the kinds that the inner strategy changes."""
         return self.inner.changed(server_round)
+
+
+def check_shared(strategy: Strategy, key: str) -> None:
+    """Refuse what works on shared tensors where there are none.
+
+    Args:
+        strategy: The strategy that it is to be put around.
+        key: The configuration key that asks for it, with its value.
+
+    Raises:
+        ValueError: The strategy shares no tensor in any round.
+    """
+    if not any(Role.SHARED in roles for roles in strategy.roles_in_turn().values()):
+        raise ValueError(
+            f"{key}: strategy {strategy.name!r} shares no tensors, so this would change nothing; leave it at 'none', "
+            "or choose a strategy that shares some."
+        )

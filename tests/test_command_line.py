@@ -8,8 +8,9 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 
 from fedlora.config import to_toml
-from simulations.cli import main, read_overrides
+from simulations.cli import main
 from simulations.launch import shipped
+from simulations.options import read_overrides
 from tests.support.trainers import tiny_flat
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clients.trainer import Trainer
 from clients.worker import Worker
 from fedlora.data import load_federated
 from fedlora.engine import train_pack
@@ -91,14 +90,16 @@ def test_diagnostics_stay_at_the_site(tmp_path: Path) -> None:
     assert {"loss", "rows", "empty_steps", "clipped_fraction", "signal_to_noise", "error"} <= facts.keys()
 
 
-def test_what_the_watch_sees_in_rows_stays_at_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_watch_sees_in_rows_stays_at_the_site(tmp_path: Path) -> None:
     """Whether a row gave a gradient is not covered by the noise: the update leaves as any other."""
-    from fedlora.engine import training
 
-    worker = dp_worker(tmp_path)
-    monkeypatch.setattr(Trainer, "_check_trains", lambda *_: None)
-    monkeypatch.setattr(training._Watch, "errors", lambda *_: ["lora_B never had a gradient in 3 steps"])
-    update = ask(worker, (0,))[0]
+    def watched(*args: Any, **local: Any) -> Any:
+        results = train_pack(*args, **local)
+        return (
+            [replace(one, error="lora_B never had a gradient in 3 steps") for one in results] if args[4:] else results
+        )
+
+    update = ask(dp_worker(tmp_path, watched), (0,))[0]
     assert update.report.reason == ""
     assert update.tensors
     assert "never had a gradient" in noted(tmp_path, 0)
@@ -121,9 +122,9 @@ def test_a_server_that_saturates_the_head_learns_nothing(tmp_path: Path) -> None
 def test_what_an_exception_says_stays_at_the_site(tmp_path: Path) -> None:
     """It may quote a row; and the round is paid for, because that it failed is seen."""
 
-    def fail(*args: Any) -> Any:
+    def fail(*args: Any, **local: Any) -> Any:
         if len(args) == 4:  # on made-up rows, without a private step
-            return train_pack(*args)
+            return train_pack(*args, **local)
         raise MemoryError("row says: patient Smith")
 
     for update in ask(dp_worker(tmp_path, fail), (0, 1)):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientWork, Engine, optimizers, train_pack
-from fedlora.engine import training as training_module
+from fedlora.engine import pack as pack_module
 from fedlora.methods import Factor, Head
 from fedlora.methods.base import Method
 from tests.support.matrix import Changed
@@ -81,7 +81,7 @@ def test_stale_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     def stale(values: Tensor, *rest: Any) -> Any:
         return build(values.detach().clone(), *rest)
 
-    monkeypatch.setattr(training_module, "build_optimizer", stale)
+    monkeypatch.setattr(pack_module, "build_optimizer", stale)
     engine = make_engine("bert")
     errors = [r.error for r in train_pack(engine, works_of(engine, 3), {}, TRAIN)]
     assert all("has a gradient but did not move" in error for error in errors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from fedlora.codec import WireError
+from fedlora.exchange import ClientReport, Instruction, Outcome, Update
+from fedlora.local_terms import LocalTerms
 from fedlora.methods import TensorSpec
+from fedlora.reduce import OneByOne, Reduction, WeightedMean, check_tensors
 from fedlora.roles import Role
 from fedlora.wire import (
-    Instruction,
     Reply,
-    WireError,
-    check_tensors,
     decode,
     encode,
     from_named_arrays,
     message_bytes,
     named_arrays,
+    read_instruction,
+    read_reduction,
+    read_reports,
+    write_instruction,
 )
 
 arrays = st.one_of(
@@ -33,6 +39,11 @@ arrays = st.one_of(
     hnp.arrays(np.float64, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)),
 )
 tensors = st.dictionaries(st.text(max_size=12), arrays, max_size=4)
+
+
+def one_update(reduction: Reduction) -> Reduction:
+    reduction.add(Update(ClientReport(0), {"x": np.ones(2)}), 3)
+    return reduction
 
 
 @given(tensors)
@@ -134,38 +145,87 @@ def test_check_tensors_names_the_first_fault() -> None:
             check_tensors(value, specs, "float32")
 
 
-def test_messages_round_trip() -> None:
-    instruction = Instruction(
-        round=3,
-        clients=(1, 4),
-        roles={"A": Role.FROZEN, "head": Role.PERSONAL},
-        weights="equal",
-        tensors={"x": np.ones(3, np.float32)},
-        fingerprint="f",
-    )
-    back = Instruction.from_content(instruction.to_content())
-    assert (back.round, back.clients, back.roles, back.weights, back.fingerprint) == (
-        3,
-        (1, 4),
-        instruction.roles,
-        "equal",
-        "f",
-    )
-    assert np.array_equal(back.tensors["x"], np.ones(3))
-    reply = Reply()
-    reply.add(1, examples=5, steps=2, metrics={"loss": 0.5})
-    reply.add(4, error="broken")
-    again = Reply.from_content(reply.to_content())
-    assert again == reply
-    assert again.metrics == {"loss": [0.5, 0.0]}
+INSTRUCTION = Instruction(
+    round=3,
+    clients=(1, 4),
+    roles={"A": Role.FROZEN, "head": Role.PERSONAL, "B": Role.UPLOAD},
+    weights="equal",
+    tensors={"x": np.ones(3, np.float32)},
+    reduction="one-by-one",
+    local=LocalTerms(learning_rate=0.5, proximal=0.01, scaffold=2),
+    extra={"variate/x": np.full(3, 2.0, np.float32)},
+    ranks=(2, 8),
+    fingerprint="f",
+    pack=3,
+    ledger_heads=("h1", ""),
+)
 
 
-@pytest.mark.parametrize("kind", [Instruction, Reply])
+def test_instructions_round_trip() -> None:
+    """Every field, and those of a plain one that are empty."""
+    for instruction in (INSTRUCTION, Instruction(1, (0,), {"A": Role.SHARED}, {})):
+        back = read_instruction(write_instruction(instruction))
+        for field in fields(Instruction):
+            here, there = getattr(instruction, field.name), getattr(back, field.name)
+            if field.name in ("tensors", "extra"):
+                assert here.keys() == there.keys()
+                assert all(np.array_equal(here[name], there[name]) for name in here)
+            else:
+                assert here == there
+
+
+def test_replies_round_trip() -> None:
+    reports = [
+        ClientReport(1, examples=5, steps=2, metrics={"loss": 0.5}, ledger_head="h"),
+        ClientReport(4, Outcome.BUDGET_SPENT, "one more round would be too many"),
+        ClientReport.failed(5, "broken"),
+    ]
+    content = Reply(reports).to_content()
+    assert read_reports(content) == reports
+    assert read_reduction(content, "mean") is None
+
+
+def test_metrics_of_a_client_that_failed_are_not_read() -> None:
+    reports = [ClientReport(1, metrics={"loss": 0.5}), ClientReport(2, Outcome.FAILED, "no", metrics={"loss": 0.7})]
+    assert [report.metrics for report in read_reports(Reply(reports).to_content())] == [{"loss": 0.5}, {}]
+
+
+def test_an_instruction_that_contradicts_itself_is_refused() -> None:
+    for changes, message in (
+        ({"clients": (4, 4), "ranks": (), "ledger_heads": ()}, "names a client twice"),
+        ({"ranks": (1,)}, "ledger hashes or ranks are not one a client"),
+        ({"ledger_heads": ("a",)}, "ledger hashes or ranks are not one a client"),
+        ({"reduction": "median"}, "reduction 'median' is not known"),
+        ({"weights": "loss"}, "roles or weights are not known"),
+        ({"roles": {"A": "boss"}}, "roles or weights are not known"),
+        ({"local": LocalTerms(scaffold=3)}, "terms of local training"),
+        ({"local": LocalTerms(proximal=float("nan"))}, "terms of local training"),
+        ({"local": LocalTerms(learning_rate=-1.0)}, "terms of local training"),
+    ):
+        with pytest.raises(WireError, match=message):
+            read_instruction(write_instruction(replace(INSTRUCTION, **changes)))
+
+
+def test_reductions_that_are_no_answer_are_refused() -> None:
+    content = Reply([ClientReport(0)], one_update(WeightedMean())).to_content()
+    with pytest.raises(WireError, match="reduced by 'mean', not 'one-by-one'"):
+        read_reduction(content, "one-by-one")
+    content["reply"]["values"] = [1]  # type: ignore[index]
+    with pytest.raises(WireError, match="lists differ in length"):
+        read_reduction(content, "mean")
+
+
+KEYS = [
+    *("round", "clients", "kinds", "roles", "weights", "fingerprint", "pack", "ranks", "reduction", "learning_rate"),
+    *("proximal", "scaffold", "examples", "steps", "metrics", "outcomes", "reasons", "ledger_heads", "numbers"),
+    "values",
+]
+
+
+@pytest.mark.parametrize("read", [read_instruction, read_reports, lambda content: read_reduction(content, "mean")])
 @given(
     st.dictionaries(
-        st.sampled_from(
-            ["round", "clients", "kinds", "roles", "weights", "fingerprint", "examples", "steps", "metrics", "errors"]
-        ),
+        st.sampled_from(KEYS),
         st.one_of(
             st.integers(-5, 5),
             st.text(max_size=4),
@@ -173,18 +233,20 @@ def test_messages_round_trip() -> None:
             st.lists(st.integers(0, 3)),
             st.lists(st.text(max_size=3)),
         ),
-    )
+    ),
+    st.lists(st.text(max_size=12)),
 )
-def test_garbage_messages_are_refused(kind: Any, head: dict[str, Any]) -> None:
-    name = "instruction" if kind is Instruction else "reply"
-    for content in (
-        RecordDict({name: ConfigRecord(head)}),
-        RecordDict({name: ConfigRecord(head), "tensors": encode({})}),
-    ):
-        try:
-            kind.from_content(content)
-        except WireError:
-            continue
+def test_garbage_messages_are_refused(read: Any, head: dict[str, Any], groups: list[str]) -> None:
+    records = {f"reduced.{name}": encode({}) for name in groups}
+    for name in ("instruction", "reply"):
+        for content in (
+            RecordDict({name: ConfigRecord(head)}),
+            RecordDict({name: ConfigRecord(head), "tensors": encode({}), **records}),
+        ):
+            try:
+                read(content)
+            except WireError:
+                continue
 
 
 def test_the_envelope_is_small() -> None:
@@ -197,6 +259,7 @@ def test_the_envelope_is_small() -> None:
     }
     value = {name: np.zeros(size, np.float32) for name, size in names.items()}
     payload = sum(array.nbytes for array in value.values())
-    reply = Reply(update=value)
-    reply.add(0, examples=100, steps=7, metrics={"loss": 1.0})
-    assert payload < message_bytes(reply.to_content()) < payload + 1024
+    for reduction in (WeightedMean(), OneByOne()):
+        report = ClientReport(0, examples=100, steps=7, metrics={"loss": 1.0})
+        reduction.add(Update(report, value), 100)
+        assert payload < message_bytes(Reply([report], reduction).to_content()) < payload + 1024

@@ -51,15 +51,15 @@ def load_corpus(config: Config) -> Corpus:
 
 
 def load_federated(config: Config, num_clients: int) -> FederatedData:
-    """Load the corpus and deal it to ``num_clients`` clients (0: one for each owner of rows).
+    """Load the corpus and partition it among ``num_clients`` clients (0: one for each owner of rows).
 
     Raises:
-        ValueError: The data cannot be read or dealt; the message names the key.
+        ValueError: The data cannot be read or partitioned; the message names the key.
     """
-    from fedlora.data.partition import deal
+    from fedlora.data.partition import partition
 
     corpus = load_corpus(config)
-    return deal(corpus, config.data, num_clients=num_clients, seed=config.seed, final=config.eval.test)
+    return partition(corpus, config.data, num_clients=num_clients, seed=config.seed, final=config.eval.test)
 
 
 __all__ = ["CORPORA", "Corpus", "FederatedData", "Table", "load_corpus", "load_federated"]

@@ -22,7 +22,7 @@ _UNNAMED = "all"  # the one category of rows that have none
 
 @dataclass(frozen=True)
 class Source:
-    """A table of somebody's, and how to speak of it.
+    """A user's table, with the name that errors use.
 
     Attributes:
         key: The configuration key that names it.
@@ -167,7 +167,7 @@ def _labels(source: Source, column: str, partition: str) -> list[str]:
         if not partition:
             raise
         raise ValueError(
-            f"{error} data.partition = {partition!r} deals rows by their category; choose iid, quantity or natural "
+            f"{error} data.partition = {partition!r} goes by the category of rows; choose iid, quantity or natural "
             "where there is none."
         ) from error
     if not source.class_names:

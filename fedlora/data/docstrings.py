@@ -41,7 +41,7 @@ LIBRARIES: dict[str, tuple[str, str]] = {
 }
 _TRAIN_EACH = 200
 _TEST_EACH = 100
-_OWNERS = "sub-package"  # the column that rows can be dealt by
+_OWNERS = "sub-package"  # the column that rows can be partitioned by
 _ENOUGH = 500  # usable texts of a library after which no further file is read
 _SPLIT_SEED = 0  # part of the data set's definition: the same test texts whatever the run's seed
 _MIN_WORDS = 8

@@ -28,7 +28,7 @@ def load_hub_corpus(config: Config) -> Corpus:
         dataset=str(path.resolve()) if path.is_dir() else data.path,
         subset=data.subset or None,
         shuffle=False,
-        # It insists on one; rows are dealt by fedlora.data.partition, whatever their source.
+        # It insists on one; rows are partitioned by fedlora.data.partition, whatever their source.
         partitioners={data.train_split: IidPartitioner(num_partitions=1)},
     )
     train = _source(federated, "data.train-split", data.train_split, config)

@@ -1,4 +1,4 @@
-"""Dealing the training rows to clients, by flwr-datasets' partitioners where it has one."""
+"""Partitions of the training rows among clients, by flwr-datasets' partitioners where it has one."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Rows = NDArray[np.int64]
 _REDRAWS = 10  # of Dirichlet shares, ten draws each
 
 
-def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, final: bool = True) -> FederatedData:
-    """Deal the training rows to clients.
+def partition(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, final: bool = True) -> FederatedData:
+    """Partition the training rows among clients.
 
     A run that searches for hyper-parameters must not see the rows that their choice is judged by: what clients
     would hold out in the final run is then left out, and they hold out others.
@@ -44,7 +44,7 @@ def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, fin
         num_clients = len(clients)
     else:
         _check_enough(corpus, config, num_clients)
-        clients = _dealt(corpus, config, num_clients, seed)
+        clients = _by_rule(corpus, config, num_clients, seed)
     covered = np.sort(np.concatenate(clients))
     assert np.array_equal(covered, np.arange(len(corpus.train))), "the partitioner lost or doubled rows"
     if corpus.train.owners:
@@ -57,7 +57,7 @@ def deal(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, fin
     return FederatedData(corpus, clients, holdout, names)
 
 
-def _dealt(corpus: Corpus, config: DataConfig, num_clients: int, seed: int) -> tuple[Rows, ...]:
+def _by_rule(corpus: Corpus, config: DataConfig, num_clients: int, seed: int) -> tuple[Rows, ...]:
     # Partitioners cut what they are given in its order, and files are often sorted by label.
     order = Seeded(seed).permutation("partition", size=len(corpus.train))
     match config.partition:
@@ -68,7 +68,7 @@ def _dealt(corpus: Corpus, config: DataConfig, num_clients: int, seed: int) -> t
             return tuple(np.sort(rows) for rows in np.split(order, np.cumsum(sizes)[:-1]))
     if len(corpus.classes) < 2:
         raise ValueError(
-            f"data.partition = {config.partition!r}: deals rows by their label, and these rows have none; choose iid, "
+            f"data.partition = {config.partition!r}: goes by the label of rows, and these rows have none; choose iid, "
             "quantity or natural."
         )
     rows = Dataset.from_dict({"row": order, "label": [corpus.train.labels[row] for row in order]})
@@ -128,7 +128,7 @@ def _places(rows: Dataset, config: DataConfig, num_clients: int, seed: int) -> l
 
 
 def _natural(corpus: Corpus, num_clients: int) -> tuple[tuple[Rows, ...], tuple[str, ...]]:
-    """Deal whole owners: one a client, or of fewer clients each the next owner to the one with the fewest rows."""
+    """Assign whole owners: one a client, or with fewer clients each next owner to the client with the fewest rows."""
     owners = np.asarray(corpus.train.owners)
     names, place, counts = np.unique(owners, return_inverse=True, return_counts=True)
     if num_clients > len(names):

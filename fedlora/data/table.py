@@ -1,4 +1,4 @@
-"""What data are before they reach a model: texts with what is to be said of them, dealt to clients."""
+"""Data before they reach a model: texts with their labels, answers and owners, and the rows of each client."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Table:
 
     Attributes:
         texts: What the model reads, one a row: a text to classify, or a prompt.
-        labels: The class of each row, or for a language model the category that it is dealt by.
+        labels: The class of each row, or for a language model the category by which it is assigned to a client.
         answers: What a language model is to write after each prompt; empty for classification.
         owners: Whose each row is, by ``data.partition-column``; empty where that is not set.
     """
@@ -65,7 +65,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class FederatedData:
-    """A corpus dealt to clients.
+    """A corpus partitioned among clients.
 
     Attributes:
         corpus: The corpus.

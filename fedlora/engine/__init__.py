@@ -1,7 +1,8 @@
 """The packed engine: grouped layers, per-client optimizers, local training and evaluation."""
 
 from fedlora.engine.core import Engine, check_rows_apart, evaluate, made_up_rows
-from fedlora.engine.training import ClientResult, ClientWork, plan_batches, train_pack
+from fedlora.engine.training import train_pack
+from fedlora.engine.work import ClientResult, ClientWork, plan_batches
 
 __all__ = [
     "ClientResult",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,19 @@ _COPIES = 2**26  # and trained numbers, where each row has a copy of them (DP-SG
 
 
 @dataclass(frozen=True)
+class Probed:
+    """Which trained tensors passed a probe on rows that are nobody's, see :mod:`fedlora.engine.watch`.
+
+    Attributes:
+        connected: Those that a gradient reaches.
+        moving: Those of them that an optimizer's step moves.
+    """
+
+    connected: frozenset[str]
+    moving: frozenset[str]
+
+
+@dataclass(frozen=True)
 class Engine:
     """What training and evaluation share.
 
@@ -38,6 +51,7 @@ class Engine:
         dtype: Of the adapter's tensors: float64 with a float64 base, else float32.
         device: Where the base model is.
         tokens: Bound on the tokens of one forward pass.
+        probed: What :mod:`fedlora.engine.watch` found so far, by what it depends on; ``replace`` starts it anew.
     """
 
     base: Base
@@ -47,6 +61,7 @@ class Engine:
     dtype: torch.dtype
     device: torch.device
     tokens: int
+    probed: dict[Hashable, Probed] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @classmethod
     def build(cls, base: Base, method: Method, task: Task) -> Engine:

@@ -6,10 +6,10 @@ Shapes: rows are sequences. `N` rows of a batch, `G` groups (clients of a pack),
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,13 @@ class Layout:
         return x_n if self.index_n is None else x_n.index_select(0, self.index_n)
 
 
+class LayerProbe(Protocol):
+    """What may stand in for a layer's sum of base and update, see :mod:`fedlora.engine.probe`."""
+
+    def output(self, x: Tensor, own: Callable[[Tensor], Tensor], base: nn.Module | None) -> Tensor:
+        """Return the layer's output for ``x``; ``own`` is what its factor computes, ``base`` what it is added to."""
+
+
 @final
 class GroupedLayer(nn.Module):
     """A base layer that adds what its factor says for each row's group.
@@ -83,6 +90,7 @@ class GroupedLayer(nn.Module):
         self.name = name
         self.factor: Factor | None = None
         self.layout: Layout | None = None
+        self.probe: LayerProbe | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for ``x`` [N, ..., d_in]; without a factor, the base layer's.
@@ -98,11 +106,22 @@ class GroupedLayer(nn.Module):
                 f"method.target-modules: the model calls {self.name} on {x.shape[0]} rows of its own, not on the "
                 f"{self.layout.rows} of the batch, so clients cannot be told apart there; name other layers."
             )
+        if self.probe is not None:
+            return self.probe.output(x, self._own, None if isinstance(self.factor, Dense) else self.base)
+        if isinstance(self.factor, Dense):
+            return self._own(x)
+        return self.base(x) + self._own(x)  # type: ignore[no-any-return]
+
+    def _own(self, x: Tensor) -> Tensor:
+        """Return what the factor makes of ``x``: a low-rank one's update of the base layer, a dense one's output."""
+        assert self.layout is not None, "a factor without a layout"
         x_g = self.layout.to_groups(x)
         if isinstance(self.factor, LowRank):
             y_g = (x_g @ self.factor.A.to(x.dtype).mT) @ self.factor.scaled_b().to(x.dtype).mT
-            return self.base(x) + self.layout.to_rows(y_g, x)  # type: ignore[no-any-return]
-        return self.layout.to_rows(_dense(x_g, self.factor), x)
+        else:
+            assert isinstance(self.factor, Dense), "a factor of a third kind"
+            y_g = _dense(x_g, self.factor)
+        return self.layout.to_rows(y_g, x)
 
 
 def _dense(x_g: Tensor, factor: Dense) -> Tensor:
@@ -128,13 +147,21 @@ class GroupedModel:
             setattr(parent, attribute, self._slots[name])
 
     @contextmanager
-    def placed(self, factors: Mapping[str, Factor], layout: Layout) -> Iterator[nn.Module]:
-        """Put ``factors`` in place for one batch; the backward pass must run inside, too."""
+    def placed(
+        self, factors: Mapping[str, Factor], layout: Layout, probe: LayerProbe | None = None
+    ) -> Iterator[nn.Module]:
+        """Put ``factors`` in place for one batch; the backward pass must run inside, too.
+
+        Args:
+            factors: What each wrapped layer computes, by name.
+            layout: Which row belongs to which group.
+            probe: Stands in for the layers' sum of base and update, to find out what is connected to what.
+        """
         assert factors.keys() == self._slots.keys(), "factors for other layers than the wrapped ones"
         for name, slot in self._slots.items():
-            slot.factor, slot.layout = factors[name], layout
+            slot.factor, slot.layout, slot.probe = factors[name], layout, probe
         try:
             yield self.model
         finally:
             for slot in self._slots.values():
-                slot.factor, slot.layout = None, None
+                slot.factor, slot.layout, slot.probe = None, None, None

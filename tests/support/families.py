@@ -54,11 +54,19 @@ def task_of(family: str) -> type[Task]:
     return CausalLM if family in LANGUAGE else Classification
 
 
-def small_model(family: str, seed: int = 0) -> Any:
-    """Return a small model in float64, every weight random (biases and norms, too)."""
+def small_model(family: str, seed: int = 0, **changes: Any) -> Any:
+    """Return a small model in float64, every weight random (biases and norms, too).
+
+    Args:
+        family: Its architecture.
+        seed: Of the weights.
+        changes: Changed keys of its configuration.
+    """
     torch.manual_seed(seed)
     auto_model = getattr(transformers, task_of(family).auto_model)
-    model = auto_model.from_config(FAMILIES[family]()).double().eval()
+    config = FAMILIES[family]()
+    config.update(changes)
+    model = auto_model.from_config(config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

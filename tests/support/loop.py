@@ -20,7 +20,7 @@ from fedlora.methods import TensorSpec
 from fedlora.reduce import fold
 from fedlora.server import FlowerStrategy
 from fedlora.strategy import cut
-from fedlora.wire import Reply, read_instruction
+from fedlora.wire import Reply, encode, read_instruction
 
 Arrays = dict[str, NDArray[Any]]
 Node = Callable[[Message], RecordDict | Exception | None]
@@ -111,7 +111,8 @@ def node_of(
 
     Args:
         server: Its strategy says which tensors are sent, its federation in which dtype.
-        spoil: What is done to a client's update before it is sent.
+        spoil: What is done to the update of the node's only client after the node has checked it, as by a client that
+            sends what it likes.
         same: Every client sends back what it was sent, and these where it was sent nothing.
     """
     strategy, dtype = server.strategy, server.federation.dtype
@@ -122,8 +123,6 @@ def node_of(
         tensors = update_of(client, number, expected, dtype)
         if same is not None:
             tensors = cut({**same, **instruction.tensors}, expected)
-        if spoil is not None:
-            tensors = spoil(client, tensors)
         report = ClientReport(client, examples=examples_of(client), steps=3, metrics={"loss": 1.0})
         return Update(report, tensors, update_of(client, 100 + number, strategy.extra(number), dtype))
 
@@ -134,6 +133,12 @@ def node_of(
             return Reply(
                 [ClientReport(client, examples=10, metrics=sums) for client in instruction.clients]
             ).to_content()
-        return answer(instruction, [update(instruction, client) for client in instruction.clients])
+        updates = [update(instruction, client) for client in instruction.clients]
+        content = answer(instruction, updates)
+        if spoil is not None:
+            (one,) = updates
+            (group,) = (name for name in content if name.startswith("reduced.update"))
+            content[group] = encode(spoil(one.client, dict(one.tensors)))
+        return content
 
     return node

@@ -39,6 +39,7 @@ class MetricsFile(Observer):
     def on_round(self, end: RoundEnd) -> None:
         """Append the round's lines."""
         now, train = time.monotonic(), end.train
+        traffic = vars(end.replies.traffic)  # with what evaluations after the round took
         measured = {f"{where}_{name}": None for where in ("test", "dev") for name in self.names} | dict(end.measured)
         personal = {f"personal_{name}": None for name in self.names} | {"personal_clients": None} | dict(end.personal)
         end.line = {
@@ -49,9 +50,9 @@ class MetricsFile(Observer):
             "train_loss": train.get("train_loss"),
             **end.spent,
             **{name: train[name] for name in ("clients_ok", "clients_refused")},
-            **{name: train[name] for name in ("bytes_up", "bytes_down", "bytes_down_cached")},
+            **{name: traffic[name] for name in ("bytes_up", "bytes_down", "bytes_down_cached")},
             "sparsity": sparsity(self.strategy, end.state.tensors),
-            **{name: train[name] for name in ("message_bytes_up", "message_bytes_down")},
+            **{name: traffic[name] for name in ("message_bytes_up", "message_bytes_down")},
             "seconds": now - self._started,
         }
         self._started = now

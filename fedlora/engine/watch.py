@@ -1,0 +1,181 @@
+"""The watch: a client whose tensors do not train is reported, and one whose rows merely give no gradient is not.
+
+An adapter that is detached, or whose optimizer holds stale tensors, still gives a falling loss (the head learns) and a
+well-formed update. But a gradient of zero proves nothing: attention over a single key has none for queries and keys,
+nor has a dead ReLU, a saturated softmax or a factor whose partner is still zero; and where rounding makes 1e-17 of it,
+that proves nothing either. So real rows can only acquit: a tensor with a gradient well above rounding, that moved, is
+trained. Of each other tensor the probe decides (:mod:`fedlora.engine.probe`), on rows and tensors that are nobody's, so
+that its verdict is the same for every client and on every machine.
+
+What no probe can see is decided by the tensors themselves: with two factors of a product at zero, or one that is zero
+and fixed, no gradient can ever come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.engine.core import Arrays, Engine, Probed
+from fedlora.engine.stack import Stack
+from fedlora.methods import TensorSpec
+
+
+def negligible(engine: Engine) -> float:
+    """Return the share of the largest gradient below which a gradient may be rounding alone.
+
+    Rounding makes about the machine's epsilon of it (2e-16 in float64, 1e-7 in float32), an ordinary tensor more than
+    a thousandth. The bound is between: 2e-12 and 6e-6. In bfloat16 nothing lies between; there it is 1e-5, which sees
+    exact zeros and little more.
+    """
+    base = next(engine.base.model.parameters()).dtype
+    epsilon = max(torch.finfo(base).eps, torch.finfo(engine.dtype).eps)
+    return min(float(epsilon**0.75), 1e-5)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of one client's trained tensors after its round, as sets of names."""
+
+    finite: Set[str]
+    seen: Set[str]
+    still: Set[str]
+    zero: Set[str]
+    zero_at_start: Set[str]
+
+
+@final
+class Watch:
+    """Records, for every client and trained tensor of a pack, how large its gradient was and whether it moved.
+
+    Args:
+        stack: The pack's tensors, before the first step.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+        self._before = stack.values.detach().clone()
+        self._peak = torch.zeros_like(self._before)
+
+    def observe(self) -> None:
+        """Record the gradients of a step: those of data alone, before noise and penalties."""
+        torch.maximum(self._peak, self._stack.grads.abs(), out=self._peak)
+
+    def seen(self, bound: float) -> list[set[str]]:
+        """Return for each group the tensors with a gradient above ``bound`` times the group's largest one."""
+        places = self._stack.places
+        peaks = torch.stack([self._peak[:, place].amax(1) for place in places.values()], 1)
+        sound = peaks > bound * peaks.amax(1, keepdim=True)
+        return [{name for name, flag in zip(places, row, strict=True) if flag} for row in sound.tolist()]
+
+    def still(self) -> list[set[str]]:
+        """Return for each group the tensors none of whose numbers moved."""
+        return self._all(self._stack.values.detach() == self._before)
+
+    def faults(
+        self,
+        specs: Mapping[str, TensorSpec],
+        common: Arrays,
+        steps: Sequence[int],
+        bound: float,
+        probe: Callable[[], Probed],
+    ) -> list[str]:
+        """Return, for each group, what is wrong with it, or ``""``.
+
+        Args:
+            specs: The method's tensors.
+            common: The tensors that are not trained.
+            steps: Steps with rows that each group took; without any, nothing is expected of it.
+            bound: See :func:`negligible`.
+            probe: Called where a group's own rows do not acquit a tensor.
+        """
+        values = self._stack.values.detach()
+        columns = (
+            self._all(torch.isfinite(values)),
+            self.seen(bound),
+            self.still(),
+            self._all(values == 0),
+            self._all(self._before == 0),
+        )
+        return [
+            _fault(list(self._stack.places), specs, common, n, _Facts(*facts), probe) if n else ""
+            for n, *facts in zip(steps, *columns, strict=True)
+        ]
+
+    def _all(self, flags: Tensor) -> list[set[str]]:
+        """Return for each group the tensors whose numbers all have the flag, bool [G, P]."""
+        places = self._stack.places
+        whole = torch.stack([flags[:, place].all(1) for place in places.values()], 1).tolist()
+        return [{name for name, flag in zip(places, row, strict=True) if flag} for row in whole]
+
+
+def _fault(
+    names: Sequence[str],
+    specs: Mapping[str, TensorSpec],
+    common: Arrays,
+    n: int,
+    facts: _Facts,
+    probe: Callable[[], Probed],
+) -> str:
+    for name in names:
+        if name not in facts.finite:
+            return f"{name} is not finite after {n} steps; lower train.learning-rate or set train.clip-norm"
+    for name in names:
+        if name in facts.seen and specs[name].l1 and name in facts.zero:
+            return (
+                f"the proximal step set all of {name} to zero in {n} steps, so nothing is left to train; lower the "
+                f"weight of its L1 penalty, {specs[name].l1} (s2.sparsity)"
+            )
+    doubtful = [name for name in names if name not in facts.seen or name in facts.still]
+    if not doubtful:
+        return ""
+    zero = facts.zero_at_start | {name for name, value in common.items() if not np.any(value)}
+    for name in doubtful:
+        if name not in facts.seen and is_stuck(name, specs, zero, names):
+            return (
+                f"{name} never had a gradient in {n} steps: all that it is multiplied with is zero and stays so "
+                "(with s2-lora where s2.sparsity is too large)"
+            )
+    probed = probe()
+    for name in doubtful:
+        if name not in probed.connected:
+            return f"{name} never had a gradient in {n} steps: it is not connected to the loss"
+        if name not in probed.moving:
+            return f"{name} has a gradient but did not move in {n} steps: train.learning-rate is too small for it"
+    return ""
+
+
+def is_stuck(name: str, specs: Mapping[str, TensorSpec], zero: Set[str], trained: Sequence[str]) -> bool:
+    """Return whether no gradient can ever come to a tensor, because of zeros that it is multiplied with.
+
+    A factor that is zero hides the others of its product until it has moved, which it does if it is trained and
+    no other factor is zero. Not counted is a fixed one that is zero by the rows of earlier rounds, and not by its role
+    or by mistake: others of its kind are fixed at something.
+
+    Args:
+        name: The trained tensor.
+        specs: The method's tensors.
+        zero: Tensors that are all zero at the start, fixed ones too.
+        trained: The trained tensors.
+    """
+    for product in specs[name].factors:
+        factors: dict[str, list[str]] = {}
+        for other, spec in specs.items():
+            if product in spec.factors:
+                factors.setdefault(spec.kind[0], []).append(other)
+        empty = [letter for letter, parts in factors.items() if set(parts) <= zero]
+        hiding = [letter for letter in empty if letter != specs[name].kind[0]]
+        if not hiding:
+            return False
+        if len(empty) == 1:
+            parts = factors[hiding[0]]
+            kinds = {specs[part].kind for part in parts}
+            alike = [other for other, spec in specs.items() if spec.kind in kinds and other not in trained]
+            if not set(parts).isdisjoint(trained) or not set(alike) <= zero:
+                return False
+    return True

@@ -1,0 +1,126 @@
+"""What clients start a round with: by role, by round and at their own rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clients.start import VARIATE, StartTensors, variates
+from fedlora.engine import train_pack
+from fedlora.exchange import Instruction, Outcome
+from fedlora.local_terms import LocalTerms
+from fedlora.methods import initial_tensors
+from fedlora.roles import Role
+from fedlora.seeded import Seeded
+from tests.support.trainers import dp_worker, tiny_worker
+
+UPLOAD = {"A": Role.UPLOAD, "B": Role.UPLOAD, "head": Role.SHARED}
+SHARED = {"A": Role.SHARED, "B": Role.SHARED, "head": Role.SHARED}
+PERSONAL = {"A": Role.SHARED, "B": Role.PERSONAL, "head": Role.SHARED}
+
+
+def start_of(folder: Path, **changes: Any) -> StartTensors:
+    return tiny_worker(folder, **{"strategy.name": "fedavg", **changes}).loaded.trainer.start
+
+
+def test_uploaded_tensors_start_anew_in_each_round_and_are_never_sent(tmp_path: Path) -> None:
+    worker = tiny_worker(tmp_path, **{"strategy.name": "fedavg"})
+    start = worker.loaded.trainer.start
+    heads = {name: value for name, value in start.model.initial.items() if "classifier" in name}
+    updates = {number: worker.train(Instruction(number, (0, 1), UPLOAD, heads)) for number in (1, 2)}
+    for number, both in updates.items():
+        instruction = Instruction(number, (0, 1), UPLOAD, heads)
+        common = start.common(instruction)
+        drawn = initial_tensors(start.model.specs, Seeded(0), "float64", number)
+        for name, spec in start.model.specs.items():
+            if spec.kind != "head":
+                assert np.array_equal(common[name], drawn[name])
+                assert spec.kind == "B" or not np.array_equal(common[name], start.model.initial[name])
+        assert np.array_equal(start.of(instruction, 0, common)["classifier.bias"], heads["classifier.bias"])
+        assert all(update.report.outcome is Outcome.OK for update in both)
+        assert all(update.tensors.keys() == start.model.specs.keys() for update in both)
+    again = worker.train(Instruction(1, (0, 1), UPLOAD, heads))
+    assert all(np.array_equal(again[0].tensors[name], updates[1][0].tensors[name]) for name in again[0].tensors)
+
+
+def test_tensors_of_no_spec_are_common_to_all(tmp_path: Path) -> None:
+    """FLoRA's residual grows by round, and is not the method's: it reaches the engine as it came."""
+    residual = {"layer.residual_A": np.ones((5, 16)), "layer.residual_B": np.ones((16, 5))}
+    seen: list[Any] = []
+
+    def observed(engine: Any, works: Any, common: Any, *rest: Any, **local: Any) -> Any:
+        seen.append(common)
+        return train_pack(engine, works, common, *rest, **local)
+
+    worker = dp_worker(tmp_path, observed, **{"strategy.name": "fedavg"})
+    update = worker.train(Instruction(1, (0,), UPLOAD, residual, ledger_heads=("",)))[0]
+    assert update.report.outcome is Outcome.OK
+    assert not update.tensors.keys() & residual.keys()
+    assert len(seen) == 2, "on rows of nobody, too"
+    assert all(common[name] is value for common in seen for name, value in residual.items())
+
+
+@pytest.mark.parametrize("roles", [SHARED, UPLOAD, PERSONAL])
+def test_a_client_of_a_smaller_rank_holds_and_sends_so_many(roles: dict[str, Role], tmp_path: Path) -> None:
+    start = start_of(tmp_path, **{"method.rank": 4})
+    specs = start.model.specs
+    sent = {name: np.full(spec.shape, 0.5) for name, spec in specs.items()}
+    instruction = Instruction(1, (0, 2), roles, sent, ranks=(1, 3))
+    common = start.common(instruction)
+    for client, rank in ((0, 1), (2, 3)):
+        for name, value in start.of(instruction, client, common).items():
+            axis = specs[name].rank_axis
+            shape = [rank if at == axis else n for at, n in enumerate(specs[name].shape)]
+            assert list(value.shape) == shape
+            if roles is UPLOAD and axis == 0:
+                assert np.array_equal(value, common[name][:rank]), "drawn whole, so that ranks agree on what they share"
+    part = instruction.part((2,))
+    assert start.of(part, 2, common).keys() == start.of(instruction, 2, common).keys()
+    assert part.rank(2) == 3
+
+
+def test_a_smaller_rank_trains_and_keeps_its_own(tmp_path: Path) -> None:
+    worker = tiny_worker(tmp_path, **{"strategy.name": "fedavg", "method.rank": 4})
+    model = worker.loaded.model
+    sent = dict(model.initial)
+    update = worker.train(Instruction(1, (1,), PERSONAL, sent, ranks=(2,)))[0]
+    assert update.report.outcome is Outcome.OK
+    assert {value.shape[0] for name, value in update.tensors.items() if name.endswith("lora_A")} == {2}
+    kept = worker.loaded.store.load(1, 2)
+    assert kept is not None
+    assert {value.shape[1] for value in kept.values()} == {2}
+    later = Instruction(2, (1, 3), PERSONAL, sent, ranks=(2, 4))
+    whole = worker.loaded.trainer.start.personal_of(later, 1, worker.loaded.trainer.start.common(later))
+    for name, value in whole.items():
+        assert value.shape == model.specs[name].shape, "at the server's rank, to be evaluated with others"
+        assert np.array_equal(value[:, :2], kept[name])
+        assert not value[:, 2:].any()
+    ours, new = worker.evaluate_personal(later, "test")
+    assert ours.metrics["loss"] != new.metrics["loss"]
+    assert worker.export_personal(later.part((1,)))[0]["adapter_model.safetensors"]
+
+
+def test_control_variates_are_kept_with_personal_tensors(tmp_path: Path) -> None:
+    """They are of one round, and go back with it; without SCAFFOLD nobody reads them."""
+    start = start_of(tmp_path)
+    store = start.store
+    for number in (1, 2):
+        store.save(0, number, {"b": np.full(2, number), f"{VARIATE}a": np.full(2, -number)})
+    scaffold = LocalTerms(scaffold=2)
+    kept = start.kept(Instruction(3, (0,), SHARED, {}, local=scaffold), 0)
+    assert variates(kept)["a"].tolist() == [-2, -2]
+    assert start.kept(Instruction(3, (0,), SHARED, {}), 0) == {}
+    kept = start.kept(Instruction(2, (0,), SHARED, {}, local=scaffold), 0)
+    assert variates(kept)["a"].tolist() == [-1, -1]
+
+
+def test_scaffold_under_dp_takes_no_gradient_of_all_rows(tmp_path: Path) -> None:
+    """Option 1 asks for one without noise: a site refuses, whatever the server claims, before anything is paid."""
+    worker = dp_worker(tmp_path)
+    planted = Instruction(1, (0,), {}, {}, local=LocalTerms(scaffold=1), ledger_heads=("",))
+    (update,) = worker.train(planted)
+    assert "takes no gradient of all its rows" in update.report.reason
+    assert not (tmp_path / "sites").exists()
