@@ -17,7 +17,8 @@ from fedlora.exchange import Instruction, Update
 from fedlora.privacy import Ledger
 from fedlora.tasks import Classification
 from simulations.privacy import resolve_privacy
-from simulations.setup import build_strategy, resolve
+from simulations.setup import resolve
+from strategies.build import build_strategy
 from tests.support.tiny import save_texts, save_tiny_model
 
 EQUAL_PARTS = {"data.partition": "iid"}
