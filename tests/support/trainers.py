@@ -69,7 +69,7 @@ def instruction(
     """What the run's own strategy sends in a round, with changed tensors."""
     model = worker.loaded.model
     strategy = build_strategy(model.config, model.specs)
-    sent = {**strategy.initial(model.initial), **changes}
+    sent = {**strategy.initial(model.initial).tensors, **changes}
     heads = ("",) * len(clients) if ledger_heads is None else ledger_heads
     return Instruction(number, clients, strategy.all_roles(number), sent, ledger_heads=heads)
 
