@@ -69,8 +69,8 @@ class Layout:
 class LayerProbe(Protocol):
     """What may stand in for a layer's sum of base and update, see :mod:`fedlora.engine.probe`."""
 
-    def output(self, x: Tensor, own: Callable[[Tensor], Tensor], base: nn.Module | None) -> Tensor:
-        """Return the layer's output for ``x``; ``own`` is what its factor computes, ``base`` what it is added to."""
+    def output(self, x: Tensor, own: Callable[[Tensor], Tensor], fixed: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """Return the layer's output for ``x``; ``own`` is what its factor computes, ``fixed`` what it is added to."""
 
 
 @final
@@ -107,10 +107,19 @@ class GroupedLayer(nn.Module):
                 f"{self.layout.rows} of the batch, so clients cannot be told apart there; name other layers."
             )
         if self.probe is not None:
-            return self.probe.output(x, self._own, None if isinstance(self.factor, Dense) else self.base)
+            return self.probe.output(x, self._own, None if isinstance(self.factor, Dense) else self._fixed)
         if isinstance(self.factor, Dense):
             return self._own(x)
-        return self.base(x) + self._own(x)  # type: ignore[no-any-return]
+        return self._fixed(x) + self._own(x)
+
+    def _fixed(self, x: Tensor) -> Tensor:
+        """Return what the layer makes of ``x`` alike for all groups: the base layer's output and the residual's."""
+        y: Tensor = self.base(x)
+        residual = self.factor.residual if isinstance(self.factor, LowRank) else None
+        if residual is None:
+            return y
+        assert residual.A.dim() == residual.B.dim() == 2, "a residual is common to all groups"
+        return y + (x @ residual.A.to(x.dtype).mT) @ residual.scaled_b().to(x.dtype).mT
 
     def _own(self, x: Tensor) -> Tensor:
         """Return what the factor makes of ``x``: a low-rank one's update of the base layer, a dense one's output."""

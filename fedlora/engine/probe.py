@@ -23,7 +23,7 @@ from typing import final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlora.config import TrainConfig
 from fedlora.engine.core import Arrays, Engine, Probed, made_up_rows
@@ -51,14 +51,14 @@ class Arrival:
         self.gain = gain
         self.least = least
 
-    def output(self, x: Tensor, own: Callable[[Tensor], Tensor], base: nn.Module | None) -> Tensor:
+    def output(self, x: Tensor, own: Callable[[Tensor], Tensor], fixed: Callable[[Tensor], Tensor] | None) -> Tensor:
         """See :class:`fedlora.engine.layers.LayerProbe`."""
         shifted = x + 1.0
         update = own(shifted / shifted.detach().square().mean().sqrt())
         if self.gain is not None:
             update = update * self.gain
-        elif base is not None:
-            update = base(x) + update
+        elif fixed is not None:
+            update = fixed(x) + update
         if update.requires_grad:
             update.register_hook(self._unit)  # type: ignore[no-untyped-call]
         return update

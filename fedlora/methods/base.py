@@ -68,11 +68,12 @@ class TensorSpec:
 
 
 class LowRank(NamedTuple):
-    """What a layer adds to its base: ``y = W x + B (scale * A x)``."""
+    """What a layer adds to its base: ``y = W x + B (scale * A x)``, and the same of a residual."""
 
     A: Tensor  # [*, r, d_in]
     B: Tensor  # [*, d_out, r]
     scale: float | Tensor  # one number, or one for each rank [*, r]
+    residual: LowRank | None = None  # common to all groups: without their axis, and without a residual of its own
 
     def scaled_b(self) -> Tensor:
         """Return B with the scale folded in, [*, d_out, r]."""

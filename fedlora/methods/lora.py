@@ -52,8 +52,13 @@ class Lora(LowRankMethod):
         return specs
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
-        """Return each layer's A and B with the scale."""
-        return {
-            layer.name: LowRank(tensors[f"{layer.name}.lora_A"], tensors[f"{layer.name}.lora_B"], self.scale)
-            for layer in self.layers
-        }
+        """Return each layer's A and B with the scale, and its residual where there is one (:mod:`.residual`)."""
+        factors: dict[str, Factor] = {}
+        for layer in self.layers:
+            residual = None
+            if f"{layer.name}.residual_A" in tensors:
+                a, b = tensors[f"{layer.name}.residual_A"], tensors[f"{layer.name}.residual_B"]
+                residual = LowRank(a, b, self.scale)
+            a, b = tensors[f"{layer.name}.lora_A"], tensors[f"{layer.name}.lora_B"]
+            factors[layer.name] = LowRank(a, b, self.scale, residual)
+        return factors

@@ -41,16 +41,32 @@ def _pairs(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, str]]:
     return {layer: (names["A"], names["B"]) for layer, names in by_layer.items()}
 
 
+# Singular values below this share of the largest are rounding: of factors as they are stored, of the SVD, and of any
+# product with them. Stored factors make noise of about epsilon (2e-16, 6e-8), products of some hundred numbers ten
+# times that; this is above both, and leaving it out is not to be seen in an output.
+_ROUNDING = {"float64": 1e-12, "float32": 1e-6}
+
+
 def compress(
-    a: NDArray[np.float64], b: NDArray[np.float64], rank: int
+    a: NDArray[np.floating], b: NDArray[np.floating], rank: int | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return A [rank, d_in] and B [d_out, rank] of the product b a, cut to its largest singular values.
 
     Without loss where ``rank`` is at least the rank of the product. The singular vectors come from the core of a QR of
     each factor, never from the d_out x d_in product; each factor takes the root of the singular values.
+
+    Args:
+        a: [R, d_in].
+        b: [d_out, R].
+        rank: Singular values to keep; None: those that are not rounding, at least one and at most as many as d_in or
+            d_out.
     """
+    cut = _ROUNDING.get(str(np.result_type(a, b)), 1e-6)
+    a, b = a.astype(np.float64), b.astype(np.float64)
     q_b, r_b = np.linalg.qr(b)  # [d_out, n], [n, R] with n = min(d_out, R)
     q_a, r_a = np.linalg.qr(a.T)  # [d_in, m], [m, R] with m = min(d_in, R)
     u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)  # b a = Q_b (R_b R_a^T) Q_a^T
+    if rank is None:
+        rank = max(1, int((s > cut * s[0]).sum()))
     root = np.sqrt(s[:rank])
     return root[:, None] * (vt[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.engine.stack import common_shapes, pad
-from fedlora.methods import Dense, LowRank
+from fedlora.methods import Dense, Factor, LowRank
+from fedlora.methods.residual import compress
 from fedlora.models import model_path
 from fedlora.runs.ranks import FILE, strengths
 
@@ -26,7 +27,8 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     """Return a PEFT adapter's files by name: configuration, weights, tokenizer, and the ranks of its layers.
 
     The scale is folded into B, with alpha equal to the rank, so PEFT's own scale is 1 whatever the method. Ranks that
-    add nothing are left out, and so are layers without any other.
+    add nothing are left out, and so are layers without any other. A layer's residual becomes a part of its A and B,
+    whose rank is then that of their sum; the strengths of its ranks are singular values.
 
     Args:
         engine: The engine whose method made the tensors.
@@ -35,7 +37,8 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     """
     placed = {name: engine.tensor(array) for name, array in tensors.items()}
     shapes = common_shapes(engine.method.specs(), [placed], {})
-    factors = engine.method.factors({name: pad(value, shapes[name]) for name, value in placed.items()})
+    made = engine.method.factors({name: pad(value, shapes[name]) for name, value in placed.items()})
+    factors = {name: _one_term(factor, engine) for name, factor in made.items()}
     layers = {layer.name: layer for layer in engine.base.structure.adapted}
     weights: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
@@ -81,3 +84,13 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
             engine.base.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
     return {**files, FILE: json.dumps(found).encode()}
+
+
+def _one_term(factor: Factor, engine: Engine) -> Factor:
+    """Return a factor with its residual, if any, in its A and B, compressed without loss."""
+    if isinstance(factor, Dense) or factor.residual is None:
+        return factor
+    rest = factor.residual
+    a, b = torch.cat([factor.A, rest.A]), torch.cat([factor.scaled_b(), rest.scaled_b()], 1)
+    whole_a, whole_b = compress(a.cpu().numpy(), b.cpu().numpy())
+    return LowRank(engine.tensor(whole_a), engine.tensor(whole_b), 1.0)
