@@ -264,7 +264,7 @@ def test_a_configuration_becomes_its_strategy() -> None:
     assert type(build_strategy(plain, specs)).__name__ == "FedAvg"
     for changes, terms in (
         ({"local": LocalConfig("prox", mu=0.2)}, LocalTerms(proximal=0.2)),
-        ({"local": LocalConfig("scaffold", option=1)}, LocalTerms(scaffold=1)),
+        ({"local": LocalConfig("scaffold", option=1), "train": TrainConfig(optimizer="sgd")}, LocalTerms(scaffold=1)),
         ({"train": TrainConfig(round_schedule="linear")}, LocalTerms(learning_rate=0.75)),
         ({"train": TrainConfig(warmup_rounds=4)}, LocalTerms(learning_rate=0.5)),
         ({"server": ServerConfig("yogi")}, LocalTerms()),
