@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,22 +12,19 @@ import pytest
 from clients.site import Job, SiteLimits
 from clients.worker import Worker
 from fedlora import plugins
-from fedlora.config import ConfigError, from_toml, to_toml
+from fedlora.config import ConfigError, from_toml
 from fedlora.data import load_federated
 from fedlora.exchange import Instruction, Outcome
 from fedlora.methods import METHODS, LowRank, build_method
 from fedlora.plugins import read_config, schema
 from fedlora.registry import Registry
-from fedlora.reports.run import Run
 from fedlora.roles import Role
 from simulations.app_config import with_defaults
 from simulations.launch import with_keys
-from simulations.options import absolute_paths, read_options
 from simulations.setup import resolve
 from strategies.build import build_strategy
 from tests.support.matrix import LAYERS
-from tests.support.plugged import blocks, forgotten, write_tutorial
-from tests.support.tiny import save_tiny_model
+from tests.support.plugged import forgotten, tutorial_flat
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,27 +35,9 @@ def forgetful() -> Iterator[None]:
         yield
 
 
-def tutorial_flat(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Return the configuration of the tutorial's command, on a tiny model."""
-    write_tutorial(folder)
-    monkeypatch.chdir(folder)
-    (command,) = blocks("console")
-    words = shlex.split(command)
-    assert words[:2] == ["fedlora", "run"]
-    options = [value for option, value in zip(words[2::2], words[3::2], strict=True) if option == "-c"]
-    tiny = {
-        "model.name": save_tiny_model(folder / "model"),
-        "federation.num-clients": 3,
-        "train.local-steps": 3,
-        "method.rank": 2,
-        "engine.dtype": "float64",
-    }
-    return absolute_paths({**tiny, **read_options(options)})
-
-
-def test_the_tutorial_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tutorial_trains(tmp_path: Path) -> None:
     """A method, a strategy, a task and a data set of one file each, in the trainers' own worker."""
-    flat = tutorial_flat(tmp_path, monkeypatch)
+    flat = tutorial_flat(tmp_path)
     config = resolve(flat)
     assert (config.method.name, config.task, config.to_flat()["tied.strength"]) == ("tied", "smooth", 2.0)
     job = Job(config.to_flat(), load_federated(config, 3), SiteLimits(str(tmp_path / "sites")))
@@ -80,8 +54,8 @@ def test_the_tutorial_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert all(np.abs(value - sent[name]).max() > 0 for name, value in update.tensors.items())
 
 
-def test_own_keys_reach_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flat = tutorial_flat(tmp_path, monkeypatch)
+def test_own_keys_reach_the_method(tmp_path: Path) -> None:
+    flat = tutorial_flat(tmp_path)
     method = build_method(resolve(flat), LAYERS, [])
     tensors = {name: np.ones(spec.shape) for name, spec in method.specs().items()}
     factors = method.factors(tensors)  # type: ignore[arg-type]
@@ -97,10 +71,10 @@ def test_own_keys_reach_the_method(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             resolve({**flat, **changes})
 
 
-def test_flower_is_shown_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flower_is_shown_the_keys(tmp_path: Path) -> None:
     """Flower refuses what the app's table does not have: the copy that fedlora ships has it."""
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    flat = resolve(tutorial_flat(tmp_path, monkeypatch)).to_flat()
+    flat = resolve(tutorial_flat(tmp_path)).to_flat()
     before, after = from_toml(pyproject), from_toml(with_keys(pyproject, flat))
     assert set(after) - set(before) == {"tool.flwr.app.config.tied.strength"}
     assert with_keys(pyproject, {"seed": 3}) == pyproject
@@ -233,19 +207,3 @@ def test_former_names_warn() -> None:
     assert list(registry) == ["new"]
     with pytest.raises(ConfigError, match=r"'old' is registered already"):
         registry.register("old")
-
-
-@pytest.mark.e2e
-def test_the_tutorial_runs_under_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``fedlora run``: command line, ServerApp and trainers, each a process of its own, import the files."""
-    changes = {"run.dir": str(tmp_path / "runs"), "run.name": "run", "rounds": 2}
-    (tmp_path / "tiny.toml").write_text(to_toml({**tutorial_flat(tmp_path, monkeypatch), **changes}), encoding="utf-8")
-    command = [sys.executable, "-m", "simulations.cli", "run", str(ROOT), "-c", "tiny.toml"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / "runs" / "run"
-    assert json.loads((folder / "result.json").read_text(encoding="utf-8"))["rounds"] == 2
-    assert from_toml((folder / "config.toml").read_text(encoding="utf-8"))["tied.strength"] == 2.0
-    Run.read(folder)  # by a process that has not imported the plug-ins

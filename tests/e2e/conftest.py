@@ -20,7 +20,7 @@ PACKED: dict[str, Any] = {
 }
 LONG: dict[str, Any] = {
     "rounds": 5,
-    "strategy.name": "mos-private",
+    "strategy.name": "mos-personal",
     "method.head": "personal",
     "train.local-steps": 6,
     "train.learning-rate": 0.05,

@@ -24,7 +24,7 @@ from fedlora.roles import TRAINED
 from fedlora.seeded import Seeded
 from fedlora.strategy import Setting, Strategy
 from strategies import STRATEGIES
-from tests.support.families import LANGUAGE, small_base, small_model, small_task, without_float32
+from tests.support.families import LANGUAGE, random_examples, small_base, small_model, small_task, without_float32
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -73,6 +73,15 @@ def random_start(engine: Engine) -> Arrays:
         name: value + 0.3 * generator.standard_normal(value.shape)
         for name, value in initial_tensors(engine.method.specs(), Seeded(7)).items()
     }
+
+
+def works(start: Arrays, family: str) -> list[ClientWork]:
+    """Three ragged clients; the second has no rows."""
+    batches: list[list[list[int]]] = [[[0, 3, 1], [2]], [], [[4], [1, 5]]]
+    return [
+        ClientWork(k, random_examples(6, 100 + k, family=family), 6, [np.array(rows) for rows in own], start)
+        for k, own in enumerate(batches)
+    ]
 
 
 def cycle(strategy: Strategy) -> range:

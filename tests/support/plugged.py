@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fedlora import plugins
+from simulations.options import read_options
+from tests.support.tiny import save_tiny_model
 
 TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial.md"
 
@@ -41,3 +45,22 @@ def write_tutorial(folder: Path) -> list[Path]:
         (folder / name).write_text(block, encoding="utf-8")
         files.append(folder / name)
     return files
+
+
+def tutorial_flat(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Return the configuration of the tutorial's command, its files in ``folder``, on a tiny model."""
+    files = {file.name: file for file in write_tutorial(folder)}
+    (command,) = blocks("console")
+    words = shlex.split(command)
+    assert words[:2] == ["fedlora", "run"]
+    assert set(words[2::2]) == {"-c"}
+    flat = read_options(words[3::2])
+    flat["run.plugins"] = ",".join(str(files[name]) for name in flat["run.plugins"].split(","))
+    tiny = {
+        "model.name": save_tiny_model(folder / "model"),
+        "federation.num-clients": 3,
+        "train.local-steps": 3,
+        "method.rank": 2,
+        "engine.dtype": "float64",
+    }
+    return {**tiny, **flat, **changes}

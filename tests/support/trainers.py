@@ -17,7 +17,8 @@ from fedlora.exchange import Instruction, Update
 from fedlora.privacy import Ledger
 from fedlora.tasks import Classification
 from simulations.privacy import resolve_privacy
-from simulations.setup import build_strategy, resolve
+from simulations.setup import resolve
+from strategies.build import build_strategy
 from tests.support.tiny import save_texts, save_tiny_model
 
 EQUAL_PARTS = {"data.partition": "iid"}
@@ -68,7 +69,7 @@ def instruction(
     """What the run's own strategy sends in a round, with changed tensors."""
     model = worker.loaded.model
     strategy = build_strategy(model.config, model.specs)
-    sent = {**strategy.initial(model.initial), **changes}
+    sent = {**strategy.initial(model.initial).tensors, **changes}
     heads = ("",) * len(clients) if ledger_heads is None else ledger_heads
     return Instruction(number, clients, strategy.all_roles(number), sent, ledger_heads=heads)
 
