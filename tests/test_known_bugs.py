@@ -42,8 +42,9 @@ from fedlora.wire import Reply
 from simulations.privacy import participations
 from simulations.session import check_trainers
 from strategies import STRATEGIES, FedAvg, FFALora, RoleStrategy
+from tests.support.formulas import LAYERS
 from tests.support.loop import LoopGrid, Node, examples_of, node_of, update_of
-from tests.support.matrix import CONFIGS, HEAD, LAYERS, Arrays, Changed, alone, engine_of, random_start, setting
+from tests.support.matrix import CONFIGS, HEAD, Arrays, Changed, alone, engine_of, random_start, setting
 from tests.support.trainers import InProcess, dp_config, tiny_worker
 from tests.test_matrix import run, seeded_of, works
 

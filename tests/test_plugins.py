@@ -23,7 +23,7 @@ from simulations.app_config import with_defaults
 from simulations.launch import with_keys
 from simulations.setup import resolve
 from strategies.build import build_strategy
-from tests.support.matrix import LAYERS
+from tests.support.formulas import LAYERS
 from tests.support.plugged import forgotten, tutorial_flat
 
 ROOT = Path(__file__).parents[1]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fedlora.config import Config, MethodConfig
 from fedlora.exchange import ClientReport, Update
+from fedlora.methods import METHODS as REGISTERED
 from fedlora.methods import Layer, LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
 from fedlora.models import inspect, inspect_by_name
 from fedlora.reduce import REDUCTIONS
@@ -35,15 +36,12 @@ _DTYPE = "float32"
 _CLIENTS = 5
 
 MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,v", "Llama-2-7B all")
-# LoRA and S2-LoRA of rank 8; MoS with the parameters of LoRA of rank 1, and by default.
 _LORA = Config(method=MethodConfig("lora", rank=8))
-_S2 = Config(method=MethodConfig("s2-lora", rank=8))
-_MOS = Config(method=MethodConfig("mos", rank=8))
 _MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budget=1, private=0))
+# Every method at rank 8; MoS, whose parameters are those of LoRA of its budget, also at a budget of 1.
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
-    "lora": [("`lora`, r = 8", _LORA)],
-    "mos": [("`mos`, e = 4", _MOS), ("`mos`, e = 1", _MOS_1)],
-    "s2-lora": [("`s2-lora`, r = 8", _S2)],
+    **{name: [(f"`{name}`, r = 8", Config(method=MethodConfig(name, rank=8)))] for name in REGISTERED},
+    "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }
 
 
