@@ -21,6 +21,8 @@ Tensors = Mapping[str, NDArray[np.floating]]
 
 _DTYPES = ("float32", "float64")
 _MAX_MANIFEST_BYTES = 1 << 24
+_MAX_DIMS = 8
+_MAX_SIZE = 1 << 40
 
 
 class WireError(ValueError):
@@ -33,7 +35,8 @@ def pack(tensors: Tensors) -> tuple[bytes, bytes]:
     assert all(dtype in _DTYPES for _, dtype, _ in manifest), "only float32 and float64 travel"
     packed = zlib.compress(json.dumps(manifest, separators=(",", ":")).encode(), 9)
     data = b"".join(
-        np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<")).tobytes() for value in tensors.values()
+        np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
+        for value in tensors.values()
     )
     return packed, data
 
@@ -45,7 +48,7 @@ def unpack(packed: bytes, data: bytes) -> dict[str, NDArray[np.floating]]:
         WireError: The bytes are anything else.
     """
     tensors: dict[str, NDArray[np.floating]] = {}
-    at = 0
+    at, view = 0, memoryview(data)
     for entry in _manifest(packed):
         name, dtype, shape = _entry(entry)
         if name in tensors:
@@ -53,7 +56,7 @@ def unpack(packed: bytes, data: bytes) -> dict[str, NDArray[np.floating]]:
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if at + size > len(data):
             raise WireError(f"the data end before {name}")
-        flat = np.frombuffer(data[at : at + size], dtype=np.dtype(dtype).newbyteorder("<"))
+        flat = np.frombuffer(view[at : at + size], dtype=np.dtype(dtype).newbyteorder("<"))
         tensors[name] = flat.reshape(shape).astype(dtype)
         at += size
     if at != len(data):
@@ -75,11 +78,20 @@ def _manifest(packed: bytes) -> list[Any]:
 
 def _entry(entry: Any) -> tuple[str, str, tuple[int, ...]]:
     match entry:
-        case [str(name), str(dtype), list(shape)] if all(type(n) is int and 0 <= n < 2**40 for n in shape):
+        case [str(name), str(dtype), list(shape)] if _is_shape(shape):
             if dtype not in _DTYPES:
                 raise WireError(f"{name} has dtype {dtype!r}, not one of {', '.join(_DTYPES)}")
             return name, dtype, tuple(shape)
     raise WireError("an entry of the manifest is not [name, dtype, shape]")
+
+
+def _is_shape(shape: list[Any]) -> bool:
+    """Whether numpy can make an array of this shape: numbers, few and small enough, also where one of them is 0."""
+    return (
+        len(shape) <= _MAX_DIMS
+        and all(type(n) is int and n >= 0 for n in shape)
+        and math.prod(max(n, 1) for n in shape) < _MAX_SIZE
+    )
 
 
 def payload_bytes(specs: Mapping[str, TensorSpec], dtype: str) -> int:

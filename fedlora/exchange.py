@@ -1,4 +1,4 @@
-"""What server and clients say to each other in a round, before it becomes Flower's records (:mod:`fedlora.wire`)."""
+"""What server and clients exchange in a round, before it becomes Flower's records (:mod:`fedlora.wire`)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What a client says of its part in a round, beside its tensors.
+    """What a client reports of its part in a round, beside its tensors.
 
     Attributes:
         client: Its number.
@@ -105,10 +105,10 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client lets out of a round.
+    """What a client sends after a round.
 
     Attributes:
-        report: What it says of it.
+        report: How its round went.
         tensors: Its shared tensors, at its own rank; empty where there is no update.
         extra: What it sends beside them, named as in :attr:`Instruction.extra`: the change of its control variate.
     """

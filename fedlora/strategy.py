@@ -99,7 +99,7 @@ class Strategy(ABC):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Refuse a configuration in which the strategy would not be what it says.
+        """Refuse a configuration in which the strategy would not do what its name promises.
 
         Raises:
             ValueError: What is wrong, with the cure.

@@ -1,4 +1,4 @@
-"""Messages <-> Flower's records: beside the apps and :mod:`fedlora.server` the only module that knows Flower."""
+"""Messages <-> Flower's records: beside the apps and :mod:`fedlora.server` the only module that imports Flower."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def message_bytes(content: RecordDict) -> int:
 
 
 def named_arrays(tensors: Tensors) -> ArrayRecord:
-    """Return the tensors as Flower's own strategies and users know them: one named array each."""
+    """Return the tensors as Flower's own strategies and users have them: one named array each."""
     return ArrayRecord({name: Array(np.asarray(value)) for name, value in tensors.items()})
 
 
@@ -132,7 +132,7 @@ class Reply:
     """What a node answers: a report of each client, and the updates of those whose outcome is ok, reduced.
 
     Attributes:
-        reports: One a client. Those whose outcome is ok have the same metrics; no other has any.
+        reports: One a client. Those whose outcome is ok have the same metrics; the others' are not read.
         reduction: Their updates; None where clients were evaluated.
     """
 

@@ -5,7 +5,7 @@ Sun, Li, Li & Ding, "Improving LoRA in Privacy-preserving Federated Learning", I
 With one A for all clients, sum_k p_k (B_k A) = (sum_k p_k B_k) A: the average is exact, at half the bytes of
 ``fedavg`` for square layers (d_out / (d_in + d_out) in general). A comes from the run's seed and is never sent.
 On ``method.name = 'mos'`` the whole A pool is frozen, layers' own shards included, and the same holds.
-The paper's treatment of the classification head could not be verified; here ``method.head`` says it.
+The paper's treatment of the classification head could not be verified; here ``method.head`` decides.
 """
 
 from __future__ import annotations

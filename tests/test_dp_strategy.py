@@ -13,7 +13,7 @@ from flwr.app import Message, RecordDict
 from fedlora.exchange import ClientReport, Instruction, Outcome, Update
 from fedlora.reduce import WeightedMean, fold
 from fedlora.roles import Role
-from fedlora.server import BudgetSpentError, FederationError, FlowerStrategy
+from fedlora.server import BudgetSpentError, Federation, FederationError, FlowerStrategy
 from fedlora.wire import Reply, from_named_arrays, read_instruction
 from strategies import FedAvg, FedSALora
 from tests.support.loop import LoopGrid, Node, update_of
@@ -81,6 +81,11 @@ def test_an_update_that_cannot_be_used_has_left_all_the_same() -> None:
     with pytest.raises(FederationError, match="the weight of its sum is not that of its clients"):
         run(server, 1, spoil=heavier)
     assert server.state.clients.ledger_heads == {client: f"head-{client}-1" for client in range(4)}
+
+
+def test_weights_by_examples_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"strategy.weights = 'examples': clients under DP report no number of rows"):
+        Federation(4, dp=True)
 
 
 def test_no_loss_and_equal_weights() -> None:

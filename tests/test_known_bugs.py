@@ -1,7 +1,7 @@
 """Bugs that published code has: each that can be planted here is, and is caught.
 
 The numbers are those of a list of fourteen, made by reading the code of FedEx-LoRA, Fed-SB, FLoRA, FlexLoRA, LA-LoRA,
-DP-FedLoRA, FedSVD, FedASK, FlyLoRA and MoS.
+DP-FedLoRA, FedSVD, FedASK, FlyLoRA and MoS. Those of messages and servers are in ``test_known_bugs_server.py``.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from clients.worker import Worker
 from fedlora.config import ConfigError, TrainConfig
 from fedlora.engine import Engine, train_pack
-from fedlora.exact_sum import ExactSum
 from fedlora.methods import (
     Factor,
     Head,
+    Layer,
     LowRank,
     Method,
+    Mos,
     MosOptions,
     S2Lora,
     TensorSpec,
@@ -35,18 +35,14 @@ from fedlora.methods import (
 )
 from fedlora.privacy import Entry, Mechanism, PrivateRandom, default_delta, epsilon, least_noise_multiplier
 from fedlora.privacy.step import PrivateStep, clip_rows
-from fedlora.roles import Role, Roles
 from fedlora.runs.privacy import client_record
 from fedlora.seeded import Seeded
-from fedlora.wire import Reply
 from simulations.privacy import participations
 from simulations.session import check_trainers
-from strategies import STRATEGIES, FedAvg, FFALora, RoleStrategy
+from tests.support.federation import seeded_of, updates
 from tests.support.formulas import LAYERS
-from tests.support.loop import LoopGrid, Node, examples_of, node_of, update_of
-from tests.support.matrix import CONFIGS, HEAD, Arrays, Changed, alone, engine_of, random_start, setting
+from tests.support.matrix import CONFIGS, HEAD, Arrays, Changed, alone, engine_of, random_start, works
 from tests.support.trainers import InProcess, dp_config, tiny_worker
-from tests.test_matrix import run, seeded_of, works
 
 
 class SameForAll(Seeded):
@@ -71,23 +67,6 @@ def test_1_layers_start_apart_and_clients_alike(method: str) -> None:
     assert all(np.array_equal(one[name], two[name]) for name in one), "every client starts with the same tensors"
     if method == "lora":
         assert not distinct(SameForAll(3)), "the planted bug is seen"
-
-
-def test_2_a_frozen_factor_that_trains_all_the_same() -> None:
-    """A is frozen before it exists, so a client trains and sends it (FedEx-LoRA): refused, by name."""
-    strategy = FFALora(setting("lora"))
-    honest = node_of(strategy)
-
-    def thawed(message: Message) -> RecordDict:
-        reply = Reply.from_content(honest(message))  # type: ignore[arg-type]
-        specs = {**strategy.exchanged(1), "m.0.q.lora_A": strategy.setting.specs["m.0.q.lora_A"]}
-        reply.update = update_of(reply.clients[0], 1, specs)
-        return reply.to_content()
-
-    nodes: dict[int, Node] = dict.fromkeys(range(1, 5), honest) | {5: thawed}
-    run(strategy, "lora", LoopGrid(nodes), 1)
-    assert strategy.tally is not None
-    assert strategy.tally.refused == {4: "m.0.q.lora_A is not expected"}
 
 
 def transposed(method: Method) -> Method:
@@ -115,49 +94,6 @@ def test_3_orientation() -> None:
     wide = engine_of("lora", "bert", "intermediate.dense")
     with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|[Ee]xpected size"):
         off_from_the_formula(replace(wide, method=transposed(wide.method)))
-
-
-def counted(strategy: RoleStrategy, change: Callable[[ExactSum, Any], None]) -> dict[int, str]:
-    """Have one of two nodes fold its clients wrongly; return who is refused."""
-    honest = node_of(strategy)
-
-    def wrong(message: Message) -> RecordDict:
-        reply = Reply.from_content(honest(message))  # type: ignore[arg-type]
-        reply.total = ExactSum()
-        change(reply.total, [(k, update_of(k, 1, strategy.exchanged(1))) for k in reply.clients])
-        return reply.to_content()
-
-    run(strategy, "lora", LoopGrid({1: honest, 2: wrong}), 1)
-    assert strategy.tally is not None
-    return strategy.tally.refused
-
-
-def test_4_a_client_that_is_left_out_of_the_sum() -> None:
-    """A misspelt variable: only the first client counts (FLoRA)."""
-
-    def first_only(total: ExactSum, clients: Any) -> None:
-        for client, update in clients[:1]:
-            total.add(update, examples_of(client))
-
-    refused = counted(FedAvg(setting("lora", failure_threshold=0.9)), first_only)
-    assert set(refused) == {2, 3, 4}
-    assert all("the weight of its sum is not that of its clients" in reason for reason in refused.values())
-    with_all, without = FedAvg(setting("lora", 5)), FedAvg(setting("lora", 4))
-    one = run(with_all, "lora", LoopGrid({1: node_of(with_all)}), 1)
-    two = run(without, "lora", LoopGrid({1: node_of(without)}), 1)
-    assert all(np.abs(one[name] - two[name]).max() > 1e-3 for name in one), "the last client counts"
-
-
-def test_5_weights_that_are_not_those_agreed() -> None:
-    """Equal weights where examples were agreed (FedEx-LoRA), or a weight on A only (FLoRA)."""
-
-    def equal(total: ExactSum, clients: Any) -> None:
-        for _, update in clients:
-            total.add(update, 1)
-
-    refused = counted(FedAvg(setting("lora", weights="examples", failure_threshold=0.9)), equal)
-    assert all("the weight of its sum is not that of its clients" in reason for reason in refused.values())
-    assert refused
 
 
 def test_6_the_scale_of_an_update() -> None:
@@ -240,23 +176,6 @@ def test_11_a_start_that_depends_on_data(tmp_path: Path) -> None:
         check_trainers(InProcess([honest, other]), honest.loaded.model.config)
 
 
-def test_12_a_head_that_nobody_averaged(tmp_path: Path) -> None:
-    """A head that clients keep is not reported as a global result: FedSA's numbers are not FFA's.
-
-    Planted: clients keep their heads and the strategy denies it; what it says of itself is held against its roles.
-    """
-    from tests.test_plan import plan
-
-    strategy = plan(tmp_path, **{"method.head": "personal"}).strategy
-    assert strategy.has_personal
-    assert not strategy.personal, "the adapter itself is global"
-    denied = FFALora(replace(strategy.setting, head=Role.SHARED))
-    assert "classifier.weight" in denied.exchanged(1), "what is reported as global is sent"
-    assert "classifier.weight" not in strategy.exchanged(1)
-    told = {head: plan(tmp_path, **{"method.head": head}).measure for head in ("shared", "personal", "frozen")}
-    assert told == {"shared": "test_accuracy", "personal": "personal_accuracy", "frozen": "test_accuracy"}
-
-
 class TwoZeros(Method):
     """Bug 13: B of S2-LoRA starts at zero, and so does s: no gradient ever comes."""
 
@@ -290,22 +209,6 @@ def test_13_exactly_one_factor_is_zero_at_the_start() -> None:
     assert "never had a gradient" in result.error
 
 
-def test_13_roles_that_fix_the_zero_factor() -> None:
-    """S2-LoRA with s frozen at zero would train B and A for nothing: refused before the first round."""
-
-    class Frozen(RoleStrategy):
-        name, methods, exact = "frozen-s", ("s2-lora",), True
-
-        def roles(self, kinds: Any, server_round: int) -> Roles:
-            return {kind: Role.FROZEN if kind == "s" else Role.SHARED for kind in kinds}
-
-    with pytest.raises(ValueError, match=r"trains A of s2.10x6 in the first round while s, .* is fixed at zero"):
-        Frozen(setting("s2-lora"))
-    for name in STRATEGIES:
-        for method in STRATEGIES[name].methods:
-            assert STRATEGIES[name](setting(method)).trained_kinds
-
-
 def test_14_shards_of_another_seed(tmp_path: Path) -> None:
     """MoS indices drawn from another seed on one machine: the pools fit, and mean something else there."""
     honest = tiny_worker(tmp_path / "one", **{"strategy.name": "mos"})
@@ -325,9 +228,9 @@ def test_14_shards_of_another_seed(tmp_path: Path) -> None:
 
 def test_14_fan_in_and_scale_of_short_shards() -> None:
     """Kaiming by the length of a shard, or a scale by the budget, are not the formula: test_mos.py holds both."""
-    from tests.test_mos import mos
-
-    method = mos()
+    layers = [Layer(f"m.{n}.q", 24, 36, bias=True, fan_in_fan_out=False) for n in range(6)]
+    options = MosOptions(budget=2, shards=4, private=1)
+    method = Mos(layers, rank=6, alpha=12.0, config=options, seeded=Seeded(0))
     name = "m.*.q.mos_A"
     planted = replace(method.specs()[name], bound=1 / np.sqrt(method.specs()[name].shape[1]))
     drawn = initial_tensors({name: planted}, Seeded(0))[name]

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from fedlora.config import TrainConfig
-from fedlora.engine import ClientWork, Engine, train_pack
+from fedlora.engine import Engine, train_pack
 from fedlora.engine.layers import Layout
 from fedlora.exchange import ClientReport, Update
 from fedlora.methods import LowRank, TensorSpec, initial_tensors
@@ -38,21 +38,13 @@ from tests.support.matrix import (
     row_loss,
     setting,
     trained_kinds,
+    works,
 )
 
 TRAIN = TrainConfig(learning_rate=0.02, weight_decay=0.1)
 cases = pytest.mark.parametrize(("name", "method"), CASES, ids=["-".join(case) for case in CASES])
 methods = pytest.mark.parametrize("method", CONFIGS)
 models = pytest.mark.parametrize("family", MODELS)
-
-
-def works(start: Arrays, family: str) -> list[ClientWork]:
-    """Three ragged clients; the second has no rows."""
-    batches: list[list[list[int]]] = [[[0, 3, 1], [2]], [], [[4], [1, 5]]]
-    return [
-        ClientWork(k, random_examples(6, 100 + k, family=family), 6, [np.array(rows) for rows in own], start)
-        for k, own in enumerate(batches)
-    ]
 
 
 def split(start: Arrays, specs: dict[str, TensorSpec], kinds: set[str]) -> tuple[Arrays, Arrays]:

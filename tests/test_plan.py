@@ -1,4 +1,4 @@
-"""What a run says before it starts."""
+"""What a run prints and records before it starts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedlora.data import load_federated
 from fedlora.engine import plan_batches
 from fedlora.seeded import Seeded
 from simulations.plan import Plan
-from simulations.setup import build_strategy, resolve
 from strategies import STRATEGIES
-from tests.support.trainers import tiny_flat, tiny_worker
-
-
-def plan(folder: Path, **changes: Any) -> Plan:
-    config = resolve(tiny_flat(folder, **changes))
-    description = tiny_worker(folder, **changes).describe()
-    data = load_federated(config, config.federation.num_clients)
-    return Plan(config, data, build_strategy(config, description.specs), "bert", 1000, 4, nodes=2, trainers=1)
+from tests.support.plans import plan
 
 
 def shown(one: Plan) -> str:
@@ -52,7 +43,7 @@ def test_examples_are_those_that_training_sees(tmp_path: Path, train: dict[str, 
     one = plan(tmp_path, **{"federation.clients-per-round": 3, "data.alpha": 0.3, **train})
     seen = 0
     for number in range(1, 4):
-        for client in one.strategy.sample(number):
+        for client in one.federation.cohort(number):
             rows = one.data.training_rows(client)
             batches = plan_batches(Seeded(0), number, client, rows, one.config.train)
             assert len(batches) == one.steps()[client]

@@ -64,7 +64,13 @@ def test_own_keys_reach_the_method(tmp_path: Path) -> None:
     for factor in factors.values():
         assert isinstance(factor, LowRank)
         assert factor.scale == 2.0 * 16.0 / 2
+    assert resolve({**flat, "strategy.name": "fedavg", "method.name": "tied"}).method.name == "tied"
+    assert resolve({**flat, "strategy.name": "fedavg"}).method.name == "lora"
     for changes, message in (
+        (
+            {"strategy.name": "rolora", "method.name": "tied"},
+            r"'tied': strategy 'rolora' works with lora",
+        ),
         ({"tied.strength": -1.0}, r"tied.strength = -1.0: must be greater than 0"),
         ({"tied.strenght": 1.0}, r"unknown key 'tied.strenght'. Did you mean 'tied.strength'"),
     ):

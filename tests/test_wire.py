@@ -108,6 +108,8 @@ def test_damage_is_noticed_or_changes_numbers_only(at: int, byte: int) -> None:
         ([["a", "float32", [-1]]], 4, "not .name, dtype, shape."),
         ([["a", "float32", [True]]], 4, "not .name, dtype, shape."),
         ([["a", "float32", [2**50]]], 4, "not .name, dtype, shape."),
+        ([["a", "float32", [1] * 65]], 4, "not .name, dtype, shape."),
+        ([["a", "float32", [0, 2**39, 2**39]]], 0, "not .name, dtype, shape."),
         ({"a": 1}, 0, "not a list"),
     ],
 )

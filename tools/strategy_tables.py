@@ -22,6 +22,7 @@ from fedlora.exchange import ClientReport, Update
 from fedlora.methods import METHODS as REGISTERED
 from fedlora.methods import Layer, LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
 from fedlora.models import inspect, inspect_by_name
+from fedlora.plugins import methods_of
 from fedlora.reduce import REDUCTIONS
 from fedlora.roles import UP, Role
 from fedlora.seeded import Seeded
@@ -127,7 +128,7 @@ def roles_table() -> list[str]:
     ]
     layers = layers_of("MiniLM q,v")
     for name in STRATEGIES:
-        for kind in STRATEGIES[name].methods:
+        for kind in methods_of(name):
             method = build_method(METHODS[kind][0][1], layers, [])
             strategy = _strategy(name, method)
             in_turn = strategy.roles_in_turn()
@@ -169,7 +170,7 @@ def bytes_table() -> list[str]:
     ]
     whole = {model: bytes_up("fedavg", _LORA, model) for model in MODELS}
     for name in STRATEGIES:
-        for kind in STRATEGIES[name].methods:
+        for kind in methods_of(name):
             for label, config in METHODS[kind]:
                 if name == "local" or _refused(name, config):  # the former sends nothing
                     continue
@@ -187,7 +188,7 @@ def down_table() -> list[str]:
     ]
     layers = layers_of("RoBERTa-large q,v")
     for name in STRATEGIES:
-        for kind in STRATEGIES[name].methods:
+        for kind in methods_of(name):
             label, config = METHODS[kind][0]
             strategy = _strategy(name, build_method(config, layers, []))
             trained = {n: s for n, s in strategy.setting.specs.items() if s.kind in strategy.trained_kinds}

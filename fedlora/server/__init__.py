@@ -1,4 +1,4 @@
-"""The server of a federation under Flower: rounds, replies, traffic; beside the apps all that knows Flower."""
+"""The server of a federation under Flower: rounds, replies, traffic; beside the apps all that imports Flower."""
 
 from fedlora.server.cohort import Federation, assigned, sampled
 from fedlora.server.errors import BudgetSpentError, FederationError

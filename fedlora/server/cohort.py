@@ -14,7 +14,7 @@ from fedlora.server.errors import BudgetSpentError, FederationError
 
 @dataclass(frozen=True)
 class Federation:
-    """What the server needs to know of the clients.
+    """The clients of a federation, and how they take part.
 
     Attributes:
         num_clients: Number of clients.
@@ -39,6 +39,15 @@ class Federation:
     learning_rate: float = 0.0
     dp: bool = False
     fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: Clients under DP are to be weighted by numbers that they must not report.
+        """
+        if self.dp and self.weights != "equal":
+            raise ValueError("strategy.weights = 'examples': clients under DP report no number of rows; set 'equal'.")
 
     def cohort(self, server_round: int) -> list[int]:
         """Return the round's clients, ascending."""

@@ -104,8 +104,8 @@ class FlowerStrategy(FlowerBase):
         federation.check_failures(
             server_round, own.reports, own.refused, self.state.clients.spent, good=own.total.count
         )
-        self._remember(trained=clients.trained | own.used)
         self._apply(server_round, own)
+        self._remember(trained=clients.trained | own.used)
         return self.arrays, own.metrics()
 
     def configure_evaluate(
@@ -219,15 +219,17 @@ class FlowerStrategy(FlowerBase):
             ValueError: It lacks something that the round sends.
         """
         self.state = replace(self.state, tensors=from_named_arrays(arrays))
-        wanted = {*self.strategy.sent(server_round), *self.strategy.accumulated(self._ranks()[-1])}
-        for what, held in (("arrays", self.state.tensors), ("state", self.state.extra)):
+        sent = {*self.strategy.sent(server_round), *self.strategy.accumulated(self._ranks()[-1])}
+        for lacks, held, wanted in (
+            ("arrays lack", self.state.tensors, sent),
+            ("state lacks", self.state.extra, set(self.strategy.extra(server_round))),
+        ):
             lacking = sorted(wanted - set(held))
             if lacking:
                 raise ValueError(
-                    f"the initial {what} lack {lacking[0]} and {len(lacking) - 1} more of what the strategy exchanges; "
+                    f"the initial {lacks} {lacking[0]} and {len(lacking) - 1} more of what the strategy exchanges; "
                     "start with FlowerStrategy(strategy, federation, strategy.initial(...)).arrays"
                 )
-            wanted = set(self.strategy.extra(server_round))
 
     def _count_down(self, nodes: Mapping[int, tuple[int, ...]], server_round: int, payload: Payload) -> None:
         """Count what clients are sent for a round, and what of it they would lack if they kept what they were sent."""

@@ -32,7 +32,7 @@ def run_rounds(
     result, config = Result(), ConfigRecord()
     result.arrays = initial_arrays
 
-    def ask(server_round: int, arrays: ArrayRecord) -> None:
+    def evaluate(server_round: int, arrays: ArrayRecord) -> None:
         questions = list(strategy.configure_evaluate(server_round, arrays, config, grid))
         if questions:
             personal = strategy.aggregate_evaluate(server_round, arriving(grid, questions, timeout))
@@ -40,7 +40,7 @@ def run_rounds(
                 result.evaluate_metrics_clientapp[server_round] = personal
 
     if 0 < num_rounds <= done:
-        ask(done, initial_arrays)  # what clients reported after the last round is not in a checkpoint
+        evaluate(done, initial_arrays)  # what clients reported after the last round is not in a checkpoint
     for server_round in range(done + 1 if done else 0, num_rounds + 1):
         if server_round:
             try:
@@ -55,7 +55,7 @@ def run_rounds(
             assert metrics is not None, "a round without a result raises"
             result.arrays = arrays
             result.train_metrics_clientapp[server_round] = metrics
-            ask(server_round, arrays)
+            evaluate(server_round, arrays)
         if evaluate_fn is not None:
             evaluated = evaluate_fn(server_round, result.arrays)
             if evaluated is not None:

@@ -19,17 +19,18 @@ from fedlora.config import TrainConfig
 from fedlora.engine import ClientWork, Engine
 from fedlora.methods import Factor, LowRank, Method, TensorSpec, build_method, initial_tensors
 from fedlora.methods.base import Layer
+from fedlora.plugins import methods_of
 from fedlora.roles import TRAINED
 from fedlora.seeded import Seeded
 from fedlora.strategy import Setting, Strategy
 from strategies import STRATEGIES
-from tests.support.families import LANGUAGE, small_base, small_model, small_task, without_float32
+from tests.support.families import LANGUAGE, random_examples, small_base, small_model, small_task, without_float32
 from tests.support.formulas import FORMULAS, LAYERS, penalty, update_of_layer
 
 Arrays = dict[str, NDArray[Any]]
 
 CONFIGS = {name: formula.config for name, formula in FORMULAS.items()}
-CASES = [(name, method) for name in STRATEGIES for method in STRATEGIES[name].methods]
+CASES = [(name, method) for name in STRATEGIES for method in methods_of(name)]
 MODELS = ("bert", "gpt2", "llama-lm")  # two tasks; square and other layers, Conv1D, unlike key and value heads
 
 HEAD = [Layer("head", 4, 3, True, False)]
@@ -60,6 +61,15 @@ def random_start(engine: Engine) -> Arrays:
         name: value + 0.3 * generator.standard_normal(value.shape)
         for name, value in initial_tensors(engine.method.specs(), Seeded(7)).items()
     }
+
+
+def works(start: Arrays, family: str) -> list[ClientWork]:
+    """Three ragged clients; the second has no rows."""
+    batches: list[list[list[int]]] = [[[0, 3, 1], [2]], [], [[4], [1, 5]]]
+    return [
+        ClientWork(k, random_examples(6, 100 + k, family=family), 6, [np.array(rows) for rows in own], start)
+        for k, own in enumerate(batches)
+    ]
 
 
 def cycle(strategy: Strategy) -> range:
