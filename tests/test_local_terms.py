@@ -24,8 +24,9 @@ from strategies.round_schedule import RoundSchedule, share_of_peak
 from strategies.scaffold import Scaffold
 from strategies.server_optimizers import ServerOptimizer
 from tests.support.federation import run, saved, server_of, strategy_of
+from tests.support.formulas import LAYERS
 from tests.support.loop import Arrays, LoopGrid, Node, node_of, update_of
-from tests.support.matrix import CONFIGS, LAYERS, method_of
+from tests.support.matrix import CONFIGS, method_of
 
 
 def scaffold(name: str = "fedavg", method: str = "lora", **changes: Any) -> Scaffold:
