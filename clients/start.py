@@ -69,6 +69,23 @@ class StartTensors:
         rank = instruction.rank(client)
         return {name: cut(values[name], spec, rank) for name, spec in self.trained(instruction).items()}
 
+    def shared(self, instruction: Instruction) -> dict[str, TensorSpec]:
+        """Return the tensors that clients train and exchange: those that the server holds a value of."""
+        return self._with_role(instruction, Role.SHARED)
+
+    def server_variate(self, instruction: Instruction, client: int) -> Arrays:
+        """Return the server's control variate, at a client's rank; empty without SCAFFOLD."""
+        if not instruction.local.scaffold:
+            return {}
+        sent, rank = variates(instruction.extra), instruction.rank(client)
+        return {name: cut(sent[name], spec, rank) for name, spec in self.shared(instruction).items()}
+
+    def own_variate(self, instruction: Instruction, client: int) -> Arrays:
+        """Return a client's control variate as it starts the round, at its own rank: at first zero."""
+        kept = variates(self.kept(instruction, client))
+        server = self.server_variate(instruction, client)
+        return {name: kept.get(name, np.zeros_like(value)) for name, value in server.items()}
+
     def personal_of(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
         """Return a client's personal tensors as it starts the round, at the method's rank: what it lacks is zero."""
         values = {**common, **self.kept(instruction, client)}

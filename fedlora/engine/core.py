@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.engine.layers import GroupedModel, Layout
+from fedlora.engine.stack import common_shapes, pad
 from fedlora.methods import Method
 from fedlora.models import Base
 from fedlora.tasks import Examples, Task
@@ -164,12 +165,14 @@ def evaluate(
         common: Tensors that all rows are evaluated with, without a group axis.
         examples: The rows' source.
         rows: Row numbers to evaluate.
-        own: For each group (client) the tensors that only its rows are evaluated with.
+        own: For each group (client) the tensors that only its rows are evaluated with; ranks may differ.
         group: For each of ``rows`` its place in ``own``; None: all belong to the first.
     """
     group = np.zeros(len(rows), dtype=np.int64) if group is None else group
     fixed = {name: engine.tensor(array) for name, array in common.items()}
-    stacked = {name: torch.stack([engine.tensor(one[name]) for one in own]) for name in own[0]}
+    owned = [{name: engine.tensor(array) for name, array in one.items()} for one in own]
+    shapes = common_shapes(engine.method.specs(), owned, fixed)
+    stacked = {name: torch.stack([pad(one[name], shape) for one in owned]) for name, shape in shapes.items()}
     told: dict[str, NDArray[np.float64]] = {}
     with torch.inference_mode():
         for chosen in engine.micro_batches(examples.lengths[list(rows)]):

@@ -32,6 +32,9 @@ class GroupedOptimizer(ABC):
         config: Learning rate, weight decay and the like.
         steps_g: Steps that each group will take this round, [G]; the schedule's length.
         l1: Weight of the L1 penalty of each number, [P]; None where none has one.
+
+    Attributes:
+        rates_g: Sum of the learning rates of the steps that each group has taken, float64 [G].
     """
 
     def __init__(self, values: Tensor, config: TrainConfig, steps_g: Tensor, l1: Tensor | None = None) -> None:
@@ -40,13 +43,16 @@ class GroupedOptimizer(ABC):
         self.l1 = l1
         self.total_g = steps_g
         self.count_g = torch.zeros_like(steps_g)
+        self.rates_g = torch.zeros_like(steps_g, dtype=torch.float64)
 
     def step(self, grads: Tensor, active_g: Tensor) -> None:
         """Move the active groups (bool [G]) by one step along ``grads`` [G, P]."""
         if self.config.clip_norm > 0:
             clip_groups(grads, self.config.clip_norm)
-        rate = self._learning_rate().to(grads.dtype)[:, None]
+        rate_g = self._learning_rate()
+        rate = rate_g.to(grads.dtype)[:, None]
         self.count_g += active_g
+        self.rates_g += rate_g * active_g
         active = active_g[:, None]
         update = self._updated(grads, rate, active)
         if self.l1 is not None:

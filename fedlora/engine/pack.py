@@ -20,9 +20,11 @@ from torch import Tensor
 from fedlora.config import TrainConfig
 from fedlora.engine.core import Arrays, Engine
 from fedlora.engine.layers import LayerProbe, Layout
+from fedlora.engine.local import NO_TERMS, LocalGradient
 from fedlora.engine.optimizers import build_optimizer
-from fedlora.engine.stack import Stack
+from fedlora.engine.stack import Stack, common_shapes
 from fedlora.engine.work import ClientWork
+from fedlora.local_terms import LocalTerms
 from fedlora.privacy.step import PrivateStep, PrivateSum
 from fedlora.tasks import Examples
 
@@ -37,10 +39,14 @@ class Pack:
         common: The tensors that are not trained, the same for all clients.
         config: Local training.
         private: Mechanism and noise of DP-SGD; None: without privacy.
+        terms: What the strategy adds to local training.
+        shared: Names of the tensors that the terms apply to.
 
     Attributes:
         stack: The trained tensors and their gradients.
+        optimizer: The clients' optimizers.
         private_sum: The clipped sums under DP.
+        local: The strategy's terms; None: there are none.
         loss_g: Sum over the steps of each client's mean row loss, float64 [G].
     """
 
@@ -51,17 +57,25 @@ class Pack:
         common: Arrays,
         config: TrainConfig,
         private: PrivateStep | None = None,
+        terms: LocalTerms = NO_TERMS,
+        shared: Sequence[str] = (),
     ) -> None:
         self._engine = engine
         self._works = works
-        self.stack = Stack([{name: engine.tensor(array) for name, array in work.start.items()} for work in works])
-        self._fixed = {name: engine.tensor(array) for name, array in common.items()}
-        self._steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
         specs = engine.method.specs()
+        self._fixed = _tensors(engine, common)
+        starts = [_tensors(engine, work.start) for work in works]
+        self.stack = Stack(starts, common_shapes(specs, starts, self._fixed))
+        self._steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
         l1 = {name: specs[name].l1 for name in self.stack.places if specs[name].l1}
         spread = self.stack.spread(l1) if l1 else None
-        self._optimizer = build_optimizer(self.stack.values, config, self._steps_g, spread)
-        self.private_sum = PrivateSum(self.stack.grads, private) if private is not None else None
+        self.optimizer = build_optimizer(self.stack.values, config, self._steps_g, spread)
+        self.private_sum = PrivateSum(self.stack.grads, private, self.stack.real) if private is not None else None
+        self.local: LocalGradient | None = None
+        if terms.proximal or terms.scaffold:
+            variates = [[_tensors(engine, one) for one in (work.server_variate, work.own_variate)] for work in works]
+            server_g, own_g = (self.stack.rows(one) for one in zip(*variates, strict=True))
+            self.local = LocalGradient(self.stack, terms, shared, server_g, own_g)
         self.loss_g = torch.zeros(len(works), dtype=torch.float64, device=engine.device)
 
     @property
@@ -111,19 +125,26 @@ class Pack:
             if private is not None and copies.grad is not None:
                 private.add(owner_n, copies.grad)
             loss_g.index_add_(0, owner_n, weighted_n.detach().double())
+        if self.stack.real is not None:
+            self.stack.grads.masked_fill_(~self.stack.real, 0.0)
         self.loss_g += loss_g
 
-    def move(self, step: int) -> None:
-        """Take the step along the stack's gradients: noise and denominator under DP, penalties, the optimizer."""
-        if self.private_sum is not None:
-            self.private_sum.release()
-        # After the noise, because it sees no data.
+    def add_penalties(self) -> None:
+        """Add the gradients of what the method adds to the loss whatever the data."""
         penalty_g = self._engine.method.penalty({**self._fixed, **self.stack.tensors()})
         if penalty_g is not None and penalty_g.requires_grad:
             penalty_g.sum().backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            self._optimizer.step(self.stack.grads, step < self._steps_g)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the clients' tensors as they are now, [G, ...] by name."""
-        return {name: value.detach() for name, value in self.stack.tensors().items()}
+    def move(self, step: int) -> None:
+        """Take a step along the stack's gradients: noise and denominator under DP, what sees no data, the optimizer."""
+        if self.private_sum is not None:
+            self.private_sum.release()
+        self.add_penalties()
+        with torch.no_grad():
+            if self.local is not None:
+                self.local.add(self.stack.grads, self.stack.values)
+            self.optimizer.step(self.stack.grads, step < self._steps_g)
+
+
+def _tensors(engine: Engine, arrays: Arrays) -> dict[str, Tensor]:
+    return {name: engine.tensor(array) for name, array in arrays.items()}

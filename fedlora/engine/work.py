@@ -24,7 +24,10 @@ class ClientWork:
         examples: Its rows.
         num_examples: How many rows it trains on, its weight in an average by examples.
         batches: Row numbers of each step's batch, in order; only under DP may one be empty.
-        start: Its trained tensors before the first step.
+        start: Its trained tensors before the first step; of a smaller rank than others' if that is the client's.
+        server_variate: SCAFFOLD's control variate of the server, by tensor; zero where there is none.
+        own_variate: The client's own one, likewise.
+        rows: All rows that it trains on; needed for SCAFFOLD's option 1 only.
     """
 
     client: int
@@ -32,6 +35,9 @@ class ClientWork:
     num_examples: int
     batches: Sequence[NDArray[np.int64]]
     start: Arrays
+    server_variate: Arrays = field(default_factory=dict)
+    own_variate: Arrays = field(default_factory=dict)
+    rows: Sequence[int] | NDArray[np.int64] = ()
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class ClientResult:
         error: Why the result must not be used; empty when it may.
         diagnostics: Under DP what was measured on single rows; like ``loss`` and ``examples``, it is not covered by
             the guarantee and must not leave the client.
+        own_variate: With SCAFFOLD its renewed control variate of the shared tensors; else empty.
     """
 
     client: int
@@ -56,6 +63,7 @@ class ClientResult:
     loss: float
     error: str
     diagnostics: dict[str, float] = field(default_factory=dict)
+    own_variate: dict[str, NDArray[np.floating]] = field(default_factory=dict)
 
 
 def plan_batches(

@@ -54,15 +54,22 @@ def clip_rows(grads: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
     return torch.where(finite[:, None], clipped, 0.0), norms
 
 
-def noisy_mean(sums: Tensor, step: PrivateStep) -> Tensor:
+def noisy_mean(sums: Tensor, step: PrivateStep, real: Tensor | None = None) -> Tensor:
     """Return each client's gradient as the optimizer may see it: noise on the sum, by the *expected* batch size.
 
     Args:
         sums: Sums of clipped gradients, [G, P]; zero for a client of whose rows none was sampled.
         step: Mechanism and sources of noise.
+        real: Which numbers are a client's own, bool [G, P]; None: all. Noise is drawn for these alone, so that it does
+            not depend on the ranks of the other clients of the pack.
     """
     mechanism = step.mechanism
-    noise = torch.stack([random.normal(row) for random, row in zip(step.randoms, sums, strict=True)])
+    if real is None:
+        noise = torch.stack([random.normal(row) for random, row in zip(step.randoms, sums, strict=True)])
+    else:
+        noise = torch.zeros_like(sums)
+        for g, random in enumerate(step.randoms):
+            noise[g, real[g]] = random.normal(sums[g, real[g]])
     deviation = mechanism.noise_multiplier * mechanism.max_grad_norm
     return (sums + deviation * noise) / mechanism.expected_batch_size
 
@@ -76,11 +83,13 @@ class PrivateSum:
     Args:
         sums: Where the sums go, [G, P]; zero at the start of each step.
         step: Mechanism and sources of noise.
+        real: Which numbers are a client's own and not padding, bool [G, P]; None: all.
     """
 
-    def __init__(self, sums: Tensor, step: PrivateStep) -> None:
+    def __init__(self, sums: Tensor, step: PrivateStep, real: Tensor | None = None) -> None:
         self._sums = sums
         self._step = step
+        self._real = real
         zero_g = torch.zeros(len(sums), dtype=torch.float64, device=sums.device)
         self._rows_g, self._clipped_g, self._dropped_g, self._empty_g, self._signal_g, self._before_g = (
             zero_g.clone() for _ in range(6)
@@ -89,6 +98,8 @@ class PrivateSum:
     def add(self, owner_n: Tensor, grads: Tensor) -> None:
         """Clip rows' gradients [N, P] and add each to its client's sum; ``owner_n`` [N] says whose it is."""
         max_grad_norm = self._step.mechanism.max_grad_norm
+        if self._real is not None:
+            grads = torch.where(self._real[owner_n], grads, 0.0)
         clipped, norms = clip_rows(grads, max_grad_norm)
         self._sums.index_add_(0, owner_n, clipped)
         self._rows_g.index_add_(0, owner_n, torch.ones_like(norms, dtype=torch.float64))
@@ -100,12 +111,13 @@ class PrivateSum:
         self._signal_g += self._sums.square().sum(1).sqrt().double()
         self._empty_g += self._rows_g == self._before_g
         self._before_g = self._rows_g.clone()
-        self._sums.copy_(noisy_mean(self._sums, self._step))
+        self._sums.copy_(noisy_mean(self._sums, self._step, self._real))
 
     def diagnostics(self, group: int, steps: int) -> dict[str, float]:
         """Return a client's numbers of the round."""
         rows, mechanism = float(self._rows_g[group]), self._step.mechanism
-        noise = mechanism.noise_multiplier * mechanism.max_grad_norm * math.sqrt(self._sums.shape[1])
+        numbers = self._sums.shape[1] if self._real is None else int(self._real[group].sum())
+        noise = mechanism.noise_multiplier * mechanism.max_grad_norm * math.sqrt(numbers)
         return {
             "rows": rows,
             "empty_steps": float(self._empty_g[group]),

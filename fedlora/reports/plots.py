@@ -75,7 +75,7 @@ def draw_ranks(run: Run) -> Any:
     width = max(values.shape[1] for values in strengths.values())
     grid = np.zeros((len(strengths), width))
     for row, values in enumerate(strengths.values()):
-        grid[row, : values.shape[1]] = np.sort(values.mean(0))[::-1]
+        grid[row, : values.shape[1]] = np.sort(np.nanmean(values, axis=0))[::-1]
     image = axes.imshow(np.ma.masked_equal(grid, 0.0), aspect="auto", cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="Frobenius norm")
     if len(strengths) <= 40:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from fedlora.config import Config
 from fedlora.engine import Engine
+from fedlora.engine.stack import common_shapes, pad
 from fedlora.methods import Dense, LowRank
 from fedlora.models import model_path
 from fedlora.runs.ranks import FILE, strengths
@@ -29,16 +30,18 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
 
     Args:
         engine: The engine whose method made the tensors.
-        tensors: All of the method's tensors.
+        tensors: All of the method's tensors, at the method's rank or a smaller one.
         config: The run's configuration.
     """
-    factors = engine.method.factors({name: engine.tensor(array) for name, array in tensors.items()})
+    placed = {name: engine.tensor(array) for name, array in tensors.items()}
+    shapes = common_shapes(engine.method.specs(), [placed], {})
+    factors = engine.method.factors({name: pad(value, shapes[name]) for name, value in placed.items()})
     layers = {layer.name: layer for layer in engine.base.structure.adapted}
     weights: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
     heads: set[str] = set()
-    told = strengths(factors)
-    used = {name: [rank for rank, strength in enumerate(values) if strength] for name, values in told.items()}
+    found = strengths(factors)
+    used = {name: [rank for rank, strength in enumerate(values) if strength] for name, values in found.items()}
     if not any(used.values()):
         used[next(iter(used))] = [0]  # PEFT has no empty adapter: one rank of zeros stands for it
     for name, factor in factors.items():
@@ -77,4 +80,4 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         if engine.base.tokenizer is not None:
             engine.base.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-    return {**files, FILE: json.dumps(told).encode()}
+    return {**files, FILE: json.dumps(found).encode()}

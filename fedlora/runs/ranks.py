@@ -34,18 +34,27 @@ def strengths(factors: Mapping[str, Factor]) -> dict[str, list[float]]:
 def read_strengths(run: Path) -> dict[str, NDArray[np.float64]]:
     """Return the strengths of each layer of a finished run, [adapters, r]: of the server's, or of each client's.
 
-    Empty where the run has exported nothing yet.
+    An adapter of a smaller rank than others has NaN for those that it does not have. Empty where the run has exported
+    nothing yet.
     """
     files = sorted([*run.glob(f"adapter/{FILE}"), *run.glob(f"adapters/*/{FILE}")])
-    told = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    return {name: np.array([one[name] for one in told]) for name in told[0]} if told else {}
+    read = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return {name: _ragged([one[name] for one in read]) for name in read[0]} if read else {}
 
 
-def effective_ranks(told: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
+def _ragged(rows: list[list[float]]) -> NDArray[np.float64]:
+    whole = np.full((len(rows), max(map(len, rows))), np.nan)
+    for place, row in enumerate(rows):
+        whole[place, : len(row)] = row
+    return whole
+
+
+def effective_ranks(layers: Mapping[str, NDArray[np.float64]]) -> NDArray[np.float64]:
     """Return how many components of each layer are not zero, a mean over the adapters, [layers]."""
-    return np.array([np.count_nonzero(values, axis=1).mean() for values in told.values()])
+    return np.array([(values > 0).sum(axis=1).mean() for values in layers.values()])
 
 
-def zero_share(told: Mapping[str, NDArray[np.float64]]) -> float:
+def zero_share(layers: Mapping[str, NDArray[np.float64]]) -> float:
     """Return the share of all components that are exactly zero."""
-    return float(np.mean(np.concatenate([values.ravel() for values in told.values()]) == 0))
+    whole = np.concatenate([values.ravel() for values in layers.values()])
+    return float(np.mean(whole[~np.isnan(whole)] == 0))

@@ -1,0 +1,65 @@
+"""What a strategy adds to the clients' steps: FedProx's pull and SCAFFOLD's control variates, for a whole pack at once.
+
+Both are terms of the gradient that see no data. Without DP they are part of it before ``train.clip-norm`` is applied,
+since FedProx's term belongs to the objective; under DP they come after clip and noise, and cost no privacy.
+
+FedProx (Li et al., MLSys 2020, arXiv 1812.06127) adds ``mu (y - x)`` for the client's y and the server's x.
+SCAFFOLD (Karimireddy et al., ICML 2020, arXiv 1910.06378) adds ``c - c_k``, the server's variate less the client's
+own, and renews that after the round: with option 1 ``c_k+ = grad f_k(x)``, the gradient of the client's whole objective
+at the server's x; with option 2 ``c_k+ = c_k - c + (x - y) / sum of its learning rates``. A client that took no step
+keeps its variate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fedlora.engine.stack import Stack
+from fedlora.local_terms import LocalTerms
+
+NO_TERMS = LocalTerms()
+
+
+@final
+class LocalGradient:
+    """The terms of local training, as numbers of a pack.
+
+    Args:
+        stack: The pack's tensors, before the first step.
+        terms: What the strategy asks for.
+        shared: Names of the tensors that the terms apply to.
+        server_g: Rows of the server's control variate, [G, P].
+        own_g: Rows of the clients' own ones, [G, P].
+    """
+
+    def __init__(self, stack: Stack, terms: LocalTerms, shared: Sequence[str], server_g: Tensor, own_g: Tensor) -> None:
+        self._terms = terms
+        self._shared_p = stack.spread(dict.fromkeys(shared, 1.0)) != 0
+        self._start = stack.values.detach().clone()
+        self._server_g = server_g
+        self._own_g = own_g
+
+    def add(self, grads: Tensor, values: Tensor) -> None:
+        """Add the terms to the gradients, in place, [G, P] each."""
+        if self._terms.proximal:
+            grads.add_(torch.where(self._shared_p, values - self._start, 0.0), alpha=self._terms.proximal)
+        if self._terms.scaffold:
+            grads.add_(torch.where(self._shared_p, self._server_g - self._own_g, 0.0))
+
+    def renewed(self, values: Tensor, rates_g: Tensor, whole: Tensor | None) -> Tensor:
+        """Return the clients' control variates after the round, [G, P].
+
+        Args:
+            values: Their tensors now, [G, P].
+            rates_g: The sum of the learning rates of each client's steps, [G]; zero for one that took none.
+            whole: For option 1 the gradients of their whole objectives at the start, [G, P].
+        """
+        moved = rates_g[:, None] > 0
+        if whole is None:
+            rates = torch.where(moved, rates_g[:, None], 1.0).to(values.dtype)
+            whole = self._own_g - self._server_g + (self._start - values) / rates
+        return torch.where(moved, whole, self._own_g)
