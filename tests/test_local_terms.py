@@ -1,216 +1,276 @@
-"""FedProx, SCAFFOLD and the learning rate of a round, in packs of ragged clients, against a plain loop per client."""
+"""Terms of local training at the server: SCAFFOLD's variates, FedProx, the schedule over rounds, and their mix."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import itertools
+import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
+from flwr.app import Message, RecordDict
 
-from fedlora.config import TrainConfig
-from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
+from fedlora.config import Config, LocalConfig, ServerConfig, StrategyConfig, TrainConfig
 from fedlora.local_terms import LocalTerms
-from tests.support.families import random_examples
-from tests.support.matrix import Arrays, engine_of, penalty, random_start, row_loss
-from tests.test_dp_step import Injected, private_step, row_gradients
-
-SGD = TrainConfig(optimizer="sgd", learning_rate=0.1)
-LINEAR = TrainConfig(optimizer="sgd", learning_rate=0.1, schedule="linear")
-CLIPPED = TrainConfig(optimizer="sgd", learning_rate=0.1, momentum=0.5, clip_norm=0.05)
-ADAMW = TrainConfig(learning_rate=0.02, weight_decay=0.1)
-BATCHES: list[list[list[int]]] = [[[0, 3, 1], [2], [5, 4]], [], [[4], [1, 5]]]
-
-
-def random_variate(start: Arrays, seed: int) -> Arrays:
-    generator = np.random.default_rng(seed)
-    return {name: 0.1 * generator.standard_normal(value.shape) for name, value in start.items()}
-
-
-def shared_of(engine: Engine) -> frozenset[str]:
-    """All but one side's factors: of a tensor that is not shared no term may take hold."""
-    return frozenset(name for name, spec in engine.method.specs().items() if spec.kind != "B")
+from fedlora.roles import Role
+from fedlora.server import FlowerStrategy
+from fedlora.strategy import Strategy
+from fedlora.wire import decode, encode, read_instruction
+from strategies.build import build_strategy
+from strategies.fedprox import FedProx
+from strategies.round_schedule import RoundSchedule, share_of_peak
+from strategies.scaffold import Scaffold
+from strategies.server_optimizers import ServerOptimizer
+from tests.support.federation import run, saved, server_of, strategy_of
+from tests.support.formulas import LAYERS
+from tests.support.loop import Arrays, LoopGrid, Node, node_of, update_of
+from tests.support.matrix import CONFIGS, method_of
 
 
-def pack_of(engine: Engine, family: str, terms: LocalTerms) -> list[ClientWork]:
-    """Three clients of unlike rows and steps; the second takes none, the third lacks a variate, which is zero."""
-    start, shared = random_start(engine), shared_of(engine)
-    works = []
-    for k, batches in enumerate(BATCHES):
-        server, own = ({n: v for n, v in random_variate(start, seed).items() if n in shared} for seed in (7, 20 + k))
-        if k == 2:
-            own.pop(next(iter(own)))
-        variates: Any = {"server_variate": server, "own_variate": own} if terms.scaffold else {}
-        examples, rows = random_examples(6, 100 + k, family=family), np.arange(6)
-        own_batches = [np.array(rows, dtype=np.int64) for rows in batches]
-        works.append(ClientWork(k, examples, 6, own_batches, start, rows=rows, **variates))
-    return works
+def scaffold(name: str = "fedavg", method: str = "lora", **changes: Any) -> Scaffold:
+    return Scaffold(strategy_of(name, method, **changes), num_clients=5, option=2)
 
 
-def objective(method: str, family: str, engine: Engine, tensors: Mapping[str, Tensor], work: Any, rows: Any) -> Tensor:
-    losses = [row_loss(method, family, engine, tensors, work, int(row)) for row in rows]
-    return torch.stack(losses).mean() + penalty(method, tensors)
+# -- SCAFFOLD -----------------------------------------------------------------------------------------
 
 
-def alone(
-    method: str, family: str, engine: Engine, work: ClientWork, train: TrainConfig, terms: LocalTerms
-) -> tuple[Arrays, Arrays]:
-    """One client, one row at a time, torch's optimizers; return its tensors and its renewed variate."""
-    shared = shared_of(engine)
-    trained = {name: torch.tensor(value).requires_grad_() for name, value in work.start.items()}
-    zero = {name: np.zeros_like(value) for name, value in work.start.items()}
-    server, own = ({**zero, **variate} for variate in (work.server_variate, work.own_variate))
-    rate = train.learning_rate * terms.learning_rate
-    optimizer: torch.optim.Optimizer
-    if train.optimizer == "sgd":
-        optimizer = torch.optim.SGD(trained.values(), lr=rate, momentum=train.momentum)
-    else:
-        optimizer = torch.optim.AdamW(trained.values(), lr=rate, weight_decay=train.weight_decay)
-    rates = 0.0
-    for step, batch in enumerate(work.batches):
-        optimizer.zero_grad()
-        loss = objective(method, family, engine, trained, work, batch)
-        for name in shared:  # FedProx as it is written: a term of the loss
-            off = trained[name] - torch.tensor(work.start[name])
-            loss = loss + 0.5 * terms.proximal * off.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        for name in shared:
-            assert trained[name].grad is not None
-            if terms.scaffold:
-                trained[name].grad += torch.tensor(server[name] - own[name])
-        if train.clip_norm:
-            torch.nn.utils.clip_grad_norm_(trained.values(), train.clip_norm)
-        now = rate * (1 - step / len(work.batches)) if train.schedule == "linear" else rate
-        for group in optimizer.param_groups:
-            group["lr"] = now
-        rates += now
-        optimizer.step()
-    ended = {name: value.detach().numpy() for name, value in trained.items()}
-    if not work.batches:
-        return ended, {name: own[name] for name in shared}
-    if terms.scaffold == 1:
-        start = {name: torch.tensor(value).requires_grad_() for name, value in work.start.items()}
-        objective(method, family, engine, start, work, range(6)).backward()  # type: ignore[no-untyped-call]
-        return ended, {name: start[name].grad.numpy() for name in shared}  # type: ignore[union-attr]
-    return ended, {name: own[name] - server[name] + (work.start[name] - ended[name]) / rates for name in shared}
+@pytest.mark.parametrize("weights", ["examples", "equal"])
+@pytest.mark.parametrize(("name", "method"), [("fedavg", "lora"), ("rolora", "lora"), ("s2-lora", "s2-lora")])
+def test_variates_follow_the_formula(name: str, method: str, weights: Any) -> None:
+    """c <- c + |S| / N mean of the changes, all clients alike whatever the weights of their updates."""
+    strategy = scaffold(name, method)
+    server = server_of(strategy, method, clients_per_round=3, weights=weights)
+    expected: Arrays = {key: np.zeros_like(value) for key, value in server.state.extra.items()}
+    for number in range(1, 5):
+        cohort = server.federation.cohort(number)
+        changes = [update_of(k, 100 + number, strategy.extra(number)) for k in cohort]
+        for key in strategy.extra(number):
+            expected[key] = expected[key] + 3 / 5 * np.mean([change[key] for change in changes], axis=0)
+    ended = run(server, LoopGrid({1: node_of(server), 2: node_of(server)}), 4)
+    assert server.state.extra.keys() == expected.keys()
+    assert all(np.abs(server.state.extra[key] - value).max() < 1e-13 for key, value in expected.items())
+    plain = server_of(strategy.inner, method, clients_per_round=3, weights=weights)
+    same = run(plain, LoopGrid({1: node_of(plain), 2: node_of(plain)}), 4)
+    assert all(np.array_equal(ended[key], value) for key, value in same.items()), "the mean is the inner strategy's"
 
 
-def off(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    assert one.keys() == other.keys()
-    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
+def test_clients_that_failed_are_not_of_the_cohort() -> None:
+    server = server_of(scaffold(), "lora")
+    grid = LoopGrid({**{k + 1: node_of(server) for k in range(4)}, 5: lambda _message: None})
+    run(server, grid, 1)
+    changes = [update_of(k, 101, server.strategy.extra(1)) for k in range(4)]
+    for key, value in server.state.extra.items():
+        assert np.abs(value - 4 / 5 * np.mean([change[key] for change in changes], axis=0)).max() < 1e-13
 
 
-def largest(one: list[ClientResult], other: list[ClientResult]) -> float:
-    return max(off(a.tensors, b.tensors) for a, b in zip(one, other, strict=True))
+def test_clients_are_sent_the_servers_variates_of_what_is_shared() -> None:
+    """RoLoRA: B's in odd rounds, A's in even ones, the head's in all; nothing of it to evaluate."""
+    server = server_of(scaffold("rolora", head=Role.PERSONAL), "lora")
+    grid = LoopGrid({1: node_of(server)})
+    before: list[Arrays] = [dict(server.state.extra)]
+    server.start(grid, server.arrays, num_rounds=3, on_round=lambda n, _: before.append(dict(server.state.extra)))
+    train = [m for m in grid.sent if m.metadata.message_type == "train"]
+    for number, message in enumerate(train, 1):
+        extra, factor = read_instruction(message.content).extra, "AB"[number % 2]
+        assert set(extra) == {f"variate/{layer.name}.lora_{factor}" for layer in LAYERS}
+        assert all(np.array_equal(value, before[number][key]) for key, value in extra.items())
+    assert all(read_instruction(m.content).extra == {} for m in grid.sent if m.metadata.message_type == "evaluate")
 
 
-CASES = {
-    "rate": (LocalTerms(learning_rate=0.3), LINEAR),
-    "prox": (LocalTerms(proximal=0.7), SGD),
-    "prox, adamw": (LocalTerms(proximal=0.7, learning_rate=0.5), ADAMW),
-    "prox, momentum, clip": (LocalTerms(proximal=0.7), CLIPPED),
-    "scaffold 1": (LocalTerms(scaffold=1), SGD),
-    "scaffold 1, linear": (LocalTerms(scaffold=1, learning_rate=0.5), LINEAR),
-    "scaffold 2": (LocalTerms(scaffold=2), SGD),
-    "scaffold 2, linear": (LocalTerms(scaffold=2, learning_rate=0.5), LINEAR),
+def test_variates_double_the_bytes() -> None:
+    """Up and down once a client; one that keeps what it was sent lacks them from the second round on."""
+    server = server_of(scaffold(head=Role.FROZEN), "lora")
+    seen: list[dict[str, int]] = []
+    server.start(
+        LoopGrid({1: node_of(server)}),
+        server.arrays,
+        num_rounds=2,
+        on_round=lambda number, _: (
+            seen.append(dict(vars(server.replies.traffic))) if number and server.replies else None
+        ),
+    )
+    one = 8 * sum(3 * (layer.d_in + layer.d_out) for layer in LAYERS)
+    names = ("bytes_up", "bytes_down", "bytes_down_cached")
+    assert [seen[0][name] for name in names] == [5 * 2 * one, 5 * 2 * one, 0]
+    assert [seen[1][name] for name in names] == [5 * 2 * one, 5 * 2 * one, 5 * 2 * one]
+    assert server.payloads.cycle() == (2 * one, 2 * one, 2 * one)
+    assert seen[0]["message_bytes_down"] > 2 * one, "Flower carries both to the node"
+
+
+def test_a_variate_that_is_still_zero_is_not_lacked() -> None:
+    """RoLoRA's second round sends A's variates for the first time; its third sends B's, which the first changed."""
+    server = server_of(scaffold("rolora", head=Role.FROZEN), "lora")
+    a, b = (8 * sum(3 * size for size in sizes) for sizes in zip(*((n.d_in, n.d_out) for n in LAYERS), strict=True))
+    assert server.payloads.down(2, 0) == (a + b + a, b)
+    assert server.payloads.down(3, 1) == (a + b + b, a + b)
+
+
+def spoiled(server: FlowerStrategy, change: Callable[[Arrays], Arrays | None]) -> Node:
+    """A node whose client sends other variates than it should."""
+    node = node_of(server)
+
+    def answer(message: Message) -> RecordDict:
+        content = node(message)
+        assert isinstance(content, RecordDict)
+        changed = change(decode(content["reduced.extra"]))
+        if changed is None:
+            del content["reduced.extra"]
+        else:
+            content["reduced.extra"] = encode(changed)
+        return content
+
+    return answer
+
+
+KEY = "variate/m.0.q.lora_A"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda extra: None, "variate/.* is missing"),
+        (lambda extra: {key: value for key, value in extra.items() if key != KEY}, f"{KEY} is missing"),
+        (lambda extra: {**extra, "variate/x": np.zeros(1)}, "variate/x is not expected"),
+        (lambda extra: {**extra, KEY: extra[KEY].T.copy()}, f"{KEY} has shape"),
+        (lambda extra: {**extra, KEY: extra[KEY].astype(np.float32)}, f"{KEY} has dtype float32"),
+        (lambda extra: {**extra, KEY: extra[KEY] * np.nan}, f"{KEY} holds NaN"),
+        (lambda extra: {**extra, KEY: extra[KEY] * 1e15}, f"the weighted sum of {KEY} passed"),
+    ],
+    ids=["none", "one less", "one more", "shape", "dtype", "nan", "huge"],
+)
+def test_wrong_variates_are_refused(change: Callable[[Arrays], Arrays | None], message: str) -> None:
+    server = server_of(scaffold(), "lora")
+    run(server, LoopGrid({**{k: node_of(server) for k in range(1, 5)}, 5: spoiled(server, change)}), 1)
+    assert server.replies is not None
+    assert list(server.replies.refused) == [4]
+    assert re.search(message, server.replies.refused[4])
+    assert server.replies.total.count == 4
+
+
+def test_same_bits_in_any_order_and_after_a_resume() -> None:
+    ended = []
+    for nodes, order in ((1, list), (3, lambda replies: replies[::-1]), (5, list)):
+        server = server_of(scaffold(), "lora", dtype="float32", clients_per_round=3)
+        run(server, LoopGrid({k: node_of(server) for k in range(nodes)}, order), 3)
+        ended.append(server)
+    resumed = server_of(scaffold(), "lora", saved(ended[0].state), dtype="float32", clients_per_round=3)
+    for server in (*ended[1:], resumed):
+        run(server, LoopGrid({1: node_of(server)}), 5, completed=3)
+    states = [server.state.arrays() for server in (*ended[1:], resumed)]
+    assert all(one.keys() == states[0].keys() for one in states)
+    assert all(np.array_equal(one[key], states[0][key]) for one in states for key in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "reason"),
+    [
+        ("fedsvd", (), "changes the basis or the ranks"),
+        ("flora", (), "changes the basis or the ranks"),
+        ("zero-padding", (1, 2, 3, 1, 2), "changes the basis or the ranks"),
+        ("local", (), "shares no tensors"),
+    ],
+)
+def test_strategies_whose_variates_mean_nothing_are_refused(name: str, ranks: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"local.term = 'scaffold': strategy '{name}' {reason}"):
+        Scaffold(strategy_of(name, "lora", ranks), 5, 2)
+
+
+# -- FedProx, the schedule, their mix -----------------------------------------------------------------
+
+
+def test_fedprox_asks_for_its_term_and_changes_nothing_else() -> None:
+    inner = strategy_of("fedavg", "lora")
+    strategy = FedProx(inner, 0.3)
+    assert strategy.local(1) == LocalTerms(proximal=0.3)
+    ended = []
+    for one in (inner, strategy):
+        server = server_of(one, "lora")
+        ended.append(run(server, LoopGrid({1: node_of(server)}), 2))
+    assert all(np.array_equal(ended[0][key], value) for key, value in ended[1].items())
+    with pytest.raises(ValueError, match=r"local.term = 'prox': strategy 'local' shares no tensors"):
+        FedProx(strategy_of("local", "lora"), 0.3)
+
+
+def test_shares_of_the_peak_learning_rate_by_hand() -> None:
+    """Ten rounds, two of warm-up: up to 1 in round 2, from round 3 down to where round 11 would be 0."""
+    by_hand = {
+        "constant": [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        "linear": [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125],
+        "cosine": [0.5, 1, *((1 + math.cos(math.pi * n / 8)) / 2 for n in range(8))],
+    }
+    for schedule, shares in by_hand.items():
+        assert [share_of_peak(n, 10, schedule, 2) for n in range(1, 11)] == pytest.approx(shares, abs=1e-15)
+    assert share_of_peak(7, 10, "cosine", 2) == pytest.approx(0.5)
+    assert [share_of_peak(n, 4, "linear", 0) for n in range(1, 5)] == [1, 0.75, 0.5, 0.25]
+    assert [share_of_peak(n, 3, "linear", 3) for n in range(1, 4)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [share_of_peak(n, 2, "cosine", 4) for n in (1, 2)] == [0.25, 0.5]
+
+
+def test_after_the_last_round_its_learning_rate_stays() -> None:
+    """Clients that evaluate themselves after it are sent terms, too."""
+    strategy = RoundSchedule(strategy_of("fedavg", "lora"), 4, "linear", 0)
+    assert strategy.local(5) == strategy.local(4) == LocalTerms(learning_rate=0.25)
+
+
+def test_the_servers_proximal_step_follows_the_schedule() -> None:
+    ended = []
+    for rate, schedule in ((8.0, "linear"), (6.0, "constant")):  # in round 2 of 4: three quarters of the peak
+        strategy = RoundSchedule(strategy_of("s2-frozen", "s2-lora"), 4, schedule, 0)
+        server = server_of(strategy, "s2-lora", learning_rate=rate)
+        messages = server.configure_train(2, server.arrays, Any, grid := LoopGrid({1: node_of(server)}))  # type: ignore[arg-type]
+        server.aggregate_train(2, list(grid.pull_messages(grid.push_messages(messages))))
+        ended.append(server.state.tensors)
+    assert all(np.allclose(ended[0][key], value, atol=1e-15) for key, value in ended[1].items())
+    assert any((value == 0).any() for value in ended[0].values()), "control: the step makes zeros"
+
+
+WRAPPERS: dict[str, Callable[[Strategy], Strategy]] = {
+    "prox": lambda inner: FedProx(inner, 0.1),
+    "scaffold": lambda inner: Scaffold(inner, 5, 1),
+    "schedule": lambda inner: RoundSchedule(inner, 6, "linear", 1),
+    "optimizer": lambda inner: ServerOptimizer(inner, ServerConfig("adam")),
 }
 
 
-@pytest.mark.parametrize(("method", "family"), [("lora", "bert"), ("lora", "llama-lm"), ("mos", "bert")])
-@pytest.mark.parametrize("case", CASES)
-def test_a_pack_equals_a_loop(case: str, method: str, family: str) -> None:
-    terms, train = CASES[case]
-    engine = engine_of(method, family)
-    works, shared = pack_of(engine, family, terms), shared_of(engine)
-    results = train_pack(engine, works, {}, train, terms=terms, shared=shared)
-    for result, work in zip(results, works, strict=True):
-        expected, variate = alone(method, family, engine, work, train, terms)
-        assert result.error == ""
-        assert off(result.tensors, expected) < 1e-10
-        if terms.scaffold:
-            assert off(result.own_variate, variate) < 1e-10
-    plain = train_pack(engine, works, {}, train)
-    assert largest(plain, results) > 1e-6, "control: the term makes a difference"
-    assert all(result.own_variate == {} for result in plain)
+def test_the_order_of_wrapping_does_not_matter() -> None:
+    """Each asks for its own term; the state after four rounds is the same to the bit."""
+    terms, states = set(), []
+    for order in itertools.permutations(WRAPPERS):
+        strategy = strategy_of("rolora", "lora")
+        for name in order:
+            strategy = WRAPPERS[name](strategy)
+        terms.add(tuple(strategy.local(number) for number in range(1, 7)))
+        server = server_of(strategy, "lora")
+        run(server, LoopGrid({1: node_of(server)}), 4)
+        states.append(server.state.arrays())
+    assert len(terms) == 1
+    assert terms.pop()[2] == LocalTerms(learning_rate=0.8, proximal=0.1, scaffold=1)
+    assert all(one.keys() == states[0].keys() for one in states)
+    assert all(np.array_equal(one[key], states[0][key]) for one in states for key in one)
 
 
-def test_option_1_on_the_whole_objective() -> None:
-    """With a method's own penalty: it is part of each step's gradient, so of the variate, too."""
-    engine, terms = engine_of("s2-lora", "bert"), LocalTerms(scaffold=1)
-    works = pack_of(engine, "bert", terms)
-    result = train_pack(engine, works, {}, SGD, terms=terms, shared=shared_of(engine))[0]
-    _, variate = alone("s2-lora", "bert", engine, works[0], SGD, terms)
-    assert off(result.own_variate, variate) < 1e-10
+def test_instructions_carry_the_terms() -> None:
+    strategy = WRAPPERS["schedule"](WRAPPERS["scaffold"](WRAPPERS["prox"](strategy_of("fedavg", "lora"))))
+    server = server_of(strategy, "lora")
+    grid = LoopGrid({1: node_of(server)})
+    run(server, grid, 3)
+    assert [read_instruction(message.content).local for message in grid.sent] == [strategy.local(n) for n in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("train", [SGD, LINEAR, CLIPPED, ADAMW])
-def test_without_terms_nothing_changes(train: TrainConfig) -> None:
-    """To the bit, whatever is shared, and whatever variates lie about."""
-    engine = engine_of("lora", "bert")
-    works = pack_of(engine, "bert", LocalTerms(scaffold=1))
-    plain = train_pack(engine, [replace(work, server_variate={}, own_variate={}) for work in works], {}, train)
-    same = train_pack(engine, works, {}, train, terms=LocalTerms(), shared=shared_of(engine))
-    assert all(
-        np.array_equal(a.tensors[name], b.tensors[name]) for a, b in zip(plain, same, strict=True) for name in a.tensors
-    )
-
-
-@pytest.mark.parametrize("terms", [LocalTerms(proximal=0.7), LocalTerms(scaffold=2)], ids=["prox", "scaffold"])
-def test_under_dp_terms_come_after_clip_and_noise(terms: LocalTerms) -> None:
-    engine = engine_of("lora", "bert")
-    works, shared, private = pack_of(engine, "bert", terms), shared_of(engine), private_step(3, clip=0.05)
-    results = train_pack(engine, works, {}, SGD, private, terms=terms, shared=shared)
-    for result, work, noise in zip(results, works, private.randoms, strict=True):
-        tensors, variate = alone_under_dp(engine, work, private, noise, terms)  # type: ignore[arg-type]
-        assert off(result.tensors, tensors) < 1e-10
-        if terms.scaffold:
-            assert off(result.own_variate, variate) < 1e-10
-    plain = train_pack(engine, works, {}, SGD, private_step(3, clip=0.05))
-    assert largest(plain, results) > 1e-6, "control: the term makes a difference"
-
-
-def alone_under_dp(
-    engine: Engine, work: ClientWork, private: Any, noise: Injected, terms: LocalTerms
-) -> tuple[Arrays, Arrays]:
-    """DP-SGD of one client, one row at a time, in numpy."""
-    mechanism, shared, rate = private.mechanism, shared_of(engine), SGD.learning_rate
-    now = {name: value.copy() for name, value in work.start.items()}
-    zero = {name: np.zeros_like(value) for name, value in work.start.items()}
-    server, own = ({**zero, **variate} for variate in (work.server_variate, work.own_variate))
-    for step, batch in enumerate(work.batches):
-        grads = row_gradients("lora", "bert", engine, now, work, batch)
-        norms = np.sqrt(sum((value**2).reshape(len(batch), -1).sum(1) for value in grads.values()))
-        factor, at = np.minimum(1.0, mechanism.max_grad_norm / (norms + 1e-6)), 0
-        moved = {}
-        for name, value in now.items():
-            z = noise.drawn[step][at : at + value.size].view(value.shape).numpy()
-            at += value.size
-            total = np.tensordot(factor, grads[name], 1)
-            total = total + mechanism.noise_multiplier * mechanism.max_grad_norm * z
-            grad = total / mechanism.expected_batch_size
-            if name in shared:
-                grad = grad + terms.proximal * (value - work.start[name])
-                grad = grad + (server[name] - own[name] if terms.scaffold else 0.0)
-            moved[name] = value - rate * grad
-        now = moved
-    rates = rate * len(work.batches)
-    if not rates:
-        return now, {name: own[name] for name in shared}
-    return now, {name: own[name] - server[name] + (work.start[name] - now[name]) / rates for name in shared}
-
-
-def test_variates_take_the_drift_out() -> None:
-    """With c_k its own gradient at the server's model, and c zero, a client's first step stands still."""
-    engine, terms = engine_of("lora", "bert"), LocalTerms(scaffold=1)
-    start, shared = random_start(engine), frozenset(engine.method.specs())
-    rows = np.arange(6)
-    work = ClientWork(0, random_examples(6, 1), 6, [rows], start, rows=rows)
-    first = train_pack(engine, [work], {}, SGD, terms=terms, shared=shared)[0]
-    assert off(first.tensors, start) > 1e-3
-    settled = replace(work, own_variate=first.own_variate)
-    again = train_pack(engine, [settled], {}, SGD, terms=terms, shared=shared)[0]
-    assert off(again.tensors, start) < 1e-12
-    assert again.error == "", "a client that stands still because its gradient is taken out is sound"
+def test_a_configuration_becomes_its_strategy() -> None:
+    plain = Config(strategy=StrategyConfig("fedavg"), method=CONFIGS["lora"].method, rounds=4)
+    specs = method_of("lora").specs()
+    assert type(build_strategy(plain, specs)).__name__ == "FedAvg"
+    for changes, terms in (
+        ({"local": LocalConfig("prox", mu=0.2)}, LocalTerms(proximal=0.2)),
+        ({"local": LocalConfig("scaffold", option=1), "train": TrainConfig(optimizer="sgd")}, LocalTerms(scaffold=1)),
+        ({"train": TrainConfig(round_schedule="linear")}, LocalTerms(learning_rate=0.75)),
+        ({"train": TrainConfig(warmup_rounds=4)}, LocalTerms(learning_rate=0.5)),
+        ({"server": ServerConfig("yogi")}, LocalTerms()),
+    ):
+        strategy = build_strategy(Config(**{**vars(plain), **changes}), specs)
+        assert strategy.local(2) == terms
+        assert strategy.name == "fedavg"
+    assert isinstance(strategy, ServerOptimizer)
