@@ -100,7 +100,7 @@ class Trainer:
             self.model.config.train,
             private,
             terms=instruction.local,
-            shared=frozenset(self.start.shared(instruction)),
+            shared=frozenset(self.start.sent_up(instruction)),
         )
 
     def _update(
