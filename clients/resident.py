@@ -70,12 +70,14 @@ class Resident:
         base = self._base(config, len(corpus.classes) if task_class.has_head else 0)
         check_length(base.model.config, config.train.max_length)
         method = build_method(config, base.structure.adapted, base.structure.head)
-        task = task_class(base.tokenizer.pad_token_id, config.data.chat_template)
+        task = task_class.build(base.tokenizer, config)
+        options = TASKS.options_of(config.task)
+        own = (task_class, config.data.chat_template, config.options(options) if options else None)
         if self._engine is None:
             self._engine = Engine.build(base, method, task)
         engine = replace(self._engine, method=method, task=task)
         for split, table in corpus.splits.items():
-            source = (table, config.model.name, config.train.max_length, task_class, config.data.chat_template)
+            source = (table, config.model.name, config.train.max_length, *own)
             if split not in self._examples or self._examples[split][0] != source:
                 self._examples[split] = (source, task.encode(table, base.tokenizer, config.train.max_length))
         specs = method.specs()

@@ -15,6 +15,7 @@ from fedlora.exchange import Instruction
 from fedlora.methods import TensorSpec, initial_tensors
 from fedlora.roles import TRAINED, UP, Role, with_role
 from fedlora.seeded import Seeded
+from fedlora.shapes import at_rank, cut, pad
 
 Arrays = dict[str, NDArray[np.floating]]
 
@@ -66,8 +67,25 @@ class StartTensors:
     def of(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
         """Return what a client trains as it starts the round, at its own rank; ``common`` is :meth:`common`."""
         values = {**common, **self.kept(instruction, client)}
-        rank = instruction.rank(client)
-        return {name: cut(values[name], spec, rank) for name, spec in self.trained(instruction).items()}
+        held = at_rank(self.trained(instruction), instruction.rank(client))
+        return {name: cut(values[name], spec.shape) for name, spec in held.items()}
+
+    def shared(self, instruction: Instruction) -> dict[str, TensorSpec]:
+        """Return the tensors that clients train and exchange: those that the server holds a value of."""
+        return self._with_role(instruction, Role.SHARED)
+
+    def server_variate(self, instruction: Instruction, client: int) -> Arrays:
+        """Return the server's control variate, at a client's rank; empty without SCAFFOLD."""
+        if not instruction.local.scaffold:
+            return {}
+        sent, held = variates(instruction.extra), at_rank(self.shared(instruction), instruction.rank(client))
+        return {name: cut(sent[name], spec.shape) for name, spec in held.items()}
+
+    def own_variate(self, instruction: Instruction, client: int) -> Arrays:
+        """Return a client's control variate as it starts the round, at its own rank: at first zero."""
+        kept = variates(self.kept(instruction, client))
+        server = self.server_variate(instruction, client)
+        return {name: kept.get(name, np.zeros_like(value)) for name, value in server.items()}
 
     def personal_of(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
         """Return a client's personal tensors as it starts the round, at the method's rank: what it lacks is zero."""
@@ -76,20 +94,6 @@ class StartTensors:
 
     def _with_role(self, instruction: Instruction, *roles: Role) -> dict[str, TensorSpec]:
         return with_role(self.model.specs, instruction.roles, *roles)
-
-
-def cut(value: NDArray[np.floating], spec: TensorSpec, rank: int | None) -> NDArray[np.floating]:
-    """Return the first ``rank`` entries of a tensor along its rank axis; all of it without a rank or an axis."""
-    if rank is None or spec.rank_axis is None:
-        return value
-    return value[(slice(None),) * spec.rank_axis + (slice(rank),)]
-
-
-def pad(value: NDArray[np.floating], shape: tuple[int, ...]) -> NDArray[np.floating]:
-    """Return a tensor with zeros behind it, up to ``shape``."""
-    if value.shape == shape:
-        return value
-    return np.pad(value, [(0, whole - n) for whole, n in zip(shape, value.shape, strict=True)])
 
 
 def variates(tensors: Mapping[str, NDArray[np.floating]]) -> Arrays:

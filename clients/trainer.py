@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from clients.accounts import Accounts
 from clients.site import RefusedError
-from clients.start import StartTensors
+from clients.start import VARIATE, StartTensors
 from fedlora.config import TrainConfig
 from fedlora.data import FederatedData
 from fedlora.engine import ClientResult, ClientWork, made_up_rows, plan_batches, train_pack
@@ -88,10 +88,20 @@ class Trainer:
                     num_examples=len(self.data.training_rows(client)),
                     batches=own,
                     start=self.start.of(instruction, client, common),
+                    server_variate=self.start.server_variate(instruction, client),
+                    own_variate=self.start.own_variate(instruction, client),
                 )
             )
         fixed = {name: value for name, value in common.items() if name not in trained}
-        return self._train_pack(self.model.engine, works, fixed, self.model.config.train, private)
+        return self._train_pack(
+            self.model.engine,
+            works,
+            fixed,
+            self.model.config.train,
+            private,
+            terms=instruction.local,
+            shared=frozenset(self.start.sent_up(instruction)),
+        )
 
     def _update(
         self,
@@ -114,10 +124,16 @@ class Trainer:
         )
         if reason:
             return Update(report)
+        before = self.start.own_variate(instruction, result.client)
         kept = {name: result.tensors[name] for name in self.start.personal(instruction)}
+        kept |= {VARIATE + name: result.own_variate[name] for name in before}
         if kept:
             self.start.store.save(result.client, instruction.round, kept)
-        return Update(report, {name: result.tensors[name] for name in self.start.sent_up(instruction)})
+        return Update(
+            report,
+            {name: result.tensors[name] for name in self.start.sent_up(instruction)},
+            {VARIATE + name: result.own_variate[name] - value for name, value in before.items()},
+        )
 
     # -- under DP -----------------------------------------------------------------------------------------
 

@@ -52,6 +52,12 @@ class _Source(NamedTuple):
 _loaded: dict[str, _Code] = {}  # by key; as in sys.modules, what a process has imported stays
 
 
+def methods_of(strategy: str) -> tuple[str, ...]:
+    """Return the methods that a strategy works with: its own first, then those that name it."""
+    own = STRATEGIES[strategy].methods
+    return *own, *(name for name in METHODS if name not in own and strategy in METHODS[name].strategies)
+
+
 def schema() -> Schema:
     """Return the schema of the configuration: the core's keys, and those of all that is registered in this process."""
     return Schema(options for registry in REGISTRIES for options in registry.options())

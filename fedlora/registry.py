@@ -82,6 +82,10 @@ class Registry(Generic[T]):
         """Iterate over the known names, sorted."""
         return iter(sorted(self._entries))
 
+    def options_of(self, name: str) -> type[Options] | None:
+        """Return the options of an entry; None where it has none."""
+        return self._options.get(self.current(name))
+
     def options(self) -> list[type[Options]]:
         """Return the options of all entries, each once."""
         return list(dict.fromkeys(self._options.values()))

@@ -28,13 +28,13 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from fedlora.config import Config
 from fedlora.local_terms import LocalTerms
 from fedlora.methods import TensorSpec, zero_kinds
 from fedlora.reduce import Reduced
 from fedlora.roles import TRAINED, UP, Role, Roles, with_role
+from fedlora.shapes import at_rank
 from fedlora.state import ServerState, Tensors
 
 Specs = Mapping[str, TensorSpec]
@@ -118,7 +118,7 @@ class Strategy(ABC):
     def specs(self, server_round: int, client: int | None = None) -> Specs:
         """Return the tensors of a client in a round, which follow from its rank; of the server, without a client."""
         rank = self.setting.rank(client)
-        return self.setting.specs if rank is None else at_rank(self.setting.specs, rank)
+        return at_rank(self.setting.specs, rank)
 
     def reduction(self, server_round: int) -> str:
         """Return how updates are reduced, a name in :data:`fedlora.reduce.REDUCTIONS`."""
@@ -192,21 +192,6 @@ class Strategy(ABC):
     def has_personal(self) -> bool:
         """Whether clients keep trained tensors in some round: the strategy's personal ones, or the head."""
         return any(Role.PERSONAL in roles for roles in self.roles_in_turn().values())
-
-
-def at_rank(specs: Specs, rank: int) -> dict[str, TensorSpec]:
-    """Return tensors as a client of this rank holds them: the first ``rank`` of each rank axis."""
-    return {
-        name: spec
-        if spec.rank_axis is None
-        else replace(spec, shape=tuple(rank if axis == spec.rank_axis else n for axis, n in enumerate(spec.shape)))
-        for name, spec in specs.items()
-    }
-
-
-def cut(tensors: Tensors, specs: Specs) -> dict[str, Any]:
-    """Return tensors cut to the shapes of ``specs``, which are theirs or a smaller rank's."""
-    return {name: tensors[name][tuple(slice(n) for n in spec.shape)] for name, spec in specs.items()}
 
 
 def check_gradients(strategy: Strategy) -> None:

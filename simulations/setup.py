@@ -12,7 +12,7 @@ from clients.ray_site import Shard
 from fedlora.config import Config, ConfigError, require
 from fedlora.data import CORPORA, FederatedData, load_federated
 from fedlora.methods import METHODS
-from fedlora.plugins import fingerprint, read_config
+from fedlora.plugins import fingerprint, methods_of, read_config
 from fedlora.ranks import client_ranks
 from fedlora.server import Federation
 from fedlora.tasks import TASKS, Task
@@ -73,14 +73,14 @@ def settle(config: Config, nodes: int, data: FederatedData | None = None) -> tup
 def _named(config: Config) -> Config:
     """Return the configuration with current names, all of them known, and the run's own name."""
     name = STRATEGIES.current(config.strategy.name)
-    strategy = STRATEGIES[name]
-    method = strategy.methods[0] if config.method.name == "auto" else METHODS.current(config.method.name)
+    methods = methods_of(name)
+    method = methods[0] if config.method.name == "auto" else METHODS.current(config.method.name)
     METHODS[method]
     TASKS[config.task]
     CORPORA[config.data.name]
-    if method not in strategy.methods:
+    if method not in methods:
         raise ConfigError(
-            f"method.name = {method!r}: strategy {name!r} works with {', '.join(strategy.methods)}; "
+            f"method.name = {method!r}: strategy {name!r} works with {', '.join(methods)}; "
             "choose one of them, or method.name = 'auto'."
         )
     return replace(

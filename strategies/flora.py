@@ -13,7 +13,8 @@ B A = sum_k p_k B_k A_k, and sends both to all. What differs from the paper:
 - the fresh start of a round is drawn from the seed and the round, and costs no bytes; the head is averaged;
 - the scale is alpha / ``method.rank`` for all ranks (the authors' alpha = 2 r makes it 2 for all).
 
-In the first step of a round B is zero and A has no gradient, in every round anew.
+In the first step of a round B is zero and A has no gradient, in every round anew. FedProx pulls A and B to their fresh
+start, which is the server's model.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def test_golden_epsilons(case: tuple[float, float, int, float], expected: tuple[
 
 
 def test_gdp_is_not_offered() -> None:
-    """It says 1.618 where at least 1.82 was spent."""
+    """It reports 1.618 where at least 1.82 was spent."""
     with pytest.raises(ValueError, match="gdp reports less than was spent"):
         epsilon([Use(1.0, 0.01, 1000)], target_delta=1e-5, accountant="gdp")  # type: ignore[arg-type]
 
@@ -86,7 +86,7 @@ def test_a_ledger_over_fifty_rounds_is_one_composition(tmp_path: Path) -> None:
 
 
 def test_reset_by_round_reports_a_fraction() -> None:
-    """The table of what a reset ledger would say: one round, and all of them."""
+    """the table of what a reset ledger would report: one round, and all of them."""
     said = [epsilon([Use(1.0, 0.064, 10 * n)], target_delta=1e-5) for n in (1, 25, 50)]
     assert said == pytest.approx([2.010, 6.903, 9.922], abs=0.002)
 

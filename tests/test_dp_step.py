@@ -19,7 +19,8 @@ from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
 from fedlora.privacy import Mechanism
 from fedlora.privacy.step import PrivateStep, clip_rows
 from tests.support.families import FAMILIES, random_examples
-from tests.support.matrix import CONFIGS, Arrays, engine_of, penalty, proximal_step, random_start, row_loss
+from tests.support.formulas import penalty
+from tests.support.matrix import CONFIGS, Arrays, engine_of, proximal_step, random_start, row_loss
 from tests.test_packing import METHOD, TARGETS, make_engine, peft_model
 
 TRAIN = TrainConfig(learning_rate=0.02, weight_decay=0.1)

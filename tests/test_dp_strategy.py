@@ -17,7 +17,7 @@ from fedlora.server import BudgetSpentError, Federation, FederationError, Flower
 from fedlora.wire import Reply, from_named_arrays, read_instruction
 from strategies import FedAvg, FedSALora
 from tests.support.loop import LoopGrid, Node, update_of
-from tests.test_strategies import server_of
+from tests.support.small import server_of
 
 Spoil = Callable[[Reply], Reply]
 

@@ -40,7 +40,8 @@ from fedlora.seeded import Seeded
 from simulations.privacy import participations
 from simulations.session import check_trainers
 from tests.support.federation import seeded_of, updates
-from tests.support.matrix import CONFIGS, HEAD, LAYERS, Arrays, Changed, alone, engine_of, random_start, works
+from tests.support.formulas import LAYERS
+from tests.support.matrix import CONFIGS, HEAD, Arrays, Changed, alone, engine_of, random_start, works
 from tests.support.trainers import InProcess, dp_config, tiny_worker
 
 

@@ -24,8 +24,9 @@ from strategies.round_schedule import RoundSchedule, share_of_peak
 from strategies.scaffold import Scaffold
 from strategies.server_optimizers import ServerOptimizer
 from tests.support.federation import run, saved, server_of, strategy_of
+from tests.support.formulas import LAYERS
 from tests.support.loop import Arrays, LoopGrid, Node, node_of, update_of
-from tests.support.matrix import CONFIGS, LAYERS, method_of
+from tests.support.matrix import CONFIGS, method_of
 
 
 def scaffold(name: str = "fedavg", method: str = "lora", **changes: Any) -> Scaffold:
@@ -264,7 +265,7 @@ def test_a_configuration_becomes_its_strategy() -> None:
     assert type(build_strategy(plain, specs)).__name__ == "FedAvg"
     for changes, terms in (
         ({"local": LocalConfig("prox", mu=0.2)}, LocalTerms(proximal=0.2)),
-        ({"local": LocalConfig("scaffold", option=1)}, LocalTerms(scaffold=1)),
+        ({"local": LocalConfig("scaffold", option=1), "train": TrainConfig(optimizer="sgd")}, LocalTerms(scaffold=1)),
         ({"train": TrainConfig(round_schedule="linear")}, LocalTerms(learning_rate=0.75)),
         ({"train": TrainConfig(warmup_rounds=4)}, LocalTerms(learning_rate=0.5)),
         ({"server": ServerConfig("yogi")}, LocalTerms()),

@@ -24,10 +24,10 @@ from fedlora.seeded import Seeded
 from strategies import STRATEGIES
 from tests.support.families import random_examples, small_model, without_float32
 from tests.support.federation import updates
+from tests.support.formulas import LAYERS
 from tests.support.matrix import (
     CASES,
     CONFIGS,
-    LAYERS,
     MODELS,
     Arrays,
     alone,

@@ -27,8 +27,9 @@ from tests.support.federation import (
     strategy_of,
     updates,
 )
+from tests.support.formulas import BYTES, LAYERS
 from tests.support.loop import Arrays, LoopGrid, examples_of, node_of, update_of
-from tests.support.matrix import BYTES, CASES, LAYERS, cycle, method_of
+from tests.support.matrix import CASES, cycle, method_of
 
 cases = pytest.mark.parametrize(("name", "method"), CASES, ids=["-".join(case) for case in CASES])
 Ranks = tuple[int, ...]

@@ -23,7 +23,7 @@ from simulations.app_config import with_defaults
 from simulations.launch import with_keys
 from simulations.setup import resolve
 from strategies.build import build_strategy
-from tests.support.matrix import LAYERS
+from tests.support.formulas import LAYERS
 from tests.support.plugged import forgotten, tutorial_flat
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +45,7 @@ def test_the_tutorial_trains(tmp_path: Path) -> None:
     described = worker.describe()
     assert described.fingerprint == plugins.fingerprint(config.run.plugins)
     assert all(name in described.fingerprint[1] for name in ("tied.py", "tied_ffa.py", "smooth.py", "sums.py"))
+    assert worker.loaded.model.engine.task.amount == 0.2  # type: ignore[attr-defined]
     strategy = build_strategy(config, described.specs)
     sent = strategy.initial(worker.loaded.model.initial).tensors
     assert {name.rpartition(".")[2] for name in sent} == {"tied_B", "weight", "bias"}
@@ -63,7 +64,13 @@ def test_own_keys_reach_the_method(tmp_path: Path) -> None:
     for factor in factors.values():
         assert isinstance(factor, LowRank)
         assert factor.scale == 2.0 * 16.0 / 2
+    assert resolve({**flat, "strategy.name": "fedavg", "method.name": "tied"}).method.name == "tied"
+    assert resolve({**flat, "strategy.name": "fedavg"}).method.name == "lora"
     for changes, message in (
+        (
+            {"strategy.name": "rolora", "method.name": "tied"},
+            r"'tied': strategy 'rolora' works with lora",
+        ),
         ({"tied.strength": -1.0}, r"tied.strength = -1.0: must be greater than 0"),
         ({"tied.strenght": 1.0}, r"unknown key 'tied.strenght'. Did you mean 'tied.strength'"),
     ):
@@ -76,7 +83,7 @@ def test_flower_is_shown_the_keys(tmp_path: Path) -> None:
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     flat = resolve(tutorial_flat(tmp_path)).to_flat()
     before, after = from_toml(pyproject), from_toml(with_keys(pyproject, flat))
-    assert set(after) - set(before) == {"tool.flwr.app.config.tied.strength"}
+    assert set(after) - set(before) == {f"tool.flwr.app.config.{key}" for key in ("tied.strength", "smooth.amount")}
     assert with_keys(pyproject, {"seed": 3}) == pyproject
     assert "tied" in with_defaults(pyproject), "what is imported has its place in the generated table"
 

@@ -1,4 +1,4 @@
-"""What ``fedlora plan`` and ``fedlora audit`` say of a run's privacy, and what ``privacy.json`` does."""
+"""What ``fedlora plan`` and ``fedlora audit`` print of a run's privacy, and what ``privacy.json`` records."""
 
 from __future__ import annotations
 
@@ -35,26 +35,26 @@ def test_plan_says_what_will_be_spent_and_what_else_would_buy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"federation.clients-per-round": 2, "rounds": 9}
-    code, told = command("plan", tmp_path, capsys, **changes)
-    assert code == 0, told
+    code, shown = command("plan", tmp_path, capsys, **changes)
+    assert code == 0, shown
     config = dp_config(tmp_path, **{**DP, **changes, "privacy.noise-multiplier": 0.0})
     plan = PrivacyPlan(config, 100)
     least, most = plan.rounds
     assert least < most
-    assert f"epsilon {plan.epsilon(most):.4g} at delta 0.001 of a budget of 6, composed over all rounds" in told
+    assert f"epsilon {plan.epsilon(most):.4g} at delta 0.001 of a budget of 6, composed over all rounds" in shown
     for part in ("unit: record", "neighbours: add or remove one record", "adversary: everybody but", "accountant: pld"):
-        assert part in told
-    assert f"takes part in {least} round(s) and spends {plan.epsilon(least):.4g}" in told
-    assert "noise that keeps to epsilon 6" in told
-    assert "sampled most" in told
-    assert "sampled least" in told
-    assert all(name in told for name in ("ffa-lora", "fedavg", "mos", "s2-lora"))
+        assert part in shown
+    assert f"takes part in {least} round(s) and spends {plan.epsilon(least):.4g}" in shown
+    assert "noise that keeps to epsilon 6" in shown
+    assert "sampled most" in shown
+    assert "sampled least" in shown
+    assert all(name in shown for name in ("ffa-lora", "fedavg", "mos", "s2-lora"))
 
 
 def test_plan_says_when_the_budget_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, told = command("plan", tmp_path, capsys, **{"privacy.noise-multiplier": 0.6, "rounds": 50})
+    code, shown = command("plan", tmp_path, capsys, **{"privacy.noise-multiplier": 0.6, "rounds": 50})
     assert code == 0
-    able = int(told.split("is enough for ")[1].split(" of 50 rounds")[0])
+    able = int(shown.split("is enough for ")[1].split(" of 50 rounds")[0])
     config = dp_config(tmp_path, **{**DP, "privacy.noise-multiplier": 0.6, "rounds": 50})
     use = Mechanism.of(config).use()
     assert epsilon([use] * able, target_delta=1e-3) <= 6.0 < epsilon([use] * (able + 1), target_delta=1e-3)
@@ -77,9 +77,9 @@ def test_steps_that_agree_add_up_faster_than_their_noise(tmp_path: Path) -> None
 
 
 def test_audit_is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, told = command("audit", tmp_path, capsys)
-    assert code == 0, told
-    assert "14 of 14 checks hold" in told
+    code, shown = command("audit", tmp_path, capsys)
+    assert code == 0, shown
+    assert "14 of 14 checks hold" in shown
 
 
 def test_audit_fails_with_an_exit_code(
@@ -88,9 +88,9 @@ def test_audit_fails_with_an_exit_code(
     from tests.test_audit import scaled_noise
 
     scaled_noise(0.5)(monkeypatch)
-    code, told = command("audit", tmp_path, capsys)
+    code, shown = command("audit", tmp_path, capsys)
     assert code == 1
-    assert "NO" in told
+    assert "NO" in shown
 
 
 def test_a_client_that_never_took_part_has_spent_nothing(tmp_path: Path) -> None:
@@ -153,15 +153,15 @@ def test_names_of_classes_are_covered_where_they_are_declared(tmp_path: Path) ->
     for classes, guarantee in (("", "none: they are the labels"), ("bad,good", "independent of rows")):
         config = dp_config(tmp_path, **{"data.classes": classes})
         record = privacy_record(config, {}, "cpu", {"B": [Role.SHARED]})
-        (told,) = [one["guarantee"] for one in record["released"] if "classes" in one["what"]]
-        assert told.startswith(guarantee)
+        (found,) = [one["guarantee"] for one in record["released"] if "classes" in one["what"]]
+        assert found.startswith(guarantee)
 
 
 def test_a_repeated_round_is_one_round_and_two_charges(tmp_path: Path) -> None:
     config = dp_config(tmp_path)
     use = Mechanism.of(config).use()
-    told = client_record(config, 0, [Entry(number, use, "") for number in (1, 2, 2)])
-    assert (told["rounds"], told["ledger"][0]["steps"]) == (2, 3 * use.steps)
+    record = client_record(config, 0, [Entry(number, use, "") for number in (1, 2, 2)])
+    assert (record["rounds"], record["ledger"][0]["steps"]) == (2, 3 * use.steps)
 
 
 def test_what_leaves_without_privacy_is_listed_too() -> None:

@@ -43,13 +43,13 @@ def printed(table: Any) -> str:
 
 
 def test_class_names_are_text_not_markup() -> None:
-    told = printed(clients_table(CLASSES, COUNTS))
-    assert all(name in told for name in CLASSES)
+    shown = printed(clients_table(CLASSES, COUNTS))
+    assert all(name in shown for name in CLASSES)
 
 
-def test_small_numbers_are_not_told_as_zero() -> None:
-    told = {1e-5: "1e-05", -0.00012345: "-0.0001234", 0.0: "0.0000", 0.001: "0.0010", 12.0: "12.0000"}
-    assert {value: number(value) for value in told} == told
+def test_small_numbers_are_not_shown_as_zero() -> None:
+    texts = {1e-5: "1e-05", -0.00012345: "-0.0001234", 0.0: "0.0000", 0.001: "0.0010", 12.0: "12.0000"}
+    assert {value: number(value) for value in texts} == texts
     assert number(None) == number(float("inf")) == "-"
 
 
@@ -115,7 +115,7 @@ def test_what_was_spent_is_the_same_everywhere(tmp_path: Path) -> None:
     assert "3.2500" in printed(outcome_table(run))
 
 
-def test_an_epsilon_that_became_infinite_is_not_told_as_the_last_finite_one(tmp_path: Path) -> None:
+def test_an_epsilon_that_became_infinite_is_not_shown_as_the_last_finite_one(tmp_path: Path) -> None:
     """JSON has no such number; a ledger that was edited on the way makes one."""
     run = spent_run(tmp_path, 2.0, float("inf"))
     assert [most for _, most, _ in run.spent] == [2.0, float("inf")]

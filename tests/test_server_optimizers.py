@@ -37,10 +37,17 @@ AVERAGING = [
 ]
 
 
+READ = {
+    "momentum": {"momentum": 0.7},
+    "adagrad": {"tau": 0.002},
+    "adam": {"beta1": 0.8, "beta2": 0.95, "tau": 0.002},
+    "yogi": {"beta1": 0.8, "beta2": 0.95, "tau": 0.002},
+}
+
+
 def config(optimizer: str, **changes: Any) -> ServerConfig:
-    """Settings that no two of the formulas' numbers share."""
-    settings = {"learning_rate": 0.03, "momentum": 0.7, "beta1": 0.8, "beta2": 0.95, "tau": 0.002}
-    return ServerConfig(optimizer, **{**settings, **changes})
+    """What an optimizer reads, unlike its defaults and unlike each other."""
+    return ServerConfig(optimizer, **{"learning_rate": 0.03, **READ[optimizer], **changes})
 
 
 # -- Flower's own -------------------------------------------------------------------------------------
@@ -178,7 +185,8 @@ def test_defaults_leave_a_small_update_as_it_is(optimizer: str) -> None:
     for size in (1e-12, 1e-9, 1e-6):
         for d in (size, -size):
             assert first_step(ServerConfig(optimizer), d) / d == pytest.approx(1.0, abs=0.01)
-    for settings in (config(optimizer, learning_rate=0.0), config(optimizer, learning_rate=0.0, tau=0.1)):
+    larger = {} if optimizer == "momentum" else {"tau": 0.1}
+    for settings in (config(optimizer, learning_rate=0.0), config(optimizer, learning_rate=0.0, **larger)):
         assert first_step(settings, 1e-8) / 1e-8 == pytest.approx(1.0, abs=0.01)
     assert learning_rate(config(optimizer)) == 0.03
 

@@ -124,3 +124,23 @@ def test_scaffold_under_dp_takes_no_gradient_of_all_rows(tmp_path: Path) -> None
     (update,) = worker.train(planted)
     assert "takes no gradient of all its rows" in update.report.reason
     assert not (tmp_path / "sites").exists()
+
+
+def test_control_variates_go_up_as_changes_and_stay_as_they_are(tmp_path: Path) -> None:
+    """Option 2 by hand: c_k+ = c_k - c + (x - y) / (sum of the learning rates); what is sent is c_k+ - c_k."""
+    keys = {"train.optimizer": "sgd", "train.learning-rate": 0.1, "train.schedule": "constant"}
+    worker = tiny_worker(tmp_path, **{"strategy.name": "fedavg", **keys})
+    sent = dict(worker.loaded.model.initial)
+    c = {f"{VARIATE}{name}": np.full_like(value, 0.01) for name, value in sent.items()}
+    own = {name: np.zeros_like(value) for name, value in sent.items()}
+    for number in (1, 2):
+        instruction = Instruction(number, (0, 1), SHARED, sent, local=LocalTerms(scaffold=2), extra=c)
+        update = worker.train(instruction)[0]
+        assert update.report.outcome is Outcome.OK
+        kept = variates(worker.loaded.store.load(0, number + 1) or {})
+        for name, value in sent.items():
+            moved = (value - update.tensors[name]) / (0.1 * update.report.steps)
+            new = own[name] - c[VARIATE + name] + moved
+            np.testing.assert_allclose(kept[name], new, atol=1e-12)
+            np.testing.assert_allclose(update.extra[VARIATE + name], new - own[name], atol=1e-12)
+        own = kept

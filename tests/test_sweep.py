@@ -109,16 +109,16 @@ def finish_under_dp(cell: Cell, epsilon: float | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spent", "told"), [((2.0, 4.0), "3.0000"), ((2.0, None), "infinite"), ((None, None), "infinite")]
+    ("spent", "shown"), [((2.0, 4.0), "3.0000"), ((2.0, None), "infinite"), ((None, None), "infinite")]
 )
 def test_an_epsilon_that_is_not_finite_is_not_averaged_away(
-    spent: tuple[float | None, ...], told: str, tmp_path: Path
+    spent: tuple[float | None, ...], shown: str, tmp_path: Path
 ) -> None:
     one = sweep(tmp_path, **{"privacy.mode": "dp", "privacy.epsilon": 4.0, "grid.seed": [0, 1]})
     for cell, value in zip(one.finals({}, {}), spent, strict=True):
         finish_under_dp(cell, value)
     write_tables(one)
-    assert summary(one).endswith(f"| {told} | 1e-05 |\n")
+    assert summary(one).endswith(f"| {shown} | 1e-05 |\n")
 
 
 def test_what_is_not_private_in_a_sweep_is_said(tmp_path: Path) -> None:

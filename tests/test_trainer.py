@@ -13,7 +13,8 @@ from clients.worker import Worker
 from fedlora.exchange import Instruction, Outcome
 from fedlora.plugins import read_config
 from fedlora.roles import Role
-from simulations.setup import build_strategy, plan_shards, resolve
+from simulations.setup import plan_shards, resolve
+from strategies.build import build_strategy
 from tests.support.tiny import save_tiny_model
 from tests.support.trainers import tiny_flat, tiny_worker
 

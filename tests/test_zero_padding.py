@@ -8,8 +8,9 @@ import pytest
 from fedlora.wire import read_instruction
 from strategies import FedAvg
 from tests.support.federation import RAGGED, run, seeded_of, server_of, strategy_of
+from tests.support.formulas import LAYERS
 from tests.support.loop import LoopGrid, examples_of, node_of, update_of
-from tests.support.matrix import LAYERS, setting
+from tests.support.matrix import setting
 
 
 def test_padded_with_zeros_and_averaged() -> None:

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from fedlora.config import Config, MethodConfig
 from fedlora.exchange import ClientReport, Update
+from fedlora.methods import METHODS as REGISTERED
 from fedlora.methods import Layer, LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
 from fedlora.models import inspect, inspect_by_name
+from fedlora.plugins import methods_of
 from fedlora.reduce import REDUCTIONS
 from fedlora.roles import UP, Role
 from fedlora.seeded import Seeded
@@ -35,15 +37,12 @@ _DTYPE = "float32"
 _CLIENTS = 5
 
 MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,v", "Llama-2-7B all")
-# LoRA and S2-LoRA of rank 8; MoS with the parameters of LoRA of rank 1, and by default.
 _LORA = Config(method=MethodConfig("lora", rank=8))
-_S2 = Config(method=MethodConfig("s2-lora", rank=8))
-_MOS = Config(method=MethodConfig("mos", rank=8))
 _MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budget=1, private=0))
+# Every method at rank 8; MoS, whose parameters are those of LoRA of its budget, also at a budget of 1.
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
-    "lora": [("`lora`, r = 8", _LORA)],
-    "mos": [("`mos`, e = 4", _MOS), ("`mos`, e = 1", _MOS_1)],
-    "s2-lora": [("`s2-lora`, r = 8", _S2)],
+    **{name: [(f"`{name}`, r = 8", Config(method=MethodConfig(name, rank=8)))] for name in REGISTERED},
+    "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }
 
 
@@ -129,7 +128,7 @@ def roles_table() -> list[str]:
     ]
     layers = layers_of("MiniLM q,v")
     for name in STRATEGIES:
-        for kind in STRATEGIES[name].methods:
+        for kind in methods_of(name):
             method = build_method(METHODS[kind][0][1], layers, [])
             strategy = _strategy(name, method)
             in_turn = strategy.roles_in_turn()
@@ -171,7 +170,7 @@ def bytes_table() -> list[str]:
     ]
     whole = {model: bytes_up("fedavg", _LORA, model) for model in MODELS}
     for name in STRATEGIES:
-        for kind in STRATEGIES[name].methods:
+        for kind in methods_of(name):
             for label, config in METHODS[kind]:
                 if name == "local" or _refused(name, config):  # the former sends nothing
                     continue
@@ -189,7 +188,7 @@ def down_table() -> list[str]:
     ]
     layers = layers_of("RoBERTa-large q,v")
     for name in STRATEGIES:
-        for kind in STRATEGIES[name].methods:
+        for kind in methods_of(name):
             label, config = METHODS[kind][0]
             strategy = _strategy(name, build_method(config, layers, []))
             trained = {n: s for n, s in strategy.setting.specs.items() if s.kind in strategy.trained_kinds}

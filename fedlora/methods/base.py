@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,6 +112,9 @@ class Method(ABC):
 
 class LowRankMethod(Method):
     """A method that ``method.name`` may choose: it is built from the configuration."""
+
+    strategies: ClassVar[tuple[str, ...]] = ()
+    """Strategies that work with it, beside those that name it among their ``methods``: they are older than it."""
 
     @classmethod
     @abstractmethod

@@ -15,6 +15,7 @@ from fedlora.exchange import ClientReport, Tensors, Update
 from fedlora.methods import TensorSpec
 from fedlora.reduce.base import Expected, Header, Records, Reduced, Reduction
 from fedlora.reduce.check import check_tensors
+from fedlora.shapes import pad
 
 _SUMS = ("", "extra_")  # of tensors by weight; of what is sent beside them, all clients alike
 _SUM_PARTS = ("coarse", "fine", "extra_coarse", "extra_fine")
@@ -174,10 +175,3 @@ def _padded_sum(one: ExactSum, other: ExactSum) -> ExactSum:
 def _padded(total: ExactSum, shapes: Mapping[str, tuple[int, ...]]) -> ExactSum:
     coarse, fine = ({n: pad(value, shapes[n]) for n, value in part.items()} for part in (total.coarse, total.fine))
     return ExactSum(coarse, fine, total.weight, total.count)
-
-
-def pad(value: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
-    """Return ``value`` with zeros behind it up to ``shape``; itself where it has that shape."""
-    if value.shape == shape:
-        return value
-    return np.pad(value, [(0, wanted - had) for wanted, had in zip(shape, value.shape, strict=True)])

@@ -28,8 +28,9 @@ from fedlora.server.loop import Observe, run_rounds
 from fedlora.server.personal import PersonalEvaluation
 from fedlora.server.replies import Replies
 from fedlora.server.traffic import ACCUMULATED, Payloads
+from fedlora.shapes import cut
 from fedlora.state import ServerState
-from fedlora.strategy import Strategy, cut
+from fedlora.strategy import Strategy
 from fedlora.wire import from_named_arrays, message_bytes, named_arrays, write_instruction
 
 Payload = Callable[[int, int, int, Sequence[int]], tuple[int, int]]
@@ -278,7 +279,8 @@ class FlowerStrategy(FlowerBase):
         ranks = self.strategy.setting.ranks
         widest = max(clients, key=lambda client: ranks[client]) if ranks else None
         accumulated = {name: self.state.tensors[name] for name in self.strategy.accumulated(self._ranks()[-1])}
-        return {**cut(self.state.tensors, self.strategy.sent(server_round, widest)), **accumulated}
+        sent = self.strategy.sent(server_round, widest)
+        return {**{name: cut(self.state.tensors[name], spec.shape) for name, spec in sent.items()}, **accumulated}
 
 
 def _placed(value: NDArray[np.floating], held: NDArray[np.floating]) -> NDArray[np.floating]:

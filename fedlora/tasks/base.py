@@ -12,11 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.config import Config
 from fedlora.data import Table
 
 if TYPE_CHECKING:
@@ -83,6 +84,11 @@ class Task(ABC):
     def __init__(self, pad_token_id: int, chat_template: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.chat_template = chat_template
+
+    @classmethod
+    def build(cls, tokenizer: Any, config: Config) -> Self:
+        """Return the task for a model's tokenizer; its own keys are ``config.options(...)``."""
+        return cls(tokenizer.pad_token_id, config.data.chat_template)
 
     @abstractmethod
     def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:

@@ -1,4 +1,4 @@
-"""Runs that several modules look into, and a Flower of its own for those that start plain ``flwr``."""
+"""Runs that several modules check, and a Flower of its own for those that start plain ``flwr``."""
 
 from __future__ import annotations
 

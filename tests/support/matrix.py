@@ -1,13 +1,12 @@
 """The matrix of methods, strategies, model families and tasks, and the slow references that hold it.
 
-A new strategy is in it once it is registered and the formula of its bytes stands in :data:`BYTES`; a new method joins
-by a line in :data:`CONFIGS`, its formula in :func:`update_of_layer`, and the bytes of its strategies.
+What is registered is in it; :mod:`tests.support.formulas` says what each comes to.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, final
 
 import numpy as np
@@ -16,35 +15,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from fedlora.config import Config, MethodConfig, TrainConfig
+from fedlora.config import TrainConfig
 from fedlora.engine import ClientWork, Engine
-from fedlora.methods import Factor, LowRank, Method, MosOptions, S2Options, TensorSpec, build_method, initial_tensors
+from fedlora.methods import Factor, LowRank, Method, TensorSpec, build_method, initial_tensors
 from fedlora.methods.base import Layer
+from fedlora.plugins import methods_of
 from fedlora.roles import TRAINED
 from fedlora.seeded import Seeded
 from fedlora.strategy import Setting, Strategy
 from strategies import STRATEGIES
 from tests.support.families import LANGUAGE, random_examples, small_base, small_model, small_task, without_float32
+from tests.support.formulas import FORMULAS, LAYERS, penalty, update_of_layer
 
 Arrays = dict[str, NDArray[Any]]
 
-CONFIGS = {
-    "lora": Config(method=MethodConfig("lora", rank=3, alpha=6.0)),
-    "mos": Config(method=MethodConfig("mos", rank=4, alpha=6.0)).with_options(
-        MosOptions(budget=3, shards=2, private=1)
-    ),
-    "s2-lora": Config(method=MethodConfig("s2-lora", rank=3, alpha=6.0)).with_options(
-        S2Options(sparsity=0.05, orthogonality=0.02)
-    ),
-}
-CASES = [(name, method) for name in STRATEGIES for method in STRATEGIES[name].methods]
+CONFIGS = {name: formula.config for name, formula in FORMULAS.items()}
+CASES = [(name, method) for name in STRATEGIES for method in methods_of(name)]
 MODELS = ("bert", "gpt2", "llama-lm")  # two tasks; square and other layers, Conv1D, unlike key and value heads
 
-# Layers without a model: two projection types, three and two of them, neither square.
-LAYERS = [
-    *(Layer(f"m.{n}.q", 6, 10, bias=True, fan_in_fan_out=False) for n in range(3)),
-    *(Layer(f"m.{n}.v", 8, 4, bias=False, fan_in_fan_out=True) for n in range(2)),
-]
 HEAD = [Layer("head", 4, 3, True, False)]
 
 
@@ -92,58 +80,6 @@ def trained_kinds(strategy: Strategy, server_round: int) -> set[str]:
     return {kind for kind, role in strategy.all_roles(server_round).items() if role in TRAINED}
 
 
-# -- formulas -----------------------------------------------------------------------------------------
-
-
-def update_of_layer(method: Any, layers: Sequence[Layer], layer: Layer, tensors: Mapping[str, Any]) -> Any:
-    """Return Delta W of a layer, [d_out, d_in], number by number from the method's formula, in torch."""
-    config = CONFIGS[method]
-    rank, scale = config.method.rank, config.method.alpha / config.method.rank
-    if method == "lora":
-        return scale * tensors[f"{layer.name}.lora_B"] @ tensors[f"{layer.name}.lora_A"]
-    if method == "s2-lora":
-        alike = [one.name for one in layers if (one.d_in, one.d_out) == (layer.d_in, layer.d_out)]
-        name = f"s2.{layer.d_out}x{layer.d_in}"
-        s = tensors[f"{name}.s"][alike.index(layer.name)]
-        return sum(scale * s[i] * torch.outer(tensors[f"{name}.B"][:, i], tensors[f"{name}.A"][i]) for i in range(rank))
-    assert method == "mos"
-    name = ".".join("*" if part.isdecimal() else part for part in layer.name.split("."))
-    alike = [one.name for one in layers if ".".join("*" if p.isdecimal() else p for p in one.name.split(".")) == name]
-    index = indices(config, name, len(alike), alike.index(layer.name))
-    pieces = config.options(MosOptions).shards
-
-    def vectors(side: str) -> list[Tensor]:
-        pool = [*tensors[f"{name}.mos_{side}"], *tensors[f"{name}.mos_{side}_private"]]
-        return [torch.cat([pool[i] for i in index[side][j * pieces : (j + 1) * pieces]]) for j in range(rank)]
-
-    return sum(scale * torch.outer(b, a) for a, b in zip(vectors("A"), vectors("B"), strict=True))
-
-
-def indices(config: Config, name: str, count: int, layer: int) -> dict[str, list[int]]:
-    """Return a layer's shards in the A and the B pool, from the words of the paper."""
-    mos, rank = config.options(MosOptions), config.method.rank
-    public = (mos.budget - mos.private) * count * mos.shards
-    own = [public + layer * mos.private * mos.shards + n for n in range(mos.private * mos.shards)]
-    return {
-        side: [int(i) for i in Seeded(config.seed).permutation("mos", name, side, layer, size=public)][
-            : (rank - mos.private) * mos.shards
-        ]
-        + own
-        for side in ("A", "B")
-    }
-
-
-def penalty(method: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return what is added to a client's loss whatever its data."""
-    weight, total = CONFIGS[method].options(S2Options).orthogonality, torch.zeros((), dtype=torch.float64)
-    if method == "s2-lora":
-        for name, value in tensors.items():
-            if name.startswith("s2.") and name.endswith((".A", ".B")):
-                gram = value @ value.T if name.endswith(".A") else value.T @ value
-                total = total + weight * ((gram - torch.eye(len(gram))) ** 2).sum()
-    return total
-
-
 # -- one client, one row at a time --------------------------------------------------------------------
 
 
@@ -178,12 +114,10 @@ def _model(family: str) -> Any:
 def proximal_step(
     method: str, specs: Mapping[str, TensorSpec], trained: Mapping[str, Tensor], train: TrainConfig
 ) -> None:
-    """Take S2-LoRA's coefficients towards zero, in place, after an optimizer's step."""
+    """Take tensors that have an L1 penalty towards zero, in place, after an optimizer's step."""
     with torch.no_grad():
         for name, value in trained.items():
-            threshold = train.learning_rate * (
-                CONFIGS[method].options(S2Options).sparsity if specs[name].kind == "s" else 0.0
-            )
+            threshold = train.learning_rate * FORMULAS[method].l1.get(specs[name].kind, 0.0)
             value.copy_(torch.sign(value) * torch.relu(value.abs() - threshold))
 
 
@@ -223,40 +157,3 @@ class Changed(Method):
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
         factors = self.method.factors(tensors)
         return {name: self.change(one) if isinstance(one, LowRank) else one for name, one in factors.items()}
-
-
-# -- bytes --------------------------------------------------------------------------------------------
-
-
-def _each(factor_in: float, factor_out: float) -> Callable[[int], float]:
-    return lambda rank: sum(rank * (factor_in * layer.d_in + factor_out * layer.d_out) for layer in LAYERS)
-
-
-def _bases(rank: int) -> int:
-    return sum(rank * sum(shape) for shape in {(layer.d_in, layer.d_out) for layer in LAYERS})
-
-
-def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
-    """Numbers a round: up, down, and down to a client that keeps what it was sent; means over a cycle."""
-    both, a, b = _each(1, 1), _each(1, 0), _each(0, 1)
-    for method, rank in (("lora", 3), ("mos", 3)):  # MoS costs what LoRA of its budget costs
-        yield ("fedavg", method), (both(rank), both(rank), both(rank))
-        yield ("ffa-lora", method), (b(rank), b(rank), b(rank))
-        yield ("rolora", method), (both(rank) / 2, both(rank), both(rank) / 2)
-        yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
-    yield ("fedsvd", "lora"), (b(3), both(3), both(3))
-    yield ("zero-padding", "lora"), (both(3), both(3), both(3))
-    yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
-    yield ("mos", "mos"), (both(3), both(3), both(3))
-    yield ("mos-personal", "mos"), (both(2), both(2), both(2))
-    s, bases = 3 * len(LAYERS), _bases(3)
-    yield ("fedavg", "s2-lora"), (bases + s, bases + s, bases + s)
-    yield ("s2-lora", "s2-lora"), (bases + s, bases + s, bases + s)
-    yield ("s2-frozen", "s2-lora"), (s, s, s)
-    yield ("s2-cyclic", "s2-lora"), ((bases + s) / 3, bases + s, (bases + s) / 3)
-    yield ("s2-personal", "s2-lora"), (bases, bases, bases)
-    for method in CONFIGS:
-        yield ("local", method), (0, 0, 0)
-
-
-BYTES = dict(_formulas())

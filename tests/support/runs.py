@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,12 +70,15 @@ class Family:
         return [process for process in self.meet() if "".join(_command(process)).startswith("ray::Trainer")]
 
     def kill(self) -> None:
-        """kill -9 of all of them."""
-        for process in self.meet():
-            try:
-                process.kill()
-            except psutil.Error:
-                continue
+        """kill -9 of all of them, those included that others start meanwhile."""
+        end = time.monotonic() + 30
+        while (running := self.meet()) and time.monotonic() < end:
+            for process in running:
+                try:
+                    process.kill()
+                except psutil.Error:
+                    continue
+            time.sleep(0.1)
 
     def left(self) -> list[str]:
         """Return the commands of those that still run."""

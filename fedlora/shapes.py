@@ -1,0 +1,36 @@
+"""Tensors of clients that hold fewer ranks than the server: their shapes, arrays cut to them and padded from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.methods import TensorSpec
+
+Number = TypeVar("Number", bound=np.floating)
+
+
+def at_rank(specs: Mapping[str, TensorSpec], rank: int | None) -> dict[str, TensorSpec]:
+    """Return tensors as a client of this rank holds them, the first ``rank`` of each rank axis; None: as they are."""
+    return {
+        name: spec
+        if rank is None or spec.rank_axis is None
+        else replace(spec, shape=tuple(rank if axis == spec.rank_axis else n for axis, n in enumerate(spec.shape)))
+        for name, spec in specs.items()
+    }
+
+
+def cut(value: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
+    """Return the part of an array that a smaller shape holds; itself where it has that shape."""
+    return value if value.shape == shape else value[tuple(slice(n) for n in shape)]
+
+
+def pad(value: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
+    """Return an array with zeros behind it up to a larger shape; itself where it has that shape."""
+    if value.shape == shape:
+        return value
+    return np.pad(value, [(0, whole - n) for whole, n in zip(shape, value.shape, strict=True)])

@@ -1,0 +1,178 @@
+"""What each method and strategy comes to, number by number from its formula: the one place that a new one joins.
+
+A method is an entry of :data:`FORMULAS`, a strategy its bytes in :data:`BYTES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from fedlora.config import Config, MethodConfig
+from fedlora.methods import MosOptions, S2Options
+from fedlora.methods.base import Layer
+from fedlora.seeded import Seeded
+
+Tensors = Mapping[str, Any]
+
+
+def _no_penalty(config: Config, tensors: Tensors) -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
+@final
+@dataclass(frozen=True)
+class Formula:
+    """A method as it is written on paper.
+
+    Attributes:
+        config: A small configuration of it.
+        update: Delta W of a layer, [d_out, d_in], given all adapted layers and the tensors, in torch.
+        penalty: What is added to a client's loss whatever its data.
+        l1: Weight of the L1 penalty, by kind of tensor.
+    """
+
+    config: Config
+    update: Callable[[Config, Sequence[Layer], Layer, Tensors], Any]
+    penalty: Callable[[Config, Tensors], Tensor] = _no_penalty
+    l1: Mapping[str, float] = field(default_factory=dict)
+
+
+def _scale(config: Config) -> float:
+    return config.method.alpha / config.method.rank
+
+
+# -- lora ---------------------------------------------------------------------------------------------
+
+
+def _lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    return _scale(config) * tensors[f"{layer.name}.lora_B"] @ tensors[f"{layer.name}.lora_A"]
+
+
+# -- mos ----------------------------------------------------------------------------------------------
+
+
+def _mos(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    name = _starred(layer)
+    alike = [one.name for one in layers if _starred(one) == name]
+    index = _indices(config, name, len(alike), alike.index(layer.name))
+    rank, pieces = config.method.rank, config.options(MosOptions).shards
+
+    def vectors(side: str) -> list[Tensor]:
+        pool = [*tensors[f"{name}.mos_{side}"], *tensors[f"{name}.mos_{side}_private"]]
+        return [torch.cat([pool[i] for i in index[side][j * pieces : (j + 1) * pieces]]) for j in range(rank)]
+
+    return sum(_scale(config) * torch.outer(b, a) for a, b in zip(vectors("A"), vectors("B"), strict=True))
+
+
+def _starred(layer: Layer) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in layer.name.split("."))
+
+
+def _indices(config: Config, name: str, count: int, layer: int) -> dict[str, list[int]]:
+    """Return a layer's shards in the A and the B pool, from the words of the paper."""
+    mos, rank = config.options(MosOptions), config.method.rank
+    public = (mos.budget - mos.private) * count * mos.shards
+    own = [public + layer * mos.private * mos.shards + n for n in range(mos.private * mos.shards)]
+    return {
+        side: [int(i) for i in Seeded(config.seed).permutation("mos", name, side, layer, size=public)][
+            : (rank - mos.private) * mos.shards
+        ]
+        + own
+        for side in ("A", "B")
+    }
+
+
+# -- s2-lora ------------------------------------------------------------------------------------------
+
+
+def _s2(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    alike = [one.name for one in layers if (one.d_in, one.d_out) == (layer.d_in, layer.d_out)]
+    name, scale = f"s2.{layer.d_out}x{layer.d_in}", _scale(config)
+    s = tensors[f"{name}.s"][alike.index(layer.name)]
+    products = (torch.outer(tensors[f"{name}.B"][:, i], tensors[f"{name}.A"][i]) for i in range(config.method.rank))
+    return sum(scale * s[i] * product for i, product in enumerate(products))
+
+
+def _s2_penalty(config: Config, tensors: Tensors) -> Tensor:
+    weight, total = config.options(S2Options).orthogonality, torch.zeros((), dtype=torch.float64)
+    for name, value in tensors.items():
+        if name.startswith("s2.") and name.endswith((".A", ".B")):
+            gram = value @ value.T if name.endswith(".A") else value.T @ value
+            total = total + weight * ((gram - torch.eye(len(gram))) ** 2).sum()
+    return total
+
+
+def _config(method: str, rank: int) -> Config:
+    return Config(method=MethodConfig(method, rank=rank, alpha=6.0))
+
+
+FORMULAS = {
+    "lora": Formula(_config("lora", 3), _lora),
+    "mos": Formula(_config("mos", 4).with_options(MosOptions(budget=3, shards=2, private=1)), _mos),
+    "s2-lora": Formula(
+        _config("s2-lora", 3).with_options(S2Options(sparsity=0.05, orthogonality=0.02)),
+        _s2,
+        _s2_penalty,
+        l1={"s": 0.05},
+    ),
+}
+
+
+def update_of_layer(method: str, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    """Return Delta W of a layer, [d_out, d_in], by a method's formula in its small configuration."""
+    formula = FORMULAS[method]
+    return formula.update(formula.config, layers, layer, tensors)
+
+
+def penalty(method: str, tensors: Tensors) -> Tensor:
+    """Return what a method adds to a client's loss whatever its data."""
+    formula = FORMULAS[method]
+    return formula.penalty(formula.config, tensors)
+
+
+# -- bytes --------------------------------------------------------------------------------------------
+
+# Layers without a model: two projection types, three and two of them, neither square.
+LAYERS = [
+    *(Layer(f"m.{n}.q", 6, 10, bias=True, fan_in_fan_out=False) for n in range(3)),
+    *(Layer(f"m.{n}.v", 8, 4, bias=False, fan_in_fan_out=True) for n in range(2)),
+]
+
+
+def _each(factor_in: float, factor_out: float) -> Callable[[int], float]:
+    return lambda rank: sum(rank * (factor_in * layer.d_in + factor_out * layer.d_out) for layer in LAYERS)
+
+
+def _bases(rank: int) -> int:
+    return sum(rank * sum(shape) for shape in {(layer.d_in, layer.d_out) for layer in LAYERS})
+
+
+def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
+    """Numbers a round: up, down, and down to a client that keeps what it was sent; means over a cycle."""
+    both, a, b = _each(1, 1), _each(1, 0), _each(0, 1)
+    for method, rank in (("lora", 3), ("mos", 3)):  # MoS costs what LoRA of its budget costs
+        yield ("fedavg", method), (both(rank), both(rank), both(rank))
+        yield ("ffa-lora", method), (b(rank), b(rank), b(rank))
+        yield ("rolora", method), (both(rank) / 2, both(rank), both(rank) / 2)
+        yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
+    yield ("fedsvd", "lora"), (b(3), both(3), both(3))
+    yield ("zero-padding", "lora"), (both(3), both(3), both(3))
+    yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
+    yield ("mos", "mos"), (both(3), both(3), both(3))
+    yield ("mos-personal", "mos"), (both(2), both(2), both(2))
+    s, bases = 3 * len(LAYERS), _bases(3)
+    yield ("fedavg", "s2-lora"), (bases + s, bases + s, bases + s)
+    yield ("s2-lora", "s2-lora"), (bases + s, bases + s, bases + s)
+    yield ("s2-frozen", "s2-lora"), (s, s, s)
+    yield ("s2-cyclic", "s2-lora"), ((bases + s) / 3, bases + s, (bases + s) / 3)
+    yield ("s2-personal", "s2-lora"), (bases, bases, bases)
+    for method in FORMULAS:
+        yield ("local", method), (0, 0, 0)
+
+
+BYTES = dict(_formulas())
