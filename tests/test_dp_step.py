@@ -188,7 +188,7 @@ def test_splitting_a_batch_changes_nothing() -> None:
     start = random_start(engine)
 
     def run(tokens: int) -> list[ClientResult]:
-        return train_pack(replace(engine, tokens=tokens), ragged(start, "bert"), {}, TRAIN, private_step(3))
+        return train_pack(replace(engine, max_cost=tokens), ragged(start, "bert"), {}, TRAIN, private_step(3))
 
     whole, parts = run(1024), run(5)
     assert max(off(one.tensors, two.tensors) for one, two in zip(whole, parts, strict=True)) < 1e-10

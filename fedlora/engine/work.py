@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedlora.config import TrainConfig
 from fedlora.seeded import Seeded
-from fedlora.tasks import Examples
+from fedlora.tasks import Rows
 
 Arrays = Mapping[str, NDArray[np.floating]]
 
@@ -31,7 +31,7 @@ class ClientWork:
     """
 
     client: int
-    examples: Examples
+    examples: Rows
     num_examples: int
     batches: Sequence[NDArray[np.int64]]
     start: Arrays
