@@ -57,9 +57,9 @@ def scaled_noise(factor: float) -> Callable[[Patch], None]:
     def plant(patch: Patch) -> None:
         real = step.noisy_mean
 
-        def noisy_mean(sums: torch.Tensor, private: step.PrivateStep) -> torch.Tensor:
+        def noisy_mean(sums: torch.Tensor, private: step.PrivateStep, *rest: Any) -> torch.Tensor:
             less = replace(private.mechanism, noise_multiplier=factor * private.mechanism.noise_multiplier)
-            return real(sums, replace(private, mechanism=less))
+            return real(sums, replace(private, mechanism=less), *rest)
 
         patch.setattr(step, "noisy_mean", noisy_mean)
 
@@ -142,8 +142,8 @@ def run_seed(patch: Patch) -> None:
 def personal_head_without_noise(patch: Patch) -> None:
     real = step.noisy_mean
 
-    def noisy_mean(sums: torch.Tensor, private: step.PrivateStep) -> torch.Tensor:
-        out = real(sums, private)
+    def noisy_mean(sums: torch.Tensor, private: step.PrivateStep, *rest: Any) -> torch.Tensor:
+        out = real(sums, private, *rest)
         out[:, -2:] = sums[:, -2:] / private.mechanism.expected_batch_size  # the head's bias
         return out
 

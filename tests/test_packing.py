@@ -111,7 +111,7 @@ def peft_alone(
             ids = torch.from_numpy(work.examples.tokens[row])[None]
             logits = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             target = int(work.examples.targets[row])
-            if family in LANGUAGE:  # the mean over the answer, each token told from those before it
+            if family in LANGUAGE:  # the mean over the answer, each token predicted from those before it
                 losses.append(functional.cross_entropy(logits[0, target - 1 : -1], ids[0, target:]))
             else:
                 losses.append(functional.cross_entropy(logits, torch.tensor([target])))

@@ -1,4 +1,4 @@
-"""The engine knows no text: a task on frames of numbers, with a model that is no transformer, trains in packs."""
+"""The engine is independent of texts: a task on frames, with a model that is no transformer, trains in packs."""
 
 from __future__ import annotations
 

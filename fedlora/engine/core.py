@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ _OUTPUTS = 2**30  # and numbers that the model puts out, a logit for each token 
 _COPIES = 2**26  # and trained numbers, where each row has a copy of them (DP-SGD)
 
 
+@final
 @dataclass(frozen=True)
 class Probed:
     """Which trained tensors passed a probe on rows that are nobody's, see :mod:`fedlora.engine.watch`.
@@ -40,6 +41,7 @@ class Probed:
     moving: frozenset[str]
 
 
+@final
 @dataclass(frozen=True)
 class Engine:
     """What training and evaluation share.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from fedlora.tasks import Rows
 Arrays = Mapping[str, NDArray[np.floating]]
 
 
+@final
 @dataclass(frozen=True)
 class ClientWork:
     """What one client does in one round.
@@ -40,6 +42,7 @@ class ClientWork:
     rows: Sequence[int] | NDArray[np.int64] = ()
 
 
+@final
 @dataclass(frozen=True)
 class ClientResult:
     """What came of it.

@@ -1,6 +1,6 @@
 """What a task is: how rows become inputs, what each row's loss is, and what is measured.
 
-The engine knows no text: it asks a task for batches and for one loss a row. A row's loss must not depend on
+The engine is independent of texts: it asks a task for batches and for one loss a row. A row's loss must not depend on
 the other rows of its batch, so that packing and DP-SGD see the same objective.
 
 Servers and command lines ask a task for its names and metrics only: torch is imported where it computes.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ Batch = dict[str, "Tensor"]
 
 
 class Rows(Protocol):
-    """Rows ready for the model: what the engine knows of data."""
+    """Rows ready for the model: all that the engine uses of data."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -37,6 +37,7 @@ class Rows(Protocol):
         """What each row takes of a forward pass that is padded to the longest: its tokens, frames or patches; [n]."""
 
 
+@final
 @dataclass(frozen=True)
 class Measure:
     """The number by which runs of a task are compared.
@@ -51,7 +52,7 @@ class Measure:
 
 
 class Task(ABC):
-    """A kind of problem. Its rows are of its own type, which only it looks into."""
+    """A kind of problem. Its rows are of its own type, which nothing else reads."""
 
     auto_model: ClassVar[str]
     """The class of transformers that loads a model for it."""
