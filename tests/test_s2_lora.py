@@ -81,7 +81,7 @@ def test_the_server_takes_the_step_once_more() -> None:
 
     strategy = S2(setting("s2-lora"))
     federated = server_of(strategy, "s2-lora", clients=2, weights="equal", learning_rate=1.0)
-    server = run(federated, LoopGrid({1: node_of(federated, sparse)}), 1)
+    server = run(federated, LoopGrid({k: node_of(federated, sparse) for k in (1, 2)}), 1)
     assert CONFIGS["s2-lora"].options(S2Options).sparsity == 0.05
     assert np.allclose(server["s2.10x6.s"], [[0.0, 1.45, 0.0], [0.0, 1.45, 0.0], [0.0, 0.0, 0.0]])
     assert np.allclose(server["s2.10x6.A"], 0.01)
