@@ -32,7 +32,9 @@ def findings(folder: Path, train: Any = train_pack, **changes: Any) -> list[Find
 
 
 @pytest.mark.parametrize(
-    ("strategy", "checks"), [("ffa-lora", 14), ("fedsa-lora", 14), ("mos-private", 14), ("s2-lora", 14), ("rolora", 20)]
+    ("strategy", "checks"),
+    [("ffa-lora", 14), ("fedsa-lora", 14), ("mos-personal", 14), ("s2-lora", 14), ("rolora", 20)],
+    [("ffa-lora", 14), ("fedsa-lora", 14), ("mos-personal", 14), ("s2-lora", 14), ("rolora", 20)],
 )
 def test_the_shipped_code_passes(strategy: str, checks: int, tmp_path: Path) -> None:
     """Those whose roles change are checked in every turn."""
@@ -57,9 +59,9 @@ def scaled_noise(factor: float) -> Callable[[Patch], None]:
     def plant(patch: Patch) -> None:
         real = step.noisy_mean
 
-        def noisy_mean(sums: torch.Tensor, private: step.PrivateStep, *rest: Any) -> torch.Tensor:
+        def noisy_mean(sums: torch.Tensor, private: step.PrivateStep, *own: Any) -> torch.Tensor:
             less = replace(private.mechanism, noise_multiplier=factor * private.mechanism.noise_multiplier)
-            return real(sums, replace(private, mechanism=less), *rest)
+            return real(sums, replace(private, mechanism=less), *own)
 
         patch.setattr(step, "noisy_mean", noisy_mean)
 
@@ -142,8 +144,8 @@ def run_seed(patch: Patch) -> None:
 def personal_head_without_noise(patch: Patch) -> None:
     real = step.noisy_mean
 
-    def noisy_mean(sums: torch.Tensor, private: step.PrivateStep, *rest: Any) -> torch.Tensor:
-        out = real(sums, private, *rest)
+    def noisy_mean(sums: torch.Tensor, private: step.PrivateStep, *own: Any) -> torch.Tensor:
+        out = real(sums, private, *own)
         out[:, -2:] = sums[:, -2:] / private.mechanism.expected_batch_size  # the head's bias
         return out
 

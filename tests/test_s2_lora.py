@@ -81,7 +81,7 @@ def test_the_server_takes_the_step_once_more() -> None:
 
     strategy = S2(setting("s2-lora"))
     federated = server_of(strategy, "s2-lora", clients=2, weights="equal", learning_rate=1.0)
-    server = run(federated, LoopGrid({1: node_of(federated, sparse), 2: node_of(federated, sparse)}), 1)
+    server = run(federated, LoopGrid({k: node_of(federated, sparse) for k in (1, 2)}), 1)
     assert CONFIGS["s2-lora"].options(S2Options).sparsity == 0.05
     assert np.allclose(server["s2.10x6.s"], [[0.0, 1.45, 0.0], [0.0, 1.45, 0.0], [0.0, 0.0, 0.0]])
     assert np.allclose(server["s2.10x6.A"], 0.01)
@@ -92,18 +92,18 @@ def test_ranks_are_reported() -> None:
     engine = engine_of("s2-lora", "bert")
     tensors = random_start(engine)
     tensors["s2.16x16.s"][0] = [0.0, 2.0, 0.0]
-    found = strengths(engine.method.factors({name: engine.tensor(value) for name, value in tensors.items()}))
+    told = strengths(engine.method.factors({name: engine.tensor(value) for name, value in tensors.items()}))
     first = engine.base.structure.adapted[0].name
     a, b = tensors["s2.16x16.A"], tensors["s2.16x16.B"]
     expected = [0.0, float(np.linalg.norm(6.0 / 3 * 2.0 * np.outer(b[:, 1], a[1]))), 0.0]
-    assert np.allclose(found[first], expected)
-    one = {name: np.array([values]) for name, values in found.items()}
+    assert np.allclose(told[first], expected)
+    one = {name: np.array([values]) for name, values in told.items()}
     assert effective_ranks(one).tolist() == [1, 3, 3, 3]
     assert zero_share(one) == 2 / 12
-    two = {name: np.array([[1.0, 0.0], [0.0, 2.0]]) for name in found}
+    two = {name: np.array([[1.0, 0.0], [0.0, 2.0]]) for name in told}
     assert effective_ranks(two).tolist() == [1, 1, 1, 1], "of each client, not of what some client uses"
     files = adapter_files(engine, tensors, CONFIGS["s2-lora"])
-    assert json.loads(files[FILE]) == found
+    assert json.loads(files[FILE]) == told
     config = json.loads(files["adapter_config.json"])
     assert sorted(config["rank_pattern"].values()) == [1]
 

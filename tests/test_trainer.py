@@ -12,6 +12,7 @@ from clients.ray_site import split_packs
 from clients.worker import Worker
 from fedlora.exchange import Instruction, Outcome
 from fedlora.plugins import read_config
+from fedlora.reduce import Reduced
 from fedlora.roles import Role
 from simulations.setup import plan_shards, resolve
 from strategies.build import build_strategy
@@ -82,20 +83,21 @@ def test_repeating_a_pack_gives_the_same_bits(tmp_path: Path) -> None:
     assert all(np.array_equal(a.tensors[n], b.tensors[n]) for a, b in zip(one, two, strict=True) for n in a.tensors)
 
 
-@pytest.mark.parametrize("name", ["rolora", "fedsvd", "s2-cyclic", "mos-private", "s2-private"])
+@pytest.mark.parametrize("name", ["rolora", "fedsvd", "s2-cyclic", "mos-personal", "s2-personal"])
 def test_what_the_server_holds_reaches_the_clients(name: str, tmp_path: Path) -> None:
     """Two cycles of rounds through a trainer: broadcast tensors are used as they come, personal ones go on."""
     worker = tiny_worker(tmp_path, **{"strategy.name": name})
     strategy = build_strategy(worker.loaded.model.config, worker.describe().specs)
-    server = {key: np.asarray(value) for key, value in strategy.initial(worker.loaded.model.initial).items()}
+    state = strategy.initial(worker.loaded.model.initial)
     for number in range(1, 2 * strategy.period + 1):
         roles = strategy.all_roles(number)
-        results = worker.train(Instruction(number, (0, 1, 3), roles, server))
+        results = worker.train(Instruction(number, (0, 1, 3), roles, state.tensors))
         assert [result.report.reason for result in results] == ["", "", ""]
-        shared = strategy.exchanged(number, Role.SHARED)
+        shared = strategy.expected(number)
         assert all(result.tensors.keys() == shared.keys() for result in results)
         mean = {key: np.mean([result.tensors[key] for result in results], axis=0) for key in shared}
-        before, server = server, {k: np.asarray(v) for k, v in strategy.combine(server, mean, number).items()}
+        before, state = state.tensors, strategy.apply(state, Reduced(3, mean), number)
+        server = state.tensors
         changed = {strategy.setting.specs[key].kind for key in server if not np.array_equal(server[key], before[key])}
         assert changed == strategy.changed(number)
         again = worker.train(Instruction(number + 1, (0,), roles, {key: 1.5 * value for key, value in server.items()}))

@@ -46,8 +46,8 @@ _COMMON: dict[str, Any] = {
 _CLASSIFICATION: dict[str, Any] = {
     "train.schedule": "linear",
     "grid.strategy.name": [
-        *("fedavg", "ffa-lora", "rolora", "fedsvd", "fedsa-lora", "local", "mos", "mos-private"),
-        *("s2-lora", "s2-frozen", "s2-cyclic", "s2-private"),
+        *("fedavg", "ffa-lora", "rolora", "fedsvd", "fedsa-lora", "local", "mos", "mos-personal"),
+        *("s2-lora", "s2-frozen", "s2-cyclic", "s2-personal"),
     ],
 }
 _LANGUAGE: dict[str, Any] = {  # under DP, with seeded noise
