@@ -104,7 +104,7 @@ class PersonalEvaluator:
             private = PrivateStep(trainer.accounts.mechanism, [PrivateRandom() for _ in batches])
         examples = model.examples["train"]
         rows = [int(row) for (batch,) in batches for row in batch]
-        tokens = max(1, int(examples.lengths[rows].sum()))
+        tokens = max(1, int(examples.cost[rows].sum()))
         for _ in range(2):
             started = time.perf_counter()
             trainer.run(instruction, batches, private)
@@ -114,6 +114,6 @@ class PersonalEvaluator:
         return Speed(
             train_s=(trained - started) / tokens,
             evaluate_s=(evaluated - trained) / tokens,
-            row_tokens=float(examples.lengths.mean()),
-            measured_tokens=int(model.examples[model.measured].lengths.sum()),
+            row_tokens=float(examples.cost.mean()),
+            measured_tokens=int(model.examples[model.measured].cost.sum()),
         )

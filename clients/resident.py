@@ -15,7 +15,7 @@ from fedlora.engine import Engine, check_rows_apart
 from fedlora.methods import TensorSpec, build_method, initial_tensors
 from fedlora.models import Base, check_length, load_base
 from fedlora.seeded import Seeded
-from fedlora.tasks import TASKS, Examples
+from fedlora.tasks import TASKS, Rows
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class LoadedModel:
     engine: Engine
     specs: dict[str, TensorSpec]
     initial: dict[str, NDArray[np.floating]]
-    examples: dict[str, Examples]
+    examples: dict[str, Rows]
 
     @property
     def measured(self) -> str:
@@ -58,7 +58,7 @@ class Resident:
         self.loads = 0
         self._key: tuple[Any, ...] = ()
         self._engine: Engine | None = None
-        self._examples: dict[str, tuple[tuple[Any, ...], Examples]] = {}
+        self._examples: dict[str, tuple[tuple[Any, ...], Rows]] = {}
 
     def load(self, config: Config, corpus: Corpus) -> LoadedModel:
         """Load the base model and tokenize the rows, but for what is resident already.

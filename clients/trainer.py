@@ -17,7 +17,7 @@ from clients.site import RefusedError
 from clients.start import VARIATE, StartTensors
 from fedlora.config import TrainConfig
 from fedlora.data import FederatedData
-from fedlora.engine import ClientResult, ClientWork, made_up_rows, plan_batches, train_pack
+from fedlora.engine import ClientResult, ClientWork, plan_batches, train_pack
 from fedlora.exchange import ClientReport, Instruction, Outcome, Update
 from fedlora.privacy.step import PrivateStep
 from fedlora.seeded import Seeded
@@ -186,7 +186,7 @@ class Trainer:
         trained = frozenset(self.start.trained(instruction))
         if trained in self.trainable:
             return
-        tensors, examples = self.start.common(instruction), made_up_rows(self.model.engine)
+        tensors, examples = self.start.common(instruction), self.model.engine.task.made_up_rows()
         start = {name: value for name, value in tensors.items() if name in trained}
         common = {name: value for name, value in tensors.items() if name not in trained}
         work = ClientWork(0, examples, len(examples), [np.arange(len(examples))] * 2, start)

@@ -104,9 +104,9 @@ def _prepare(config: Config) -> None:
     """Find what is wrong with the data before Flower starts, and make what it should not wait for."""
     load_corpus(config)
     if config.model.name == SMALL_LLAMA:
-        from fedlora.models import model_path
+        from fedlora.models import prepare_model
 
-        model_path(config.model.name)  # trained at the terminal, and not behind Flower's time limits
+        prepare_model(config.model.name)  # trained at the terminal, and not behind Flower's time limits
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:

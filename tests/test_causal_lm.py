@@ -74,9 +74,9 @@ def test_measures_are_what_they_are_called() -> None:
         for row, start in zip(examples.tokens, examples.targets, strict=True):
             ids = torch.from_numpy(row)[None]
             logp = model(ids).logits[0].log_softmax(-1)
-            told = [-float(logp[at - 1, row[at]]) for at in range(int(start), len(row))]
-            nll += told
-            means.append(np.mean(told))
+            answer_nll = [-float(logp[at - 1, row[at]]) for at in range(int(start), len(row))]
+            nll += answer_nll
+            means.append(np.mean(answer_nll))
             exact.append(all(int(logp[at - 1].argmax()) == row[at] for at in range(int(start), len(row))))
         facts = task.row_metrics(model, task.collate(examples, range(20), CPU))
     metrics = task.metrics({name: float(values.mean()) for name, values in facts.items()})
@@ -204,9 +204,9 @@ def test_plain_transformers_reproduces_the_run(run: Finished) -> None:
             start = tokenizer(prompt)["input_ids"]
             ids = torch.tensor([[*start, *tokenizer(answer)["input_ids"], tokenizer.eos_token_id]])[:, :48]
             logp = model(ids).logits[0].double().log_softmax(-1)
-            told = ids[0, len(start) :]
-            nll -= float(logp[len(start) - 1 : -1].gather(1, told[:, None]).sum())
-            tokens += len(told)
+            answer_ids = ids[0, len(start) :]
+            nll -= float(logp[len(start) - 1 : -1].gather(1, answer_ids[:, None]).sum())
+            tokens += len(answer_ids)
             if place % 100 == 0:
                 asked = tokenizer(prompt, return_tensors="pt")
                 written = model.generate(

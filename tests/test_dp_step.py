@@ -188,7 +188,7 @@ def test_splitting_a_batch_changes_nothing() -> None:
     start = random_start(engine)
 
     def run(tokens: int) -> list[ClientResult]:
-        return train_pack(replace(engine, tokens=tokens), ragged(start, "bert"), {}, TRAIN, private_step(3))
+        return train_pack(replace(engine, max_cost=tokens), ragged(start, "bert"), {}, TRAIN, private_step(3))
 
     whole, parts = run(1024), run(5)
     assert max(off(one.tensors, two.tensors) for one, two in zip(whole, parts, strict=True)) < 1e-10
@@ -215,7 +215,7 @@ def test_clip_bounds_every_row_and_drops_what_is_not_finite() -> None:
 
 
 def test_a_row_that_is_not_finite_does_not_show() -> None:
-    """A sum that becomes NaN by one row would tell that the row is there."""
+    """A sum that becomes NaN by one row would reveal that the row is there."""
     engine = engine_of("lora", "bert")
     start = random_start(engine)
     poisoned = {**start, "classifier.bias": np.array([np.inf, 0.0, 0.0])}
@@ -249,7 +249,7 @@ def test_noise_reaches_every_number_and_no_two_clients_share_it() -> None:
 
 @pytest.mark.parametrize("rows", [[[[]]], [[[], [], []]]], ids=["one step", "three steps"])
 def test_a_client_without_sampled_rows_is_no_fault(rows: Any) -> None:
-    """The watch speaks of tensors that rows should have moved; without rows it must not, because that would tell."""
+    """The watch is about tensors that rows should have moved; without rows it is silent."""
     engine = engine_of("lora", "bert")
     result = train_pack(engine, ragged(random_start(engine), "bert", rows), {}, TRAIN, private_step(1))[0]
     assert result.error == ""

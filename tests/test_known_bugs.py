@@ -171,7 +171,7 @@ def test_11_a_start_that_depends_on_data(tmp_path: Path) -> None:
     honest, other = tiny_worker(tmp_path / "one"), tiny_worker(tmp_path / "two")
     assert check_trainers(InProcess([honest, other]), honest.loaded.model.config).specs
     planted = next(name for name, value in other.loaded.model.initial.items() if value.any())
-    other.loaded.model.initial[planted][:] += float(other.loaded.model.examples["train"].lengths.mean())
+    other.loaded.model.initial[planted][:] += float(other.loaded.model.examples["train"].cost.mean())
     with pytest.raises(ValueError, match="do not draw the same seeded tensors or indices"):
         check_trainers(InProcess([honest, other]), honest.loaded.model.config)
 

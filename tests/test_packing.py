@@ -111,7 +111,7 @@ def peft_alone(
             ids = torch.from_numpy(work.examples.tokens[row])[None]
             logits = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
             target = int(work.examples.targets[row])
-            if family in LANGUAGE:  # the mean over the answer, each token told from those before it
+            if family in LANGUAGE:  # the mean over the answer, each token predicted from those before it
                 losses.append(functional.cross_entropy(logits[0, target - 1 : -1], ids[0, target:]))
             else:
                 losses.append(functional.cross_entropy(logits, torch.tensor([target])))
@@ -237,7 +237,7 @@ def test_other_packs_and_micro_batches_agree() -> None:
     works = make_works(engine, 6, ADAMW)
     together = train_pack(engine, works, {}, ADAMW)
     apart = [train_pack(engine, [work], {}, ADAMW)[0] for work in works]
-    tiny = train_pack(replace(engine, tokens=13), works, {}, ADAMW)
+    tiny = train_pack(replace(engine, max_cost=13), works, {}, ADAMW)
     for other in (apart, tiny):
         difference = max(
             float(np.abs(a.tensors[n] - b.tensors[n]).max())
@@ -270,7 +270,7 @@ def test_evaluation_does_not_depend_on_batching() -> None:
     examples = random_examples(30, seed=5)
     tensors = initial_tensors(engine.method.specs(), Seeded(3))
     whole = evaluate(engine, tensors, examples, range(30))
-    cut = [evaluate(replace(engine, tokens=20), tensors, examples, rows) for rows in (range(11), range(11, 30))]
+    cut = [evaluate(replace(engine, max_cost=20), tensors, examples, rows) for rows in (range(11), range(11, 30))]
     assert np.array_equal(whole["accuracy"], np.concatenate([part["accuracy"] for part in cut]))
     assert np.abs(whole["loss"] - np.concatenate([part["loss"] for part in cut])).max() < 1e-10
 
@@ -286,7 +286,7 @@ def test_clients_are_evaluated_together_as_apart(family: str) -> None:
     own = [{name: generator.standard_normal(common[name].shape) for name in names} for _ in range(4)]
     group = generator.integers(0, 4, size=30)
     shared = {name: value for name, value in common.items() if name not in names}
-    together = evaluate(replace(engine, tokens=60), shared, examples, range(30), own=own, group=group)
+    together = evaluate(replace(engine, max_cost=60), shared, examples, range(30), own=own, group=group)
     for g in range(4):
         rows = np.flatnonzero(group == g)
         alone = evaluate(engine, {**common, **own[g]}, examples, rows.tolist())

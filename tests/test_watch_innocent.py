@@ -1,4 +1,4 @@
-"""A healthy client whose rows give some tensor no gradient is not refused; a bug that looks alike is.
+"""A healthy client whose rows give some tensor no gradient is not refused; a bug that has the same symptoms is.
 
 Each case is checked for what it claims: that the gradient is zero, or rounding, on the client's own rows.
 """

@@ -12,7 +12,7 @@ from typing import final
 
 from fedlora.config.fields import at_least, dotted, numbered, one_of, positive, require, share
 
-SMALL_LLAMA = "small-llama"  # the model that a machine trains for itself, see fedlora.small_llama
+SMALL_LLAMA = "small-llama"  # the model that a machine trains for itself, see fedlora.models.small_llama
 
 
 @final

@@ -1,6 +1,6 @@
 """The packed engine: grouped layers, per-client optimizers, local training and evaluation."""
 
-from fedlora.engine.core import Engine, check_rows_apart, evaluate, made_up_rows
+from fedlora.engine.core import Engine, check_rows_apart, evaluate
 from fedlora.engine.training import train_pack
 from fedlora.engine.work import ClientResult, ClientWork, plan_batches
 
@@ -10,7 +10,6 @@ __all__ = [
     "Engine",
     "check_rows_apart",
     "evaluate",
-    "made_up_rows",
     "plan_batches",
     "train_pack",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -15,18 +15,19 @@ from fedlora.engine.layers import GroupedModel, Layout
 from fedlora.engine.stack import common_shapes, pad
 from fedlora.methods import Method
 from fedlora.models import Base
-from fedlora.tasks import Examples, Task
+from fedlora.tasks import Rows, Task
 
 Arrays = Mapping[str, NDArray[np.floating]]
 
-# Tokens, padding included, that go through the model at once. It bounds the memory of activations; results
-# change by rounding only. A CPU gains nothing from more, a GPU is filled by about this much.
-_TOKENS_CPU = 1024
-_TOKENS_GPU = 32768
-_LOGITS = 2**30  # and logits of a language model, one for each token and word
+# What goes through the model at once, in units of the rows' cost (tokens, padding included). It bounds the memory of
+# activations; results change by rounding only. A CPU gains nothing from more, a GPU is filled by about this much.
+_COST_CPU = 1024
+_COST_GPU = 32768
+_OUTPUTS = 2**30  # and numbers that the model puts out, a logit for each token and word in a language model
 _COPIES = 2**26  # and trained numbers, where each row has a copy of them (DP-SGD)
 
 
+@final
 @dataclass(frozen=True)
 class Probed:
     """Which trained tensors passed a probe on rows that are nobody's, see :mod:`fedlora.engine.watch`.
@@ -40,6 +41,7 @@ class Probed:
     moving: frozenset[str]
 
 
+@final
 @dataclass(frozen=True)
 class Engine:
     """What training and evaluation share.
@@ -51,7 +53,7 @@ class Engine:
         grouped: The base model's layers, wrapped.
         dtype: Of the adapter's tensors: float64 with a float64 base, else float32.
         device: Where the base model is.
-        tokens: Bound on the tokens of one forward pass.
+        max_cost: Bound on the cost of one forward pass: rows times the cost of the longest.
         probed: What :mod:`fedlora.engine.watch` found so far, by what it depends on; ``replace`` starts it anew.
     """
 
@@ -61,7 +63,7 @@ class Engine:
     grouped: GroupedModel
     dtype: torch.dtype
     device: torch.device
-    tokens: int
+    max_cost: int
     probed: dict[Hashable, Probed] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @classmethod
@@ -70,10 +72,8 @@ class Engine:
         weight = next(base.model.parameters())
         structure = base.structure
         grouped = GroupedModel(base.model, [layer.name for layer in (*structure.adapted, *structure.head)])
-        tokens = _TOKENS_GPU if weight.device.type == "cuda" else _TOKENS_CPU
-        if not task.has_head:
-            config: Any = base.model.config
-            tokens = max(1, min(tokens, _LOGITS // int(config.vocab_size)))
+        config: Any = base.model.config
+        most = _COST_GPU if weight.device.type == "cuda" else _COST_CPU
         return cls(
             base=base,
             method=method,
@@ -81,37 +81,30 @@ class Engine:
             grouped=grouped,
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
             device=weight.device,
-            tokens=tokens,
+            max_cost=max(1, min(most, _OUTPUTS // task.outputs(config))),
         )
 
     def tensor(self, array: NDArray[np.floating]) -> Tensor:
         """Return a copy of ``array`` on the engine's device, in the adapter's dtype."""
         return torch.tensor(array, dtype=self.dtype, device=self.device)
 
-    def micro_batches(self, lengths: NDArray[np.int64], copied: int = 0) -> Iterator[NDArray[np.int64]]:
-        """Deal rows of the given lengths out to forward passes: alike in length, within the token bound.
+    def micro_batches(self, cost: NDArray[np.int64], copied: int = 0) -> Iterator[NDArray[np.int64]]:
+        """Assign rows of the given cost to forward passes: alike in cost, within the bound.
 
         Args:
-            lengths: Tokens of each row.
+            cost: Of each row.
             copied: Trained numbers that each row has a copy of.
 
         Yields:
-            Positions in ``lengths``; every position once.
+            Positions in ``cost``; every position once.
         """
-        order = np.argsort(-lengths, kind="stable")
+        order = np.argsort(-cost, kind="stable")
         start = 0
         while start < len(order):
-            size = max(1, self.tokens // int(lengths[order[start]]))
+            size = max(1, self.max_cost // int(cost[order[start]]))
             size = max(1, min(size, _COPIES // copied)) if copied else size
             yield order[start : start + size]
             start += size
-
-
-def made_up_rows(engine: Engine) -> Examples:
-    """Return rows that are nobody's: to look at what must not be seen in real ones."""
-    tokens = [token for token in range(2, 40) if token != engine.task.pad_token_id]
-    rows = tuple(np.array(tokens[:length], dtype=np.int64) for length in (3, 17, 5, 29))
-    return Examples(rows, np.ones(len(rows), dtype=np.int64))
 
 
 def check_rows_apart(engine: Engine, tensors: Arrays) -> None:
@@ -127,7 +120,7 @@ def check_rows_apart(engine: Engine, tensors: Arrays) -> None:
     Raises:
         ValueError: It does.
     """
-    made_up = made_up_rows(engine)
+    made_up = engine.task.made_up_rows()
     values = {name: engine.tensor(value) for name, value in tensors.items()}
 
     def losses(chosen: list[int]) -> Tensor:
@@ -152,37 +145,37 @@ def check_rows_apart(engine: Engine, tensors: Arrays) -> None:
 def evaluate(
     engine: Engine,
     common: Arrays,
-    examples: Examples,
-    rows: Sequence[int],
+    rows: Rows,
+    numbers: Sequence[int],
     *,
     own: Sequence[Arrays] = ({},),
     group: NDArray[np.int64] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Return what the task tells of each row, by name, [rows] each.
+    """Return the task's facts of each row, by name, [n] each.
 
     Args:
         engine: The engine.
         common: Tensors that all rows are evaluated with, without a group axis.
-        examples: The rows' source.
-        rows: Row numbers to evaluate.
+        rows: The rows, as the task made them.
+        numbers: Which of them to evaluate.
         own: For each group (client) the tensors that only its rows are evaluated with; ranks may differ.
-        group: For each of ``rows`` its place in ``own``; None: all belong to the first.
+        group: For each of ``numbers`` its place in ``own``; None: all belong to the first.
     """
-    group = np.zeros(len(rows), dtype=np.int64) if group is None else group
+    group = np.zeros(len(numbers), dtype=np.int64) if group is None else group
     fixed = {name: engine.tensor(array) for name, array in common.items()}
     owned = [{name: engine.tensor(array) for name, array in one.items()} for one in own]
     shapes = common_shapes(engine.method.specs(), owned, fixed)
     stacked = {name: torch.stack([pad(one[name], shape) for one in owned]) for name, shape in shapes.items()}
-    told: dict[str, NDArray[np.float64]] = {}
+    facts: dict[str, NDArray[np.float64]] = {}
     with torch.inference_mode():
-        for chosen in engine.micro_batches(examples.lengths[list(rows)]):
+        for chosen in engine.micro_batches(rows.cost[list(numbers)]):
             places = chosen[np.argsort(group[chosen], kind="stable")]
             present, slot = np.unique(group[places], return_inverse=True)
             here = torch.from_numpy(present).to(engine.device)
             factors = engine.method.factors({**fixed, **{name: value[here] for name, value in stacked.items()}})
             layout = Layout.of(torch.from_numpy(slot).to(engine.device), len(present))
-            batch = engine.task.collate(examples, [rows[place] for place in places], engine.device)
+            batch = engine.task.collate(rows, [numbers[place] for place in places], engine.device)
             with engine.grouped.placed(factors, layout) as model:
                 for name, values in engine.task.row_metrics(model, batch).items():
-                    told.setdefault(name, np.zeros(len(rows)))[places] = values.double().cpu().numpy()
-    return told
+                    facts.setdefault(name, np.zeros(len(numbers)))[places] = values.double().cpu().numpy()
+    return facts

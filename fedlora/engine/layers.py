@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedlora.methods import Dense, Factor, LowRank
 
 
+@final
 @dataclass(frozen=True)
 class Layout:
     """Where the rows of a batch sit among the groups of a pack.
@@ -104,7 +105,7 @@ class GroupedLayer(nn.Module):
         if x.shape[0] != self.layout.rows:
             raise ValueError(
                 f"method.target-modules: the model calls {self.name} on {x.shape[0]} rows of its own, not on the "
-                f"{self.layout.rows} of the batch, so clients cannot be told apart there; name other layers."
+                f"{self.layout.rows} of the batch, so clients cannot be kept apart there; name other layers."
             )
         if self.probe is not None:
             return self.probe.output(x, self._own, None if isinstance(self.factor, Dense) else self._fixed)
@@ -138,6 +139,7 @@ def _dense(x_g: Tensor, factor: Dense) -> Tensor:
     return y_g if factor.bias is None else y_g + factor.bias.to(x_g.dtype).unsqueeze(-2)
 
 
+@final
 class GroupedModel:
     """A base model whose adapted layers and head are grouped layers.
 

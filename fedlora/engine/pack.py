@@ -26,7 +26,6 @@ from fedlora.engine.stack import Stack, common_shapes
 from fedlora.engine.work import ClientWork
 from fedlora.local_terms import LocalTerms
 from fedlora.privacy.step import PrivateStep, PrivateSum
-from fedlora.tasks import Examples
 
 
 @final
@@ -95,15 +94,12 @@ class Pack:
         places = [
             (g, int(row)) for g, work in enumerate(works) if step < len(work.batches) for row in work.batches[step]
         ]
-        lengths = np.array([len(works[g].examples.tokens[row]) for g, row in places], dtype=np.int64)
+        cost = np.array([works[g].examples.cost[row] for g, row in places], dtype=np.int64)
         size_g = np.array([len(work.batches[step]) if step < len(work.batches) else 1 for work in works])
         loss_g = torch.zeros_like(self.loss_g)
-        for chosen in engine.micro_batches(lengths, self.stack.values.shape[1] if private else 0):
+        for chosen in engine.micro_batches(cost, self.stack.values.shape[1] if private else 0):
             here = sorted((places[at] for at in chosen), key=lambda place: place[0])
-            rows = Examples(
-                tuple(works[g].examples.tokens[row] for g, row in here),
-                np.array([works[g].examples.targets[row] for g, row in here], dtype=np.int64),
-            )
+            rows = engine.task.join([(works[g].examples, row) for g, row in here])
             batch = engine.task.collate(rows, range(len(here)), engine.device)
             owner_n = torch.tensor([g for g, _ in here], device=engine.device)
             weight_n = torch.tensor([1.0 / size_g[g] for g, _ in here], dtype=engine.dtype, device=engine.device)

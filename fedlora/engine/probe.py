@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config import TrainConfig
-from fedlora.engine.core import Arrays, Engine, Probed, made_up_rows
+from fedlora.engine.core import Arrays, Engine, Probed
 from fedlora.engine.pack import Pack
 from fedlora.engine.watch import Watch, negligible
 from fedlora.engine.work import ClientWork
@@ -94,7 +94,7 @@ def probe(
 def _probe(
     engine: Engine, names: Sequence[str], tensors: Arrays, config: TrainConfig, private: PrivateStep | None
 ) -> Probed:
-    rows, seeded, bound = made_up_rows(engine), Seeded(0), negligible(engine)
+    rows, seeded, bound = engine.task.made_up_rows(), Seeded(0), negligible(engine)
     drawn = {
         name: seeded.uniform("probe", name, shape=value.shape, bound=max(1, value.shape[-1]) ** -0.5)
         for name, value in tensors.items()

@@ -59,7 +59,7 @@ def train_pack(
     taken = [sum(len(batch) > 0 for batch in work.batches) for work in works]
     tensors = {**common, **works[0].start}
     errors = watch.faults(
-        engine.method.specs(),
+        engine.method,
         common,
         taken,
         negligible(engine),

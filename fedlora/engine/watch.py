@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedlora.engine.core import Arrays, Engine, Probed
 from fedlora.engine.stack import Stack
-from fedlora.methods import TensorSpec
+from fedlora.methods import Fault, Method, TensorSpec
 
 
 def negligible(engine: Engine) -> float:
@@ -38,6 +38,7 @@ def negligible(engine: Engine) -> float:
     return min(float(epsilon**0.75), 1e-5)
 
 
+@final
 @dataclass(frozen=True)
 class _Facts:
     """What is known of one client's trained tensors after its round, as sets of names."""
@@ -79,7 +80,7 @@ class Watch:
 
     def faults(
         self,
-        specs: Mapping[str, TensorSpec],
+        method: Method,
         common: Arrays,
         steps: Sequence[int],
         bound: float,
@@ -88,7 +89,7 @@ class Watch:
         """Return, for each group, what is wrong with it, or ``""``.
 
         Args:
-            specs: The method's tensors.
+            method: The method, for its tensors and its advice.
             common: The tensors that are not trained.
             steps: Steps with rows that each group took; without any, nothing is expected of it.
             bound: See :func:`negligible`.
@@ -103,7 +104,7 @@ class Watch:
             self._all(self._before == 0),
         )
         return [
-            _fault(list(self._stack.places), specs, common, n, _Facts(*facts), probe) if n else ""
+            _fault(list(self._stack.places), method, common, n, _Facts(*facts), probe) if n else ""
             for n, *facts in zip(steps, *columns, strict=True)
         ]
 
@@ -116,12 +117,13 @@ class Watch:
 
 def _fault(
     names: Sequence[str],
-    specs: Mapping[str, TensorSpec],
+    method: Method,
     common: Arrays,
     n: int,
     facts: _Facts,
     probe: Callable[[], Probed],
 ) -> str:
+    specs = method.specs()
     for name in names:
         if name not in facts.finite:
             return f"{name} is not finite after {n} steps; lower train.learning-rate or set train.clip-norm"
@@ -129,7 +131,7 @@ def _fault(
         if name in facts.seen and specs[name].l1 and name in facts.zero:
             return (
                 f"the proximal step set all of {name} to zero in {n} steps, so nothing is left to train; lower the "
-                f"weight of its L1 penalty, {specs[name].l1} (s2.sparsity)"
+                f"weight of its L1 penalty, {specs[name].l1}{_brackets(method.advice(Fault.ZEROED))}"
             )
     doubtful = [name for name in names if name not in facts.seen or name in facts.still]
     if not doubtful:
@@ -137,10 +139,8 @@ def _fault(
     zero = facts.zero_at_start | {name for name, value in common.items() if not np.any(value)}
     for name in doubtful:
         if name not in facts.seen and is_stuck(name, specs, zero, names):
-            return (
-                f"{name} never had a gradient in {n} steps: all that it is multiplied with is zero and stays so "
-                "(with s2-lora where s2.sparsity is too large)"
-            )
+            advice = _brackets(method.advice(Fault.HIDDEN))
+            return f"{name} never had a gradient in {n} steps: {Fault.HIDDEN.value}{advice}"
     probed = probe()
     for name in doubtful:
         if name not in probed.connected:
@@ -148,6 +148,10 @@ def _fault(
         if name not in probed.moving:
             return f"{name} has a gradient but did not move in {n} steps: train.learning-rate is too small for it"
     return ""
+
+
+def _brackets(text: str) -> str:
+    return f" ({text})" if text else ""
 
 
 def is_stuck(name: str, specs: Mapping[str, TensorSpec], zero: Set[str], trained: Sequence[str]) -> bool:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import TrainConfig
 from fedlora.seeded import Seeded
-from fedlora.tasks import Examples
+from fedlora.tasks import Rows
 
 Arrays = Mapping[str, NDArray[np.floating]]
 
 
+@final
 @dataclass(frozen=True)
 class ClientWork:
     """What one client does in one round.
@@ -31,7 +33,7 @@ class ClientWork:
     """
 
     client: int
-    examples: Examples
+    examples: Rows
     num_examples: int
     batches: Sequence[NDArray[np.int64]]
     start: Arrays
@@ -40,6 +42,7 @@ class ClientWork:
     rows: Sequence[int] | NDArray[np.int64] = ()
 
 
+@final
 @dataclass(frozen=True)
 class ClientResult:
     """What came of it.

@@ -8,6 +8,7 @@ from fedlora.config import Config
 from fedlora.methods.base import (
     Dense,
     Factor,
+    Fault,
     Layer,
     LowRank,
     LowRankMethod,
@@ -44,6 +45,7 @@ __all__ = [
     "METHODS",
     "Dense",
     "Factor",
+    "Fault",
     "Head",
     "Layer",
     "Lora",

@@ -1,6 +1,6 @@
 """What a low-rank method is: named tensors, and the function that makes layers' updates from them.
 
-A method knows nothing of clients, servers, privacy or Flower. Shapes are written with `*` for "nothing,
+A method has no part in clients, servers, privacy or Flower. Shapes are written with `*` for "nothing,
 or the axis G of groups (clients of a pack)"; only negative dimensions are used, so the same code serves
 one client and a pack of many.
 """
@@ -12,7 +12,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@final
 @dataclass(frozen=True)
 class Layer:
     """A linear layer of the base model.
@@ -43,6 +45,7 @@ class Layer:
     fan_in_fan_out: bool
 
 
+@final
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor that a method owns.
@@ -90,6 +93,13 @@ class Dense(NamedTuple):
 Factor = LowRank | Dense
 
 
+class Fault(Enum):
+    """What may be wrong with a tensor after training, where a method's own keys may be behind it."""
+
+    HIDDEN = "all that it is multiplied with is zero and stays so"
+    ZEROED = "the proximal step of its L1 penalty set all of it to zero"
+
+
 class Method(ABC):
     """A low-rank parametrisation of a set of layers, or a head."""
 
@@ -109,6 +119,10 @@ class Method(ABC):
         """Return fixed numbers beside the tensors that every machine must agree on, by name."""
         return {}
 
+    def advice(self, fault: Fault) -> str:
+        """Return what of this method's own keys is likely to be behind a fault of training; empty: nothing."""
+        return ""
+
 
 class LowRankMethod(Method):
     """A method that ``method.name`` may choose: it is built from the configuration."""
@@ -124,6 +138,11 @@ class LowRankMethod(Method):
         Raises:
             ValueError: The configuration does not fit the layers. On no layers: what does not depend on the model.
         """
+
+    @classmethod
+    def without_penalties(cls, config: Config) -> Config:
+        """Return the configuration with nothing left that moves tensors whatever the data: for audits of gradients."""
+        return config
 
 
 def refuse_rslora(config: Config) -> None:

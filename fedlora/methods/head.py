@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.methods.base import Dense, Factor, Layer, Method, TensorSpec
+from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,3 +57,7 @@ class Head(Method):
     def constants(self) -> dict[str, NDArray[np.int64]]:
         """Return the method's constants."""
         return self.method.constants()
+
+    def advice(self, fault: Fault) -> str:
+        """Return the method's advice."""
+        return self.method.advice(fault)

@@ -70,6 +70,7 @@ class MosOptions(Options):
         )
 
 
+@final
 @dataclass(frozen=True)
 class _Type:
     """A projection type: layers whose names differ by their number only, of one shape."""

@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, final
 
 from fedlora.config import Config, Options, at_least
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
+from fedlora.methods.base import Factor, Fault, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +79,11 @@ class S2Lora(LowRankMethod):
         rank, alpha, own = config.method.rank, config.method.alpha, config.options(S2Options)
         return cls(layers, rank=rank, alpha=alpha, sparsity=own.sparsity, orthogonality=own.orthogonality)
 
+    @classmethod
+    def without_penalties(cls, config: Config) -> Config:
+        """Return the configuration without sparsity and orthogonality."""
+        return config.with_options(replace(config.options(S2Options), sparsity=0.0, orthogonality=0.0))
+
     def specs(self) -> dict[str, TensorSpec]:
         """Return for each shape ``s2.<d_out>x<d_in>.A`` [r, d_in], ``.B`` [d_out, r] and ``.s`` [M, r]."""
         specs: dict[str, TensorSpec] = {}
@@ -110,3 +115,7 @@ class S2Lora(LowRankMethod):
                 excess = gram - torch.eye(self.rank, dtype=rows.dtype, device=rows.device)
                 total = total.to(rows) + excess.square().sum((-2, -1))
         return self.orthogonality * total
+
+    def advice(self, fault: Fault) -> str:
+        """Name the key that takes s to zero."""
+        return {Fault.ZEROED: "s2.sparsity", Fault.HIDDEN: "as s is where s2.sparsity is too large"}[fault]

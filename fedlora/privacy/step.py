@@ -21,6 +21,7 @@ from fedlora.privacy.mechanism import Mechanism
 from fedlora.privacy.randomness import PrivateRandom
 
 
+@final
 @dataclass(frozen=True)
 class PrivateStep:
     """What a pack needs to take its steps under DP.
@@ -37,8 +38,8 @@ class PrivateStep:
 def clip_rows(grads: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
     """Scale each row's gradient to a norm of at most ``max_grad_norm``; one that is not finite becomes zero.
 
-    A row whose gradient is not finite must not reach the sum: it would make all of it NaN, noise included, and so tell
-    of its presence.
+    A row whose gradient is not finite must not reach the sum: it would make all of it NaN, noise included, and so
+    reveal that it is there.
 
     Args:
         grads: Gradients of the rows, all trained numbers together, [N, P].
@@ -78,7 +79,7 @@ def noisy_mean(sums: Tensor, step: PrivateStep, real: Tensor | None = None) -> T
 class PrivateSum:
     """The gradients of a pack under DP: clipped rows are summed into them, then noise comes on top.
 
-    Beside it what a site may look at is counted. That is not covered by the guarantee, and must not leave the client.
+    Diagnostics for the site are counted beside. The guarantee does not cover them; they must not leave the client.
 
     Args:
         sums: Where the sums go, [G, P]; zero at the start of each step.
@@ -107,7 +108,7 @@ class PrivateSum:
         self._dropped_g.index_add_(0, owner_n, (~torch.isfinite(norms)).double())
 
     def release(self) -> None:
-        """Turn the sums into what the optimizer may see; also where no row was sampled, which noise must not tell."""
+        """Turn the sums into what the optimizer may see; also where no row was sampled, which must not show."""
         self._signal_g += self._sums.square().sum(1).sqrt().double()
         self._empty_g += self._rows_g == self._before_g
         self._before_g = self._rows_g.clone()

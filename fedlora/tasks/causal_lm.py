@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.data import Table
-from fedlora.tasks.base import Batch, Examples, Measure, Task, to_device, wide_logits
+from fedlora.tasks.base import Batch, Measure
+from fedlora.tasks.text import Examples, TextTask, to_device, wide_logits
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +27,10 @@ _IGNORED = -100
 
 
 @final
-class CausalLM(Task):
+class CausalLM(TextTask):
     """Predicts the answer's tokens one after another.
 
-    The padding token may be any, the end-of-text token too: what is padding is told by the rows' lengths.
+    The padding token may be any, the end-of-text token too: what is padding is known from the rows' lengths.
     """
 
     auto_model = "AutoModelForCausalLM"
@@ -89,29 +90,33 @@ class CausalLM(Task):
             if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
                 raise ValueError(
                     "data.chat-template = true: this tokenizer's template writes a prompt differently once it is "
-                    f"answered ({text[:60]!r}), so prompt and answer cannot be told apart; use data.prompt-template."
+                    f"answered ({text[:60]!r}), so prompt and answer cannot be separated; use data.prompt-template."
                 )
             pairs.append((prompt, whole[len(prompt) :]))
         return pairs
 
-    def collate(self, examples: Examples, rows: Sequence[int], device: torch.device) -> Batch:
+    def collate(self, rows: Examples, numbers: Sequence[int], device: torch.device) -> Batch:
         """Return ``input_ids``, ``attention_mask`` and ``labels`` [N, T]; labels are -100 outside the answers."""
-        ids, mask = self.padded(examples, rows)
-        starts = examples.targets[list(rows)]
+        ids, mask = self.padded(rows, numbers)
+        starts = rows.targets[list(numbers)]
         places: NDArray[np.int64] = np.arange(ids.shape[1])[None]
         labels = np.where((mask == 1) & (places >= starts[:, None]), ids, _IGNORED)
         return to_device({"input_ids": ids, "attention_mask": mask, "labels": labels}, device)
 
+    def outputs(self, model_config: Any) -> int:
+        """Return the size of the vocabulary: there is a logit for each token and word."""
+        return int(model_config.vocab_size)
+
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of each row's answer, [N], in float32 or wider."""
-        loss_nt, told_nt, _ = _tokens(model, batch)
-        return loss_nt.sum(1) / told_nt.sum(1)
+        loss_nt, counted_nt, _ = _tokens(model, batch)
+        return loss_nt.sum(1) / counted_nt.sum(1)
 
     def row_metrics(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss``, ``nll`` (its sum over the answer), ``tokens`` and ``exact_match`` of each row."""
-        loss_nt, told_nt, right_nt = _tokens(model, batch)
-        nll, tokens = loss_nt.sum(1), told_nt.sum(1)
-        exact = (right_nt | ~told_nt).all(1)
+        loss_nt, counted_nt, right_nt = _tokens(model, batch)
+        nll, tokens = loss_nt.sum(1), counted_nt.sum(1)
+        exact = (right_nt | ~counted_nt).all(1)
         return {"loss": nll / tokens, "nll": nll, "tokens": tokens.to(nll.dtype), "exact_match": exact.to(nll.dtype)}
 
     @staticmethod

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 
 from fedlora.data import Table
-from fedlora.tasks.base import Batch, Examples, Measure, Task, to_device, wide_logits
+from fedlora.tasks.base import Batch, Measure
+from fedlora.tasks.text import Examples, TextTask, to_device, wide_logits
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @final
-class Classification(Task):
+class Classification(TextTask):
     """Predicts the class of a text from the model's pooled output.
 
     No real token may be equal to the padding token, because decoder models find the end of a text by it.
@@ -48,10 +49,10 @@ class Classification(Task):
                 )
         return Examples(rows, np.asarray(table.labels, dtype=np.int64))
 
-    def collate(self, examples: Examples, rows: Sequence[int], device: torch.device) -> Batch:
+    def collate(self, rows: Examples, numbers: Sequence[int], device: torch.device) -> Batch:
         """Return ``input_ids`` and ``attention_mask`` [N, T] and ``labels`` [N]."""
-        ids, mask = self.padded(examples, rows)
-        return to_device({"input_ids": ids, "attention_mask": mask, "labels": examples.targets[list(rows)]}, device)
+        ids, mask = self.padded(rows, numbers)
+        return to_device({"input_ids": ids, "attention_mask": mask, "labels": rows.targets[list(numbers)]}, device)
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of each row, [N], in float32 or wider."""

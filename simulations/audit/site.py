@@ -20,7 +20,7 @@ from fedlora.config import Config, TrainConfig
 from fedlora.data import FederatedData
 from fedlora.engine import ClientResult, ClientWork, Engine
 from fedlora.exchange import Instruction, Update
-from fedlora.methods import S2Options, TensorSpec, initial_tensors
+from fedlora.methods import METHODS, TensorSpec, initial_tensors
 from fedlora.privacy import Ledger, Mechanism
 from fedlora.privacy.step import PrivateStep
 from fedlora.roles import Role, with_role
@@ -140,7 +140,8 @@ class Audited:
                 schedule="constant",
             ),
             privacy=replace(config.privacy, **{"epsilon": 0.0, **privacy}),
-        ).with_options(S2Options(sparsity=0.0))
+        )
+        config = METHODS[config.method.name].without_penalties(config)
         data = replace(self.data, clients=tuple(rows), holdout=(NO_ROWS,) * len(rows), names=())
         self._job = Job(config.to_flat(), data, SiteLimits(mkdtemp(dir=self._folder)))
         self._worker.renew()

@@ -29,14 +29,19 @@ _FORMAT = 1  # raise when anything here changes what is trained
 
 
 def small_llama_path() -> Path:
-    """Return the folder of the model; the first call on a machine trains it.
+    """Return the folder of the model, whether or not it has been made."""
+    return cache_folder() / f"small-llama-{_FORMAT}-{corpus_key()}"
+
+
+def make_small_llama() -> None:
+    """Train the model if this machine has not yet.
 
     Raises:
         ValueError: A library whose docstrings it learns from is not installed.
     """
-    folder = cache_folder() / f"small-llama-{_FORMAT}-{corpus_key()}"
+    folder = small_llama_path()
     if folder.is_dir():
-        return folder
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():  # another process may have trained it meanwhile
@@ -47,7 +52,6 @@ def small_llama_path() -> Path:
                 partial.rename(folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def _make(folder: Path) -> None:
