@@ -251,6 +251,18 @@ def test_other_packs_and_micro_batches_agree() -> None:
     )
 
 
+def test_a_layer_computes_its_update_before_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which autograd adds up the gradients of an input, and so the bits of a run, depends on it."""
+    order = []
+    engine = make_engine("bert")
+    layer = engine.grouped.model.get_submodule(engine.base.structure.adapted[0].name)
+    own = type(layer)._own  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(layer), "_own", lambda self, x: (order.append("update"), own(self, x))[1])
+    layer.base.register_forward_hook(lambda *_: order.append("base"))  # type: ignore[union-attr]
+    evaluate(engine, initial_tensors(engine.method.specs(), Seeded(3)), random_examples(2, seed=5), range(2))
+    assert order[:2] == ["update", "base"]
+
+
 def test_frozen_tensors_are_used_and_not_trained() -> None:
     """With A common and fixed, B trains as in PEFT with A frozen."""
     engine = make_engine("bert")

@@ -109,9 +109,8 @@ class GroupedLayer(nn.Module):
             )
         if self.probe is not None:
             return self.probe.output(x, self._own, None if isinstance(self.factor, Dense) else self._fixed)
-        if isinstance(self.factor, Dense):
-            return self._own(x)
-        return self._fixed(x) + self._own(x)
+        own = self._own(x)  # before the base layer: the order in which x's gradients are added up depends on it
+        return own if isinstance(self.factor, Dense) else self._fixed(x) + own
 
     def _fixed(self, x: Tensor) -> Tensor:
         """Return what the layer makes of ``x`` alike for all groups: the base layer's output and the residual's."""
