@@ -80,6 +80,7 @@ def test_ranks_and_local_terms_under_dp(tmp_path: Path) -> None:
         assert all(line["clients_ok"] == 4 for line in read_lines(Path(folder) / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_moments_and_variates_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     """What an optimizer and SCAFFOLD keep is part of the state: two rounds and two more are four."""
     keys: dict[str, Any] = {**SGD, "local.term": "scaffold", "server.optimizer": "yogi", "rounds": 2}
