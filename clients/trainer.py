@@ -90,6 +90,7 @@ class Trainer:
                     start=self.start.of(instruction, client, common),
                     server_variate=self.start.server_variate(instruction, client),
                     own_variate=self.start.own_variate(instruction, client),
+                    rows=self.data.training_rows(client),
                 )
             )
         fixed = {name: value for name, value in common.items() if name not in trained}

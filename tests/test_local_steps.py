@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from clients.start import VARIATE
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
+from fedlora.exchange import Instruction, Outcome
 from fedlora.local_terms import LocalTerms
+from fedlora.roles import Role
 from tests.support.families import random_examples
 from tests.support.matrix import Arrays, engine_of, penalty, random_start, row_loss
+from tests.support.trainers import tiny_worker
 from tests.test_dp_step import Injected, private_step, row_gradients
 
+SHARED = dict.fromkeys(("A", "B", "head"), Role.SHARED)
 SGD = TrainConfig(optimizer="sgd", learning_rate=0.1)
 LINEAR = TrainConfig(optimizer="sgd", learning_rate=0.1, schedule="linear")
 CLIPPED = TrainConfig(optimizer="sgd", learning_rate=0.1, momentum=0.5, clip_norm=0.05)
@@ -214,3 +220,23 @@ def test_variates_take_the_drift_out() -> None:
     again = train_pack(engine, [settled], {}, SGD, terms=terms, shared=shared)[0]
     assert off(again.tensors, start) < 1e-12
     assert again.error == "", "a client that stands still because its gradient is taken out is sound"
+
+
+def test_option_1_takes_all_rows_of_a_client(tmp_path: Path) -> None:
+    """At a client: after one step on all of its rows both options are the same number."""
+    keys = {"train.optimizer": "sgd", "train.local-steps": 1, "train.batch-size": 4, "train.schedule": "constant"}
+    worker = tiny_worker(tmp_path, **{"strategy.name": "fedavg", **keys})
+    sent = dict(worker.loaded.model.initial)
+    zero = {f"{VARIATE}{name}": np.zeros_like(value) for name, value in sent.items()}
+
+    def changes(option: int, number: int, batch_size: int) -> Arrays:
+        flat = {"strategy.name": "fedavg", **keys, "train.batch-size": batch_size}
+        one = tiny_worker(tmp_path / f"{number}", **flat)
+        instruction = Instruction(1, (0,), SHARED, sent, local=LocalTerms(scaffold=option), extra=zero)
+        (update,) = one.train(instruction)
+        assert update.report.outcome is Outcome.OK, update.report.reason
+        return dict(update.extra)
+
+    every = len(worker.loaded.trainer.data.training_rows(0))
+    assert off(changes(1, 1, 4), changes(2, 2, every)) < 1e-10
+    assert off(changes(2, 3, 4), changes(2, 2, every)) > 1e-4, "control: four rows are not all of them"
