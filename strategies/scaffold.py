@@ -56,6 +56,11 @@ class Scaffold(Wrapped):
                 "'fedavg' or 'ffa-lora', with one rank for all clients."
             )
         check_shared(inner, "local.term = 'scaffold'")
+        if any(spec.l1 for spec in self.extra(1).values()):
+            raise ValueError(
+                f"local.term = 'scaffold': strategy {inner.name!r} takes proximal steps on what it averages, which a "
+                "control variate would take for gradients; set s2.sparsity = 0, or local.term = 'none'."
+            )
 
     def local(self, server_round: int) -> LocalTerms:
         """Return the inner strategy's terms with control variates."""

@@ -37,7 +37,7 @@ def scaffold(name: str = "fedavg", method: str = "lora", **changes: Any) -> Scaf
 
 
 @pytest.mark.parametrize("weights", ["examples", "equal"])
-@pytest.mark.parametrize(("name", "method"), [("fedavg", "lora"), ("rolora", "lora"), ("s2-lora", "s2-lora")])
+@pytest.mark.parametrize(("name", "method"), [("fedavg", "lora"), ("rolora", "lora"), ("fedavg", "mos")])
 def test_variates_follow_the_formula(name: str, method: str, weights: Any) -> None:
     """c <- c + |S| / N mean of the changes, all clients alike whatever the weights of their updates."""
     strategy = scaffold(name, method)
@@ -175,6 +175,12 @@ def test_same_bits_in_any_order_and_after_a_resume() -> None:
 def test_strategies_whose_variates_mean_nothing_are_refused(name: str, ranks: tuple[int, ...], reason: str) -> None:
     with pytest.raises(ValueError, match=rf"local.term = 'scaffold': strategy '{name}' {reason}"):
         Scaffold(strategy_of(name, "lora", ranks), 5, 2)
+
+
+def test_proximal_steps_are_no_gradients() -> None:
+    """S2-LoRA's soft threshold would end up in the variates."""
+    with pytest.raises(ValueError, match=r"'s2-lora' takes proximal steps on what it averages"):
+        Scaffold(strategy_of("s2-lora", "s2-lora"), 5, 2)
 
 
 # -- FedProx, the schedule, their mix -----------------------------------------------------------------

@@ -99,6 +99,7 @@ def test_gradients_of_each_row(method: str, family: str) -> None:
     batch = engine.task.collate(work.examples, rows, engine.device)
     with engine.grouped.placed(engine.method.factors(stacked), Layout.of(torch.arange(6), 6)) as model:
         engine.task.row_losses(model, batch).sum().backward()  # type: ignore[no-untyped-call]
+    largest = dict.fromkeys(stacked, 0.0)
     for row in rows:
         single = {name: torch.tensor(value).requires_grad_() for name, value in start.items()}
         row_loss(method, family, engine, single, work, row).backward()  # type: ignore[no-untyped-call]
@@ -107,7 +108,8 @@ def test_gradients_of_each_row(method: str, family: str) -> None:
             grad = single[name].grad
             assert grad is not None
             assert float((value.grad[row] - grad).abs().max()) < 1e-10, name
-            assert float(grad.abs().max()) > 0, name
+            largest[name] = max(largest[name], float(grad.abs().max()))
+    assert min(largest.values()) > 1e-6, "a single row may give a tensor no gradient, all rows together do"
 
 
 @methods
