@@ -43,7 +43,7 @@ class Memory(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        """Sample until told to stop."""
+        """Sample until it is stopped."""
         while not self.over.wait(1.0):
             total = 0
             for process in psutil.process_iter():

@@ -1,4 +1,4 @@
-"""Runs the app under Flower in a world of its own, and tells the truth about how it ended.
+"""Runs the app under a Flower of its own, with an exit code that says how the run ended.
 
 ``flwr run --stream`` exits 0 when the run failed, leaves a SuperLink behind for good, and takes client code
 from the directory in which that SuperLink happened to be started. Here every run has its own Flower home
@@ -227,7 +227,7 @@ def _signal(process: psutil.Process, number: int) -> None:
 def _processes(home: Path) -> list[psutil.Process]:
     """Return the processes started with ``home``, and their children.
 
-    Ray's agents write their titles over their environment, so only their parents tell whose they are.
+    Ray's agents write their titles over their environment, so only their parents show whose they are.
     """
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():

@@ -84,13 +84,18 @@ class Plan:
         """The bytes of a client's messages."""
         return Payloads(self.strategy, self.config.engine.tensor_dtype)
 
+    @cached_property
     def traffic(self) -> tuple[list[int], list[int]]:
-        """Return the bytes that all clients send, and are sent, in each round, if none fails."""
+        """The bytes that all clients send, and are sent, in each round, if none fails."""
         ups, downs, ranks = [], [], [0]
         for number in range(1, self.config.rounds + 1):
             cohort = self.federation.cohort(number)
-            ups.append(sum(self.payloads.up(number, client) for client in cohort))
-            downs.append(sum(self.payloads.down(number, -1, client, ranks)[0] for client in cohort))
+            alike: dict[int | None, list[int]] = {}  # clients of one rank have one payload
+            for client in cohort:
+                alike.setdefault(self.strategy.setting.rank(client), []).append(client)
+            one_of_each = [(len(clients), clients[0]) for clients in alike.values()]
+            ups.append(sum(count * self.payloads.up(number, client) for count, client in one_of_each))
+            downs.append(sum(count * self.payloads.down(number, -1, client, ranks)[0] for count, client in one_of_each))
             ranks.append(ranks[-1] + self.strategy.added_rank(cohort))
         return ups, downs
 
@@ -141,6 +146,8 @@ class Plan:
             "bytes_up_per_client": up,
             "bytes_down_per_client": down,
             "bytes_down_cached_per_client": cached,
+            "bytes_up_by_round": self.traffic[0],
+            "bytes_down_by_round": self.traffic[1],
             "packs": self.packs(),
             "nodes": self.nodes,
             "trainers": self.trainers,
@@ -183,7 +190,7 @@ class Plan:
     def _lines(self) -> list[str]:
         config, steps = self.config, self.steps()
         up, down, cached = self.payloads.cycle()
-        ups, downs = self.traffic()
+        ups, downs = self.traffic
         exact = {
             True: "exact",
             False: "not exact (a product of means, not the mean of products)",
@@ -234,7 +241,7 @@ class Plan:
         if ranks:
             lines.append(f"ranks by client: {', '.join(map(str, ranks[:20]))}" + (", ..." if len(ranks) > 20 else ""))
         if self.strategy.accumulated(1):
-            downs = self.traffic()[1]
+            downs = self.traffic[1]
             lines.append(
                 f"what is sent grows by round: {human_bytes(downs[0])} in round 1, {human_bytes(downs[-1])} in the last"
             )
