@@ -13,6 +13,7 @@ STORED = json.loads(FILE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_numbers_are_those_recorded() -> None:
     assert differences(STORED, record()) == []
 
