@@ -33,18 +33,18 @@ def swept(folder: Path, grid: dict[str, list[Any]], **changes: Any) -> pd.DataFr
 
 
 def test_server_optimizers_and_local_terms(tmp_path: Path) -> None:
-    """Every pair of them: twelve runs of one start; SCAFFOLD doubles the bytes, the others add none."""
+    """Pairs of them: six runs of one start; SCAFFOLD doubles the bytes, the others add none."""
     grid = {
         "local.term": ["none", "prox", "scaffold"],
-        "server.optimizer": ["none", "momentum", "adam", "yogi"],
+        "server.optimizer": ["none", "adam"],
     }
     results = swept(tmp_path, grid, **SGD, **{"strategy.name": "ffa-lora", "train.round-schedule": "cosine"})
-    assert len(results) == 12
+    assert len(results) == 6
     up = results.groupby("local.term")["bytes_up"].unique()
     assert up["none"].tolist() == up["prox"].tolist()
     assert up["scaffold"].tolist() == [2 * up["none"][0]]
     curves = {folder: read_lines(Path(folder) / "metrics.jsonl")[-1]["test_loss"] for folder in results["folder"]}
-    assert len(set(curves.values())) == 12, "each changes what comes out"
+    assert len(set(curves.values())) == 6, "each changes what comes out"
 
 
 def test_ranks_by_client(tmp_path: Path) -> None:
@@ -72,9 +72,10 @@ def test_ranks_by_client(tmp_path: Path) -> None:
 def test_ranks_and_local_terms_under_dp(tmp_path: Path) -> None:
     """The budget holds and updates are used, whatever is added to the steps or padded in a pack."""
     dp = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "privacy.client-size": 20}
-    grid: dict[str, list[Any]] = {"strategy.name": ["zero-padding", "flora"], "local.term": ["none", "prox"]}
-    results = swept(tmp_path, grid, **dp, **{"method.rank": 3, "method.ranks": "1,3,2,3"})
-    assert len(results) == 4
+    grid: dict[str, list[Any]] = {"strategy.name": ["zero-padding", "flora"]}
+    ranks = {"method.rank": 3, "method.ranks": "1,3,2,3", "local.term": "prox"}
+    results = swept(tmp_path, grid, **dp, **ranks)
+    assert len(results) == 2
     assert np.isfinite(results["epsilon"]).all()
     for folder in results["folder"]:
         assert all(line["clients_ok"] == 4 for line in read_lines(Path(folder) / "metrics.jsonl"))

@@ -63,6 +63,7 @@ def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path:
     assert (folder / "sites" / "client-0" / "round-4.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_client_code_of_another_checkout_is_refused(flower: dict[str, str], tmp_path: Path) -> None:
     """A SuperLink started elsewhere lends its directory to Ray's workers: both sides compare their code."""
     other = tmp_path / "other"

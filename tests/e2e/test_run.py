@@ -119,6 +119,7 @@ def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
     assert "is not finite after 3 steps; lower train.learning-rate" in run.output
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
     """Ctrl-C in the first round: everything that Flower and Ray started is ended, the agents of Ray included."""
     flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path), "run.name": "run", "rounds": 1000})
