@@ -69,6 +69,7 @@ def test_ranks_by_client(tmp_path: Path) -> None:
     assert max(value.shape[0] for name, value in exported.items() if "lora_A" in name) <= 16
 
 
+@pytest.mark.slow
 def test_ranks_and_local_terms_under_dp(tmp_path: Path) -> None:
     """The budget holds and updates are used, whatever is added to the steps or padded in a pack."""
     dp = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "privacy.client-size": 20}

@@ -41,6 +41,7 @@ def test_personal_strategies_report_clients_and_export_their_adapters(undisturbe
     assert result["effective_rank"] == 2.0
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_to_the_same_bits(undisturbed: Finished, tmp_path: Path) -> None:
     """kill -9 of a trainer, whose pack is repeated; then of every process in mid-round; baselines included."""
 
