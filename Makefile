@@ -31,7 +31,7 @@ test: setup
 	$(UNIT) -m "not e2e and not slow"
 	$(E2E) -m "e2e and not slow"
 
-# The kills and soaks of which `make test` runs a short form.
+# Killed runs, recordings and soaks; some run nowhere else.
 test-slow: setup
 	$(UNIT) -m "not e2e and slow"
 	$(E2E) -m "e2e and slow"

@@ -1,4 +1,4 @@
-"""Privacy accounts: whether a client may train under DP, what a round costs it, and its private randomness.
+"""Privacy accounts: whether a client may train under DP, what a round costs it, and its sampling and noise.
 
 They are the site's own: in a deployment they lie at the site, in a simulation in the run folder. A client's update
 leaves only after its ledger has paid for it; what is not covered by the guarantee (numbers of rows, losses, what was
@@ -52,7 +52,7 @@ class Accounts:
         return Ledger(self.folder / f"client-{client}" / "ledger.jsonl", client, self.sync)
 
     def random(self, client: int, round_number: int) -> PrivateRandom:
-        """Return a client's private randomness for a round, never the same twice unless ``privacy.seed`` is set."""
+        """Return a client's random numbers for a round, never the same twice unless ``privacy.seed`` is set."""
         seed = self.config.privacy.seed
         return PrivateRandom.reproducible(seed, client, round_number) if seed else PrivateRandom()
 

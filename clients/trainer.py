@@ -49,7 +49,7 @@ class Trainer:
         self._train_pack = train
 
     def train(self, instruction: Instruction) -> list[Update]:
-        """Train a pack for a round and return what each client lets out; personal tensors stay here.
+        """Train a pack for a round and return what each client sends; personal tensors stay here.
 
         Raises:
             RefusedError: Under DP, what was sent cannot train, or training failed.
@@ -139,7 +139,7 @@ class Trainer:
     # -- under DP -----------------------------------------------------------------------------------------
 
     def _train_under_dp(self, instruction: Instruction, accounts: Accounts) -> list[Update]:
-        """Pay for the round, train those that may, and let out nothing that the guarantee does not cover."""
+        """Pay for the round, train those that may, and send nothing that the guarantee does not cover."""
         if len(instruction.ledger_heads) != len(instruction.clients):
             raise RefusedError("a client under DP trains only for a server that says what it last saw of its ledger")
         if instruction.local.scaffold == 1:

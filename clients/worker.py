@@ -1,4 +1,4 @@
-"""A trainer's process: one share of the machine, a resident base model, a job, and the wall towards the server.
+"""A trainer's process: a share of the machine, a resident base model, a job; it filters what errors say to the server.
 
 What the server asks for (:meth:`Worker.describe`, :meth:`Worker.train`, :meth:`Worker.report`) comes back without the
 text of an error that may quote a row. Everything else is for whoever runs the site, and raises errors as they are.

@@ -1,4 +1,4 @@
-"""Randomness that every machine agrees on: counter-based, keyed by what it is for.
+"""Seeded, counter-based random numbers: the same on every machine, keyed by purpose.
 
 A draw depends on the run's seed and on a key such as ``("batches", round, client)``, never on what was
 drawn before it. The bits come from Philox 4x64 (Salmon et al., SC 2011) and become numbers by exact

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or the next process after a crash, never finds half of one."""
+"""Atomic file writes: a reader, or the next process after a crash, never finds half a file."""
 
 from __future__ import annotations
 

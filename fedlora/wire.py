@@ -1,4 +1,4 @@
-"""Messages <-> Flower's records: beside the apps and :mod:`fedlora.server` the only module that imports Flower."""
+"""Messages <-> Flower's records: with :mod:`fedlora.server` the only part of the library that imports Flower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Server optimizers: the mean of the clients' updates is a gradient's place, and the server takes a step along it.
+"""Server optimizers (FedAvgM, FedAdam, FedYogi, FedAdagrad): an optimizer's step with the mean update as gradient.
 
 Reddi, Charles, Zaheer, Garrett, Rush, Konecny, Kumar & McMahan, "Adaptive Federated Optimization", ICLR 2021, arXiv
 2003.00295 (FedAdam, FedYogi, FedAdagrad); Hsu, Qi & Brown, 2019, arXiv 1909.06335 (FedAvgM). They compose with any

@@ -46,3 +46,9 @@ def test_a_broken_link_is_seen() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_tests_that_a_page_names_exist(page: Path) -> None:
+    named = set(re.findall(r"`(?:tests/)?((?:e2e/)?test_\w+\.py)`", page.read_text(encoding="utf-8")))
+    assert {name for name in named if not (ROOT / "tests" / name).is_file()} == set()

@@ -226,7 +226,7 @@ def test_a_row_that_is_not_finite_does_not_show() -> None:
 
 
 def test_noise_reaches_every_number_and_no_two_clients_share_it() -> None:
-    """The noise of an empty batch: all tensors, private ones and head included, with the deviation that is claimed."""
+    """The noise of an empty batch: all tensors, personal ones and head included, with the deviation that is claimed."""
     from fedlora.privacy import PrivateRandom
 
     engine = engine_of("mos", "bert")

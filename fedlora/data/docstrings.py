@@ -1,4 +1,4 @@
-"""The built-in text: which library does this docstring come from? Or: write the docstring of this name.
+"""The built-in data set: docstrings of installed libraries, to classify by library or to write from a name.
 
 Docstrings of eight libraries that are installed beside fedlora, read with ``ast`` (nothing is imported), tests
 left out, every mention of the library's own name removed. Real text of real authors, with nothing to

@@ -1,4 +1,4 @@
-"""Optimizers on rows of numbers [G, P] in which every group (client) keeps its own time.
+"""AdamW and SGD for a pack: rows of numbers [G, P], with moments and step counts of each client.
 
 torch's optimizers share one step counter and ``clip_grad_norm_`` one norm among all clients of a stack;
 here step counts, learning rates, norms and activity are per group. The update of an active group equals

@@ -1,4 +1,4 @@
-"""The probe: which trained tensors a gradient reaches and an optimizer moves, whatever anybody's rows are.
+"""The probe: which trained tensors a gradient reaches and an optimizer moves, tested on synthetic rows.
 
 Where a client's own rows give a tensor no gradient, that may be the rows' doing or a bug's. The probe decides it in the
 run's own code (method, layers, model, task, clip, optimizer), once for an engine and a set of trained tensors, with all

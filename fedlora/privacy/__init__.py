@@ -1,4 +1,4 @@
-"""Differential privacy: accounting, the ledger, private randomness, and the DP step."""
+"""Differential privacy: accounting, the ledger, random numbers, and the DP-SGD step."""
 
 from fedlora.privacy.accounting import Accountant, Use, default_delta, epsilon, least_noise_multiplier, merged
 from fedlora.privacy.ledger import Entry, Ledger, LedgerError

@@ -1,4 +1,4 @@
-"""How much privacy a number of steps costs: epsilon from what was done, and the noise for a wanted epsilon.
+"""Privacy accounting (PLD, PRV, RDP): epsilon of the steps taken, and the noise multiplier for a target epsilon.
 
 Every step is a Gaussian mechanism on Poisson-sampled rows (Abadi et al. 2016; Mironov, Talwar & Zhang 2019), and
 neighbours differ by one row added or removed. Epsilon is always that of all steps together: the sum or the maximum of

@@ -1,4 +1,4 @@
-"""The ledger: what each client's rows have been used for, in a file of its own that never forgets.
+"""The privacy ledger: an append-only, hash-chained file for each client that records its DP-SGD steps.
 
 A line is one round's use. Each carries the hash of the line before it, so that no line can be changed, dropped or moved
 without breaking the chain; the first names the client and a random number, so that no other client's ledger can stand

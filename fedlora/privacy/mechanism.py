@@ -1,4 +1,4 @@
-"""The mechanism of a run under DP, in numbers and in words.
+"""The Poisson-subsampled Gaussian mechanism of a run: its parameters, and the guarantee in words.
 
 The trained tensors of a client, personal ones and head included, are released after steps of DP-SGD (Abadi et al.
 2016): sum the clipped gradients of the sampled rows, add noise, divide by the expected batch size. All numbers in it

@@ -1,4 +1,4 @@
-"""Where a client's private randomness comes from: its operating system, and never the run's seed.
+"""Random numbers for DP-SGD's sampling and noise: from the client's operating system, never from the run's seed.
 
 Who can predict which rows were sampled, or the noise, can take the noise off again: there is no privacy then. So the
 server, which knows the run's seed, must have no part in it. Every client draws a fresh key from the operating system

@@ -1,4 +1,4 @@
-"""The two places where DP-SGD touches gradients: the clip of each row, and the noise on each client's sum.
+"""The DP-SGD step of a pack: per-example gradient clipping, and Gaussian noise on each client's sum.
 
 Pure functions on matrices of flat gradients, with Opacus's ``DPOptimizer`` as oracle in the tests. Not a subclass of
 it: that one works on parameters with a ``grad_sample`` and one clip, one noise and one step for all of them, where a

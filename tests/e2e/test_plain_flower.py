@@ -26,7 +26,7 @@ def flwr(environment: dict[str, str], cwd: Path, *arguments: str) -> str:
 
 
 def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path: Path) -> None:
-    """Three SuperNodes, one client each, private heads: personal accuracy only, and bytes that agree."""
+    """Three SuperNodes, one client each, personal heads: personal accuracy only, and bytes that agree."""
     flat = tiny_flat(
         tmp_path,
         **{

@@ -1,7 +1,7 @@
 """Flower's messages and apps without its processes: a grid whose nodes are functions of this process.
 
 Messages, records, apps and strategies are the real ones; only the transport is missing. Whole runs through
-real Flower processes are in ``test_runs.py``.
+real Flower processes are in ``tests/e2e/``.
 """
 
 from __future__ import annotations
