@@ -15,7 +15,7 @@ from fedlora.exchange import Instruction
 from fedlora.methods import TensorSpec, initial_tensors
 from fedlora.roles import TRAINED, UP, Role, with_role
 from fedlora.seeded import Seeded
-from fedlora.shapes import at_rank, cut, pad
+from fedlora.shapes import at_rank, cut
 
 Arrays = dict[str, NDArray[np.floating]]
 
@@ -88,9 +88,12 @@ class StartTensors:
         return {name: kept.get(name, np.zeros_like(value)) for name, value in server.items()}
 
     def personal_of(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
-        """Return a client's personal tensors as it starts the round, at the method's rank: what it lacks is zero."""
-        values = {**common, **self.kept(instruction, client)}
-        return {name: pad(values[name], spec.shape) for name, spec in self.personal(instruction).items()}
+        """Return what is a client's own as it starts the round: personal tensors, and all that have its own rank."""
+        values, rank = {**common, **self.kept(instruction, client)}, instruction.rank(client)
+        own = self.personal(instruction)
+        if rank is not None:
+            own |= {name: spec for name, spec in self.model.specs.items() if spec.rank_axis is not None}
+        return {name: cut(values[name], spec.shape) for name, spec in at_rank(own, rank).items()}
 
     def _with_role(self, instruction: Instruction, *roles: Role) -> dict[str, TensorSpec]:
         return with_role(self.model.specs, instruction.roles, *roles)

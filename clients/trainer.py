@@ -54,6 +54,9 @@ class Trainer:
         Raises:
             RefusedError: Under DP, what was sent cannot train, or training failed.
         """
+        whole = self.model.config.method.rank
+        if any(not 1 <= rank <= whole for rank in instruction.ranks):
+            raise RefusedError(f"the ranks {instruction.ranks} are not all between 1 and method.rank = {whole}")
         if self.accounts is not None:
             return self._train_under_dp(instruction, self.accounts)
         seeded, config = Seeded(self.model.config.seed), self.model.config.train
@@ -128,8 +131,9 @@ class Trainer:
         before = self.start.own_variate(instruction, result.client)
         kept = {name: result.tensors[name] for name in self.start.personal(instruction)}
         kept |= {VARIATE + name: result.own_variate[name] for name in before}
-        if kept:
-            self.start.store.save(result.client, instruction.round, kept)
+        if kept:  # beside what other rounds of a cycle keep: roles may alternate
+            stored = self.start.store.load(result.client, instruction.round) or {}
+            self.start.store.save(result.client, instruction.round, {**stored, **kept})
         return Update(
             report,
             {name: result.tensors[name] for name in self.start.sent_up(instruction)},

@@ -34,3 +34,12 @@ def pad(value: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
     if value.shape == shape:
         return value
     return np.pad(value, [(0, whole - n) for whole, n in zip(shape, value.shape, strict=True)])
+
+
+def placed(value: NDArray[Number], held: NDArray[Number]) -> NDArray[Number]:
+    """Return an array with a smaller one in its first places; the smaller one itself where it has the same shape."""
+    if value.shape == held.shape:
+        return value
+    whole = held.copy()
+    whole[tuple(slice(n) for n in value.shape)] = value
+    return whole

@@ -34,7 +34,7 @@ from fedlora.local_terms import LocalTerms
 from fedlora.methods import TensorSpec, zero_kinds
 from fedlora.reduce import Reduced
 from fedlora.roles import TRAINED, UP, Role, Roles, with_role
-from fedlora.shapes import at_rank
+from fedlora.shapes import at_rank, placed
 from fedlora.state import ServerState, Tensors
 
 Specs = Mapping[str, TensorSpec]
@@ -147,8 +147,12 @@ class Strategy(ABC):
         return ServerState({name: seeded[name] for name in self.sent(1)})
 
     def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
-        """Return the server's state after a round; by default the mean replaces what was there."""
-        return replace(state, tensors={**state.tensors, **reduced.mean})
+        """Return the server's state after a round; by default the mean replaces what was there.
+
+        Ranks that no client of the round holds stay as they were.
+        """
+        mean = {name: placed(value, state.tensors[name]) for name, value in reduced.mean.items()}
+        return replace(state, tensors={**state.tensors, **mean})
 
     def changed(self, server_round: int) -> set[str]:
         """Return the kinds of exchanged tensors that the server changes after a round.

@@ -102,6 +102,8 @@ def read_instruction(content: RecordDict) -> Instruction:
     ledger_heads = tuple(header.list("ledger_heads", str))
     if any(values and len(values) != len(clients) for values in (ledger_heads, ranks)):
         raise WireError("the instruction's ledger hashes or ranks are not one a client")
+    if any(rank < 1 for rank in ranks):
+        raise WireError("the instruction's ranks are not 1 or more")
     if len(set(clients)) != len(clients):
         raise WireError("the instruction names a client twice")
     local = LocalTerms(header.one("learning_rate", float), header.one("proximal", float), header.one("scaffold", int))

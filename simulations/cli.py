@@ -163,6 +163,8 @@ def _audit(config: Config, console: Console) -> int:
     show(findings, console)
     failed = [finding for finding in findings if not finding.passed]
     console.print(f"{len(findings) - len(failed)} of {len(findings)} checks hold")
+    if config.local.term != "none" or config.method.ranks:
+        console.print("note: local.term and method.ranks were left out: clients of method.rank without local terms")
     return 1 if failed else 0
 
 
@@ -195,14 +197,15 @@ def _trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:
     """Return the numbers that a client trains in a round under each strategy, on its own method."""
     trained = {}
     for name in STRATEGIES:
-        base = plan.config.to_flat() | {"strategy.name": name, "method.name": "auto"}
+        base = plan.config.to_flat() | {"strategy.name": name, "method.name": "auto", "method.ranks": ""}
+        base |= {"server.optimizer": "none", "local.term": "none"}  # which do not change what a client trains
         try:
             config = replace(resolve(base), federation=plan.config.federation)
             specs = build_method(config, structure.adapted, structure.head).specs()
+            strategy = build_strategy(config, specs)
         except ValueError:
-            continue  # the method's settings do not fit this rank or model; the run's own strategy does
-        other = replace(plan, config=config, strategy=build_strategy(config, specs))
-        trained[name] = other.trained_in_a_round()
+            continue  # the settings do not fit this method, rank or model; the run's own strategy does
+        trained[name] = replace(plan, config=config, strategy=strategy).trained_in_a_round()
     return trained
 
 

@@ -157,7 +157,5 @@ def _next(run: Run) -> list[str]:
     # A smaller rate than FFA-LoRA's: with both factors trained a step moves the product by more.
     other = {"ffa-lora": "'fedavg' train.learning-rate=0.005"}.get(config.strategy.name, "'ffa-lora'")
     more = f"run.resume=true rounds={2 * config.rounds}"
-    return [
-        f'fedlora run -c "strategy.name={other}"',
-        f'fedlora run -c {file} -c "{more}"',
-    ]
+    longer = [] if config.train.round_schedule != "constant" else [f'fedlora run -c {file} -c "{more}"']
+    return [f'fedlora run -c "strategy.name={other}"', *longer]

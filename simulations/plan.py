@@ -239,7 +239,8 @@ class Plan:
             )
         ranks = self.strategy.setting.ranks
         if ranks:
-            lines.append(f"ranks by client: {', '.join(map(str, ranks[:20]))}" + (", ..." if len(ranks) > 20 else ""))
+            shown = ", ".join(map(str, ranks[:20])) + (", ..." if len(ranks) > 20 else "")
+            lines.append(f"ranks by client: {shown}; what is said of a client above is for rank {config.method.rank}")
         if self.strategy.accumulated(1):
             downs = self.traffic[1]
             lines.append(

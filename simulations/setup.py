@@ -11,13 +11,14 @@ from typing import Any
 from clients.ray_site import Shard
 from fedlora.config import Config, ConfigError, require
 from fedlora.data import CORPORA, FederatedData, load_federated
-from fedlora.methods import METHODS
+from fedlora.methods import METHODS, Layer, build_method
 from fedlora.plugins import fingerprint, methods_of, read_config
 from fedlora.ranks import client_ranks
 from fedlora.server import Federation
 from fedlora.tasks import TASKS, Task
 from simulations.privacy import resolve_privacy
 from strategies import STRATEGIES
+from strategies.build import build_strategy
 
 _HOLDOUT = 0.2  # of its rows that a client holds out, where a run needs it and nobody said how many
 _THREADS = 4  # threads of one trainer beyond which small models gain little on a CPU
@@ -40,6 +41,7 @@ def resolve(flat: Mapping[str, Any]) -> Config:
     _check_task(config, TASKS[config.task])
     _check_rounds(config)
     _check_ranks(config)
+    _check_strategy(config, TASKS[config.task])
     data = config.data
     if data.holdout == 0 and (_keeps_tensors(config) or config.eval.baselines):
         data = replace(data, holdout=_HOLDOUT)
@@ -131,6 +133,20 @@ def _check_ranks(config: Config) -> None:
     rule = f"strategy {name!r} takes tensors of one shape from all clients; choose one of {', '.join(able)}."
     require(name in able, "method.ranks", ranks, rule)
     require(method == "lora", "method.ranks", ranks, f"is read with method.name = 'lora' only, not {method!r}.")
+
+
+def _check_strategy(config: Config, task: type[Task]) -> None:
+    """Refuse parts of a strategy that cannot work together, on layers that stand for the model's."""
+    layers = [Layer(f"layer.{number}", 4096, 4096, bias=False, fan_in_fan_out=False) for number in range(64)]
+    head = [Layer("head", 4096, 4096, bias=False, fan_in_fan_out=False)] if task.has_head else []
+    try:
+        specs = build_method(config, layers, head).specs()
+    except ValueError:
+        return  # what fits the model may not fit these; the model's own layers are checked before the first round
+    try:
+        build_strategy(config, specs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def federation_of(config: Config) -> Federation:

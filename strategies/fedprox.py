@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import final
 
 from fedlora.local_terms import LocalTerms
+from fedlora.roles import UP
 from fedlora.strategy import Strategy
 from strategies.wrapped import Wrapped, check_shared
 
@@ -31,7 +32,7 @@ class FedProx(Wrapped):
     def __init__(self, inner: Strategy, mu: float) -> None:
         super().__init__(inner)
         self.mu = mu
-        check_shared(inner, "local.term = 'prox'")
+        check_shared(inner, "local.term = 'prox'", UP)
 
     def local(self, server_round: int) -> LocalTerms:
         """Return the inner strategy's terms with the proximal one."""

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from fedlora.config import ServerConfig
 from fedlora.reduce import Reduced
+from fedlora.shapes import cut, placed
 from fedlora.state import ServerState
 from fedlora.strategy import Strategy
 from strategies.wrapped import Wrapped, check_shared
@@ -63,12 +64,16 @@ class ServerOptimizer(Wrapped):
         """Move what the server holds by a step along the averaged update; moments go into the state."""
         mean, moments = dict(reduced.mean), dict[str, Array]()
         for name, value in reduced.mean.items():
-            held = state.tensors[name].astype(np.float64)
-            m, v = (state.extra.get(f"{what}/{name}", np.zeros_like(held)).astype(np.float64) for what in ("m", "v"))
+            # Ranks that no client of the round holds are not in the mean; neither they nor their moments move.
+            whole = state.tensors[name].astype(np.float64)
+            held = cut(whole, value.shape)
+            before = [state.extra.get(f"{what}/{name}", np.zeros_like(whole)).astype(np.float64) for what in ("m", "v")]
             count = int(state.extra.get(f"t/{name}", np.zeros(1))[0]) + 1
+            m, v = (cut(one, value.shape) for one in before)
             step, m, v = _step(self.config, value.astype(np.float64) - held, m, v, count)
             mean[name] = (held + step).astype(value.dtype)
-            moments |= {f"m/{name}": m, f"v/{name}": v, f"t/{name}": np.full(1, float(count))}
+            after_m, after_v = (placed(new, old) for new, old in zip((m, v), before, strict=True))
+            moments |= {f"m/{name}": after_m, f"v/{name}": after_v, f"t/{name}": np.full(1, float(count))}
         after = self.inner.apply(state, replace(reduced, mean=mean), server_round)
         return replace(after, extra={**after.extra, **moments})
 

@@ -67,17 +67,18 @@ class Wrapped(Strategy, ABC):
         return self.inner.changed(server_round)
 
 
-def check_shared(strategy: Strategy, key: str) -> None:
+def check_shared(strategy: Strategy, key: str, roles: Sequence[Role] = (Role.SHARED,)) -> None:
     """Refuse what works on shared tensors where there are none.
 
     Args:
         strategy: The strategy that it is to be put around.
         key: The configuration key that asks for it, with its value.
+        roles: The roles that it works on.
 
     Raises:
         ValueError: The strategy shares no tensor in any round.
     """
-    if not any(Role.SHARED in roles for roles in strategy.roles_in_turn().values()):
+    if not any(set(roles) & set(turns) for turns in strategy.roles_in_turn().values()):
         raise ValueError(
             f"{key}: strategy {strategy.name!r} shares no tensors, so this would change nothing; leave it at 'none', "
             "or choose a strategy that shares some."

@@ -98,6 +98,19 @@ KNOWN_RANKS = (6, 5, 4, 2, 3, 4, 4, 5)
             {"strategy.name": "local", "method.name": "mos", "method.ranks": "uniform:2-8"},
             r"method.ranks = .*: is read with method.name = 'lora' only, not 'mos'",
         ),
+        (
+            {"strategy.name": "flora", "server.optimizer": "adam"},
+            r"server.optimizer = 'adam': strategy 'flora'",
+        ),
+        (
+            {"strategy.name": "fedsvd", "server.optimizer": "yogi"},
+            r"server.optimizer = 'yogi': strategy 'fedsvd'",
+        ),
+        ({"strategy.name": "local", "local.term": "prox"}, r"local.term = 'prox': strategy 'local' shares no tensors"),
+        (
+            {"strategy.name": "fedsvd", "local.term": "scaffold", "train.optimizer": "sgd"},
+            r"local.term = 'scaffold': strategy 'fedsvd' changes the basis",
+        ),
         ({"task": "classify"}, r"task: unknown name 'classify'. Did you mean 'classification'"),
         ({"data.name": "docstring"}, r"data.name: unknown name 'docstring'. Did you mean 'docstrings'"),
     ],

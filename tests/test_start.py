@@ -93,11 +93,9 @@ def test_a_smaller_rank_trains_and_keeps_its_own(tmp_path: Path) -> None:
     assert kept is not None
     assert {value.shape[1] for value in kept.values()} == {2}
     later = Instruction(2, (1, 3), PERSONAL, sent, ranks=(2, 4))
-    whole = worker.loaded.trainer.start.personal_of(later, 1, worker.loaded.trainer.start.common(later))
-    for name, value in whole.items():
-        assert value.shape == model.specs[name].shape, "at the server's rank, to be evaluated with others"
-        assert np.array_equal(value[:, :2], kept[name])
-        assert not value[:, 2:].any()
+    own = worker.loaded.trainer.start.personal_of(later, 1, worker.loaded.trainer.start.common(later))
+    assert all(np.array_equal(own[name], value) for name, value in kept.items())
+    assert {value.shape[0] for name, value in own.items() if name.endswith("lora_A")} == {2}, "what is shared, too"
     ours, new = worker.evaluate_personal(later, "test")
     assert ours.metrics["loss"] != new.metrics["loss"]
     assert worker.export_personal(later.part((1,)))[0]["adapter_model.safetensors"]
@@ -144,3 +142,38 @@ def test_control_variates_go_up_as_changes_and_stay_as_they_are(tmp_path: Path) 
             np.testing.assert_allclose(kept[name], new, atol=1e-12)
             np.testing.assert_allclose(update.extra[VARIATE + name], new - own[name], atol=1e-12)
         own = kept
+
+
+def test_control_variates_of_alternating_roles_are_all_kept(tmp_path: Path) -> None:
+    """RoLoRA shares B, A, B: what a client kept of B is there in round three, and of A as round two left it."""
+    sgd = {"train.optimizer": "sgd", "local.term": "scaffold", "strategy.name": "rolora"}
+    worker = tiny_worker(tmp_path, **sgd)
+    start, after = worker.loaded.trainer.start, {}
+    for number in (1, 2, 3):
+        turn = "B" if number % 2 else "A"
+        roles = {kind: Role.SHARED if kind in (turn, "head") else Role.BROADCAST for kind in ("A", "B", "head")}
+        names = [name for name, spec in start.model.specs.items() if roles[spec.kind] is Role.SHARED]
+        extra = {VARIATE + name: np.zeros_like(start.model.initial[name]) for name in names}
+        moved = {name: value + 0.1 for name, value in start.model.initial.items()}
+        local = LocalTerms(scaffold=2)
+        instruction = Instruction(number, (0,), roles, moved, extra=extra, local=local, weights="equal")
+        before = start.own_variate(instruction, 0)
+        for name in names:
+            assert np.array_equal(before[name], after.get(name, np.zeros_like(before[name])))
+        update = worker.train(instruction)[0]
+        assert update.report.outcome is Outcome.OK, update.report.reason
+        after |= {name: before[name] + update.extra[VARIATE + name] for name in names}
+    assert any(np.any(after[name]) for name in after if "lora_B" in name)
+
+
+def test_a_clients_own_model_is_at_its_own_rank_whoever_shares_its_node(tmp_path: Path) -> None:
+    """A personal head over A and B of rank one: what a node was sent for a wider client is not this client's."""
+    worker = tiny_worker(tmp_path, **{"strategy.name": "zero-padding"})
+    roles = {"A": Role.SHARED, "B": Role.SHARED, "head": Role.PERSONAL}
+    tensors = {name: value + 0.1 for name, value in worker.loaded.model.initial.items() if "lora" in name}
+    together = worker.evaluate_personal(Instruction(1, (0, 1), roles, tensors, ranks=(1, 2)), "test")
+    narrow = {name: value[:1] if "lora_A" in name else value[:, :1] for name, value in tensors.items()}
+    alone = worker.evaluate_personal(Instruction(1, (0,), roles, narrow, ranks=(1,)), "test")
+    assert together[0].metrics["loss"] == pytest.approx(alone[0].metrics["loss"], abs=1e-10)
+    wide = worker.evaluate_personal(Instruction(1, (0,), roles, tensors, ranks=(2,)), "test")
+    assert abs(wide[0].metrics["loss"] - alone[0].metrics["loss"]) > 1e-4

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fedlora.config import ServerConfig
 from fedlora.wire import read_instruction
 from strategies import FedAvg
-from tests.support.federation import RAGGED, run, seeded_of, server_of, strategy_of
+from strategies.server_optimizers import ServerOptimizer
+from tests.support.federation import RAGGED, one_round, run, seeded_of, server_of, strategy_of
 from tests.support.formulas import LAYERS
 from tests.support.loop import LoopGrid, examples_of, node_of, update_of
 from tests.support.matrix import setting
@@ -38,6 +40,20 @@ def test_ranks_that_no_client_of_the_round_holds_stay() -> None:
     assert np.array_equal(ended[f"{name}.lora_A"][1:], before[f"{name}.lora_A"][1:])
     assert np.array_equal(ended[f"{name}.lora_B"][:, 1:], before[f"{name}.lora_B"][:, 1:])
     assert np.abs(ended[f"{name}.lora_A"][0] - before[f"{name}.lora_A"][0]).max() > 1e-3
+
+
+def test_a_server_optimizer_moves_no_rank_that_no_client_of_the_round_holds() -> None:
+    """Nor does it let their moments decay: round two has the clients of rank one alone."""
+    strategy = ServerOptimizer(strategy_of("zero-padding", "lora", (1, 1, 3)), ServerConfig("momentum"))
+    server = server_of(strategy, "lora", clients=3)
+    name = f"{LAYERS[0].name}.lora_A"
+    first = run(server, LoopGrid({k: node_of(server) for k in (1, 2, 3)}), 1)
+    moments = server.state.extra[f"m/{name}"]
+    second = one_round(server, LoopGrid({1: node_of(server), 2: node_of(server), 3: lambda _message: None}), 2)
+    assert np.array_equal(second[name][1:], first[name][1:])
+    assert np.array_equal(server.state.extra[f"m/{name}"][1:], moments[1:])
+    assert np.any(moments[1:])
+    assert np.abs(second[name][0] - first[name][0]).max() > 1e-3
 
 
 def test_identical_clients_of_fewer_ranks_pull_the_others_down() -> None:

@@ -18,7 +18,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerBase
-from numpy.typing import NDArray
 
 from fedlora.exchange import Instruction, Tensors
 from fedlora.fingerprint import code_fingerprint
@@ -193,8 +192,7 @@ class FlowerStrategy(FlowerBase):
         """Turn the round's updates into the server's new state, in the dtype of its tensors."""
         dtype, strategy = self.federation.dtype, self.strategy
         reduced = own.total.reduced()
-        held = self.state.tensors
-        reduced = replace(reduced, mean={n: _placed(value.astype(dtype), held[n]) for n, value in reduced.mean.items()})
+        reduced = replace(reduced, mean={name: value.astype(dtype) for name, value in reduced.mean.items()})
         ranks = self._ranks()
         state = strategy.apply(self.state, reduced, server_round)
         # A mean of sparse tensors is dense where only one of the clients is not zero.
@@ -281,12 +279,3 @@ class FlowerStrategy(FlowerBase):
         accumulated = {name: self.state.tensors[name] for name in self.strategy.accumulated(self._ranks()[-1])}
         sent = self.strategy.sent(server_round, widest)
         return {**{name: cut(self.state.tensors[name], spec.shape) for name, spec in sent.items()}, **accumulated}
-
-
-def _placed(value: NDArray[np.floating], held: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Return a mean at the server's rank; ranks that no client of the round holds stay what the server held."""
-    if value.shape == held.shape:
-        return value
-    whole = held.copy()
-    whole[tuple(slice(n) for n in value.shape)] = value
-    return whole

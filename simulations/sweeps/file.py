@@ -104,10 +104,11 @@ class Sweep:
             raise ConfigError(f"{both[0]} is in [grid] and in [tune]; a key is either compared or chosen.")
         if "seed" in self.tune:
             raise ConfigError("seed is in [tune]: a seed is not chosen by its result; put it in [grid].")
-        if "train.learning-rate" in self.grid and self.base["eval.test"]:
+        rates = [key for key in ("train.learning-rate", "server.learning-rate", "server.tau") if key in self.grid]
+        if rates and self.base["eval.test"]:
             raise ConfigError(
-                "train.learning-rate is in [grid]: the best of them would be chosen by the test rows. Put it in "
-                "[tune], which chooses on dev rows, or set eval.test = false."
+                f"{rates[0]} is in [grid]: the best of them would be chosen by the test rows. Put it in [tune], which "
+                "chooses on dev rows, or set eval.test = false."
             )
         if not self.grid and not self.tune:
             raise ConfigError("the sweep has neither [grid] nor [tune]: it is a single run, for fedlora run.")
