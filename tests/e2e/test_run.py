@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from fedlora.config import from_toml, to_toml
 from fedlora.data import load_federated
 from fedlora.plugins import read_config
 from fedlora.runs.folder import read_lines
-from tests.support.runs import BIN, ROOT, Family, Finished, fedlora, fedlora_run
+from tests.support.runs import Family, Finished, fedlora, fedlora_run, started
 from tests.support.trainers import tiny_flat
 
 pytestmark = pytest.mark.e2e
@@ -126,16 +126,8 @@ def test_an_interrupted_run_leaves_nothing_running(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text(to_toml(flat), encoding="utf-8")
     family = Family()
-    with subprocess.Popen(
-        [str(BIN / "fedlora"), "run", "-c", str(config)],
-        cwd=ROOT,
-        env=family.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # type: ignore[arg-type, return-value]
-    ) as process:
+    ctrl_c = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with started(family, "run", "-c", str(config), before=ctrl_c) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("round 1/"):

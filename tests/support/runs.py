@@ -124,6 +124,20 @@ OnRound = Callable[[int, Family], bool]
 """What is done after a round; returns whether to go on reading."""
 
 
+def started(family: Family, *arguments: str, before: Callable[[], Any] | None = None) -> subprocess.Popen[str]:
+    """Start ``fedlora`` in a session of its own, with all it prints in one pipe; ``before`` is called in the child."""
+    return subprocess.Popen(
+        [str(BIN / "fedlora"), *arguments],
+        cwd=ROOT,
+        env=family.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=before,
+    )
+
+
 def fedlora_run(
     folder: Path, options: list[str] | None = None, on_round: OnRound | None = None, **changes: Any
 ) -> Finished:
@@ -139,15 +153,7 @@ def fedlora_run(
     config = folder / "config.toml"
     config.write_text(to_toml(flat), encoding="utf-8")
     family, lines = Family(), []
-    with subprocess.Popen(
-        [str(BIN / "fedlora"), "run", "-c", str(config), *(options or [])],
-        cwd=ROOT,
-        env=family.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with started(family, "run", "-c", str(config), *(options or [])) as process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line)
