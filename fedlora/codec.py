@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.exchange import Tensors
 from fedlora.methods import TensorSpec, count_parameters
-
-Tensors = Mapping[str, NDArray[np.floating]]
 
 _DTYPES = ("float32", "float64")
 _MAX_MANIFEST_BYTES = 1 << 24

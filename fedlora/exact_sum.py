@@ -8,13 +8,12 @@ below 2**53 grid steps, so they commute, and partial sums made on different mach
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-Tensors = Mapping[str, NDArray[np.floating]]
+from fedlora.exchange import Tensors
 
 _COARSE = 2.0**-16
 _FINE = 2.0**-50  # a mean with weights >= 1 is off by at most 2**-51

@@ -66,13 +66,13 @@ class Population(Enum):
 _OVER_CLIENTS = (Population.CLIENTS, Population.ALONE_CLIENTS, Population.ALONE_TEST, Population.ALONE_DEV)
 _TRAINING = ("train_loss", "majority_share")
 _PERSONAL = ("clients",)  # how many of them were measured
-_TRAFFIC = ("bytes_up", "bytes_down", "bytes_down_cached")
+TRAFFIC = ("bytes_up", "bytes_down", "bytes_down_cached")  # of a round, the payload alone
 _SERVER = (
     *("round", "rounds", "head", "trained_parameters", "clients_ok", "clients_refused"),
     *("guarantee", "epsilon", "epsilon_least", "delta", "noise_multiplier"),
     *("sparsity", "effective_rank", "effective_rank_least", "effective_rank_most", "zero_components"),
-    *(*_TRAFFIC, "message_bytes_up", "message_bytes_down"),
-    *("rounds_to_target", *(f"{name}_to_target" for name in _TRAFFIC)),
+    *(*TRAFFIC, "message_bytes_up", "message_bytes_down"),
+    *("rounds_to_target", *(f"{name}_to_target" for name in TRAFFIC)),
 )
 
 

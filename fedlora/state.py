@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-Tensors = Mapping[str, NDArray[np.floating]]
+from fedlora.exchange import Tensors
 
 
 @dataclass(frozen=True)

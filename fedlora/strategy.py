@@ -30,12 +30,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fedlora.config import Config
+from fedlora.exchange import Tensors
 from fedlora.local_terms import LocalTerms
 from fedlora.methods import TensorSpec, zero_kinds
 from fedlora.reduce import Reduced
 from fedlora.roles import TRAINED, UP, Role, Roles, with_role
 from fedlora.shapes import at_rank, placed
-from fedlora.state import ServerState, Tensors
+from fedlora.state import ServerState
 
 Specs = Mapping[str, TensorSpec]
 

@@ -11,8 +11,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
-from fedlora.codec import Tensors, WireError, pack, unpack
-from fedlora.exchange import ClientReport, Instruction, Outcome
+from fedlora.codec import WireError, pack, unpack
+from fedlora.exchange import ClientReport, Instruction, Outcome, Tensors
 from fedlora.local_terms import LocalTerms
 from fedlora.reduce import REDUCTIONS, Reduction
 from fedlora.roles import Role

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlora.metrics import TRAFFIC
 from fedlora.reports.card import model_card
 from fedlora.reports.run import Run as Report
 from fedlora.reports.summary import write_report
@@ -47,7 +48,7 @@ def finish(run: Run, baselines: Callable[[], Mapping[str, float]]) -> dict[str, 
         outcome |= baselines()
     outcome |= {
         "rounds": last["round"],
-        **{name: int(np.sum([line[name] for line in run.lines])) for name in _BYTES},
+        **{name: int(np.sum([line[name] for line in run.lines])) for name in TRAFFIC},
         **_to_target(run),
         "seconds": time.monotonic() - run.started,
     }
@@ -63,9 +64,6 @@ def finish(run: Run, baselines: Callable[[], Mapping[str, float]]) -> dict[str, 
     for line in _next(run):
         console.print(f"      {line}", markup=False)
     return outcome
-
-
-_BYTES = ("bytes_up", "bytes_down", "bytes_down_cached")
 
 
 def _measured(run: Run) -> dict[str, Any]:
@@ -123,11 +121,11 @@ def _to_target(run: Run) -> dict[str, int | None]:
     measured = {line["round"]: line[run.plan.measure] for line in run.lines}
     reached = [n for n, value in measured.items() if value is not None and sign * value >= sign * target]
     if not reached:
-        return dict.fromkeys(("rounds_to_target", *(f"{name}_to_target" for name in _BYTES)))
+        return dict.fromkeys(("rounds_to_target", *(f"{name}_to_target" for name in TRAFFIC)))
     until = [line for line in run.lines if line["round"] <= reached[0]]
     return {
         "rounds_to_target": reached[0],
-        **{f"{name}_to_target": sum(line[name] for line in until) for name in _BYTES},
+        **{f"{name}_to_target": sum(line[name] for line in until) for name in TRAFFIC},
     }
 
 

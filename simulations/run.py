@@ -190,7 +190,6 @@ class Run:
         """Return what watches the rounds, in order."""
         parts, plan, personal = self.parts, self.plan, self.plan.strategy.has_personal
         metrics = MetricsFile(parts.folder, plan.strategy, self.task.metric_names, self.lines)
-        metrics.start()
         beside = train_loss if plan.privacy is None else epsilon_spent(plan)
         notes = [] if parts.accounts is None else [SiteNotes(parts.accounts, parts.console, plan.federation.cohort)]
         measuring = PersonalMetrics(self.task, self._personal_sums) if personal else self._evaluation()

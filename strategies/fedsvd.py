@@ -24,9 +24,10 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.exchange import Tensors
 from fedlora.reduce import Reduced
 from fedlora.roles import Role, Roles
-from fedlora.state import ServerState, Tensors
+from fedlora.state import ServerState
 from fedlora.strategy import Setting, Strategy
 
 

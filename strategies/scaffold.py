@@ -23,10 +23,11 @@ from typing import final
 
 import numpy as np
 
+from fedlora.exchange import Tensors
 from fedlora.local_terms import LocalTerms
 from fedlora.reduce import Reduced
 from fedlora.roles import Role
-from fedlora.state import ServerState, Tensors
+from fedlora.state import ServerState
 from fedlora.strategy import Specs, Strategy
 from strategies.wrapped import Wrapped, check_shared
 

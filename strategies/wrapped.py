@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterable, Sequence
 
+from fedlora.exchange import Tensors
 from fedlora.local_terms import LocalTerms
 from fedlora.reduce import Reduced
 from fedlora.roles import Role, Roles
-from fedlora.state import ServerState, Tensors
+from fedlora.state import ServerState
 from fedlora.strategy import Specs, Strategy
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -13,11 +13,10 @@ from torch import Tensor
 
 from fedlora.engine.layers import GroupedModel, Layout
 from fedlora.engine.stack import common_shapes, pad
+from fedlora.engine.work import Arrays
 from fedlora.methods import Method
 from fedlora.models import Base
 from fedlora.tasks import Rows, Task
-
-Arrays = Mapping[str, NDArray[np.floating]]
 
 # What goes through the model at once, in units of the rows' cost (tokens, padding included). It bounds the memory of
 # activations; results change by rounding only. A CPU gains nothing from more, a GPU is filled by about this much.

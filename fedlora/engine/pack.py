@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from fedlora.config import TrainConfig
-from fedlora.engine.core import Arrays, Engine
+from fedlora.engine.core import Engine
 from fedlora.engine.layers import LayerProbe, Layout
 from fedlora.engine.local import NO_TERMS, LocalGradient
 from fedlora.engine.optimizers import build_optimizer
 from fedlora.engine.stack import Stack, common_shapes
-from fedlora.engine.work import ClientWork
+from fedlora.engine.work import Arrays, ClientWork
 from fedlora.local_terms import LocalTerms
 from fedlora.privacy.step import PrivateStep, PrivateSum
 

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from fedlora.config import TrainConfig
-from fedlora.engine.core import Arrays, Engine, Probed
+from fedlora.engine.core import Engine, Probed
 from fedlora.engine.pack import Pack
 from fedlora.engine.watch import Watch, negligible
-from fedlora.engine.work import ClientWork
+from fedlora.engine.work import Arrays, ClientWork
 from fedlora.privacy import PrivateRandom
 from fedlora.privacy.step import PrivateStep
 from fedlora.seeded import Seeded

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.config import TrainConfig
-from fedlora.engine.core import Arrays, Engine
+from fedlora.engine.core import Engine
 from fedlora.engine.local import NO_TERMS
 from fedlora.engine.pack import Pack
 from fedlora.engine.probe import probe
 from fedlora.engine.stack import Stack
 from fedlora.engine.watch import Watch, negligible
-from fedlora.engine.work import ClientResult, ClientWork
+from fedlora.engine.work import Arrays, ClientResult, ClientWork
 from fedlora.local_terms import LocalTerms
 from fedlora.privacy.step import PrivateStep
 

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.engine.core import Arrays, Engine, Probed
+from fedlora.engine.core import Engine, Probed
 from fedlora.engine.stack import Stack
+from fedlora.engine.work import Arrays
 from fedlora.methods import Fault, Method, TensorSpec
 
 

@@ -9,6 +9,7 @@ from typing import Any, final
 import numpy as np
 
 from fedlora.exchange import ClientReport, Tensors
+from fedlora.metrics import TRAFFIC
 from fedlora.runs.folder import RunFolder
 from fedlora.server.observers.base import Observer, RoundEnd
 from fedlora.strategy import Strategy
@@ -32,10 +33,6 @@ class MetricsFile(Observer):
         self.lines = lines
         self._started = time.monotonic()
 
-    def start(self) -> None:
-        """Start the clock of the first round."""
-        self._started = time.monotonic()
-
     def on_round(self, end: RoundEnd) -> None:
         """Append the round's lines."""
         now, train = time.monotonic(), end.train
@@ -50,7 +47,7 @@ class MetricsFile(Observer):
             "train_loss": train.get("train_loss"),
             **end.spent,
             **{name: train[name] for name in ("clients_ok", "clients_refused")},
-            **{name: traffic[name] for name in ("bytes_up", "bytes_down", "bytes_down_cached")},
+            **{name: traffic[name] for name in TRAFFIC},
             "sparsity": sparsity(self.strategy, end.state.tensors),
             **{name: traffic[name] for name in ("message_bytes_up", "message_bytes_down")},
             "seconds": now - self._started,
