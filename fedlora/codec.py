@@ -49,7 +49,7 @@ def unpack(packed: bytes, data: bytes) -> dict[str, NDArray[np.floating]]:
     tensors: dict[str, NDArray[np.floating]] = {}
     at, view = 0, memoryview(data)
     for entry in _manifest(packed):
-        name, dtype, shape = _entry(entry)
+        name, dtype, shape = read_entry(entry)
         if name in tensors:
             raise WireError(f"{name} is there twice")
         size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -75,7 +75,12 @@ def _manifest(packed: bytes) -> list[Any]:
     return manifest
 
 
-def _entry(entry: Any) -> tuple[str, str, tuple[int, ...]]:
+def read_entry(entry: Any) -> tuple[str, str, tuple[int, ...]]:
+    """Return name, dtype and shape of an entry of a manifest that anybody may have written.
+
+    Raises:
+        WireError: It is none.
+    """
     match entry:
         case [str(name), str(dtype), list(shape)] if _is_shape(shape):
             if dtype not in _DTYPES:

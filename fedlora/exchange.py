@@ -26,6 +26,8 @@ class Outcome(StrEnum):
     """It did not train, or what it trained must not be used."""
     BUDGET_SPENT = "budget-spent"
     """It will not train any more: one more round would pass its privacy budget."""
+    NOT_JOINED = "not-joined"
+    """It is a deployed site that does not know the run, such as one whose daemon was given another; it may join."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Instruction:
         fingerprint: The server's code, see :mod:`fedlora.fingerprint`.
         pack: Clients trained together; 0: automatic.
         ledger_heads: Under DP for each client the hash of the last ledger entry that the server has seen; empty: none.
+        job: The digest of the job that a deployed site has joined; empty in a simulation, whose trainers are given it.
     """
 
     round: int
@@ -60,6 +63,7 @@ class Instruction:
     fingerprint: str = ""
     pack: int = 0
     ledger_heads: tuple[str, ...] = ()
+    job: str = ""
 
     def part(self, clients: Sequence[int]) -> Instruction:
         """Return the instruction for some of its clients, as for a pack of them."""
