@@ -21,7 +21,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clients.site import Job, SiteLimits
+from clients.limits import SiteLimits
+from clients.site import Job
 from clients.worker import Worker
 from fedlora.config import Config, from_toml
 from fedlora.data import FederatedData, load_federated

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from clients.site import RefusedError, SiteLimits
+from clients.errors import RefusedError
+from clients.limits import SiteLimits
 from fedlora.config import Config
 from fedlora.exchange import Outcome
 from fedlora.privacy import Ledger, LedgerError, Mechanism, PrivateRandom, Use, certifier, epsilon
@@ -48,8 +49,8 @@ class Accounts:
         return Mechanism.of(self.config)
 
     def ledger(self, client: int) -> Ledger:
-        """Return a client's ledger."""
-        return Ledger(self.folder / f"client-{client}" / "ledger.jsonl", client, self.sync)
+        """Return a client's ledger; a deployed site's is one, whatever number a server gives it."""
+        return Ledger(self._own(client) / "ledger.jsonl", self.limits.name or client, self.sync)
 
     def random(self, client: int, round_number: int) -> PrivateRandom:
         """Return a client's random numbers for a round, never the same twice unless ``privacy.seed`` is set."""
@@ -102,4 +103,7 @@ class Accounts:
         return [line for line in read_lines(file) if line["round"] == round_number] if file.is_file() else []
 
     def _diagnostics(self, client: int) -> Path:
-        return self.folder / f"client-{client}" / "diagnostics.jsonl"
+        return self._own(client) / "diagnostics.jsonl"
+
+    def _own(self, client: int) -> Path:
+        return self.folder if self.limits.name else self.folder / f"client-{client}"

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import ray
 from ray.util import list_named_actors
 
-from clients.site import WITHHELD, Description, Job, SiteError
+from clients.errors import WITHHELD, SiteError
+from clients.shards import Shard, split_packs
+from clients.site import Description, Job
 from fedlora.exchange import ClientReport, Instruction, Update
 
 if TYPE_CHECKING:
@@ -28,32 +29,6 @@ _RESTARTS = 3
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What one trainer owns.
-
-    Attributes:
-        threads: CPU threads.
-        gpus: Share of a GPU; 0 on a machine without one.
-    """
-
-    threads: int
-    gpus: float
-
-
-def split_packs(clients: Sequence[int], pack: int, trainers: int) -> list[tuple[int, ...]]:
-    """Cut a node's clients, ascending, into packs.
-
-    Args:
-        clients: The clients.
-        pack: Clients a pack (``engine.pack``); 0: as many as give every trainer one pack, 64 at most.
-        trainers: Number of trainers.
-    """
-    ordered = sorted(clients)
-    size = pack or max(1, min(64, -(-len(ordered) // trainers)))
-    return [tuple(ordered[at : at + size]) for at in range(0, len(ordered), size)]
 
 
 class TrainerLostError(RuntimeError):

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.accounts import Accounts
+from clients.errors import WITHHELD, RefusedError, SiteError
 from clients.evaluator import Evaluator, PersonalEvaluator
 from clients.personal import PersonalStore
 from clients.resident import LoadedModel, Resident
-from clients.site import WITHHELD, Description, Job, RefusedError, SiteError, Speed
+from clients.site import Description, Job, Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer, TrainPack
 from fedlora import plugins
@@ -89,7 +90,7 @@ class Worker:
 
     def load(self) -> None:
         """Load the job now, if it is not loaded; what goes wrong is raised as it is."""
-        assert self.loaded
+        _ = self.loaded
 
     @property
     def loaded(self) -> LoadedJob:
@@ -103,7 +104,8 @@ class Worker:
             config = plugins.read_config(job.flat, foreign=True)
             job.limits.check(config)
             model = self._resident.load(config, job.data.corpus)
-            store = PersonalStore(Path(job.limits.folder))
+            job.limits.check_model(model.engine.base.digest)
+            store = PersonalStore(Path(job.store or job.limits.folder))
             accounts = Accounts(job.limits, config, self._sync) if config.privacy.mode == "dp" else None
             trainer = Trainer(StartTensors(model, store), job.data, accounts, self._train)
             self._loaded = LoadedJob(job, model, store, accounts, trainer, Evaluator(model), PersonalEvaluator(trainer))
@@ -147,6 +149,7 @@ class Worker:
     def train(self, instruction: Instruction) -> list[Update]:
         """Train a pack for a round; one update a client, in order, also where it came to nothing."""
         try:
+            self._check(instruction)
             return self.loaded.trainer.train(instruction)
         except Exception as error:
             reason = self._reason(error)
@@ -158,12 +161,18 @@ class Worker:
         Under DP none of them evaluates itself: sums over their rows are not covered by the guarantee.
         """
         try:
+            self._check(instruction)
             if self.loaded.accounts is not None:
                 raise RefusedError("a client under DP does not report how its model does on its rows")
             return self.evaluate_personal(instruction)
         except Exception as error:
             reason = self._reason(error)
             return [ClientReport.failed(client, reason) for client in instruction.clients]
+
+    def _check(self, instruction: Instruction) -> None:
+        """Refuse an instruction that the job's method or the site's limits do not allow."""
+        model = self.loaded.model
+        self.loaded.job.limits.check_instruction(instruction, model.specs, model.config)
 
     def _description(self) -> Description:
         model = self.loaded.model

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from clients.ray_site import split_packs
+from clients.shards import split_packs
 from fedlora.codec import payload_bytes
 from fedlora.config import Config
 from fedlora.data import FederatedData
@@ -70,7 +70,7 @@ class Plan:
     @property
     def measured(self) -> str:
         """What a round is measured on: clients' own rows, or the split ``dev`` or ``test``."""
-        if self.strategy.has_personal:
+        if self.strategy.has_personal or self.federation.measured_by_sites:
             return "personal"
         return "dev" if self.config.data.dev_share else "test"
 
@@ -170,11 +170,12 @@ class Plan:
     def show(self, console: Console) -> None:
         """Print who holds what, what is trained and sent, and what that amounts to."""
         console.print(clients_table(list(self.data.corpus.classes), self.data.label_counts().tolist()))
-        console.print(self._tensors_table())
+        console.print(self.tensors_table())
         for line in self._lines():
             console.print(line, markup=False)
 
-    def _tensors_table(self) -> RichTable:
+    def tensors_table(self) -> RichTable:
+        """Return a table of the kinds of tensors, with role and bytes of each."""
         config, dtype = self.config, self.config.engine.tensor_dtype
         table = RichTable(title=f"{config.strategy.name} / {config.method.name} on {config.model.name} ({self.family})")
         for column in ("kind", "role", "tensors", "parameters", "bytes up", "bytes down"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,20 @@ from fedlora.server import sampled
 
 
 def resolve_privacy(config: Config, data: FederatedData) -> Config:
+    """Return the configuration with every ``privacy`` key given, for clients whose rows are known here.
+
+    Raises:
+        ConfigError: As for :func:`settle_privacy`.
+    """
+    return settle_privacy(config, [len(data.training_rows(client)) for client in range(len(data.clients))])
+
+
+def settle_privacy(config: Config, rows: Sequence[int]) -> Config:
     """Return the configuration with every ``privacy`` key given: declared size, delta and noise multiplier.
+
+    Args:
+        config: The configuration.
+        rows: Each client's training rows; where they are not known here, its public number of them.
 
     Raises:
         ConfigError: They cannot work with the data or the schedule.
@@ -29,7 +42,6 @@ def resolve_privacy(config: Config, data: FederatedData) -> Config:
     privacy, train = config.privacy, config.train
     if privacy.mode == "none":
         return config
-    rows = [len(data.training_rows(client)) for client in range(len(data.clients))]
     size = privacy.client_size or max(1, int(np.mean(rows)))
     # Where nobody declares sizes, delta is below one over the rows of the largest client, and so of all of them.
     most = privacy.client_size or max(1, *rows)

@@ -12,8 +12,10 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from clients.accounts import Accounts
-from clients.ray_site import Shard, TrainerPool
-from clients.site import Description, Job, SiteLimits
+from clients.limits import SiteLimits
+from clients.ray_site import TrainerPool
+from clients.shards import Shard, plan_shards
+from clients.site import Description, Job
 from fedlora import plugins
 from fedlora.config import Config
 from fedlora.data import FederatedData
@@ -26,7 +28,7 @@ from simulations.finish import finish
 from simulations.plan import Plan
 from simulations.run import Parts, Run
 from simulations.scores import score
-from simulations.setup import federation_of, plan_shards, settle
+from simulations.setup import federation_of, settle
 from simulations.trainers import TrainerEvaluator
 from strategies.build import build_strategy
 

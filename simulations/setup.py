@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from clients.ray_site import Shard
 from fedlora.config import Config, ConfigError, require
 from fedlora.data import CORPORA, FederatedData, load_federated
 from fedlora.methods import METHODS, Layer, build_method
@@ -21,7 +19,6 @@ from strategies import STRATEGIES
 from strategies.build import build_strategy
 
 _HOLDOUT = 0.2  # of its rows that a client holds out, where a run needs it and nobody said how many
-_THREADS = 4  # threads of one trainer beyond which small models gain little on a CPU
 
 
 def resolve(flat: Mapping[str, Any]) -> Config:
@@ -33,6 +30,9 @@ def resolve(flat: Mapping[str, Any]) -> Config:
         ConfigError: A value is of the wrong type, out of range or unknown, or values cannot work together.
     """
     config = _named(read_config(flat))
+    sites = config.federation.site_names
+    if sites:  # each is one client
+        config = replace(config, federation=replace(config.federation, num_clients=len(sites)))
     try:
         STRATEGIES[config.strategy.name].check(config)
         METHODS[config.method.name].build((), config)  # on no layers: what does not depend on the model
@@ -162,18 +162,9 @@ def federation_of(config: Config) -> Federation:
         learning_rate=config.train.learning_rate,
         dp=config.privacy.mode == "dp",
         fingerprint=fingerprint(config.run.plugins)[0],
+        deployed=config.federation.sites != "",
+        min_replies=config.federation.min_replies,
+        grace=config.federation.grace,
+        max_change=config.federation.max_change,
+        measured_by_sites=config.data.name == "sites" and not config.data.test_path,
     )
-
-
-def plan_shards(resources: Mapping[str, float], wanted: int) -> list[Shard]:
-    """Cut a machine into shards, one for each trainer.
-
-    Args:
-        resources: ``CPU`` and ``GPU`` counts, as Ray reports them.
-        wanted: ``engine.trainers``; 0: one a GPU, or on a CPU one for every four cores.
-    """
-    cpus, gpus = max(1, int(resources.get("CPU", 1))), int(resources.get("GPU", 0))
-    trainers = wanted or gpus or max(1, cpus // _THREADS)
-    # A share must fit on one GPU, and rounding must not make the last one too large.
-    share = math.floor(1e4 / -(-trainers // gpus)) / 1e4 if gpus else 0.0
-    return [Shard(threads=max(1, cpus // trainers), gpus=share)] * trainers

@@ -8,7 +8,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.ray_site import TrainerPool, split_packs
+from clients.ray_site import TrainerPool
+from clients.shards import split_packs
 from clients.site import Speed
 from fedlora.exchange import Instruction, Tensors
 from fedlora.roles import Role

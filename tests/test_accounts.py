@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clients.accounts import Accounts
-from clients.site import WITHHELD, RefusedError, SiteLimits
+from clients.errors import WITHHELD, RefusedError
+from clients.limits import SiteLimits
 from clients.worker import Worker
 from fedlora.exchange import Instruction, Outcome
 from fedlora.privacy import Mechanism, Use, epsilon

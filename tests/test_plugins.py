@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clients.site import Job, SiteLimits
+from clients.limits import SiteLimits
+from clients.site import Job
 from clients.worker import Worker
 from fedlora import plugins
 from fedlora.config import ConfigError, from_toml

@@ -14,8 +14,10 @@ import psutil
 import pytest
 import ray
 
-from clients.ray_site import Shard, TrainerLostError, TrainerPool
-from clients.site import Job, SiteLimits
+from clients.limits import SiteLimits
+from clients.ray_site import TrainerLostError, TrainerPool
+from clients.shards import Shard
+from clients.site import Job
 from clients.worker import Worker
 from fedlora.data import load_federated
 from simulations.session import check_trainers

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from clients.errors import WITHHELD, RefusedError, SiteError
+from clients.limits import SiteLimits
 from clients.ray_site import RaySite, TrainerLostError
-from clients.site import WITHHELD, Job, RefusedError, SiteError, SiteLimits
+from clients.site import Job
 from clients.worker import Worker
 from fedlora.exchange import ClientReport, Instruction, Outcome
 from fedlora.privacy import Mechanism, epsilon

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from clients.personal import PersonalStore
-from clients.ray_site import split_packs
+from clients.shards import plan_shards, split_packs
 from clients.worker import Worker
 from fedlora.exchange import Instruction, Outcome
 from fedlora.plugins import read_config
 from fedlora.reduce import Reduced
 from fedlora.roles import Role
-from simulations.setup import plan_shards, resolve
+from simulations.setup import resolve
 from strategies.build import build_strategy
 from tests.support.tiny import save_tiny_model
 from tests.support.trainers import tiny_flat, tiny_worker

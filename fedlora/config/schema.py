@@ -64,6 +64,29 @@ class Config:
         )
         if self.local.term == "scaffold":
             self._check_scaffold(dp)
+        self._check_sites(dp)
+
+    def _check_sites(self, dp: bool) -> None:
+        """Refuse what deployed sites cannot be asked, or what is not known where nobody sees their rows."""
+        sites, data = self.federation.sites, self.data
+        require(
+            (data.name == "sites") == (sites != ""),
+            "data.name",
+            data.name,
+            "goes with federation.sites, the names of the deployed sites: set both, or neither.",
+        )
+        if not sites:
+            return
+        require(data.dev_share == 0, "data.dev-share", data.dev_share, "is a share of rows that are at the sites.")
+        require(
+            not self.eval.baselines, "eval.baselines", self.eval.baselines, "needs all rows in one place; leave it out."
+        )
+        require(
+            not dp or self.privacy.client_size > 0,
+            "privacy.client-size",
+            self.privacy.client_size,
+            "must be given with deployed sites, whose sizes are not known here: a public number that fits them.",
+        )
 
     def _check_scaffold(self, dp: bool) -> None:
         """Refuse what breaks SCAFFOLD's algebra: its variates are gradients only where a step is one."""

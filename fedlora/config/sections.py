@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import final
 
-from fedlora.config.fields import at_least, dotted, numbered, one_of, positive, require, share
+from fedlora.config.fields import at_least, dotted, numbered, one_of, positive, require, share, unread
 
 SMALL_LLAMA = "small-llama"  # the model that a machine trains for itself, see fedlora.models.small_llama
 
@@ -72,11 +72,13 @@ class DataConfig:
     """The data and how they are partitioned among clients."""
 
     name: str = "docstrings"
-    """The data set: ``docstrings`` is built in, ``file`` reads a file, ``hub`` a data set of the Hugging Face hub."""
+    """The data set: ``docstrings`` is built in, ``file`` reads a file, ``hub`` a data set of the Hugging Face hub;
+    with ``sites`` the training rows are at deployed sites, and this machine never sees them."""
     path: str = ""
     """With ``file`` the training file (csv, tsv, jsonl, parquet); with ``hub`` the data set's name or local folder."""
     test_path: str = ""
-    """Test file of the same kind; empty: a fifth of the training file, drawn from the seed."""
+    """Test file of the same kind; empty: a fifth of the training file, drawn from the seed. With ``sites`` the server's
+    own; empty: the server has none."""
     subset: str = ""
     """Configuration of the hub data set, where it has several."""
     train_split: str = "train"
@@ -137,10 +139,10 @@ class DataConfig:
             require(self.path != "", "data.path", self.path, f"must name {what} with data.name = {self.name!r}.")
         readers = {
             "path": ("file", "hub"),
-            "test_path": ("file",),
+            "test_path": ("file", "sites"),
             "subset": ("hub",),
             "test_split": ("hub",),
-            "classes": ("file", "hub"),
+            "classes": ("file", "hub", "sites"),
         }
         for name, own in readers.items():
             require(
@@ -191,9 +193,47 @@ class FederationConfig:
     """The run stops when more than this share of a round's clients fails or is refused."""
     timeout: float = 3600.0
     """Seconds that a round waits for its clients."""
+    sites: str = ""
+    """Names of the deployed sites, with commas between: a site's place is its client number. Empty: a simulation."""
+    roster: str = ""
+    """File with each site's SuperNode, which the coordinator's SuperLink writes; read with ``federation.sites``."""
+    min_replies: int = 0
+    """Updates with which a round of deployed sites may close; 0: it waits for all that are present."""
+    grace: float = 30.0
+    """Seconds that a round goes on waiting for the others once it has ``federation.min-replies``."""
+    wait: float = 600.0
+    """Seconds to wait for ``federation.min-replies`` sites (0: for all) before a round starts."""
+    max_change: float = 0.0
+    """Largest L2 norm by which one site may change the tensors that it was sent; a larger update is refused. 0: any."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
+        names = self.site_names
+        require(
+            all(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name) for name in names) and len(set(names)) == len(names),
+            "federation.sites",
+            self.sites,
+            "must be different names of small letters, digits and hyphens, with commas between.",
+        )
+        for name in ("roster", "min_replies", "max_change"):
+            if not names:
+                unread(self, "federation", name, "is read with federation.sites only, the names of deployed sites.")
+        require(
+            not names or self.roster != "",
+            "federation.roster",
+            self.roster,
+            "must name the file that `fedlora deploy superlink` writes, with federation.sites.",
+        )
+        at_least("federation.min-replies", self.min_replies, 0)
+        require(
+            not names or self.min_replies <= len(names),
+            "federation.min-replies",
+            self.min_replies,
+            f"must be at most {len(names)}, the number of federation.sites.",
+        )
+        at_least("federation.grace", self.grace, 0)
+        at_least("federation.max-change", self.max_change, 0)
+        positive("federation.wait", self.wait)
         at_least("federation.num-clients", self.num_clients, 0)
         at_least("federation.clients-per-round", self.clients_per_round, 0)
         require(
@@ -204,6 +244,11 @@ class FederationConfig:
         )
         share("federation.failure-threshold", self.failure_threshold)
         positive("federation.timeout", self.timeout)
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """The names in ``sites``."""
+        return tuple(name.strip() for name in self.sites.split(",")) if self.sites else ()
 
 
 @final

@@ -32,6 +32,13 @@ def _hub(config: Config) -> Corpus:
     return load_hub_corpus(config)
 
 
+@CORPORA.register("sites")
+def _sites(config: Config) -> Corpus:
+    from fedlora.data.files import load_server_rows
+
+    return load_server_rows(config)
+
+
 def load_corpus(config: Config) -> Corpus:
     """Load the corpus that ``data.name`` names, with its dev rows set apart.
 

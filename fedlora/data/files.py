@@ -8,7 +8,7 @@ import pandas as pd
 
 from fedlora.config import Config
 from fedlora.data.columns import Source, build_corpus
-from fedlora.data.table import Corpus
+from fedlora.data.table import Corpus, Table
 from fedlora.messages import first_line
 
 
@@ -22,6 +22,30 @@ def load_file_corpus(config: Config) -> Corpus:
     test = _source("data.test-path", data.test_path, data.header) if data.test_path and config.eval.test else None
     train = _source("data.path", data.path, data.header)
     return build_corpus(train, test, config, split=not data.test_path)
+
+
+def load_own_rows(config: Config) -> Corpus:
+    """Read ``data.path`` as a deployed site's own rows: none of them is set apart for a server's test.
+
+    Raises:
+        ValueError: As for :func:`load_file_corpus`.
+    """
+    return build_corpus(_source("data.path", config.data.path, config.data.header), None, config, split=False)
+
+
+def load_server_rows(config: Config) -> Corpus:
+    """Read ``data.test-path``, all that the server of deployed sites has; without it, there are no rows.
+
+    Raises:
+        ValueError: As for :func:`load_file_corpus`, or the classes are not given.
+    """
+    data = config.data
+    if config.task == "classification" and not data.classes:
+        raise ValueError("data.classes = '': must name the classes; with deployed sites nobody sees all labels.")
+    if not data.test_path or not config.eval.test:
+        return Corpus(Table(), Table(), data.class_names)
+    own = build_corpus(_source("data.test-path", data.test_path, data.header), None, config, split=False)
+    return Corpus(Table(), own.train, own.classes)
 
 
 def _source(key: str, name: str, header: bool) -> Source:

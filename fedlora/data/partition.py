@@ -49,10 +49,10 @@ def partition(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int
     assert np.array_equal(covered, np.arange(len(corpus.train))), "the partitioner lost or doubled rows"
     if corpus.train.owners:
         _check_owners(corpus.train.owners, clients, config)
-    holdout = tuple(_holdout(rows, client, config.holdout, seed, "holdout") for client, rows in enumerate(clients))
+    holdout = tuple(held_out(rows, client, config.holdout, seed, "holdout") for client, rows in enumerate(clients))
     if not final:
         clients = tuple(np.setdiff1d(rows, held) for rows, held in zip(clients, holdout, strict=True))
-        holdout = tuple(_holdout(rows, client, config.holdout, seed, "search") for client, rows in enumerate(clients))
+        holdout = tuple(held_out(rows, client, config.holdout, seed, "search") for client, rows in enumerate(clients))
     _check_sizes(clients, holdout, names, config)
     return FederatedData(corpus, clients, holdout, names)
 
@@ -216,7 +216,7 @@ def _check_owners(owners: Sequence[str], clients: Sequence[Rows], config: DataCo
                 )
 
 
-def _holdout(rows: Rows, client: int, share: float, seed: int, key: str) -> Rows:
+def held_out(rows: Rows, client: int, share: float, seed: int, key: str) -> Rows:
     """Return what a client holds out: its share of the rows, at least one, but never all."""
     if not share or len(rows) < 2:
         return np.zeros(0, dtype=np.int64)

@@ -52,11 +52,11 @@ class Ledger:
 
     Args:
         path: Its file; made by the first charge.
-        client: Whose it is.
+        client: Whose it is: a client's number, or the name of a deployed site.
         sync: Puts an open file on the disk, given its descriptor.
     """
 
-    def __init__(self, path: Path, client: int, sync: Callable[[int], None] = os.fsync) -> None:
+    def __init__(self, path: Path, client: int | str, sync: Callable[[int], None] = os.fsync) -> None:
         self.path = path
         self.client = client
         self._sync = sync

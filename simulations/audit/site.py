@@ -13,7 +13,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.site import Job, SiteLimits
+from clients.limits import SiteLimits
+from clients.site import Job
 from clients.trainer import TrainPack
 from clients.worker import Worker
 from fedlora.config import Config, TrainConfig

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from clients.limits import SiteLimits
 from clients.ray_site import TrainerPool
-from clients.site import Job, SiteLimits
+from clients.site import Job
 from clients.worker import Worker
 from fedlora.config import Config
 from fedlora.data import load_federated
