@@ -7,7 +7,7 @@ reduction must give the same bits in whatever order updates arrive and however c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -112,6 +112,10 @@ class Reduction(ABC):
         Raises:
             WireError: It cannot; the message names the first tensor that is wrong.
         """
+
+    @abstractmethod
+    def each(self, clients: Sequence[int]) -> Iterable[tuple[int, Tensors]]:
+        """Return the updates that can still be told apart, by client; ``clients`` are those that it comes from."""
 
     @abstractmethod
     def reduced(self) -> Reduced:

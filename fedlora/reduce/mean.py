@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Self, final
 
@@ -122,6 +122,11 @@ class WeightedMean(Reduction):
         extra = _widest([one.extra for one in expected.values()])
         if extra or self.extra.count:
             _check_sum(self.extra, extra, len(expected), len(expected))
+
+    def each(self, clients: Sequence[int]) -> list[tuple[int, Tensors]]:
+        """Return the update, where there is one only."""
+        update, _ = self._only
+        return [] if update is None else [(clients[0], update.tensors)]
 
     def reduced(self) -> Reduced:
         """Return the mean."""

@@ -85,6 +85,10 @@ class OneByOne(Reduction):
                 raise WireError(f"the weight of client {client} is {update.weight}, not {expected[client].weight}")
             _check_size(update.tensors, update.weight)
 
+    def each(self, clients: Sequence[int]) -> list[tuple[int, Tensors]]:
+        """Return all updates."""
+        return [(client, one.tensors) for client, one in self.updates.items()]
+
     def reduced(self) -> Reduced:
         """Return the updates in the order of clients."""
         return Reduced(len(self.updates), updates=tuple(self.updates[client] for client in sorted(self.updates)))

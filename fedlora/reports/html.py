@@ -51,7 +51,8 @@ def html_page(runs: list[Run]) -> str:
             parts.append(_picture(draw_clients(run), f"{run.measure.name} of each client"))
         if run.strengths:
             parts.append(_picture(draw_ranks(run), "strength of each layer's components"))
-        parts.append(_picture(draw_partition(run), "rows and labels by client"))
+        if run.partition["counts"]:
+            parts.append(_picture(draw_partition(run), "rows and labels by client"))
         config = [[key, str(value)] for key, value in run.config.to_flat().items()]
         parts.append(f"<details><summary>configuration</summary>{_table(['key', 'value'], config)}</details>")
     return "\n".join([*parts, "</body></html>"]) + "\n"

@@ -93,8 +93,9 @@ def _short(name: str) -> str:
 
 
 def plot_partition(run: Run) -> None:
-    """Draw each client's rows, stacked by label, into ``partition.png``."""
-    draw_partition(run).savefig(run.path / "partition.png", dpi=120)
+    """Draw each client's rows, stacked by label, into ``partition.png``; nothing where nobody knows them."""
+    if run.partition["counts"]:
+        draw_partition(run).savefig(run.path / "partition.png", dpi=120)
 
 
 def draw_partition(run: Run) -> Any:

@@ -91,4 +91,4 @@ def _pictures(run: Run) -> list[str]:
         ]
         ranks = zip(strengths, effective_ranks(strengths), strict=True)
         lines += [*(f"| {layer} | {rank:g} |" for layer, rank in ranks), ""]
-    return [*lines, "![rows and labels by client](partition.png)", ""]
+    return [*lines, *(["![rows and labels by client](partition.png)", ""] if run.partition["counts"] else [])]

@@ -27,6 +27,12 @@ class Federation:
         learning_rate: Of local training: the size of the server's proximal step on tensors that have an L1 weight.
         dp: Whether clients train under DP, and so report nothing but their updates.
         fingerprint: The code that clients must run; empty: that of the installed packages (:mod:`fedlora.fingerprint`).
+        deployed: Whether clients are sites on other machines, which come and go.
+        min_replies: Updates with which a round of deployed sites may close; 0: it waits for all, and
+            ``failure_threshold`` says how many may fail.
+        grace: Seconds that a round goes on waiting for the others once it has them.
+        max_change: Largest L2 norm by which one site may change the tensors that it was sent; 0: any.
+        measured_by_sites: Whether clients report how the server's tensors do on the rows that they hold out.
     """
 
     num_clients: int
@@ -39,6 +45,11 @@ class Federation:
     learning_rate: float = 0.0
     dp: bool = False
     fingerprint: str = ""
+    deployed: bool = False
+    min_replies: int = 0
+    grace: float = 0.0
+    max_change: float = 0.0
+    measured_by_sites: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -85,12 +96,16 @@ class Federation:
         """
         failed = {client: reason for client, reason in refused.items() if client not in spent}
         able = len(set(asked) - set(spent))
-        if good and len(failed) <= self.failure_threshold * able:
+        if good and (good >= self.min_replies if self.min_replies else len(failed) <= self.failure_threshold * able):
             return
         reasons = [f"client {client}: {reason}" for client, reason in sorted(failed.items())[:3]]
+        rule = (
+            f"fewer than federation.min-replies = {self.min_replies} are left"
+            if self.min_replies
+            else f"more than federation.failure-threshold = {self.failure_threshold} allows"
+        )
         raise FederationError(
-            f"round {server_round}: {len(failed)} of {able} clients failed, more than "
-            f"federation.failure-threshold = {self.failure_threshold} allows. {'; '.join(reasons)}"
+            f"round {server_round}: {len(failed)} of {able} clients failed, {rule}. {'; '.join(reasons)}"
             f"{'; ...' if len(failed) > 3 else ''}"
         )
 

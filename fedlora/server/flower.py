@@ -22,8 +22,10 @@ from flwr.serverapp.strategy import Strategy as FlowerBase
 from fedlora.exchange import Instruction, Tensors
 from fedlora.fingerprint import code_fingerprint
 from fedlora.methods import proximal_step
-from fedlora.server.cohort import Federation, assigned
+from fedlora.server.cohort import Federation
 from fedlora.server.loop import Observe, run_rounds
+from fedlora.server.mail import Mail
+from fedlora.server.nodes import Nodes, SimulationNodes
 from fedlora.server.personal import PersonalEvaluation
 from fedlora.server.replies import Replies
 from fedlora.server.traffic import ACCUMULATED, Payloads
@@ -45,6 +47,7 @@ class FlowerStrategy(FlowerBase):
         strategy: The strategy.
         federation: Its clients.
         state: What the server holds before the first round, ``strategy.initial(...)``, or held after the last one.
+        nodes: Which SuperNode stands for whom; None: any of a simulation's.
 
     Attributes:
         state: What the server holds.
@@ -52,8 +55,16 @@ class FlowerStrategy(FlowerBase):
         personal: The last evaluation by clients of their own models; None before the first.
     """
 
-    def __init__(self, strategy: Strategy, federation: Federation, state: ServerState | None = None) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        federation: Federation,
+        state: ServerState | None = None,
+        nodes: Nodes | None = None,
+    ) -> None:
         self.strategy = strategy
+        self.nodes = SimulationNodes() if nodes is None else nodes
+        self._ttl: float | None = None
         self.federation = federation
         self.state = ServerState({}) if state is None else state
         self.replies: Replies | None = None
@@ -79,8 +90,13 @@ class FlowerStrategy(FlowerBase):
         cohort = federation.cohort(server_round)
         federation.check_budgets(server_round, self.state.clients.spent)
         able = [client for client in cohort if client not in self.state.clients.spent]
-        nodes = assigned(able, list(grid.get_node_ids()))
-        self.replies = Replies(server_round, self.strategy, federation, dict(nodes))
+        nodes = self.nodes.assign(grid, able, server_round)
+        sent = (
+            {clients[0]: self._sent(server_round, clients) for clients in nodes.values()}
+            if federation.max_change
+            else {}
+        )
+        self.replies = Replies(server_round, self.strategy, federation, dict(nodes), self.nodes, sent)
         self._count_down(nodes, server_round, self.payloads.down)
         return self._messages(MessageType.TRAIN, server_round, nodes)
 
@@ -113,14 +129,16 @@ class FlowerStrategy(FlowerBase):
     ) -> Iterable[Message]:
         """Ask clients to evaluate themselves, where they keep tensors that the server cannot evaluate.
 
-        Those are asked that have trained so far: another's personal tensors are still the seed's. Under DP nobody is:
+        So they are where the server has no rows of its own. Those are asked that have trained so far: another's
+        personal tensors are still the seed's. Under DP nobody is:
         sums over a client's rows are not covered by its guarantee.
         """
         trained = self.state.clients.trained
-        if not self.strategy.has_personal or not trained or self.federation.dp:
+        asked = self.strategy.has_personal or self.federation.measured_by_sites
+        if not asked or not trained or self.federation.dp:
             return []
         self._take(arrays, server_round + 1)
-        nodes = assigned(sorted(trained), list(grid.get_node_ids()))
+        nodes = self.nodes.assign(grid, sorted(trained), server_round)
         self.personal = PersonalEvaluation(server_round, dict(nodes))
         # A client evaluates what it will start the next round with.
         self._count_down(nodes, server_round + 1, self.payloads.evaluation)
@@ -182,11 +200,27 @@ class FlowerStrategy(FlowerBase):
                 privacy budgets after some rounds, the rounds end early instead.
         """
         self.summary()
+        federation = self.federation
+        mail = Mail(grid, timeout, federation.grace, deployed=federation.deployed)
+        if federation.deployed:
+            self._ttl = timeout  # a node that comes back later must not train for a round that has closed
         return run_rounds(
-            self, grid, initial_arrays, num_rounds, timeout, evaluate_fn=evaluate_fn, on_round=on_round, done=completed
+            self,
+            mail,
+            initial_arrays,
+            num_rounds,
+            enough=self._enough,
+            evaluate_fn=evaluate_fn,
+            on_round=on_round,
+            done=completed,
         )
 
     # -- helpers ------------------------------------------------------------------------------------------
+
+    def _enough(self) -> bool:
+        """Whether the round has as many updates as it needs to close."""
+        least = self.federation.min_replies
+        return least > 0 and self.replies is not None and self.replies.total.count >= least
 
     def _apply(self, server_round: int, own: Replies) -> None:
         """Turn the round's updates into the server's new state, in the dtype of its tensors."""
@@ -266,11 +300,14 @@ class FlowerStrategy(FlowerBase):
                     fingerprint=federation.fingerprint or code_fingerprint()[0],
                     pack=federation.pack,
                     ledger_heads=tuple(heads.get(client, "") for client in clients) if federation.dp else (),
+                    job=self.nodes.job(clients),
                 )
             )
             if self.replies is not None:
                 self.replies.traffic.message_bytes_down += message_bytes(content)
-            yield Message(content, dst_node_id=node, message_type=message_type, group_id=str(server_round))
+            yield Message(
+                content, dst_node_id=node, message_type=message_type, ttl=self._ttl, group_id=str(server_round)
+            )
 
     def _sent(self, server_round: int, clients: tuple[int, ...]) -> Tensors:
         """Return the tensors that a node is sent: as much of each as the client with the largest rank holds."""

@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.serverapp import Grid
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora.server.errors import BudgetSpentError
+from fedlora.server.mail import Mail, never
 
 Observe = Callable[[int, Result], None]
-_POLL_S = 0.1
 _logger = logging.getLogger(__name__)
 
 
 def run_rounds(
     strategy: Strategy,
-    grid: Grid,
+    mail: Mail,
     initial_arrays: ArrayRecord,
     num_rounds: int,
-    timeout: float,
     *,
+    enough: Callable[[], bool] = never,
     evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     on_round: Observe | None = None,
     done: int = 0,
 ) -> Result:
     """Run the rounds after ``done`` with the four hooks of a Flower strategy, and return Flower's result object."""
-    result, config = Result(), ConfigRecord()
+    result, config, grid = Result(), ConfigRecord(), mail.grid
     result.arrays = initial_arrays
 
     def evaluate(server_round: int, arrays: ArrayRecord) -> None:
         questions = list(strategy.configure_evaluate(server_round, arrays, config, grid))
         if questions:
-            personal = strategy.aggregate_evaluate(server_round, arriving(grid, questions, timeout))
+            personal = strategy.aggregate_evaluate(server_round, mail.exchange(questions))
             if personal is not None:
                 result.evaluate_metrics_clientapp[server_round] = personal
 
@@ -45,7 +43,7 @@ def run_rounds(
         if server_round:
             try:
                 instructions = strategy.configure_train(server_round, result.arrays, config, grid)
-                arrays, metrics = strategy.aggregate_train(server_round, arriving(grid, instructions, timeout))
+                arrays, metrics = strategy.aggregate_train(server_round, mail.exchange(instructions, enough))
             except BudgetSpentError as error:
                 if server_round == 1:
                     raise  # nothing was trained
@@ -63,15 +61,3 @@ def run_rounds(
         if on_round is not None:
             on_round(server_round, result)
     return result
-
-
-def arriving(grid: Grid, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-    """Send messages and yield each reply as it arrives, until all are there or ``timeout`` seconds passed."""
-    waiting = set(grid.push_messages(messages))
-    end = time.monotonic() + timeout
-    while waiting and time.monotonic() < end:
-        for reply in grid.pull_messages(waiting):
-            waiting.discard(reply.metadata.reply_to_message_id)
-            yield reply
-        if waiting:
-            time.sleep(_POLL_S)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
 
 from fedlora.codec import WireError
-from fedlora.exchange import ClientReport, Outcome
+from fedlora.exchange import ClientReport, Outcome, Tensors
 from fedlora.reduce import REDUCTIONS, Expected, Reduction
 from fedlora.server.cohort import Federation
+from fedlora.server.nodes import Nodes, SimulationNodes
 from fedlora.server.traffic import Payloads, Traffic
+from fedlora.shapes import cut
 from fedlora.strategy import Strategy
 from fedlora.wire import message_bytes, read_reduction, read_reports
 
@@ -32,6 +34,8 @@ class Replies:
         strategy: The strategy: what a reply must hold.
         federation: The clients: how they count, and what they may report.
         pending: Clients whose reply has not arrived, by the node that stands for them.
+        nodes: Which node stands for whom, and what a client may claim.
+        sent: What clients were sent, by client, where their change is bounded.
         total: The updates, reduced.
         reports: What each client reported.
         refused: Why a client is left out, by client.
@@ -42,6 +46,8 @@ class Replies:
     strategy: Strategy
     federation: Federation
     pending: dict[int, tuple[int, ...]]
+    nodes: Nodes = field(default_factory=SimulationNodes)
+    sent: Mapping[int, Tensors] = field(default_factory=dict)
     reports: dict[int, ClientReport] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
@@ -88,6 +94,8 @@ class Replies:
         for report in reports:
             if report.outcome is not Outcome.OK:
                 self.refuse([report.client], report.reason)
+            if report.outcome is Outcome.NOT_JOINED:
+                self.nodes.left(report.client, report.reason)
         try:
             self._check_reports(reports, good)
             if good:
@@ -105,7 +113,7 @@ class Replies:
         """Leave clients out of the round, and log it."""
         for client in clients:
             self.refused[client] = reason
-            _logger.warning("round %d: client %d is left out: %s", self.round, client, reason)
+            _logger.warning("round %d: %s is left out: %s", self.round, self.nodes.name(client), reason)
 
     def metrics(self) -> MetricRecord:
         """Return the round's numbers; the mean loss by client, not by arrival: any order of replies gives its bits."""
@@ -131,6 +139,10 @@ class Replies:
                 raise WireError("it holds an update that no ledger entry pays for")
         elif any(report.examples < 1 or not np.isfinite(report.metrics.get("loss", np.nan)) for report in good):
             raise WireError("it reports no training examples, or no finite loss")
+        for report in good:
+            most = self.nodes.rows(report.client)
+            if most is not None and report.examples > most:
+                raise WireError(f"it claims {report.examples} rows, and declared {most} when it joined")
 
     def _covered(self, report: ClientReport) -> ClientReport:
         """Return a report as it may be kept: under DP without numbers of rows, whether or not it should hold any."""
@@ -144,7 +156,23 @@ class Replies:
         if reduction is None:
             raise WireError("it holds no update")
         reduction.check(expected, self.federation.dtype)
+        for client, tensors in reduction.each(list(expected)):
+            self._check_change(client, tensors)
         self.total.merge(reduction)
+
+    def _check_change(self, client: int, tensors: Tensors) -> None:
+        """Refuse an update that changes what its client was sent by more than one client may."""
+        most, sent = self.federation.max_change, self.sent.get(client)
+        if not most or sent is None:
+            return
+        squares = 0.0
+        for name, value in tensors.items():
+            start = cut(np.asarray(sent[name]), value.shape) if name in sent else 0.0
+            squares += float(np.square(value.astype(np.float64) - start).sum())
+        if not squares <= most**2:
+            raise WireError(
+                f"it changes the tensors by {squares**0.5:.4g} in L2 norm, more than federation.max-change = {most:g}"
+            )
 
     def _expected(self, report: ClientReport) -> Expected:
         """Return what a client's update must hold."""
