@@ -1,17 +1,22 @@
 """The Flower ClientApp: decodes an instruction, hands it to the site, reduces the updates, encodes the reply.
 
-No row and no model is ever in this process; what comes from the site may leave it.
+No row and no model is ever in this process; what comes from the site may leave it. In a deployment the server sends
+this code, so nothing that protects a site is in it: the site's daemon trusts it no more than it trusts the server.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.ray_site import RaySite, TrainerPool
+from clients.errors import SiteError
 from clients.site import Site
+from clients.socket_site import SocketSite
 from fedlora import plugins, wire
 from fedlora.exchange import Instruction
+from fedlora.joining import JoinReport
 from fedlora.reduce import fold
 
 app = ClientApp()
@@ -32,14 +37,39 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(wire.Reply(reports).to_content(), reply_to=message)
 
 
+@app.query()
+def join(message: Message, context: Context) -> Message:
+    """Ask a deployed site to take part in a run."""
+    request = wire.read_join_request(message.content)
+    socket = _socket(context)
+    try:
+        report = SocketSite(socket).join(request) if socket else JoinReport("", "this SuperNode serves no site")
+    except SiteError as error:
+        report = JoinReport("", str(error))
+    return Message(wire.write_join_report(report), reply_to=message)
+
+
+def _socket(context: Context) -> Path | None:
+    """Return the socket of the site's daemon, which its operator names in ``--node-config``; None in a simulation."""
+    named = context.node_config.get("site-socket")
+    return Path(str(named)) if named else None
+
+
 def _site(context: Context) -> Site:
-    """Return the site whose clients this node stands for: the trainers of the run."""
+    """Return the site whose clients this node stands for: its daemon, or in a simulation the trainers of the run."""
+    socket = _socket(context)
+    if socket:
+        return SocketSite(socket)
+    from clients.ray_site import RaySite, TrainerPool  # Ray takes half a second to import
+
     return RaySite(TrainerPool.connect(context.run_id), first=int(context.node_config.get("partition-id", 0)))
 
 
 def _instruction(message: Message, context: Context) -> Instruction:
     """Read the instruction, and refuse it where this process runs other code than the server."""
     instruction = wire.read_instruction(message.content)
+    if _socket(context):
+        return instruction  # Flower sent this code itself, and the daemon's is compared when it joins
     names = str(context.run_config.get("run.plugins", ""))
     plugins.load(names)
     own, folders = plugins.fingerprint(names)

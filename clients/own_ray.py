@@ -1,0 +1,63 @@
+"""A site's own Ray: on its machine for the daemon's time, or a cluster that the site runs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray advises, instead of warning about it at each start
+}
+
+_LOOPBACK = "127.0.0.2"  # Ray takes 127.0.0.1 for the machine's address on the network
+
+
+@contextmanager
+def own_ray(address: str = "", threads: int = 0) -> Iterator[Mapping[str, float]]:
+    """Connect to a site's Ray for the time of the block, and yield its ``CPU`` and ``GPU`` counts.
+
+    Whoever can talk to Ray can have it run code. A Ray of this machine therefore answers nobody who lacks a token that
+    is drawn for this process, its files are in a folder that no other user may enter, and it knows itself by a loopback
+    address, so that it does not depend on the network. Its ports are open on all addresses all the same, which Ray
+    cannot be told otherwise: the daemon's systemd unit closes them.
+
+    Args:
+        address: A cluster's address; its token, if it has one, comes from the environment as Ray documents. Empty: a
+            Ray of this process on this machine.
+        threads: CPU threads of all trainers together; 0: all cores.
+    """
+    # Ray reads the token once, when it is imported.
+    assert "ray" not in sys.modules or address, "this process has imported Ray already"
+    os.environ.update(_QUIET)
+    if not address:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    if address:
+        ray.init(address=address, log_to_driver=False)
+        try:
+            yield ray.cluster_resources()
+        finally:
+            ray.shutdown()
+        return
+    folder = tempfile.mkdtemp(prefix="fl-ray-")  # mode 0700; the paths of its sockets must stay short
+    try:
+        ray.init(
+            address="local",
+            num_cpus=threads or None,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address=_LOOPBACK,
+            _temp_dir=folder,
+        )
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
