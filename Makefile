@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo demo-dp test test-slow check format config tables clean
+.PHONY: setup demo demo-dp test test-slow test-deploy check format config tables clean
 
 setup: $(STAMP)
 
@@ -29,12 +29,16 @@ E2E := $(BIN)/python -m pytest
 
 test: setup
 	$(UNIT) -m "not e2e and not slow"
-	$(E2E) -m "e2e and not slow"
+	$(E2E) -m "e2e and not slow and not deploy"
 
 # Killed runs, recordings and soaks; some run nowhere else.
 test-slow: setup
 	$(UNIT) -m "not e2e and slow"
 	$(E2E) -m "e2e and slow"
+
+# A deployed federation under faults and attacks: kills, cut networks, malicious sites and servers (docs/reliability.md).
+test-deploy: setup
+	$(E2E) -m "e2e and deploy" -s
 
 check: setup
 	$(BIN)/ruff format --check .

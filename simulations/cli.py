@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,8 +38,13 @@ if TYPE_CHECKING:
 _NODES = 2  # SuperNodes that Flower starts by default
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a subcommand and exit: 0 when all went well, 1 when a run failed, 2 when the input cannot work."""
+def main(arguments: Sequence[str] | None = None, others: Mapping[str, str] | None = None) -> None:
+    """Run a subcommand and exit: 0 when all went well, 1 when a run failed, 2 when the input cannot work.
+
+    Args:
+        arguments: The command line.
+        others: Subcommands that stand elsewhere, with what they are for.
+    """
     parser = argparse.ArgumentParser(prog="fedlora", description="Federated fine-tuning of low-rank adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="like `flwr run --stream`, with a truthful exit code and no process left")
@@ -62,16 +67,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = commands.add_parser("report", help="tables and plots of a run, or of several side by side")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     report.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no other file")
+    for name, text in (others or {}).items():
+        commands.add_parser(name, help=text)
     options = parser.parse_args(arguments)
-    console = Console(width=100, highlight=False, soft_wrap=True)
-    try:
+
+    def chosen(console: Console) -> int:
         match options.command:
             case "report":
-                code = _report(options.runs, options.html, console)
+                return _report(options.runs, options.html, console)
             case "sweep":
-                code = _sweep(options, console)
+                return _sweep(options, console)
             case _:
-                code = _configured(options, console)
+                return _configured(options, console)
+
+    exit_with(chosen)
+
+
+def exit_with(command: Callable[[Console], int]) -> None:
+    """Exit with a command's code; what its user did wrong is one line and code 2."""
+    console = Console(width=100, highlight=False, soft_wrap=True)
+    try:
+        code = command(console)
     except ValueError as error:
         console.print(f"fedlora: error: {error}", markup=False, style="bold red")
         code = 2
@@ -92,6 +108,11 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
     if options.command == "audit" and overrides["privacy.mode"] == "none":
         overrides |= {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0}
     config = resolve(overrides)
+    if config.federation.sites:
+        raise ConfigError(
+            f"federation.sites = {config.federation.sites!r}: the sites of a deployment are asked by its coordinator; "
+            "use `fedlora deploy run coordinator.toml`."
+        )
     if options.command == "plan":
         return _plan(config, console)
     if options.command == "audit":

@@ -28,7 +28,7 @@ from fedlora.config import Scalar, from_toml, to_toml
 
 # What Flower does by itself at start-up and a run must not: install [project].dependencies anew (torch among
 # them) into an environment of its own, and call home.
-_FLOWER_ENVIRONMENT = {
+FLOWER_ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -55,7 +55,14 @@ def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[
     with _home() as (home, environment):
         file = home / "run-config.toml"
         file.write_text(to_toml(config), encoding="utf-8")
-        command = [_flwr(), "run", str(shipped(app, home / "app", config)), "--stream", "--run-config", str(file)]
+        command = [
+            flower_command(),
+            "run",
+            str(shipped(app, home / "app", config)),
+            "--stream",
+            "--run-config",
+            str(file),
+        ]
         for option in federation_config:
             command += ["--federation-config", option]
         started = subprocess.run(command, env=environment, cwd=app, check=False)
@@ -137,7 +144,7 @@ def run_side_by_side(app: Path, sweep: Path, workers: int, federation_config: Se
 def _verdict(environment: Mapping[str, str], home: Path, console: Console) -> int:
     """Ask Flower how the one run of this home ended."""
     answer = subprocess.run(
-        [_flwr(), "ls", "--format", "json"], env=environment, capture_output=True, text=True, check=False
+        [flower_command(), "ls", "--format", "json"], env=environment, capture_output=True, text=True, check=False
     )
     try:
         run = json.loads(answer.stdout)["runs"][0]
@@ -162,10 +169,10 @@ def _show_log(home: Path, console: Console) -> None:
 
 def flower_environment(home: Path) -> dict[str, str]:
     """Return the environment of a Flower whose files are in ``home`` and whose ports nobody else uses."""
-    http, control = _free_ports(2)
+    http, control = free_ports(2)
     return {
         **os.environ,
-        **_FLOWER_ENVIRONMENT,
+        **FLOWER_ENVIRONMENT,
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(http),
         "FLWR_LOCAL_CONTROL_API_PORT": str(control),
@@ -240,7 +247,7 @@ def _processes(home: Path) -> list[psutil.Process]:
     return list(found.values())
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports of the loopback address that nobody listens on."""
     sockets = [socket.socket() for _ in range(count)]
     try:
@@ -252,6 +259,6 @@ def _free_ports(count: int) -> list[int]:
             one.close()
 
 
-def _flwr() -> str:
-    """Return the path of the ``flwr`` command beside this Python."""
-    return str(Path(sys.executable).parent / "flwr")
+def flower_command(name: str = "flwr") -> str:
+    """Return the path of one of Flower's commands beside this Python."""
+    return str(Path(sys.executable).parent / name)

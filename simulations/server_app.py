@@ -1,9 +1,9 @@
-"""The Flower ServerApp of a simulation: one run, or the cells of a sweep."""
+"""What the Flower ServerApp does in a simulation: one run, or the cells of a sweep."""
 
 from __future__ import annotations
 
 from flwr.app import Context
-from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp import Grid
 from rich.console import Console
 
 from clients.ray_site import TrainerLostError
@@ -14,11 +14,8 @@ from simulations.sweeps.cells import Share
 from simulations.sweeps.file import Sweep
 from simulations.sweeps.progress import run_share
 
-app = ServerApp()
 
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
+def simulate(grid: Grid, context: Context) -> None:
     """Run what the run configuration describes."""
     console = Console(width=100, highlight=False, soft_wrap=True)
     session: Session | None = None

@@ -1,0 +1,197 @@
+"""What ``fedlora doctor`` looks at on a site's machine."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from clients.site_file import SiteFile, SuperNodeTable
+from deploy import checks
+from deploy.checks import Finding, Grade
+from fedlora.messages import first_line
+
+_SOCKET_PATH = 107  # bytes that Linux takes
+_GET_AGAIN = "get tls/ca.crt from the coordinator again"
+
+
+def examine_site(
+    site: SiteFile, *, load_models: bool = False, coordinator: Mapping[str, str] | None = None
+) -> list[Finding]:
+    """Check a site's installation.
+
+    Args:
+        site: Its file.
+        load_models: Whether to load its models for their digests, which takes time and memory.
+        coordinator: The coordinator's versions by package, where they are known.
+    """
+    daemon = site.state.stat().st_uid if site.state.is_dir() else os.getuid()
+    findings = checks.versions(coordinator)
+    others: list[int] = []
+    try:
+        others = _others(site, daemon)
+        findings.append(_users(daemon, others))
+    except ValueError as error:
+        cure = "make it with useradd --system, or name the SuperNode's user"
+        findings.append(Finding("users", Grade.FAILED, str(error), cure))
+    findings += _places(site, daemon, others)
+    if site.supernode is None:
+        cure = "add superlink = 'HOST:PORT' under [supernode] in the site's file"
+        findings.append(Finding("SuperNode", Grade.WARNING, "the file has no [supernode]", cure))
+    else:
+        findings += _supernode(site, site.supernode, others or [daemon])
+    findings += [checks.disk(site.state), checks.gpu(), _data(site), *_models(site, load=load_models)]
+    return findings
+
+
+def _others(site: SiteFile, daemon: int) -> list[int]:
+    """Return the users, other than the daemon's, that may connect to it.
+
+    Raises:
+        ValueError: There is no such user.
+    """
+    ids, own = site.access.ids, os.getuid()
+    if not {str(own), checks.user_name(own)} & set(site.access.users):
+        ids -= {own}  # whoever runs this
+    return sorted(ids - {daemon})
+
+
+def _users(daemon: int, others: list[int]) -> Finding:
+    """Check that what the coordinator sends does not run as the user who owns the data."""
+    own = checks.user_name(daemon)
+    if others:
+        names = ", ".join(map(checks.user_name, others))
+        return Finding("users", Grade.OK, f"the daemon is {own}; {names} may connect to it")
+    found = f"nobody but the daemon's user, {own}, may connect to it: what the coordinator sends can read the data"
+    cure = "run the SuperNode as another user, and name that one in [access] users"
+    return Finding("users", Grade.WARNING, found, cure)
+
+
+def _places(site: SiteFile, daemon: int, others: list[int]) -> Iterator[Finding]:
+    """Check who gets at state, data and socket."""
+    yield checks.private_folder(site.state, "state folder")
+    data, folder, socket = Path(site.data.path), site.socket.parent, str(site.socket)
+    if os.path.exists(data) and not checks.may(daemon, data, os.R_OK):
+        found = f"{checks.user_name(daemon)}, the daemon's user, cannot read {data}"
+        yield Finding("data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {data}")
+    for user in others:
+        if os.path.exists(data) and checks.may(user, data, os.R_OK):
+            found = f"{checks.user_name(user)} can read {data}, and so can what the coordinator sends"
+            yield Finding(
+                "data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {data}; chmod 600 {data}"
+            )
+        if folder.is_dir() and not checks.may(user, folder, os.X_OK):
+            found = f"{checks.user_name(user)} does not get into {folder}, where the socket is"
+            yield Finding("socket", Grade.FAILED, found, f"chmod 711 {folder} and the folders above it")
+    if len(os.fsencode(socket)) > _SOCKET_PATH:
+        found = f"the path has {len(os.fsencode(socket))} bytes, and Linux takes {_SOCKET_PATH}"
+        yield Finding("socket", Grade.FAILED, found, "set socket to a shorter path, such as /run/fedlora/site.sock")
+    elif os.path.exists(site.socket):
+        is_socket = stat.S_ISSOCK(site.socket.stat().st_mode)
+        grade, cure = (Grade.OK, "") if is_socket else (Grade.FAILED, f"remove {socket}")
+        yield Finding("socket", grade, f"{socket} is {'there' if is_socket else 'no socket'}", cure)
+    elif folder.is_dir() and not checks.may(daemon, folder, os.W_OK | os.X_OK):
+        found = f"{checks.user_name(daemon)} cannot write in {folder}"
+        yield Finding("socket", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {folder}")
+    else:
+        yield Finding("socket", Grade.OK, f"{socket} is made when the daemon starts")
+
+
+def _supernode(site: SiteFile, supernode: SuperNodeTable, users: list[int]) -> Iterator[Finding]:
+    """Check what the SuperNode needs: its key, the way to the coordinator, a port."""
+    ca = site.beside(supernode.ca)
+    yield checks.certificate(ca, "authority's certificate", _GET_AGAIN)
+    key = site.beside(supernode.key)
+    yield checks.secret(key, "SuperNode's key", users)
+    if os.access(key, os.R_OK):
+        yield from _key_kind(key)
+    yield from checks.coordinator_at(supernode.superlink, ca)
+    yield checks.port(supernode.port, "SuperNode, loopback", "[supernode] port")
+
+
+def _key_kind(path: Path) -> Iterator[Finding]:
+    """Check that a key is one that Flower's SuperNode takes."""
+    try:
+        usable = isinstance(serialization.load_ssh_private_key(path.read_bytes(), None), ec.EllipticCurvePrivateKey)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        usable = False
+    if not usable:
+        cure = "bring it back from what deploy init has made (Flower takes EC keys in OpenSSH's format)"
+        yield Finding("SuperNode's key", Grade.FAILED, f"{path} is no key that Flower takes", cure)
+
+
+def _data(site: SiteFile) -> Finding:
+    """Check that the data can be read, with their columns and classes."""
+    from fedlora.data.files import load_own_rows
+    from fedlora.plugins import read_config
+
+    data, classes = site.data, site.public.classes
+    flat = {
+        "task": "classification" if classes else "causal-lm",
+        "data.name": "file",
+        "data.path": data.path,
+        "data.text-column": data.text_column,
+        "data.label-column": data.label_column,
+        "data.answer-column": data.answer_column,
+        "data.header": data.header,
+        "data.partition": "iid",
+        "data.classes": classes,
+    }
+    try:
+        corpus = load_own_rows(read_config(flat))
+    except (ValueError, OSError) as error:
+        return Finding(
+            "data",
+            Grade.FAILED,
+            first_line(error),
+            "put the file in its place, and set [data] and [public] classes to what it has",
+        )
+    rows = len(corpus.train)
+    found = f"{rows} rows, {len(corpus.classes)} classes" if classes else f"{rows} rows with answers"
+    if not rows / 2 <= site.public.rows <= rows * 2:
+        cure = "set rows to a round number near it; under privacy it sets the sample rate"
+        return Finding("data", Grade.WARNING, f"{found}, and [public] rows = {site.public.rows}", cure)
+    return Finding("data", Grade.OK, found)
+
+
+def _models(site: SiteFile, *, load: bool) -> Iterator[Finding]:
+    """Check that the models are there; with ``load`` that they load, and their digests."""
+    from fedlora.models import model_path
+
+    for name, place in site.models.items():
+        what = f"model {name}"
+        try:
+            if load:
+                digest = _digest(site, place)
+                wanted = site.limits.model_digests
+                if wanted and digest not in wanted:
+                    cure = "get the model that was agreed on, or change model-digests if this is the one"
+                    yield Finding(what, Grade.FAILED, f"digest {digest} is none of [limits] model-digests", cure)
+                else:
+                    yield Finding(what, Grade.OK, f"digest {digest}")
+            elif (folder := Path(model_path(place))).is_dir():
+                if not (folder / "config.json").is_file():
+                    raise ValueError(f"{folder} holds no config.json")
+                yield Finding(what, Grade.OK, f"{folder} (its digest: --model)")
+            else:
+                yield Finding(what, Grade.OK, f"{place}, loaded by that name when it is asked for (try it: --model)")
+        except ValueError as error:
+            yield Finding(
+                what, Grade.FAILED, first_line(error), "set its entry under [models] to a folder that holds it"
+            )
+
+
+def _digest(site: SiteFile, place: str) -> str:
+    import torch
+
+    from fedlora.models import load_base
+    from fedlora.tasks import TASKS
+
+    classes = [name for name in site.public.classes.split(",") if name]
+    task = TASKS["classification" if classes else "causal-lm"]
+    return load_base(place, task, max(2, len(classes)), "auto", dtype=torch.float32, device=torch.device("cpu")).digest
