@@ -18,7 +18,7 @@ from clients.errors import RefusedError
 from clients.limits import SiteLimits
 from fedlora.config import Config
 from fedlora.exchange import Outcome
-from fedlora.privacy import Ledger, LedgerError, Mechanism, PrivateRandom, Use, certifier, epsilon
+from fedlora.privacy import Entry, Ledger, LedgerError, Mechanism, PrivateRandom, certifier, epsilon
 from fedlora.privacy.mechanism import SEEDED
 from fedlora.runs.folder import read_lines
 
@@ -78,17 +78,29 @@ class Accounts:
                 head=head,
                 budget=self._check_budget,
                 remark=SEEDED if self.config.privacy.seed else "",
+                run=self._run,
             )
         except LedgerError as error:
             self.note(client, round_number, {"error": str(error)})
             raise RefusedError("its privacy ledger cannot be trusted; its own diagnostics.jsonl says why") from error
         return entry.hash
 
-    def _check_budget(self, uses: Sequence[Use]) -> None:
-        privacy, budget = self.config.privacy, self.limits.budget(self.config.privacy.epsilon)
-        if budget and epsilon(uses, target_delta=privacy.delta, accountant=certifier(self.config)) > budget:
-            whose = f"privacy.epsilon = {budget:g}" if budget == privacy.epsilon else "the site's own max-epsilon"
-            raise RefusedError(f"its privacy budget is spent: one more round would pass {whose}", Outcome.BUDGET_SPENT)
+    @property
+    def _run(self) -> str:
+        """The run that a deployed site notes in its ledger; elsewhere each run has ledgers of its own."""
+        return self.config.run.name if self.limits.name else ""
+
+    def _check_budget(self, entries: Sequence[Entry]) -> None:
+        """Hold this run to the job's budget, and all runs together to the site's own."""
+        privacy, run = self.config.privacy, [entry for entry in entries if entry.run == self._run]
+        for budget, whose, counted in (
+            (privacy.epsilon, f"privacy.epsilon = {privacy.epsilon:g}", run),
+            (self.limits.max_epsilon, "the site's own max-epsilon", entries),
+        ):
+            uses = [entry.use for entry in counted]
+            if budget and epsilon(uses, target_delta=privacy.delta, accountant=certifier(self.config)) > budget:
+                why = f"its privacy budget is spent: one more round would pass {whose}"
+                raise RefusedError(why, Outcome.BUDGET_SPENT)
 
     def note(self, client: int, round_number: int, facts: dict[str, float | str]) -> None:
         """Write down what only the site may read: it is not covered by the guarantee, and never sent."""

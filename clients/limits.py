@@ -164,10 +164,6 @@ class SiteLimits:
         if self.max_bytes and leaving > self.max_bytes:
             self._refuse("bytes of the tensors that leave", leaving, "max_bytes")
 
-    def budget(self, epsilon: float) -> float:
-        """Return the stricter of a job's budget and the site's own; 0: there is none."""
-        return min((one for one in (epsilon, self.max_epsilon) if one), default=0.0)
-
     def _refuse(self, key: str, value: Scalar, limit: str) -> None:
         _logger.error("refused a job: %s = %r, and %s = %r", key, value, _key(limit), getattr(self, limit))
         raise RefusedError(f"the site's own limits refuse the job: {key}, by {_key(limit)}")

@@ -29,7 +29,7 @@ VERSION = 1
 _PREFIX = struct.Struct(">4sHI")  # magic, version, bytes of the header
 _MAGIC = b"FLSD"
 _MAX_HEADER_BYTES = 1 << 24
-_MAX_TENSORS = 1 << 20
+_MAX_TENSORS = 1 << 16
 _CHUNK = 1 << 20
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import final
 
 from clients.errors import SiteError
 from clients.protocol import Frame, receive, send
+from fedlora.codec import WireError
 from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.headers import instruction_header, read_reports_header
 from fedlora.joining import JoinReport, JoinRequest
@@ -70,15 +72,17 @@ class SocketSite:
                 connection.settimeout(_CONNECT_S)
                 connection.connect(str(self._path))
                 connection.settimeout(None)  # training takes as long as it takes
-                send(connection, question)
+                with suppress(BrokenPipeError):  # it did not read all of the question; its answer says why
+                    send(connection, question)
                 while (frame := receive(connection, _MAX_UPDATE_BYTES)).kind != "end":
                     if frame.kind == "error":
                         raise SiteError(frame.reader().one("reason", str))
                     yield frame
+        except WireError as error:
+            raise SiteError(f"the site's daemon cannot be understood: {error}") from error
         except OSError as error:
             raise SiteError(
-                f"the site's daemon does not answer ({type(error).__name__}); whoever runs the site can see why with "
-                "`fedlora site show`"
+                f"the site's daemon does not answer ({type(error).__name__}); its own log says why"
             ) from error
 
 

@@ -13,6 +13,7 @@ import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -24,6 +25,7 @@ from cryptography import x509
 from packaging.requirements import Requirement
 
 from deploy import pki
+from deploy.gateway import HEALTH, VERSIONS
 from fedlora.messages import first_line
 
 _SHOWN = ("fedlora", "flwr", "torch", "transformers", "peft", "ray")
@@ -167,6 +169,21 @@ def coordinator_at(address: str, ca: Path) -> list[Finding]:
         ),
         _clock(date),
     ]
+
+
+def versions_at(address: str, ca: Path) -> dict[str, str] | None:
+    """Return the coordinator's versions by package, as its gateway gives them; None where it does not answer."""
+    host, _, port = address.rpartition(":")
+    try:
+        context = ssl.create_default_context(cafile=ca)
+        connection = http.client.HTTPSConnection(host.strip("[]"), int(port), timeout=_TIMEOUT_S, context=context)
+        with closing(connection):
+            connection.request("GET", HEALTH)
+            said = connection.getresponse().headers[VERSIONS]
+    except (OSError, http.client.HTTPException):
+        return None  # the check of the coordinator says why
+    pairs = (one.partition("=") for one in (said or "").split())
+    return {name: version for name, _, version in pairs if version} or None
 
 
 def _clock(date: str | None) -> Finding:

@@ -183,7 +183,7 @@ class _Deployment:
         self._sites, self._console, self._started = sites, console, started
         self._task = TASKS[plan.config.task]
         self._flower = FlowerStrategy(plan.strategy, plan.federation, nodes=sites)
-        self._privacy = SitesPrivacy(plan, folder, plan.data.names, "the sites' own devices")
+        self._privacy = SitesPrivacy(plan, folder, plan.data.names, self._device)
         self._lines: list[dict[str, Any]] = []
 
     def run(self, grid: Grid) -> dict[str, Any]:
@@ -239,6 +239,11 @@ class _Deployment:
                 self._console, plan.config.rounds, plan.measure, epsilon_spent(plan) if plan.privacy else train_loss
             ),
         ]
+
+    def _device(self) -> str:
+        """Where the sites that have joined compute; under DP it decides where noise comes from."""
+        devices = {report.device for report in self._sites.reports.values()}
+        return "cuda" if devices - {"cpu"} else "cpu"
 
     def _sums(self, _: RoundEnd) -> Mapping[int, Mapping[str, float]]:
         """Return what sites reported of the rows that they hold out; under DP, nothing."""

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from clients.site_file import SiteFile
+from deploy import checks
 from deploy.checks import Finding, Grade
 from deploy.coordinator_file import CoordinatorFile
 from deploy.doctor_coordinator import examine_coordinator
@@ -32,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", action="store_true", help="also load the site's models, and print their digests")
 
 
-def run_doctor(options: argparse.Namespace, console: Console, coordinator_versions: Versions | None = None) -> int:
+def ask_versions(site: SiteFile) -> Mapping[str, str] | None:
+    """Ask the coordinator of a site for its versions."""
+    own = site.supernode
+    return checks.versions_at(own.superlink, site.beside(own.ca)) if own is not None else None
+
+
+def run_doctor(options: argparse.Namespace, console: Console, coordinator_versions: Versions = ask_versions) -> int:
     """Carry out ``fedlora doctor``: 0 when nothing failed (warnings are none), 1 when something did.
 
     Raises:
@@ -43,8 +50,7 @@ def run_doctor(options: argparse.Namespace, console: Console, coordinator_versio
         findings = examine_coordinator(CoordinatorFile.read(path))
     else:
         site = SiteFile.read(path)
-        theirs = coordinator_versions(site) if coordinator_versions else None
-        findings = examine_site(site, load_models=options.model, coordinator=theirs)
+        findings = examine_site(site, load_models=options.model, coordinator=coordinator_versions(site))
     show(findings, console)
     return 1 if any(finding.grade is Grade.FAILED for finding in findings) else 0
 

@@ -9,6 +9,7 @@ of its body is passed on. Bodies are streamed both ways, never kept.
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
 import logging
 import socket
@@ -43,6 +44,10 @@ _logger = logging.getLogger(__name__)
 HEALTH = "/health"
 """Open to everybody: it says that a SuperLink is there and, by its date, what its clock says."""
 
+VERSIONS = "fedlora-versions"
+"""Header of the answer to :data:`HEALTH`: what the coordinator runs, for a site's doctor to compare."""
+
+_VERSIONS = f"fedlora={importlib.metadata.version('fedlora')} flwr={importlib.metadata.version('flwr')}"
 _ACTIVATE = "/v1/fleet/activate-node"
 _CALLS = (
     *("deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "get-run", "get-fab"),
@@ -188,7 +193,8 @@ class _Proxy:
             request = self._client.build_request(method, path, headers=_passed(headers), content=content)
             response = await self._client.send(request, stream=True)
             async with aclosing(response):
-                await answer.start(response.status_code, _passed(response.headers))
+                own = {VERSIONS: _VERSIONS} if path == HEALTH else {}
+                await answer.start(response.status_code, _passed(response.headers) | own)
                 async for part in response.aiter_raw():
                     await answer.write(part)
             if response.is_error:

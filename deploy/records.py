@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 from fedlora.privacy import Entry, Mechanism
@@ -26,10 +26,10 @@ class SitesPrivacy(Observer):
         plan: The run's plan.
         folder: Its folder.
         names: The sites' names, by client.
-        device: What is said of where sites compute.
+        device: Returns where sites compute: ``cpu`` where all of them do.
     """
 
-    def __init__(self, plan: Plan, folder: RunFolder, names: Sequence[str], device: str) -> None:
+    def __init__(self, plan: Plan, folder: RunFolder, names: Sequence[str], device: Callable[[], str]) -> None:
         self.plan, self.folder, self.names, self.device = plan, folder, names, device
         path = folder.path / _LEDGERS
         self._lines = read_lines(path) if path.is_file() else []
@@ -45,7 +45,7 @@ class SitesPrivacy(Observer):
             entries: dict[int, list[Entry]] = {client: [] for client in range(len(self.names))}
             for line in self._lines:
                 entries[line["client"]].append(Entry(line["round"], use, line["entry"]))
-            self.record = privacy_record(self.plan.config, entries, self.device, roles)
+            self.record = privacy_record(self.plan.config, entries, self.device(), roles)
             self.record["not_released"] = [_OWN_BOOKS]
         self.record["sites"] = list(self.names)
         self.folder.write_json(FILE, self.record)

@@ -84,7 +84,7 @@ def read_entry(entry: Any) -> tuple[str, str, tuple[int, ...]]:
     match entry:
         case [str(name), str(dtype), list(shape)] if _is_shape(shape):
             if dtype not in _DTYPES:
-                raise WireError(f"{name} has dtype {dtype!r}, not one of {', '.join(_DTYPES)}")
+                raise WireError(f"{name[:80]} has dtype {dtype[:20]!r}, not one of {', '.join(_DTYPES)}")
             return name, dtype, tuple(shape)
     raise WireError("an entry of the manifest is not [name, dtype, shape]")
 

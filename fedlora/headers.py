@@ -47,6 +47,10 @@ class HeaderReader:
         found: T = value
         return found
 
+    def text(self, key: str) -> str:
+        """Return a text; empty where there is none, since Flower cannot count an empty one."""
+        return self.one(key, str) if key in self._header else ""
+
     def list(self, key: str, kind: Callable[[Any], T]) -> list[T]:
         """Return a list of such values; empty where there is none, since Flower cannot carry an empty one."""
         values = self._header.get(key, [])
@@ -110,10 +114,10 @@ def read_instruction_header(header: HeaderReader, tensors: Tensors, extra: Tenso
         local=local,
         extra=extra,
         ranks=ranks,
-        fingerprint=header.one("fingerprint", str),
+        fingerprint=header.text("fingerprint"),
         pack=header.one("pack", int),
         ledger_heads=ledger_heads,
-        job=header.one("job", str),
+        job=header.text("job"),
     )
 
 

@@ -122,7 +122,7 @@ class JoinReport:
             WireError: It holds none.
         """
         values: dict[str, Any] = {
-            item.name: header.one(item.name, int) if item.type == "int" else header.one(item.name, str)
+            item.name: header.one(item.name, int) if item.type == "int" else header.text(item.name)
             for item in fields(cls)
         }
         return cls(**values)

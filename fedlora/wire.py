@@ -180,8 +180,8 @@ def read_join_report(content: RecordDict) -> JoinReport:
 
 
 def config_record(values: dict[str, Any]) -> ConfigRecord:
-    """Return a header as a record, without its empty lists, whose bytes Flower cannot count."""
-    return ConfigRecord({key: value for key, value in values.items() if value != []})
+    """Return a header as a record, without its empty lists and texts, whose bytes Flower cannot count."""
+    return ConfigRecord({key: value for key, value in values.items() if value not in ([], "")})
 
 
 def header_of(content: RecordDict, name: str) -> HeaderReader:

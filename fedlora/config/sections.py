@@ -231,6 +231,12 @@ class FederationConfig:
             self.min_replies,
             f"must be at most {len(names)}, the number of federation.sites.",
         )
+        require(
+            not self.clients_per_round or self.min_replies <= self.clients_per_round,
+            "federation.min-replies",
+            self.min_replies,
+            f"must be at most federation.clients-per-round = {self.clients_per_round}.",
+        )
         at_least("federation.grace", self.grace, 0)
         at_least("federation.max-change", self.max_change, 0)
         positive("federation.wait", self.wait)

@@ -39,11 +39,13 @@ class Entry:
         round: The round, from 1. A round that was repeated is there twice.
         use: What the client's rows were used for.
         hash: Of this line and, through it, of all before.
+        run: The run, at a deployed site, whose ledger is one for all runs.
     """
 
     round: int
     use: Use
     hash: str
+    run: str = ""
 
 
 @final
@@ -108,8 +110,9 @@ class Ledger:
         use: Use,
         *,
         head: str = "",
-        budget: Callable[[Sequence[Use]], None] | None = None,
+        budget: Callable[[Sequence[Entry]], None] | None = None,
         remark: str = "",
+        run: str = "",
     ) -> Entry:
         """Add an entry, and return it when it is on the disk; no other process can charge in between.
 
@@ -117,8 +120,9 @@ class Ledger:
             round_number: The round, from 1.
             use: What the client's rows are used for.
             head: The last hash that the server has seen; empty: it has seen none.
-            budget: Raises where all uses together, this one included, are too many.
+            budget: Raises where all entries together, this one included, are too many.
             remark: What a reader must know of the entry.
+            run: The run, where the ledger is one for several.
 
         Raises:
             LedgerError: As for :meth:`check_holds`.
@@ -132,9 +136,10 @@ class Ledger:
             entries, opening, whole = self._read()
             self._check_holds(head, entries)
             if budget is not None:
-                budget([*(entry.use for entry in entries), use])
-            facts = {"round": round_number, **use._asdict(), **({"remark": remark} if remark else {})}
-            return Entry(round_number, use, self._append(facts, entries, opening, whole))
+                budget([*entries, Entry(round_number, use, "", run)])
+            said = {key: value for key, value in (("remark", remark), ("run", run)) if value}
+            facts = {"round": round_number, **use._asdict(), **said}
+            return Entry(round_number, use, self._append(facts, entries, opening, whole), run)
 
     def _check_holds(self, head: str, entries: Sequence[Entry]) -> None:
         if head and head not in {entry.hash for entry in entries}:
@@ -211,7 +216,8 @@ class Ledger:
                 "sample_rate": float(sample_rate),
                 "steps": int(steps),
             } if math.isfinite(noise_multiplier) and noise_multiplier >= 0 and 0 < sample_rate <= 1 and steps > 0:
-                return Entry(round_number, Use(noise_multiplier, sample_rate, steps), record["hash"])
+                run = str(record.get("run", ""))
+                return Entry(round_number, Use(noise_multiplier, sample_rate, steps), record["hash"], run)
         raise self._changed(number, "is not an entry")
 
     def _record(self, line: bytes, number: int) -> dict[str, Any]:

@@ -32,7 +32,10 @@ _LIBRARIES = (
 
 
 CHECKPOINT_FORMAT = 4  # raise when what a checkpoint holds, or what it means, changes
-_MAY_DIFFER = ("run.resume", "rounds", "federation.timeout", "federation.failure-threshold")
+_MAY_DIFFER = (
+    *("run.resume", "rounds", "federation.timeout", "federation.failure-threshold", "federation.roster"),
+    *("federation.min-replies", "federation.grace", "federation.wait", "federation.max-change"),
+)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class FlowerStrategy(FlowerBase):
         self.strategy = strategy
         self.nodes = SimulationNodes() if nodes is None else nodes
         self._ttl: float | None = None
+        self._mail: Mail | None = None
         self.federation = federation
         self.state = ServerState({}) if state is None else state
         self.replies: Replies | None = None
@@ -122,7 +123,8 @@ class FlowerStrategy(FlowerBase):
         )
         self._apply(server_round, own)
         self._remember(trained=clients.trained | own.used)
-        return self.arrays, own.metrics()
+        late = self._mail.late if self._mail is not None and federation.deployed else None
+        return self.arrays, own.metrics(late)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -201,7 +203,8 @@ class FlowerStrategy(FlowerBase):
         """
         self.summary()
         federation = self.federation
-        mail = Mail(grid, timeout, federation.grace, deployed=federation.deployed)
+        mail = Mail(grid, timeout, federation.grace, federation.deployed, name=self.nodes.node_name)
+        self._mail = mail
         if federation.deployed:
             self._ttl = timeout  # a node that comes back later must not train for a round that has closed
         return run_rounds(

@@ -33,6 +33,7 @@ class Mail:
         deployed: Whether nodes are other machines. Replies are then fetched one by one, so that one of them at most is
             in memory, and what arrives after its round has closed is named and dropped.
         late: How many replies came after their round had closed.
+        name: Returns what to call a node.
     """
 
     grid: Grid
@@ -40,6 +41,7 @@ class Mail:
     grace: float = 0.0
     deployed: bool = False
     late: int = 0
+    name: Callable[[int], str] = "node {}".format
     _open: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def exchange(self, messages: Iterable[Message], enough: Callable[[], bool] = never) -> Iterator[Message]:
@@ -88,4 +90,4 @@ class Mail:
                 del self._open[number]
                 if not reply.has_error():
                     self.late += 1
-                    _logger.warning("a reply of node %d to round %s came late, and is dropped", node, group)
+                    _logger.warning("a reply of %s to round %s came late, and is dropped", self.name(node), group)

@@ -38,6 +38,10 @@ class Nodes(ABC):
         """Return what to call a client."""
         return f"client {client}"
 
+    def node_name(self, node: int) -> str:
+        """Return what to call a node."""
+        return f"node {node}"
+
 
 @final
 class SimulationNodes(Nodes):

@@ -115,13 +115,18 @@ class Replies:
             self.refused[client] = reason
             _logger.warning("round %d: %s is left out: %s", self.round, self.nodes.name(client), reason)
 
-    def metrics(self) -> MetricRecord:
-        """Return the round's numbers; the mean loss by client, not by arrival: any order of replies gives its bits."""
+    def metrics(self, late: int | None = None) -> MetricRecord:
+        """Return the round's numbers; the mean loss by client, not by arrival: any order of replies gives its bits.
+
+        Args:
+            late: Replies of deployed sites that have come too late so far.
+        """
         losses = {}
         if not self.federation.dp:
             used = [self.reports[client] for client in sorted(self.used)]
             losses["train_loss"] = float(np.mean([report.metrics["loss"] for report in used]))
         counts = {"clients_ok": self.total.count, "clients_refused": len(self.refused)}
+        counts |= {} if late is None else {"late_replies": late}
         return MetricRecord({**losses, **counts, **vars(self.traffic)})
 
     def _fail(self, clients: Iterable[int], reason: str) -> None:

@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 _SAY_S = 60.0  # between two lines that say the same of who is missing
 _ASK_AGAIN_S = 60.0  # a site that refused may have been mended
+_LOST_S = 300.0  # after which an answer will not come any more: a large model takes minutes to load
 
 
 @dataclass
@@ -131,12 +132,16 @@ class Sites(Nodes):
     def left(self, client: int, reason: str) -> None:
         """Ask a site to join anew."""
         site = self._sites[client]
-        site.report = None
+        site.report, site.refused, site.asked = None, "", 0.0
         self._say(f"site {site.name} has to join anew: {reason}")
 
     def name(self, client: int) -> str:
         """Return a site's name."""
         return f"site {self._sites[client].name}"
+
+    def node_name(self, node: int) -> str:
+        """Return the name of the site that a node is of."""
+        return next((f"site {site.name}" for site in self._sites if site.node == node), f"node {node}")
 
     def _look(self, grid: Grid) -> None:
         """See who is connected, ask newcomers to join, and read their answers; without waiting."""
@@ -152,7 +157,7 @@ class Sites(Nodes):
                 continue
             for reply in list(mail.pull(site.pending)) if site.pending else ():
                 self._read(site, reply)
-            due = time.monotonic() - site.asked > (_ASK_AGAIN_S if site.refused else self._timeout)
+            due = time.monotonic() - site.asked > (_ASK_AGAIN_S if site.refused else _LOST_S)
             if site.report is None and (not site.asked or due):
                 message = Message(
                     write_join_request(site.request),

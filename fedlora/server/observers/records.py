@@ -51,6 +51,7 @@ class MetricsFile(Observer):
             "sparsity": sparsity(self.strategy, end.state.tensors),
             **{name: traffic[name] for name in ("message_bytes_up", "message_bytes_down")},
             "seconds": now - self._started,
+            **{name: train[name] for name in ("late_replies",) if name in train},
         }
         self._started = now
         self.lines.append(end.line)
