@@ -190,13 +190,9 @@ def own_job(file: SiteFile, request: JoinRequest) -> Job:
     config = replace(asked, model=replace(asked.model, name=file.models[asked.model.name]))
     rows = _federated(config, request.client, request.clients)
     count = len(rows.training_rows(request.client))
-    if config.privacy.mode != "dp":  # under DP the number of steps goes by the public size, and has been checked
+    if config.privacy.mode != "dp":  # under DP steps go by the public size and are checked; rows are not counted
         train = config.train
         file.limits.check_steps(train.local_steps or train.local_epochs * -(-count // train.batch_size))
-    if config.privacy.mode != "dp":  # under DP steps follow from what is public, and rows are not counted
-        file.limits.check_steps(
-            config.train.local_steps or config.train.local_epochs * -(-count // config.train.batch_size)
-        )
         if count > file.public.rows:
             raise ValueError(
                 f"{file.path} [public]: rows = {file.public.rows}: the site trains on {count} rows and would count for "

@@ -46,9 +46,9 @@ def _mode(file: SiteFile) -> str:
 
 def _leaves(file: SiteFile) -> list[str]:
     public = (
-        f"when it joins: its name, rows = {file.public.rows} (nominal), the versions of fedlora and its protocol, where "
-        "it computes (device, threads, trainers), the digests of base model, seeded tensors and code; or which key of "
-        "a job it refuses, by which limit"
+        f"when it joins: its name, rows = {file.public.rows} (nominal), the versions of fedlora and its protocol, "
+        "where it computes (device, threads, trainers), the digests of base model, seeded tensors and code; or which "
+        "key of a job it refuses, by which limit"
     )
     if file.limits.dp_required:
         return [

@@ -111,6 +111,7 @@ def run(grid: Grid, config: Config, console: Console) -> dict[str, Any]:
         own,
         needed=config.federation.min_replies,
         wait=config.federation.wait,
+        grace=config.federation.grace,
         timeout=config.federation.timeout,
         say=lambda text: console.print(text, markup=False),
     )

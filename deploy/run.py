@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 import fedlora
@@ -28,6 +29,7 @@ from simulations.setup import resolve
 _TRIES = 3  # without a finished round between them
 _PAUSE_S = 10.0
 _LINK_S = 60.0
+_LOAD_S = 15.0
 
 
 def run_federation(file: CoordinatorFile, console: Console) -> int:
@@ -61,8 +63,15 @@ def run_federation(file: CoordinatorFile, console: Console) -> int:
         running = [run for run in _runs(environment) if str(run.get("status", "")).split(":")[0] != "finished"]
         if running:
             number = str(running[0]["run-id"])
-            console.print(f"run {number} is at work on this SuperLink; following it")
-            subprocess.run([flower_command(), "log", number, CONNECTION, "--stream"], env=environment, check=False)
+            if _is_written(folder):
+                console.print(f"run {number} is at work on this SuperLink; following it")
+                subprocess.run([flower_command(), "log", number, CONNECTION, "--stream"], env=environment, check=False)
+            else:  # Flower would notice a minute later that its server is gone
+                console.print(f"run {number} has no server any more, as after a crash; it is ended")
+                command = [flower_command(), "stop", number, CONNECTION]
+                subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
+                _wait_until_over(environment)
+                continue
         else:
             _start(app, {**flat, "run.resume": (folder / "config.toml").is_file()}, environment)
         _wait_until_over(environment)
@@ -117,6 +126,19 @@ def finished_rounds(folder: Path) -> int:
     except (OSError, ValueError):
         return 0
     return int(state["round"])
+
+
+def _is_written(folder: Path) -> bool:
+    """Return whether a server is at work on a run: it holds the folder's lock, once it has loaded its model."""
+    end = time.monotonic() + _LOAD_S
+    while time.monotonic() < end:
+        try:
+            with FileLock(folder / ".lock", timeout=0):
+                pass
+        except (Timeout, OSError):
+            return True
+        time.sleep(1.0)
+    return False
 
 
 def _start(app: Path, flat: Mapping[str, Any], environment: Mapping[str, str]) -> None:

@@ -17,21 +17,31 @@ from rich.console import Console
 
 from clients.deployed import DeployedSite
 from clients.errors import WITHHELD
+from clients.limits import SiteLimits
 from clients.release_log import ReleaseLog
 from clients.show import show
 from clients.site import Job
 from clients.site_file import SiteFile
 from clients.worker import Worker
-from fedlora.data import FederatedData, load_corpus, load_federated
+from fedlora.data import load_federated
 from fedlora.exchange import ClientReport, Outcome, Update
 from fedlora.joining import PROTOCOL, JoinReport
 from fedlora.methods import tensors_digest
 from fedlora.privacy import Ledger, Mechanism, epsilon
 from fedlora.roles import Role
 from simulations.setup import resolve
-from tests.support.sites import LIMITS, RAW, ROWS, Deployment, Here, request_of, server_config, site_file
+from tests.support.sites import (
+    LIMITS,
+    RAW,
+    ROWS,
+    Deployment,
+    Here,
+    coordinators_worker,
+    request_of,
+    server_config,
+    site_file,
+)
 from tests.support.tiny import save_texts
-from tests.support.trainers import tiny_job
 
 RAW_CONFIG: dict[str, Any] = {"privacy.mode": "none"}
 
@@ -51,10 +61,7 @@ def test_it_joins_by_what_the_coordinator_compares_and_trains(tmp_path: Path) ->
     """Its digests are those of a coordinator's own model, whose folder has another name; the update has been paid."""
     north = Deployment(site_file(tmp_path))
     report = north.site.join(north.request)
-    config = replace(north.config, model=replace(north.config.model, name=str(tmp_path / "model")))
-    nobody = (np.zeros(0, dtype=np.int64),) * 2
-    data = FederatedData(load_corpus(config), nobody, nobody, ("north", "south"))
-    described = Worker(lambda: Job(config.to_flat(), data, tiny_job_limits(tmp_path)), 1).describe()
+    described = coordinators_worker(tmp_path, north.config).describe()
     own = JoinReport(
         "",
         digest=described.digest,
@@ -69,10 +76,6 @@ def test_it_joins_by_what_the_coordinator_compares_and_trains(tmp_path: Path) ->
     assert (update.report.examples, dict(update.report.metrics)) == (0, {})
     (entry,) = own_ledger(north.file).entries()
     assert entry.hash == update.report.ledger_head
-
-
-def tiny_job_limits(folder: Path) -> Any:
-    return tiny_job(resolve({"model.name": "minilm"}), folder).limits
 
 
 @pytest.mark.parametrize("client", [0, 1])
@@ -101,7 +104,7 @@ def test_same_update_as_in_a_simulation(client: int, strategy: str, tmp_path: Pa
         "federation.num-clients": 2,
     }
     config = resolve(flat)
-    job = Job(config.to_flat(), load_federated(config, 2), tiny_job_limits(tmp_path))
+    job = Job(config.to_flat(), load_federated(config, 2), SiteLimits(str(tmp_path / "simulated")))
     simulated = Worker(lambda: job, 1)
     for number in (1, 2):
         ours = north.train(number)

@@ -87,7 +87,7 @@ class Mail:
         """Fetch what came too late, so that it can be named, and is not kept by the SuperLink."""
         for number, (node, group) in list(self._open.items()):
             for reply in self.pull({number: (node, group)}):
-                del self._open[number]
+                self._open.pop(number, None)  # a node may have answered twice
                 if not reply.has_error():
                     self.late += 1
                     _logger.warning("a reply of %s to round %s came late, and is dropped", self.name(node), group)

@@ -62,6 +62,7 @@ class Sites(Nodes):
         own: The coordinator's own report, which a site's must agree with.
         needed: Sites that a round needs; 0: at the start of a run all, then one.
         wait: Seconds to wait for them.
+        grace: Seconds to go on waiting, before the first round, for sites that are connected and have yet to answer.
         timeout: Seconds that a site has to answer.
         say: Tells whoever runs the coordinator.
     """
@@ -74,12 +75,13 @@ class Sites(Nodes):
         *,
         needed: int,
         wait: float,
+        grace: float = 0.0,
         timeout: float,
         say: Callable[[str], None],
     ) -> None:
         self._sites = [_Site(name, node, request(name, client)) for client, (name, node) in enumerate(roster.items())]
         self._own = own
-        self._needed, self._wait, self._timeout = needed, wait, timeout
+        self._needed, self._wait, self._grace, self._timeout = needed, wait, grace, timeout
         self._say = say
         self._started = False
 
@@ -95,12 +97,13 @@ class Sites(Nodes):
             FederationError: They did not come in time; the message names who is missing, and why.
         """
         needed = self._needed or (1 if self._started else len(self._sites))
-        end, told, again = time.monotonic() + self._wait, "", 0.0
+        end, graced, told, again = time.monotonic() + self._wait, time.monotonic() + self._grace, "", 0.0
         while True:
             self._look(grid)
             missing = [site for site in self._sites if not site.present]
             able = [client for client in clients if self._sites[client].present]
-            if len(self._sites) - len(missing) >= needed and able:
+            answering = not self._started and any(site.online and not site.refused for site in missing)
+            if len(self._sites) - len(missing) >= needed and able and not (answering and time.monotonic() < graced):
                 break
             reasons = "; ".join(f"site {site.name}: {site.why}" for site in missing)
             if time.monotonic() >= end:

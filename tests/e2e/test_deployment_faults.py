@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from tests.support.deployment import RAW, ROOT, Federation, deployed
+from simulations.launch import flower_command, flower_environment
+from tests.support.deployment import RAW, ROOT, Federation, deployed, hosts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.deploy]
 
-QUORUM = {**RAW, "federation.min-replies": 2, "federation.grace": 8.0, "federation.timeout": 90.0}
+QUORUM = {**RAW, "federation.min-replies": 2, "federation.grace": 15.0, "federation.timeout": 90.0}
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +147,7 @@ def test_network_cut_for_a_minute(federation: Federation) -> None:
 
 def test_superlink_killed_and_back(federation: Federation) -> None:
     """The run ends with its SuperLink; `fedlora deploy run` goes on with it from the last finished round."""
-    with running(federation, "superlink-killed", rounds=4) as folder:
+    with running(federation, "superlink-killed", rounds=4, **{"federation.min-replies": 3}) as folder:
         after_round(federation, folder, 2)
         federation.kill("superlink")
         federation.start("superlink")
@@ -210,3 +214,79 @@ def test_malicious_site(federation: Federation, kind: str, tmp_path: Path) -> No
     assert rounds_of(federation, folder, 0) == [1, 2, 3]
     assert all(fits(reason) for reason in why.values()), why
     note(f"malicious site: {what}", str(why), f"seconds {seconds(folder)}")
+
+
+LARGE = """
+import time
+from pathlib import Path
+import numpy as np
+import psutil
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from fedlora.wire import decode, encode
+
+client, server = ClientApp(), ServerApp()
+
+@client.train()
+def train(message, context):
+    tensors = decode(message.content["a"])
+    return Message(RecordDict({"a": encode({name: value + 1 for name, value in tensors.items()})}), reply_to=message)
+
+@server.main()
+def main(grid, context):
+    count = int(context.run_config["numbers"]) // 8
+    tensors = {f"layer.{n}": np.full((count,), n, dtype=np.float32) for n in range(8)}
+    node = sorted(grid.get_node_ids())[0]
+    started = time.monotonic()
+    message = Message(RecordDict({"a": encode(tensors)}), node, "train", ttl=900.0)
+    (reply,) = grid.send_and_receive([message], timeout=900)
+    back = decode(reply.content["a"])
+    right = all((back[name] == value + 1).all() for name, value in tensors.items())
+    Path(context.run_config["out"]).write_text(f"{right} {time.monotonic() - started:.1f}")
+"""
+
+
+@pytest.mark.parametrize("size", [1_000_000_000, 2_500_000_000])
+def test_large_messages(federation: Federation, size: int, tmp_path: Path) -> None:
+    """An adapter of 1 GB, and a stacked one of 2.5 GB, down to a site and up again, through TLS and the gateway."""
+    app, out = tmp_path / "app", tmp_path / "out"
+    shutil.copytree(ROOT / "fedlora", app / "fedlora", ignore=shutil.ignore_patterns("__pycache__"))
+    (app / "large").mkdir()
+    (app / "large/__init__.py").touch()
+    (app / "large/both.py").write_text(LARGE)
+    project = {"name": '"large"', "version": '"1.0.0"', "license": '"Apache-2.0"', "dependencies": '["flwr"]'}
+    (app / "pyproject.toml").write_text(
+        "[project]\n" + "".join(f"{key} = {value}\n" for key, value in project.items()) + "[tool.flwr.app]\n"
+        'publisher = "tests"\n[tool.flwr.app.components]\nserverapp = "large.both:server"\n'
+        'clientapp = "large.both:client"\n[tool.flwr.app.config]\nout = ""\nnumbers = 0\n'
+    )
+    home = hosts(federation).flower_home
+    command = [flower_command(), "run", str(app), "deployment", "--stream"]
+    command += ["--run-config", f'out="{out}" numbers={size // 4}']
+    process = subprocess.Popen(
+        [*federation.net.prefix("coordinator"), *command],
+        env={**flower_environment(home), "FLWR_HOME": str(home)},
+        stdout=subprocess.DEVNULL,
+    )
+    most: dict[str, float] = {}
+    end = time.monotonic() + 600
+    while not out.exists() and time.monotonic() < end:
+        for one in psutil.process_iter(["cmdline", "memory_info"]):
+            line = " ".join(one.info["cmdline"] or [])
+            for name in (
+                "flower-superlink",
+                "deploy superlink",
+                "flower-supernode",
+                "flwr-clientapp",
+                "flwr-serverapp",
+            ):
+                if name in line and one.info["memory_info"]:
+                    most[name] = max(most.get(name, 0.0), one.info["memory_info"].rss / 1e9)
+        time.sleep(0.5)
+    process.wait(60)
+    right, took = out.read_text().split()
+    assert right == "True"
+    shown = ", ".join(f"{name.replace('deploy superlink', 'gateway')} {value:.2f} GB" for name, value in most.items())
+    assert max(most.values()) < 1 + 5 * size / 1e9, shown
+    note(f"a message of {size / 1e9:g} GB down and up", f"passed in {took} s", f"most memory: {shown}")

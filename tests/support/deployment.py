@@ -193,6 +193,7 @@ class Federation:
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(family, timeout=20)
+        process.wait(20)
 
     def stop(self) -> None:
         for what in [name for name in self.processes if name.startswith("supernode")] + list(self.processes):

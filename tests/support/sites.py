@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from clients.deployed import DeployedSite
+from clients.limits import SiteLimits
 from clients.ray_site import RaySite
 from clients.site import Job, LoadedSite
 from clients.site_file import SiteFile
 from clients.trainer import TrainPack
 from clients.worker import Worker
 from fedlora.config import Config
+from fedlora.data import FederatedData, load_corpus
 from fedlora.engine import train_pack
 from fedlora.exchange import Instruction, Update
 from fedlora.headers import HeaderReader
@@ -116,6 +120,14 @@ def instruction_of(
         **changes,
     }
     return Instruction(**fields)
+
+
+def coordinators_worker(folder: Path, config: Config) -> Worker:
+    """The coordinator's own model, of which it has no rows; its folder has another name than the site's."""
+    config = replace(config, model=replace(config.model, name=save_tiny_model(folder / "coordinator")))
+    nobody = (np.zeros(0, dtype=np.int64),) * 2
+    data = FederatedData(load_corpus(config), nobody, nobody, ("north", "south"))
+    return Worker(lambda: Job(config.to_flat(), data, SiteLimits(str(folder / "unused"))), 1)
 
 
 @dataclass
