@@ -132,7 +132,7 @@ def _listening(path: Path, users: frozenset[int]) -> Iterator[socket.socket]:
         finally:
             os.umask(mask)
         _open_to(path, users - {os.getuid()})
-        listener.listen(_MAX_CONNECTIONS)
+        listener.listen()  # more than are answered: those too many are closed, not kept waiting
         listener.settimeout(0.5)
         yield listener
     finally:

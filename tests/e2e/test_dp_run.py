@@ -65,6 +65,7 @@ def check_report(run: Finished) -> None:
     assert (run.folder / "epsilon.png").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_pays_for_what_it_repeats(tmp_path: Path) -> None:
     """The short form of the five kills."""
 

@@ -32,6 +32,7 @@ def swept(folder: Path, grid: dict[str, list[Any]], **changes: Any) -> pd.DataFr
     return results
 
 
+@pytest.mark.slow
 def test_server_optimizers_and_local_terms(tmp_path: Path) -> None:
     """Pairs of them: six runs of one start; SCAFFOLD doubles the bytes, the others add none."""
     grid = {
@@ -47,6 +48,7 @@ def test_server_optimizers_and_local_terms(tmp_path: Path) -> None:
     assert len(set(curves.values())) == 6, "each changes what comes out"
 
 
+@pytest.mark.slow
 def test_ranks_by_client(tmp_path: Path) -> None:
     """Clients of ranks 1, 3, 2 and 3: true bytes, growth where it stacks, adapters of the clients' own ranks."""
     grid: dict[str, list[Any]] = {"strategy.name": ["zero-padding", "flora", "local"], "seed": [0]}

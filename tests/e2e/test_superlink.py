@@ -335,6 +335,7 @@ def test_a_second_coordinator_says_that_there_is_one(
             socket.create_connection(("127.0.0.1", closed))
 
 
+@pytest.mark.slow
 def test_a_superlink_that_dies_takes_the_gateway_with_it_and_sites_come_back_by_themselves(
     federation: Federation,
 ) -> None:

@@ -1,13 +1,13 @@
 """What a malicious site's SuperNode starts in place of an honest ClientApp: imported by Python itself, by PYTHONPATH.
 
-FEDLORA_HOSTILE says what its reply to a training message is.
+FEDLORA_HOSTILE says, with commas between, what its reply to the training message of each round is.
 """
 
 import os
 import sys
 
 
-def _spoil(kind: str) -> None:
+def _spoil(kinds: list[str]) -> None:
     import pickle
 
     import numpy as np
@@ -22,6 +22,7 @@ def _spoil(kind: str) -> None:
             return reply
         from fedlora import wire
 
+        kind = kinds[(int(message.metadata.group_id) - 1) % len(kinds)]
         content = reply.content
         name = next(key for key in content if key.startswith("reduced."))
         tensors = wire.decode(content[name])
@@ -61,4 +62,4 @@ def _spoil(kind: str) -> None:
 
 
 if os.environ.get("FEDLORA_HOSTILE") and any("flwr-clientapp" in part for part in sys.orig_argv):
-    _spoil(os.environ["FEDLORA_HOSTILE"])
+    _spoil(os.environ["FEDLORA_HOSTILE"].split(","))
