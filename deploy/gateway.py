@@ -13,7 +13,6 @@ import importlib.metadata
 import json
 import logging
 import socket
-import ssl
 import threading
 import time
 from base64 import b64decode
@@ -21,23 +20,21 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, suppress
 from datetime import datetime
-from pathlib import Path
 from typing import Any, final
 
 import httpx
 import uvicorn
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
 from flwr.supercore.date import now
 from flwr.supercore.error import ApiErrorCode
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, verify_signature
+from flwr.supercore.primitives.asymmetric import verify_signature
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from deploy.coordinator_file import CoordinatorFile
+from deploy.trust import authority, keys_of, server_tls
 
 _logger = logging.getLogger(__name__)
 
@@ -122,9 +119,9 @@ class Gateway:
             limits=httpx.Limits(max_connections=None, keepalive_expiry=_LINK_KEEP_ALIVE_S),
             trust_env=False,
         )
-        tls = _server_tls(file.certificate, file.key)
+        tls = server_tls(file.certificate, file.key)
         config = uvicorn.Config(
-            _Proxy(_read_keys(file.sites), self._client),
+            _Proxy(keys_of(file.sites), self._client),
             interface="asgi3",
             http=_Connection,
             ws="none",
@@ -384,59 +381,7 @@ def _log_answer(who: str, path: str, status: int) -> None:
     _logger.log(level, "the SuperLink refused %s: %s: %d%s", who, path, status, hint)
 
 
-# -- certificates, keys and the socket ------------------------------------------------------------------------
-
-
-def _read_keys(sites: Mapping[str, Path]) -> dict[bytes, tuple[str, ec.EllipticCurvePublicKey]]:
-    """Return name and key of each site, by the key as its SuperNode sends it."""
-    return {public_key_to_bytes(key): (name, key) for name, key in read_public_keys(sites).items()}
-
-
-def read_public_keys(sites: Mapping[str, Path]) -> dict[str, ec.EllipticCurvePublicKey]:
-    """Read each site's public key.
-
-    Raises:
-        ValueError: One cannot be read, is of a kind that Flower does not take, or is another site's, too.
-    """
-    keys: dict[str, ec.EllipticCurvePublicKey] = {}
-    for name, path in sites.items():
-        try:
-            key = load_ssh_public_key(path.read_bytes())
-        except (OSError, ValueError, UnsupportedAlgorithm) as error:
-            raise ValueError(f"[sites] {name} = {str(path)!r}: cannot be read as a public key ({error}).") from error
-        if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ValueError(f"[sites] {name} = {str(path)!r}: must be an ECDSA key: ssh-keygen -t ecdsa -b 384.")
-        if other := next((one for one, known in keys.items() if known == key), None):
-            raise ValueError(f"[sites] {name} = {str(path)!r}: is the key of site {other}, too; each has its own.")
-        keys[name] = key
-    return keys
-
-
-def authority(ca: Path) -> ssl.SSLContext:
-    """Return what verifies certificates against the federation's own authority, and no other.
-
-    Raises:
-        ValueError: Its certificate cannot be read.
-    """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_verify_locations(ca)
-    except OSError as error:  # ssl.SSLError is one
-        raise ValueError(f"ca = {str(ca)!r}: cannot be read as a certificate ({error}).") from error
-    return context
-
-
-def _server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(certificate, key)
-    except OSError as error:
-        raise ValueError(
-            f"certificate = {str(certificate)!r} and key = {str(key)!r}: cannot be read, or do not fit ({error})."
-        ) from error
-    return context
+# -- the socket -----------------------------------------------------------------------------------------------
 
 
 def _listen(host: str, port: int) -> socket.socket:

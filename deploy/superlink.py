@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -21,7 +20,6 @@ from types import FrameType
 from typing import final
 
 import httpx
-import psutil
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest
 from flwr.supercore.constant import NodeStatus
 from flwr.supercore.control import ControlHttpClient
@@ -29,8 +27,9 @@ from flwr.supercore.error import FlowerError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from deploy.coordinator_file import SIGNING_KEY, CoordinatorFile
-from deploy.gateway import HEALTH, Gateway, authority, read_public_keys
-from simulations.launch import flower_environment
+from deploy.gateway import HEALTH, Gateway
+from deploy.trust import authority, read_public_keys
+from simulations.launch import end_processes, flower_environment
 
 _logger = logging.getLogger(__name__)
 
@@ -186,7 +185,7 @@ def _superlink(file: CoordinatorFile) -> Iterator[_SuperLink]:
     try:
         yield _SuperLink(process)
     finally:
-        _end_marked(mark)
+        end_processes(mark, _MARK)
         process.wait()
 
 
@@ -265,34 +264,3 @@ def _signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _end_marked(mark: str) -> None:
-    """End every process that has been started with this mark, the ServerApp of a run among them."""
-    found = _marked(mark)
-    for process in found:
-        _signal(process, signal.SIGTERM)
-    _, alive = psutil.wait_procs(found, timeout=_GRACE_S)
-    rest = [*{*alive, *_marked(mark)}]
-    for process in rest:
-        _signal(process, signal.SIGKILL)
-    psutil.wait_procs(rest, timeout=_GRACE_S)
-
-
-def _signal(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
-
-
-def _marked(mark: str) -> list[psutil.Process]:
-    found: dict[int, psutil.Process] = {}
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(_MARK) == mark:
-                found |= {one.pid: one for one in (process, *process.children(recursive=True))}
-        except psutil.Error:  # gone, or somebody else's
-            continue
-    found.pop(os.getpid(), None)
-    return list(found.values())

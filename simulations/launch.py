@@ -212,13 +212,13 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def end_processes(home: Path) -> None:
-    """End every process whose environment has ``home`` as its Flower home."""
-    found = _processes(home)
+def end_processes(home: Path | str, variable: str = "FLWR_HOME") -> None:
+    """End every process whose environment has ``home`` as its Flower home, or this value of another variable."""
+    found = _processes(str(home), variable)
     for process in found:
         _signal(process, signal.SIGTERM)
     _, alive = psutil.wait_procs(found, timeout=_GRACE_S)
-    rest = [*{*alive, *_processes(home)}]
+    rest = [*{*alive, *_processes(str(home), variable)}]
     for process in rest:
         _signal(process, signal.SIGKILL)
     psutil.wait_procs(rest, timeout=_GRACE_S)
@@ -231,15 +231,15 @@ def _signal(process: psutil.Process, number: int) -> None:
         return
 
 
-def _processes(home: Path) -> list[psutil.Process]:
-    """Return the processes started with ``home``, and their children.
+def _processes(value: str, variable: str) -> list[psutil.Process]:
+    """Return the processes started with this value of an environment variable, and their children.
 
     Ray's agents write their titles over their environment, so only their parents show whose they are.
     """
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
-            if process.environ().get("FLWR_HOME") == str(home):
+            if process.environ().get(variable) == value:
                 found |= {one.pid: one for one in (process, *process.children(recursive=True))}
         except psutil.Error:  # gone, or somebody else's
             continue

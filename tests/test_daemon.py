@@ -275,6 +275,7 @@ def test_a_user_who_is_not_named_is_refused(daemon: Daemon) -> None:
     assert "PermissionError" in done.stderr, "a named user may ask, and not read the site's files"
 
 
+@pytest.mark.slow
 def test_its_ray_answers_nobody_without_its_token(daemon: Daemon) -> None:
     """The planted bug: a Ray that anybody on the machine can have run code, as another user does not need to be."""
     (gcs,) = [one for one in daemon.family() if one.name().startswith("gcs_server")]
@@ -300,6 +301,7 @@ def test_its_ray_answers_nobody_without_its_token(daemon: Daemon) -> None:
     assert daemon.train(3).report.outcome is Outcome.OK
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_takes_up_its_run(daemon: Daemon) -> None:
     """With -9: nothing that holds rows stays behind, and without joining anew it trains on, in the same ledger."""
     ledger = Ledger(daemon.file.state / "ledger.jsonl", "north")

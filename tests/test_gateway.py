@@ -30,6 +30,7 @@ from deploy import gateway as module
 from deploy.coordinator_file import CoordinatorFile
 from deploy.gateway import ALLOWED, Gateway
 from deploy.pki import create_authority, create_server_certificate, create_supernode_key
+from deploy.trust import authority
 
 MIB = 2**20
 PULL = "/v1/fleet/pull-messages"
@@ -148,7 +149,7 @@ def gateway(files: Path, upstream: Upstream) -> Iterator[Gateway]:
 
 @pytest.fixture
 def client(files: Path, gateway: Gateway) -> Iterator[httpx.Client]:
-    context = module.authority(files / "ca.crt")
+    context = authority(files / "ca.crt")
     with httpx.Client(base_url=f"https://127.0.0.1:{gateway.port}", verify=context, trust_env=False) as client:
         yield client
 
@@ -176,7 +177,7 @@ def head(request: str, headers: dict[str, str], length: int | None = 0) -> bytes
 
 def connect(files: Path, gateway: Gateway) -> ssl.SSLSocket:
     plain = socket.create_connection(("127.0.0.1", gateway.port), timeout=10)
-    return module.authority(files / "ca.crt").wrap_socket(plain, server_hostname="localhost")
+    return authority(files / "ca.crt").wrap_socket(plain, server_hostname="localhost")
 
 
 def raw(files: Path, gateway: Gateway, request: bytes) -> bytes:
@@ -515,10 +516,10 @@ def test_an_answer_that_breaks_off_does_not_look_whole(files: Path, upstream: Up
 
 def test_tls_is_verified_and_not_old(files: Path, gateway: Gateway) -> None:
     with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-        httpx.get(f"https://127.0.0.1:{gateway.port}/health", verify=module.authority(files / "other.crt"))
+        httpx.get(f"https://127.0.0.1:{gateway.port}/health", verify=authority(files / "other.crt"))
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"http://127.0.0.1:{gateway.port}/health")
-    context = module.authority(files / "ca.crt")
+    context = authority(files / "ca.crt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version = ssl.TLSVersion.TLSv1

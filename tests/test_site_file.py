@@ -69,7 +69,7 @@ def test_the_file_that_deploy_init_writes(tmp_path: Path) -> None:
             str(folder / "state"),
             name="north",
             dp_required=True,
-            max_epsilon=8.0,
+            max_epsilon=16.0,
             max_delta=1e-5,
             min_noise_multiplier=0.5,
             max_steps=200,

@@ -17,6 +17,7 @@ from tests.support.trainers import tiny_flat
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.slow
 def test_a_real_sweep(tmp_path: Path) -> None:
     """Two processes with a group each, one of which cannot work; tuned and final cells, tables; what is done stays."""
     flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "rounds": 9})
