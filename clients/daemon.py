@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _CREDENTIALS = struct.Struct("3i")  # process, user and group of the other end
-_SILENT_S = 60.0  # how long a client may leave a frame unfinished
+_SILENT_S = 10.0  # how long a client may leave a frame unfinished
+_SEND_S = 120.0  # for the tensors of an update, which may be gigabytes
 _MAX_CONNECTIONS = 16
 
 
@@ -54,7 +55,7 @@ def run(path: Path) -> None:
     try:
         with (
             FileLock(file.state / "daemon.lock", timeout=0),
-            own_ray(file.trainers.ray_address, file.trainers.threads) as resources,
+            own_ray(file.state / "ray-folder", file.trainers.ray_address, file.trainers.threads) as resources,
         ):
             trainers = Trainers(dict(resources), file.trainers.count)
             try:
@@ -199,7 +200,9 @@ class _Answer:
 
     def _answer(self) -> None:
         try:
-            for frame in self._frames(receive(self._connection, self._file.access.max_message_bytes)):
+            question = receive(self._connection, self._file.access.max_message_bytes)
+            self._connection.settimeout(_SEND_S)
+            for frame in self._frames(question):
                 send(self._connection, frame)
             send(self._connection, Frame("end"))
         except WireError as error:

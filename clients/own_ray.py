@@ -9,17 +9,19 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray advises, instead of warning about it at each start
 }
 
+_PREFIX = "fl-ray-"
 _LOOPBACK = "127.0.0.2"  # Ray takes 127.0.0.1 for the machine's address on the network
 
 
 @contextmanager
-def own_ray(address: str = "", threads: int = 0) -> Iterator[Mapping[str, float]]:
+def own_ray(remember: Path, address: str = "", threads: int = 0) -> Iterator[Mapping[str, float]]:
     """Connect to a site's Ray for the time of the block, and yield its ``CPU`` and ``GPU`` counts.
 
     Whoever can talk to Ray can have it run code. A Ray of this machine therefore answers nobody who lacks a token that
@@ -28,6 +30,7 @@ def own_ray(address: str = "", threads: int = 0) -> Iterator[Mapping[str, float]
     cannot be told otherwise: the daemon's systemd unit closes them.
 
     Args:
+        remember: File for the name of Ray's folder, so that the next process clears up after one that was killed.
         address: A cluster's address; its token, if it has one, comes from the environment as Ray documents. Empty: a
             Ray of this process on this machine.
         threads: CPU threads of all trainers together; 0: all cores.
@@ -47,7 +50,9 @@ def own_ray(address: str = "", threads: int = 0) -> Iterator[Mapping[str, float]
         finally:
             ray.shutdown()
         return
-    folder = tempfile.mkdtemp(prefix="fl-ray-")  # mode 0700; the paths of its sockets must stay short
+    _clear(remember)
+    folder = tempfile.mkdtemp(prefix=_PREFIX)  # mode 0700; the paths of its sockets must stay short
+    remember.write_text(folder, encoding="utf-8")
     try:
         ray.init(
             address="local",
@@ -60,4 +65,15 @@ def own_ray(address: str = "", threads: int = 0) -> Iterator[Mapping[str, float]
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+        _clear(remember)
+
+
+def _clear(remember: Path) -> None:
+    """Remove the folder of the Ray before, if there is one."""
+    try:
+        folder = Path(remember.read_text(encoding="utf-8"))
+    except OSError:
+        return
+    if folder.name.startswith(_PREFIX) and folder.parent == Path(tempfile.gettempdir()):
         shutil.rmtree(folder, ignore_errors=True)
+    remember.unlink(missing_ok=True)
