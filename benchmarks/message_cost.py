@@ -1,5 +1,7 @@
 """What a message costs a deployed site with MiniLM resident, above an empty Flower ClientApp, measured in one run.
 
+The empty ClientApp answers with what it was sent: nothing, or as many bytes as ours.
+
 A federation of one site on this machine, with TLS and the gateway. Messages are sent several at once, so that a
 SuperNode has the next one as soon as it has answered: what is measured is process start, imports, the way to the daemon
 and back, and a training step, and not how often Flower looks for messages.
@@ -27,21 +29,26 @@ from simulations.launch import flower_command, flower_environment, shipped
 from simulations.options import read_overrides
 
 MESSAGES = 6
+SIZES = {"empty": 0, "empty, 160 kB": 160_000, "fedlora": 0}
+"""Bytes of the messages of an empty ClientApp; fedlora's are those of FFA-LoRA of rank 8 and a head, 160 kB."""
+
 REPEATS = 3
 
 SERVER = '''
 import json, time
 from pathlib import Path
-from flwr.app import Message, RecordDict
+import numpy as np
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-server, empty = ServerApp(), ClientApp()
+server = ServerApp()
+empty = ClientApp()
 COUNT = {count}
 
 @empty.train()
 def train(message, context):
-    return Message(RecordDict(), reply_to=message)
+    return Message(message.content, reply_to=message)
 
 def ask(grid, messages):
     """Send messages, and return the seconds until the last reply, and the replies."""
@@ -60,7 +67,11 @@ def ask(grid, messages):
 def main(grid, context):
     while not (nodes := sorted(grid.get_node_ids())):
         time.sleep(0.5)
-    contents = messages_of(grid, context, nodes[0]) if {ours} else lambda number: RecordDict()
+    if {ours}:
+        contents = messages_of(grid, context, nodes[0])
+    else:
+        size = {size}
+        contents = lambda number: RecordDict({{"a": ArrayRecord([np.zeros(size // 4, np.float32)])}} if size else {{}})
     ask(grid, [Message(contents(1), nodes[0], "train", ttl=600.0)])
     took, replies = ask(grid, [Message(contents(2 + n), nodes[0], "train", ttl=600.0) for n in range(COUNT)])
     if {ours}:
@@ -110,21 +121,21 @@ def main() -> None:
         ]
         site.write_text("\n".join(kept).replace("[limits]", "[limits]\nraw-updates = true"))
         with federation(place, ("a",)):
-            measured = {name: [] for name in ("empty", "fedlora")}
+            measured: dict[str, list[float]] = {name: [] for name in SIZES}
             for number in range(REPEATS):
                 for name in measured:
-                    measured[name].append(_run(Path(folder) / f"{name}-{number}", place, ours=name == "fedlora"))
+                    measured[name].append(_run(Path(folder) / f"{number}-{name}", place, name))
     medians = {name: statistics.median(values) for name, values in measured.items()}
-    print(json.dumps({"seconds a message": measured, "above empty": medians["fedlora"] - medians["empty"]}))
+    print(json.dumps({"seconds a message": measured, "median": medians}))
 
 
-def _run(app: Path, place: Path, *, ours: bool) -> float:
+def _run(app: Path, place: Path, name: str) -> float:
     """Run the measuring app once; return seconds a message."""
-    own = app_folder()
+    own, ours = app_folder(), name == "fedlora"
     shipped(own, app)
     (app / "bench").mkdir()
     (app / "bench/__init__.py").touch()
-    (app / "bench/server.py").write_text(SERVER.format(count=MESSAGES, ours=ours))
+    (app / "bench/server.py").write_text(SERVER.format(count=MESSAGES, ours=ours, size=SIZES[name]))
     project = (app / "pyproject.toml").read_text()
     project = project.replace('serverapp = "deploy.server_app:app"', 'serverapp = "bench.server:server"')
     if not ours:

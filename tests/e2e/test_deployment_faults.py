@@ -390,7 +390,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from fedlora.wire import decode, encode
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 @client.train()
 def train(message, context):
@@ -435,7 +436,7 @@ def test_large_messages(federation: Federation, size: int, tmp_path: Path) -> No
     )
     most: dict[str, float] = {}
     end = time.monotonic() + 600
-    while not out.exists() and time.monotonic() < end:
+    while process.poll() is None and time.monotonic() < end:
         for one in psutil.process_iter(["cmdline", "memory_info"]):
             line = " ".join(one.info["cmdline"] or [])
             for name in (
@@ -449,6 +450,7 @@ def test_large_messages(federation: Federation, size: int, tmp_path: Path) -> No
                     most[name] = max(most.get(name, 0.0), one.info["memory_info"].rss / 1e9)
         time.sleep(0.5)
     process.wait(60)
+    assert out.is_file(), f"the run left no result: {process.returncode}"
     right, took = out.read_text().split()
     assert right == "True"
     shown = ", ".join(f"{name.replace('deploy superlink', 'gateway')} {value:.2f} GB" for name, value in most.items())
