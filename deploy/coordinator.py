@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from numpy.typing import NDArray
@@ -37,7 +36,6 @@ from fedlora.roles import Role
 from fedlora.runs.folder import RunFolder, environment, read_lines, run_path
 from fedlora.seeded import Seeded
 from fedlora.server import FlowerStrategy
-from fedlora.server.evaluator import metrics
 from fedlora.server.observers import (
     Checkpoints,
     MetricsFile,
@@ -197,7 +195,6 @@ class _Deployment:
             named_arrays(self._flower.state.tensors),
             num_rounds=config.rounds,
             timeout=config.federation.timeout,
-            evaluate_fn=self._measure_start,
             on_round=lambda number, result: self._observe(observers, number, result),
             completed=completed,
         )
@@ -250,9 +247,6 @@ class _Deployment:
         """Return what sites reported of the rows that they hold out; under DP, nothing."""
         return self._flower.personal.sums if self._flower.personal is not None else {}
 
-    def _measure_start(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        return None
-
     def _observe(self, observers: Sequence[Observer], server_round: int, result: Result) -> None:
         if server_round == 0:
             return
@@ -268,8 +262,6 @@ class _Deployment:
         return {
             "strategy": self._plan.strategy.name,
             "base": self._own.digest,
-            "packing": {},
-            "before": {},
             "seconds": time.monotonic() - self._started,
         }
 
@@ -280,11 +272,6 @@ class _Deployment:
         own = ("test_", "personal_")
         outcome: dict[str, Any] = {"head": last["head"], "rounds": last["round"]}
         outcome |= {name: value for name, value in last.items() if name.startswith(own) and value is not None}
-        if plan.measured == "test":
-            rows = len(plan.data.corpus.test)
-            outcome |= {
-                f"test_{name}": value for name, value in metrics(self._model, self._task, tensors, "test", rows).items()
-            }
         if plan.privacy is not None:
             outcome |= {**self._privacy.spent(), "delta": config.privacy.delta}
             outcome["guarantee"] = self._privacy.record["guarantee"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fedlora.local_terms import LocalTerms
 from fedlora.methods import initial_tensors
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
-from tests.support.trainers import dp_worker, tiny_worker
+from tests.support.trainers import dp_worker, instruction, tiny_worker
 
 UPLOAD = {"A": Role.UPLOAD, "B": Role.UPLOAD, "head": Role.SHARED}
 SHARED = {"A": Role.SHARED, "B": Role.SHARED, "head": Role.SHARED}
@@ -118,8 +119,7 @@ def test_control_variates_are_kept_with_personal_tensors(tmp_path: Path) -> None
 def test_scaffold_under_dp_takes_no_gradient_of_all_rows(tmp_path: Path) -> None:
     """Option 1 asks for one without noise: a site refuses, whatever the server claims, before anything is paid."""
     worker = dp_worker(tmp_path)
-    planted = Instruction(1, (0,), {}, {}, local=LocalTerms(scaffold=1), ledger_heads=("",))
-    (update,) = worker.train(planted)
+    (update,) = worker.train(replace(instruction(worker, (0,)), local=LocalTerms(scaffold=1)))
     assert "takes no gradient of all its rows" in update.report.reason
     assert not (tmp_path / "sites").exists()
 

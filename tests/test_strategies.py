@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 import tracemalloc
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -87,14 +87,17 @@ def test_server_memory_does_not_grow_with_clients() -> None:
         class Lazy(LoopGrid):
             """Makes each reply when it is pulled, as a real transport does, and keeps no message."""
 
+            waiting: ClassVar[dict[str, Message]] = {}
+
             def push_messages(self, messages: Any) -> list[str]:
-                self.waiting = {}
-                for number, message in enumerate(messages):
-                    name = f"message-{number}"
+                names = []
+                for message in messages:
+                    name = f"message-{message.metadata.dst_node_id}"
+                    names.append(name)
                     message.metadata.__dict__["_message_id"] = name
                     message.content["tensors"] = encode({})
                     self.waiting[name] = message
-                return list(self.waiting)
+                return names
 
             def pull_messages(self, message_ids: Any) -> list[Message]:
                 name = next(iter(sorted(message_ids)))
