@@ -181,6 +181,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_perplexity_falls(run: Finished) -> None:
     assert run.code == 0, run.output
     result = Run.read(run.folder).result
@@ -191,6 +192,7 @@ def test_perplexity_falls(run: Finished) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.slow
 def test_plain_transformers_reproduces_the_run(run: Finished) -> None:
     """The exported adapter in plain PEFT: the run's perplexity, and text by generate that the engine would write."""
     config = read_config(from_toml((run.folder / "config.toml").read_text()))

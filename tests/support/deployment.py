@@ -196,14 +196,17 @@ class Federation:
         process.wait(20)
 
     def stop(self) -> None:
-        for what in [name for name in self.processes if name.startswith("supernode")] + list(self.processes):
-            process = self.processes.pop(what, None)
-            if process is not None:
-                process.terminate()
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        """End everything, SuperNodes first, so that they sign off."""
+        ordered = sorted(self.processes.items(), key=lambda item: not item[0].startswith("supernode"))
+        self.processes.clear()
+        for _, process in ordered:
+            process.terminate()
+        for _, process in ordered:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
 
     def log(self, what: str) -> Path:
         kind, _, name = what.partition("-")
