@@ -80,9 +80,8 @@ class DeployedSite:
         with self._lock:
             try:
                 site = self._ready(instruction)
-                today = self.log.rounds_today()
                 limit = self.file.limits.max_rounds_per_day
-                if limit and today >= limit:
+                if limit and (today := self.log.rounds_today()) >= limit:
                     _logger.error("refused a round: %d left in 24 hours, and max-rounds-per-day = %d", today, limit)
                     raise RefusedError("the site's own limits refuse the round, by max-rounds-per-day")
                 for update in site.train(instruction):
@@ -134,18 +133,7 @@ class DeployedSite:
         site, trainers = self._workplace.assign(job)
         described = site.describe()
         self._request, self._site = request, site
-        return JoinReport(
-            file.name,
-            version=__version__,
-            fingerprint=described.fingerprint[0],
-            rows=file.public.rows,
-            digest=described.digest,
-            initial_digest=described.initial_digest,
-            constants_digest=described.constants_digest,
-            device=described.device,
-            threads=described.threads,
-            trainers=trainers,
-        )
+        return described.join_report(file.name, rows=file.public.rows, trainers=trainers)
 
     def _ready(self, instruction: Instruction) -> Site:
         if self._request is None or self._site is None or instruction.job != self._request.job:

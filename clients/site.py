@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from clients.limits import SiteLimits
+from fedlora import __version__
 from fedlora.config import Scalar
 from fedlora.data import FederatedData
 from fedlora.exchange import ClientReport, Instruction, Update
+from fedlora.joining import JoinReport
 from fedlora.methods import TensorSpec
 
 
@@ -64,6 +66,21 @@ class Description:
     threads: int
     pid: int
     base_loads: int
+
+    def join_report(self, site: str, rows: int = 0, trainers: int = 1) -> JoinReport:
+        """Return what is said of it when a site joins, and what the coordinator holds against that."""
+        return JoinReport(
+            site,
+            version=__version__,
+            fingerprint=self.fingerprint[0],
+            rows=rows,
+            digest=self.digest,
+            initial_digest=self.initial_digest,
+            constants_digest=self.constants_digest,
+            device=self.device,
+            threads=self.threads,
+            trainers=trainers,
+        )
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, final
 
 from clients.limits import SiteLimits
+from fedlora.config.sections import SITE_NAME
 from fedlora.config.tables import read_table, read_tables
 
 
@@ -222,7 +222,7 @@ class _Top:
     plugins: str = ""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", self.name):
+        if not SITE_NAME.fullmatch(self.name):
             raise ValueError(f"name = {self.name!r}: must be small letters, digits and hyphens.")
 
 

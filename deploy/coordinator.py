@@ -21,7 +21,6 @@ from clients.worker import Worker
 from deploy.coordinator_file import SIGNING_KEY
 from deploy.manifest import sign
 from deploy.records import SitesPrivacy
-from fedlora import __version__
 from fedlora.config import Config, ConfigError
 from fedlora.data import FederatedData, load_corpus
 from fedlora.exchange import Tensors
@@ -94,14 +93,7 @@ def run(grid: Grid, config: Config, console: Console) -> dict[str, Any]:
         nodes=len(names),
         trainers=len(names),
     )
-    own = JoinReport(
-        "",
-        version=__version__,
-        fingerprint=described.fingerprint[0],
-        digest=described.digest,
-        initial_digest=described.initial_digest,
-        constants_digest=described.constants_digest,
-    )
+    own = described.join_report("")
     flat = config.to_flat()
     sites = Sites(
         roster,

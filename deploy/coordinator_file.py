@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, final
 
+from fedlora.config.sections import SITE_NAME
 from fedlora.config.tables import read_table, read_tables
 
 SIGNING_KEY = "FEDLORA_SIGNING_KEY"
 """Environment variable that tells a run's ServerApp, a child of the SuperLink, which key signs its adapter."""
-
-SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-"""What a site may be called; the name is a folder's, a file's and a user's."""
 
 
 @final

@@ -22,8 +22,8 @@ from typing import final
 from rich.console import Console
 
 from deploy import pki
-from deploy.coordinator_file import SITE_NAME
 from fedlora.config import DataConfig, ModelConfig, to_toml
+from fedlora.config.sections import SITE_NAME
 
 SITE_FOLDER = "/var/lib/fedlora/site"
 """Where the units and compose files expect a site's folder on its machine."""

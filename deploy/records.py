@@ -7,7 +7,7 @@ from typing import Any, final
 
 from fedlora.privacy import Entry, Mechanism
 from fedlora.runs.folder import RunFolder, read_lines
-from fedlora.runs.privacy import FILE, privacy_record, without_privacy
+from fedlora.runs.privacy import FILE, privacy_record, spent, without_privacy
 from fedlora.server.observers import Observer, RoundEnd
 from simulations.plan import Plan
 
@@ -52,8 +52,7 @@ class SitesPrivacy(Observer):
 
     def spent(self) -> dict[str, float]:
         """Return the most and the least epsilon of a site; empty without DP."""
-        spent = [one["epsilon"] for one in self.record.get("clients", ())]
-        return {"epsilon": max(spent), "epsilon_least": min(spent)} if spent else {}
+        return spent(self.record)
 
     def on_round(self, end: RoundEnd) -> None:
         """Note the entries that the round's reports named, and write the record anew."""

@@ -60,7 +60,7 @@ def run_federation(file: CoordinatorFile, console: Console) -> int:
         if (folder / "result.json").is_file():
             console.print(f"finished: {folder}", markup=False)
             return 0
-        running = [run for run in _runs(environment) if str(run.get("status", "")).split(":")[0] != "finished"]
+        running = _at_work(environment)
         if running:
             number = str(running[0]["run-id"])
             if _is_written(folder):
@@ -162,9 +162,14 @@ def _runs(environment: Mapping[str, str]) -> list[dict[str, Any]]:
     return list(runs)
 
 
+def _at_work(environment: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the SuperLink's runs that are not over."""
+    return [run for run in _runs(environment) if str(run.get("status", "")).split(":")[0] != "finished"]
+
+
 def _wait_until_over(environment: Mapping[str, str]) -> None:
     """Wait until no run is at work: a stream may end before its run."""
-    while any(str(run.get("status", "")).split(":")[0] != "finished" for run in _runs(environment)):
+    while _at_work(environment):
         time.sleep(2.0)
 
 

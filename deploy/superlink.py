@@ -29,7 +29,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from deploy.coordinator_file import SIGNING_KEY, CoordinatorFile
 from deploy.gateway import HEALTH, Gateway
 from deploy.trust import authority, read_public_keys
-from simulations.launch import end_processes, flower_environment
+from fedlora.storage import write_whole
+from simulations.launch import end_processes, flower_command, flower_environment
 
 _logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def serve(file: CoordinatorFile) -> int:
                 fault = _until_ready(link, file, stopped)
                 if not fault and not stopped.is_set():
                     nodes = register_sites(file.flower_home, CONNECTION, file.sites)
-                    _write_roster(roster_path(file), nodes)
+                    write_whole(roster_path(file), (json.dumps(nodes, indent=2) + "\n").encode())
                     gateway.start()
                     _logger.info("ready: gateway at %s:%d for %s", file.host, gateway.port, ", ".join(nodes))
                     fault = _until_one_dies(link, gateway, stopped)
@@ -164,7 +165,7 @@ def _superlink(file: CoordinatorFile) -> Iterator[_SuperLink]:
     """Start the SuperLink, and end it with all that it has started."""
     _check_link_port(file.link_port)
     file.database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    command = [str(Path(sys.executable).parent / "flower-superlink"), "--host", "127.0.0.1"]
+    command = [flower_command("flower-superlink"), "--host", "127.0.0.1"]
     command += ["--port", str(file.link_port), "--database", str(file.database)]
     command += ["--ssl-certfile", str(file.certificate), "--ssl-keyfile", str(file.key)]
     command += ["--ssl-ca-certfile", str(file.ca)]
@@ -227,12 +228,6 @@ def _until_one_dies(link: _SuperLink, gateway: Gateway, stopped: threading.Event
         if not gateway.running:
             return "the gateway has ended; its log says why"
     return ""
-
-
-def _write_roster(path: Path, nodes: Mapping[str, int]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(nodes, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def _read_connection(path: Path, connection: str) -> tuple[str, bytes]:

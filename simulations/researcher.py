@@ -15,7 +15,7 @@ from clients.accounts import Accounts
 from fedlora.metrics import OUTSIDE, is_covered
 from fedlora.privacy import Entry, LedgerError
 from fedlora.runs.folder import RunFolder
-from fedlora.runs.privacy import FILE, format_epsilon, privacy_record, without_privacy
+from fedlora.runs.privacy import FILE, format_epsilon, privacy_record, spent, without_privacy
 from fedlora.server.observers import Observer, RoundEnd
 from fedlora.state import ClientRecords
 from simulations.plan import Plan
@@ -54,8 +54,7 @@ class PrivacyFile(Observer):
 
     def spent(self) -> dict[str, float]:
         """Return the most and the least epsilon that a client has spent; empty without DP."""
-        spent = [one["epsilon"] for one in self.record.get("clients", ())]
-        return {"epsilon": max(spent), "epsilon_least": min(spent)} if spent else {}
+        return spent(self.record)
 
     def on_round(self, end: RoundEnd) -> None:
         """Write the record anew, and fill in what has been spent."""

@@ -12,6 +12,8 @@ from typing import final
 
 from fedlora.config.fields import at_least, dotted, numbered, one_of, positive, require, share, unread
 
+SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+"""What a deployed site may be called; the name is a folder's, a file's and a user's."""
 SMALL_LLAMA = "small-llama"  # the model that a machine trains for itself, see fedlora.models.small_llama
 
 
@@ -210,7 +212,7 @@ class FederationConfig:
         """Check the fields."""
         names = self.site_names
         require(
-            all(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", name) for name in names) and len(set(names)) == len(names),
+            all(SITE_NAME.fullmatch(name) for name in names) and len(set(names)) == len(names),
             "federation.sites",
             self.sites,
             "must be different names of small letters, digits and hyphens, with commas between.",

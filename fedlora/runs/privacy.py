@@ -128,6 +128,12 @@ def client_record(config: Config, client: int, entries: Sequence[Entry] | str) -
     }
 
 
+def spent(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the most and the least epsilon that a client of a record has spent; empty without DP."""
+    values = [one["epsilon"] for one in record.get("clients", ())]
+    return {"epsilon": max(values), "epsilon_least": min(values)} if values else {}
+
+
 def format_epsilon(value: float | None) -> str:
     """Return an epsilon of a record as text; JSON holds null where it is infinite."""
     return "infinite" if value is None or math.isinf(value) else f"{value:.4f}"

@@ -132,8 +132,8 @@ class FlowerStrategy(FlowerBase):
         """Ask clients to evaluate themselves, where they keep tensors that the server cannot evaluate.
 
         So they are where the server has no rows of its own. Those are asked that have trained so far: another's
-        personal tensors are still the seed's. Under DP nobody is:
-        sums over a client's rows are not covered by its guarantee.
+        personal tensors are still the seed's. Under DP nobody is: sums over a client's rows are not covered by its
+        guarantee.
         """
         trained = self.state.clients.trained
         asked = self.strategy.has_personal or self.federation.measured_by_sites
