@@ -124,8 +124,9 @@ def ask(path: Path, data: bytes) -> bytes:
         try:
             while part := connection.recv(1 << 16):
                 answer += part
-        except ConnectionResetError:  # it has not read all of it
-            assert answer
+        except ConnectionResetError:  # it has not read all of it, or has no place for another connection
+            if not answer:
+                raise
     return answer
 
 
