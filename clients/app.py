@@ -7,17 +7,20 @@ this code, so nothing that protects a site is in it: the site's daemon trusts it
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.errors import SiteError
-from clients.site import Site
 from clients.socket_site import SocketSite
-from fedlora import plugins, wire
+from fedlora import wire
 from fedlora.exchange import Instruction
 from fedlora.joining import JoinReport
 from fedlora.reduce import fold
+
+if TYPE_CHECKING:
+    from clients.site import Site
 
 app = ClientApp()
 
@@ -70,6 +73,8 @@ def _instruction(message: Message, context: Context) -> Instruction:
     instruction = wire.read_instruction(message.content)
     if _socket(context):
         return instruction  # Flower sent this code itself, and the daemon's is compared when it joins
+    from fedlora import plugins  # all that a configuration may name: a deployed ClientApp starts without it
+
     names = str(context.run_config.get("run.plugins", ""))
     plugins.load(names)
     own, folders = plugins.fingerprint(names)

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import final
 
 from clients.errors import RefusedError
-from fedlora.codec import payload_bytes
 from fedlora.config import Config, Scalar
 from fedlora.exchange import Instruction
-from fedlora.methods import TensorSpec
+from fedlora.methods import TensorSpec, payload_bytes
 from fedlora.methods.residual import KIND as RESIDUAL
 from fedlora.privacy import Mechanism
 from fedlora.roles import UP, Role, with_role

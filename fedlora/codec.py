@@ -9,57 +9,71 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.exchange import Tensors
-from fedlora.methods import TensorSpec, count_parameters
 
 _DTYPES = ("float32", "float64")
 _MAX_MANIFEST_BYTES = 1 << 24
 _MAX_DIMS = 8
 _MAX_SIZE = 1 << 40
+_PIECE_BYTES = 1 << 25
 
 
 class WireError(ValueError):
     """A record does not hold what it should; the message says what is wrong with it."""
 
 
-def pack(tensors: Tensors) -> tuple[bytes, bytes]:
-    """Return the manifest and the data of tensors (float32 or float64)."""
+def pack(tensors: Tensors) -> tuple[bytes, list[bytes]]:
+    """Return the manifest and the data of tensors (float32 or float64), in pieces of whole tensors.
+
+    A reader of several pieces never needs memory for one more copy of all of them.
+    """
     manifest = [[name, str(value.dtype), list(value.shape)] for name, value in tensors.items()]
     assert all(dtype in _DTYPES for _, dtype, _ in manifest), "only float32 and float64 travel"
     packed = zlib.compress(json.dumps(manifest, separators=(",", ":")).encode(), 9)
-    data = b"".join(
-        np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
-        for value in tensors.values()
-    )
-    return packed, data
+    pieces: list[bytes] = []
+    waiting: list[NDArray[np.floating]] = []
+    for value in tensors.values():
+        waiting.append(np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False))
+        if sum(array.nbytes for array in waiting) >= _PIECE_BYTES:
+            pieces.append(_joined(waiting))
+            waiting = []
+    return packed, [*pieces, _joined(waiting)] if waiting else pieces
 
 
-def unpack(packed: bytes, data: bytes) -> dict[str, NDArray[np.floating]]:
-    """Return the tensors of :func:`pack`.
+def _joined(arrays: Sequence[NDArray[np.floating]]) -> bytes:
+    return b"".join(array.reshape(-1).view(np.uint8).data for array in arrays)
+
+
+def unpack(packed: bytes, pieces: Sequence[bytes]) -> dict[str, NDArray[np.floating]]:
+    """Return the tensors of :func:`pack`, read-only views of the pieces where their place allows it.
 
     Raises:
         WireError: The bytes are anything else.
     """
     tensors: dict[str, NDArray[np.floating]] = {}
-    at, view = 0, memoryview(data)
+    left = iter(pieces)
+    piece, at = b"", 0
     for entry in _manifest(packed):
         name, dtype, shape = read_entry(entry)
         if name in tensors:
             raise WireError(f"{name} is there twice")
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if at + size > len(data):
+        count = math.prod(shape)
+        size = count * np.dtype(dtype).itemsize
+        if at == len(piece) and size:
+            piece, at = next(left, b""), 0
+        if at + size > len(piece):
             raise WireError(f"the data end before {name}")
-        flat = np.frombuffer(view[at : at + size], dtype=np.dtype(dtype).newbyteorder("<"))
-        tensors[name] = flat.reshape(shape).astype(dtype)
+        flat = np.frombuffer(piece, np.dtype(dtype).newbyteorder("<"), count, at) if size else np.zeros(0, dtype)
+        tensors[name] = np.require(flat.reshape(shape), dtype, "A")
         at += size
-    if at != len(data):
-        raise WireError(f"{len(data) - at} bytes follow the last tensor")
+    if extra := len(piece) - at + sum(map(len, left)):
+        raise WireError(f"{extra} bytes follow the last tensor")
     return tensors
 
 
@@ -96,8 +110,3 @@ def _is_shape(shape: list[Any]) -> bool:
         and all(type(n) is int and n >= 0 for n in shape)
         and math.prod(max(n, 1) for n in shape) < _MAX_SIZE
     )
-
-
-def payload_bytes(specs: Mapping[str, TensorSpec], dtype: str) -> int:
-    """Return the bytes of these tensors in the codec, without the manifest."""
-    return count_parameters(specs) * np.dtype(dtype).itemsize

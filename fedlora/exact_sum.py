@@ -8,12 +8,14 @@ below 2**53 grid steps, so they commute, and partial sums made on different mach
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.exchange import Tensors
+from fedlora.shapes import pad
 
 _COARSE = 2.0**-16
 _FINE = 2.0**-50  # a mean with weights >= 1 is off by at most 2**-51
@@ -38,6 +40,16 @@ def weighted(name: str, value: NDArray[np.floating], weight: int) -> NDArray[np.
         term = np.asarray(value, dtype=np.float64) * float(weight)
     _check_range(name, term)
     return term
+
+
+def check_sizes(tensors: Tensors, weight: int) -> None:
+    """Check that tensors can be summed, ``weight`` times.
+
+    Raises:
+        OverflowError: A number is too large for an exact sum, or not finite.
+    """
+    for name, value in tensors.items():
+        weighted(name, value, weight)
 
 
 def _check_range(name: str, x: NDArray[np.float64]) -> None:
@@ -76,28 +88,41 @@ class ExactSum:
             fine[name] = _round_to(term - coarse[name], _FINE)
         self.merge(ExactSum(coarse, fine, weight, 1))
 
-    def merge(self, other: ExactSum) -> None:
-        """Add the partial sum ``other``.
+    def check(self, other: ExactSum) -> None:
+        """Check that the partial sum ``other`` may be added.
 
         Raises:
-            OverflowError: The sum left the range in which it is exact; nothing was added.
+            OverflowError: The sum would leave the range in which it is exact.
         """
         if self.count + other.count > _MAX_TERMS:
             raise OverflowError(f"more than {_MAX_TERMS} clients in one sum")
-        if self.count == 0:
-            merged = {name: (other.coarse[name], other.fine[name]) for name in other.coarse}
-        else:
-            assert self.coarse.keys() == other.coarse.keys(), "sums of different tensors"
-            merged = {
-                name: (self.coarse[name] + other.coarse[name], self.fine[name] + other.fine[name])
-                for name in self.coarse
-            }
-        for name, (coarse, _) in merged.items():
-            _check_range(name, coarse)
-        self.coarse = {name: coarse for name, (coarse, _) in merged.items()}
-        self.fine = {name: fine for name, (_, fine) in merged.items()}
+        assert not self.count or not other.count or self.coarse.keys() == other.coarse.keys(), "of different tensors"
+        for name, coarse in other.coarse.items():
+            _check_range(name, self.coarse[name] + coarse if self.count else coarse)
+
+    def merge(self, other: ExactSum) -> None:
+        """Add the partial sum ``other``, tensor by tensor: no more than one of them is held twice.
+
+        Raises:
+            OverflowError: The sum would leave the range in which it is exact; nothing was added.
+        """
+        self.check(other)
+        for mine, its in ((self.coarse, other.coarse), (self.fine, other.fine)):
+            for name, value in its.items():
+                mine[name] = mine[name] + value if self.count else value
         self.weight += other.weight
         self.count += other.count
+
+    def copy(self) -> ExactSum:
+        """Return a sum to which others can be added without this one."""
+        return ExactSum(dict(self.coarse), dict(self.fine), self.weight, self.count)
+
+    def padded(self, shapes: Mapping[str, tuple[int, ...]]) -> ExactSum:
+        """Return the sum with zeros behind its tensors up to larger shapes; itself where it has these."""
+        if all(value.shape == shapes[name] for name, value in self.coarse.items()):
+            return self
+        coarse, fine = ({n: pad(value, shapes[n]) for n, value in part.items()} for part in (self.coarse, self.fine))
+        return ExactSum(coarse, fine, self.weight, self.count)
 
     def is_sound(self) -> bool:
         """Whether both parts are what sums of this many terms can be (another machine may have sent them)."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from fedlora.methods import TensorSpec
+if TYPE_CHECKING:
+    from fedlora.methods import TensorSpec
 
 
 class Role(StrEnum):

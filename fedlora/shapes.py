@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.methods import TensorSpec
+if TYPE_CHECKING:
+    from fedlora.methods import TensorSpec
 
 Number = TypeVar("Number", bound=np.floating)
 

@@ -27,27 +27,28 @@ _GROUP = "reduced."
 
 
 def encode(tensors: Tensors) -> ArrayRecord:
-    """Return the tensors (float32 or float64) as one record."""
-    manifest, data = pack(tensors)
+    """Return the tensors (float32 or float64) as one record: a manifest and numbered pieces."""
+    manifest, pieces = pack(tensors)
+    parts = {"manifest": manifest} | {str(number): piece for number, piece in enumerate(pieces)}
     return ArrayRecord(
-        {
-            "manifest": Array(dtype="uint8", shape=(len(manifest),), stype=_CODEC, data=manifest),
-            "data": Array(dtype="uint8", shape=(len(data),), stype=_CODEC, data=data),
-        }
+        {name: Array(dtype="uint8", shape=(len(data),), stype=_CODEC, data=data) for name, data in parts.items()}
     )
 
 
 def decode(record: Any) -> dict[str, NDArray[np.floating]]:
-    """Return the tensors of a record made by :func:`encode`.
+    """Return the tensors of a record made by :func:`encode`, as read-only views of it.
 
     Raises:
         WireError: The record is anything else.
     """
-    if not isinstance(record, ArrayRecord) or set(record) != {"manifest", "data"}:
+    if not isinstance(record, ArrayRecord) or "manifest" not in record:
+        raise WireError("not a record of tensors in fedlora's codec")
+    names = [str(number) for number in range(len(record) - 1)]
+    if record.keys() != {"manifest", *names}:
         raise WireError("not a record of tensors in fedlora's codec")
     if any(array.stype != _CODEC for array in record.values()):
         raise WireError(f"the tensors are not encoded as {_CODEC}")
-    return unpack(record["manifest"].data, record["data"].data)
+    return unpack(record["manifest"].data, [record[name].data for name in names])
 
 
 def message_bytes(content: RecordDict) -> int:

@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from clients.shards import split_packs
-from fedlora.codec import payload_bytes
 from fedlora.config import Config
 from fedlora.data import FederatedData
-from fedlora.methods import TensorSpec, count_parameters
+from fedlora.methods import TensorSpec, count_parameters, payload_bytes
 from fedlora.reports.format import human_bytes
 from fedlora.reports.tables import clients_table
 from fedlora.roles import TRAINED, UP, Role

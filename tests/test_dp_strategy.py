@@ -108,8 +108,8 @@ def test_nobody_is_asked_to_evaluate_its_own_rows(server: FlowerStrategy) -> Non
 def cut_short(content: RecordDict) -> None:
     """Cut a reply's tensors."""
     record = content["reduced.coarse"]
-    data = record["data"]  # type: ignore[index]
-    record["data"] = type(data)("uint8", (3,), data.stype, data.data[:3])  # type: ignore[index]
+    data = record["0"]  # type: ignore[index]
+    record["0"] = type(data)("uint8", (3,), data.stype, data.data[:3])  # type: ignore[index]
 
 
 def test_tensors_that_cannot_be_read_have_left_all_the_same() -> None:

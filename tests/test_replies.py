@@ -113,8 +113,8 @@ def liar(server: FlowerStrategy, field: str) -> Node:
             case "beside":
                 content["reduced.coarse"] = content["reduced.update"]
             case "cut":
-                data = content["reduced.update"]["data"]  # type: ignore[index]
-                content["reduced.update"]["data"] = type(data)("uint8", (3,), data.stype, data.data[:3])  # type: ignore[index]
+                data = content["reduced.update"]["0"]  # type: ignore[index]
+                content["reduced.update"]["0"] = type(data)("uint8", (3,), data.stype, data.data[:3])  # type: ignore[index]
         return content
 
     return answer
@@ -161,7 +161,9 @@ def test_a_sum_that_cannot_be_one_is_refused(part: str) -> None:
         assert isinstance(content, RecordDict)
         reduction = read_reduction(content, "mean")
         assert isinstance(reduction, WeightedMean)
-        getattr(reduction.tensors, part)["a.lora_B"][0, 0] = 1e10 + 1e-5 if part == "coarse" else 1e30
+        parts = getattr(reduction.tensors, part)
+        parts["a.lora_B"] = parts["a.lora_B"].copy()
+        parts["a.lora_B"][0, 0] = 1e10 + 1e-5 if part == "coarse" else 1e30
         return Reply(read_reports(content), reduction).to_content()
 
     one_round(server, LoopGrid({1: node_of(server), 2: forged}))

@@ -11,9 +11,8 @@ import pytest
 from flwr.app import ArrayRecord, Message, RecordDict
 
 import fedlora.strategy
-from fedlora.codec import payload_bytes
 from fedlora.exchange import ClientReport, Update
-from fedlora.methods import Lora
+from fedlora.methods import Lora, payload_bytes
 from fedlora.methods.base import Layer
 from fedlora.roles import Role
 from fedlora.server import Federation, FederationError, assigned

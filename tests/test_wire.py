@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from fedlora import codec
 from fedlora.codec import WireError
 from fedlora.exchange import ClientReport, Instruction, Outcome, Update
 from fedlora.local_terms import LocalTerms
@@ -56,11 +57,48 @@ def test_round_trip(value: dict[str, NDArray[Any]]) -> None:
             assert back[name].tobytes() == array.tobytes()
 
 
+@given(tensors, st.integers(1, 40))
+def test_pieces_hold_whole_tensors(value: dict[str, NDArray[Any]], size: int) -> None:
+    """However long a piece may be, the tensors come back, and none is cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "_PIECE_BYTES", size)
+        whole = encode(value)
+    back = decode(whole)
+    assert [(name, array.tobytes()) for name, array in back.items()] == [(n, a.tobytes()) for n, a in value.items()]
+    assert len(whole) - 1 <= len(value)
+    assert sum(len(array.data) for name, array in whole.items() if name != "manifest") == sum(
+        array.nbytes for array in value.values()
+    )
+
+
+def test_decoding_copies_nothing() -> None:
+    """A message of gigabytes is in memory once."""
+    whole = encode({"a": np.ones((2, 3), np.float32), "b": np.ones(7, np.float32)})
+    held = np.frombuffer(whole["0"].data, np.uint8)
+    for value in decode(whole).values():
+        assert np.shares_memory(value, held)
+        assert not value.flags.writeable
+
+
+def test_a_piece_too_many_or_too_few_is_refused() -> None:
+    whole = encode({"a": np.ones(3, np.float32)})
+    whole["1"] = whole["0"]
+    with pytest.raises(WireError, match="12 bytes follow the last tensor"):
+        decode(whole)
+    del whole["1"]
+    whole["2"] = whole["0"]
+    with pytest.raises(WireError, match="not a record of tensors"):
+        decode(whole)
+    del whole["2"], whole["0"]
+    with pytest.raises(WireError, match="the data end before a"):
+        decode(whole)
+
+
 def record(manifest: bytes, data: bytes, codec: str = "fedlora.raw") -> ArrayRecord:
     return ArrayRecord(
         {
             "manifest": Array("uint8", (len(manifest),), codec, manifest),
-            "data": Array("uint8", (len(data),), codec, data),
+            "0": Array("uint8", (len(data),), codec, data),
         }
     )
 
@@ -92,7 +130,7 @@ def test_damage_is_noticed_or_changes_numbers_only(at: int, byte: int) -> None:
     manifest = bytearray(whole["manifest"].data)
     manifest[at % len(manifest)] = byte
     try:
-        value = decode(record(bytes(manifest), whole["data"].data))
+        value = decode(record(bytes(manifest), whole["0"].data))
     except WireError:
         return
     assert sum(array.nbytes for array in value.values()) == 2 * 3 * 4 + 4 * 8

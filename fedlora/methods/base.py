@@ -156,6 +156,11 @@ def count_parameters(specs: Mapping[str, TensorSpec]) -> int:
     return sum(math.prod(spec.shape) for spec in specs.values())
 
 
+def payload_bytes(specs: Mapping[str, TensorSpec], dtype: str) -> int:
+    """Return the bytes of these tensors in a message, without its manifest."""
+    return count_parameters(specs) * np.dtype(dtype).itemsize
+
+
 def initial_tensors(
     specs: Mapping[str, TensorSpec], seeded: Seeded, dtype: str = "float64", round_number: int = 0
 ) -> dict[str, NDArray[np.floating]]:

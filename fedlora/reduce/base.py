@@ -9,10 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from fedlora.exchange import Tensors, Update
-from fedlora.methods import TensorSpec
+
+if TYPE_CHECKING:
+    from fedlora.methods import TensorSpec
 
 Header = Mapping[str, int]
 Records = Mapping[str, Tensors]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedlora.codec import WireError
 from fedlora.exchange import Tensors
-from fedlora.methods import TensorSpec
+
+if TYPE_CHECKING:
+    from fedlora.methods import TensorSpec
 
 
 def check_tensors(tensors: Tensors, expected: Mapping[str, TensorSpec], dtype: str) -> None:

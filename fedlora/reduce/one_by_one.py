@@ -9,7 +9,7 @@ from typing import Self, final
 import numpy as np
 
 from fedlora.codec import WireError
-from fedlora.exact_sum import weighted
+from fedlora.exact_sum import check_sizes
 from fedlora.exchange import Tensors, Update
 from fedlora.reduce.base import ClientUpdate, Expected, Header, Records, Reduced, Reduction
 from fedlora.reduce.check import check_tensors
@@ -42,7 +42,7 @@ class OneByOne(Reduction):
             OverflowError: A number is too large, as for a sum, or not finite; nothing was added.
         """
         assert not update.extra, "no rule that keeps updates apart sends anything beside them"
-        _check_size(update.tensors, weight)
+        check_sizes(update.tensors, weight)
         self.updates[update.client] = ClientUpdate(update.client, weight, dict(update.tensors))
 
     def merge(self, other: OneByOne) -> None:
@@ -83,7 +83,7 @@ class OneByOne(Reduction):
             check_tensors(update.tensors, expected[client].tensors, dtype)
             if update.weight != expected[client].weight:
                 raise WireError(f"the weight of client {client} is {update.weight}, not {expected[client].weight}")
-            _check_size(update.tensors, update.weight)
+            check_sizes(update.tensors, update.weight)
 
     def each(self, clients: Sequence[int]) -> list[tuple[int, Tensors]]:
         """Return all updates."""
@@ -92,11 +92,6 @@ class OneByOne(Reduction):
     def reduced(self) -> Reduced:
         """Return the updates in the order of clients."""
         return Reduced(len(self.updates), updates=tuple(self.updates[client] for client in sorted(self.updates)))
-
-
-def _check_size(tensors: Tensors, weight: int) -> None:
-    for name, value in tensors.items():
-        weighted(name, value, weight)
 
 
 def weighted_mean(updates: Sequence[ClientUpdate], names: Iterable[str]) -> Tensors:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from fedlora.codec import payload_bytes
+from fedlora.methods import payload_bytes
 from fedlora.roles import Role
 from fedlora.strategy import Specs, Strategy
 

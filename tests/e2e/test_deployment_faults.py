@@ -24,6 +24,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from deploy.demo import FEDLORA
 from simulations.launch import flower_command, flower_environment, free_ports
 from tests.support.deployment import RAW, ROOT, Federation, deployed, hosts
 
@@ -214,40 +215,127 @@ def test_coordinator_killed_and_resumed(federation: Federation) -> None:
     )
 
 
-def test_network_that_delays_stalls_and_resets(federation: Federation, tmp_path: Path) -> None:
-    """A proxy between a site and the coordinator: TLS is end to end, so all that it can do is to be a bad network."""
-    mode, site = tmp_path / "mode", federation.site("a") / "site.toml"
-    mode.write_text("pass")
-    federation.kill("supernode-a", signal.SIGTERM)
+@contextmanager
+def behind_a_proxy(federation: Federation, name: str, folder: Path) -> Iterator[Callable[[str], None]]:
+    """Put a bad network between a site and the coordinator; yield what sets how bad it is.
+
+    TLS is end to end, so all that the proxy can do is to be a bad network.
+    """
+    mode, site, supernode = folder / "mode", federation.site(name) / "site.toml", f"supernode-{name}"
+
+    def set_mode(bad: str) -> None:
+        mode.write_text(bad)
+
+    set_mode("pass")
+    federation.kill(supernode, signal.SIGTERM)
     text, (port,) = site.read_text(), free_ports(1)
     host = federation.net.address("coordinator")
     target = hosts(federation).port
     site.write_text(text.replace(f'superlink = "{host}:{target}"', f'superlink = "127.0.0.1:{port}"'))
-    command = [*federation.net.prefix("a"), sys.executable, "-m", "tests.support.proxy"]
+    command = [*federation.net.prefix(name), sys.executable, "-m", "tests.support.proxy"]
     proxy = subprocess.Popen([*command, str(port), host, str(target), str(mode)], cwd=ROOT)
     try:
         time.sleep(1)
-        federation.start("supernode-a")
-        with running(federation, "bad-network", rounds=12) as folder:
-            for number, bad in enumerate(("delay", "stall", "reset")):
-                after_round(federation, folder, 1 + 3 * number)
-                mode.write_text(bad)
-                time.sleep(20)
-                mode.write_text("pass")
-        back = rounds_of(federation, folder, 0)
-        assert max(back) == 12, (back, refusals(federation, folder, 0))
-        assert rounds_of(federation, folder, 1) == list(range(1, 13))
-        note(
-            "a network that delays each packet by 0.3 s, stalls and resets, 20 s each",
-            str(refusals(federation, folder, 0)),
-            f"site in rounds {back}; seconds {seconds(folder)}",
-        )
+        federation.start(supernode)
+        yield set_mode
     finally:
-        federation.kill("supernode-a", signal.SIGTERM)
+        if supernode in federation.processes:
+            federation.kill(supernode, signal.SIGTERM)
         proxy.kill()
         proxy.wait(10)
         site.write_text(text)
-        federation.start("supernode-a")
+        federation.start(supernode)
+
+
+def test_network_that_delays_stalls_and_resets(federation: Federation, tmp_path: Path) -> None:
+    with (
+        behind_a_proxy(federation, "a", tmp_path) as set_mode,
+        running(federation, "bad-network", rounds=24) as folder,
+    ):
+        for number, bad in enumerate(("delay", "stall", "reset")):
+            after_round(federation, folder, 1 + 3 * number)
+            set_mode(bad)
+            time.sleep(20)
+            set_mode("pass")
+    back = rounds_of(federation, folder, 0)
+    assert max(back) == 24, (back, refusals(federation, folder, 0))
+    assert rounds_of(federation, folder, 1) == list(range(1, 25))
+    note(
+        "a network that delays each packet by 0.3 s, stalls and resets, 20 s each",
+        str(refusals(federation, folder, 0)),
+        f"site in rounds {back}; seconds {seconds(folder)}",
+    )
+
+
+def test_killed_while_its_update_is_on_the_way(federation: Federation, tmp_path: Path) -> None:
+    """Daemon and SuperNode die after the update has left the daemon and before it has reached the coordinator."""
+
+    def left() -> list[int]:
+        return [line["round"] for line in federation.released("b") if line["run"] == "upload"]
+
+    with (
+        behind_a_proxy(federation, "b", tmp_path) as set_mode,
+        running(federation, "upload", rounds=16) as folder,
+    ):
+        after_round(federation, folder, 1)
+        federation.until(lambda: max(left()) > 1, "run", 60)
+        set_mode("stall")
+        dead = max(left())
+        federation.kill("daemon-b")
+        federation.kill("supernode-b")
+        set_mode("pass")
+        federation.start("daemon-b")
+        federation.until((federation.site("b") / "run/site.sock").is_socket, "daemon-b")
+        ended = supervised(federation, "supernode-b")
+        after_round(federation, folder, 15, 300)
+        ended.set()
+    why, back = refusals(federation, folder, 1), rounds_of(federation, folder, 1)
+    assert dead in why, (dead, why, back)
+    assert max(back) == 16, back
+    assert set(back) < set(left()), "what has left and did not arrive is in the log all the same"
+    assert rounds_of(federation, folder, 0) == list(range(1, 17))
+    note(
+        "site killed -9 while its update was on the way",
+        str(why),
+        f"left {left()}, arrived {back}; seconds {seconds(folder)}",
+    )
+
+
+def test_clock_of_a_site_a_day_ahead(federation: Federation) -> None:
+    """Refused by the gateway, named in its log; taken again once the clock is right."""
+    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if not libraries:
+        pytest.skip("libfaketime is not installed: a process cannot be given another clock")
+    federation.kill("supernode-c", signal.SIGTERM)
+    federation.start("supernode-c", LD_PRELOAD=str(libraries[0]), FAKETIME="+1d", DONT_FAKE_MONOTONIC="1")
+    with running(federation, "clock", rounds=6) as folder:
+        after_round(federation, folder, 2)
+        federation.kill("supernode-c", signal.SIGTERM)
+        federation.start("supernode-c")
+    back = rounds_of(federation, folder, 2)
+    assert back
+    assert min(back) > 2
+    assert rounds_of(federation, folder, 0) == list(range(1, 7))
+    (named, *_) = [line for line in federation.said("superlink").splitlines() if "the clock of site c is" in line]
+    note("clock of a site a day ahead", named.split("the clock")[-1], f"site in rounds {back}; {seconds(folder)}")
+
+
+def test_a_key_that_is_used_twice(federation: Federation) -> None:
+    """The second SuperNode is refused, and the first goes on."""
+    site, (port,) = federation.site("b"), free_ports(1)
+    lines = (site / "site.toml").read_text().splitlines()
+    twin = [f"port = {port}" if line.startswith("port = ") else line for line in lines]
+    (site / "twin.toml").write_text("\n".join(twin))
+    with running(federation, "twice", rounds=4) as folder:
+        after_round(federation, folder, 1)
+        command = [*federation.net.prefix("b"), *FEDLORA, "site", "supernode", str(site / "twin.toml")]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    said = (done.stdout + done.stderr)[-3000:]
+    assert done.returncode != 0, said
+    assert "Failed to activate" in said
+    for client in range(3):
+        assert rounds_of(federation, folder, client) == [1, 2, 3, 4]
+    note("a registered key used by a second SuperNode", f"refused, exit code {done.returncode}", str(seconds(folder)))
 
 
 def test_disk_of_a_site_full(federation: Federation) -> None:
@@ -388,6 +476,7 @@ import psutil
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
+from fedlora.server.mail import Mail
 from fedlora.wire import decode, encode
 
 client = ClientApp()
@@ -404,8 +493,10 @@ def main(grid, context):
     tensors = {f"layer.{n}": np.full((count,), n, dtype=np.float32) for n in range(8)}
     node = sorted(grid.get_node_ids())[0]
     started = time.monotonic()
-    message = Message(RecordDict({"a": encode(tensors)}), node, "train", ttl=900.0)
-    (reply,) = grid.send_and_receive([message], timeout=900)
+    def messages():
+        yield Message(RecordDict({"a": encode(tensors)}), node, "train", ttl=900.0)
+
+    (reply,) = Mail(grid, 900.0, deployed=True).exchange(messages())
     back = decode(reply.content["a"])
     right = all((back[name] == value + 1).all() for name, value in tensors.items())
     Path(context.run_config["out"]).write_text(f"{right} {time.monotonic() - started:.1f}")
@@ -454,5 +545,5 @@ def test_large_messages(federation: Federation, size: int, tmp_path: Path) -> No
     right, took = out.read_text().split()
     assert right == "True"
     shown = ", ".join(f"{name.replace('deploy superlink', 'gateway')} {value:.2f} GB" for name, value in most.items())
-    assert max(most.values()) < 1 + 5 * size / 1e9, shown
+    assert max(most.values()) < 1 + 3.5 * size / 1e9, shown
     note(f"a message of {size / 1e9:g} GB down and up", f"passed in {took} s", f"most memory: {shown}")
