@@ -394,6 +394,7 @@ def test_a_site_joins_late_and_another_leaves_and_comes_back(federation: Federat
     note("a site joins late, another leaves and comes back", f"late {late}, back {back}", f"seconds {seconds(folder)}")
 
 
+@pytest.mark.timeout(7200)
 def test_soak(federation: Federation) -> None:
     """Many rounds: flat memory, no process and no file descriptor leaked."""
     count = int(os.environ.get("FEDLORA_SOAK_ROUNDS", "200"))
@@ -503,6 +504,7 @@ def main(grid, context):
 """
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("size", [1_000_000_000, 2_500_000_000])
 def test_large_messages(federation: Federation, size: int, tmp_path: Path) -> None:
     """An adapter of 1 GB, and a stacked one of 2.5 GB, down to a site and up again, through TLS and the gateway."""
