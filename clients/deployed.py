@@ -18,6 +18,7 @@ from typing import Protocol, final
 import numpy as np
 
 from clients.errors import WITHHELD, RefusedError, SiteError
+from clients.last_update import LastUpdate, question_digest
 from clients.release_log import ReleaseLog
 from clients.site import Job, LoadedSite, Site
 from clients.site_file import SiteFile
@@ -57,6 +58,7 @@ class DeployedSite:
     def __init__(self, file: SiteFile, workplace: Workplace) -> None:
         self.file = file
         self.log = ReleaseLog(file.state / "released.jsonl")
+        self._last = LastUpdate(file.state / "last-update.safetensors")
         self._workplace = workplace
         self._lock = Lock()  # one job, and one piece of work at a time
         self._request: JoinRequest | None = None
@@ -76,15 +78,25 @@ class DeployedSite:
             return JoinReport(self.file.name, reason=_reason(error), version=__version__)
 
     def train(self, instruction: Instruction) -> Iterator[Update]:
-        """Train for a round; an update is in the log, on the disk, before it is yielded."""
+        """Train for a round; an update is in the log, on the disk, before it is yielded.
+
+        A round that is asked again, as by a coordinator that died in it, gets the same update again and costs nothing.
+        """
         with self._lock:
             try:
-                site = self._ready(instruction)
+                site, question = self._ready(instruction), question_digest(instruction)
+                if (before := self._last.answer_to(question)) is not None:
+                    _logger.info("round %d is asked again: its update is sent again", instruction.round)
+                    self._write(instruction, before, again=True)
+                    yield before
+                    return
                 limit = self.file.limits.max_rounds_per_day
                 if limit and (today := self.log.rounds_today()) >= limit:
                     _logger.error("refused a round: %d left in 24 hours, and max-rounds-per-day = %d", today, limit)
                     raise RefusedError("the site's own limits refuse the round, by max-rounds-per-day")
                 for update in site.train(instruction):
+                    if update.report.outcome is Outcome.OK:
+                        self._last.keep(question, update)
                     self._write(instruction, update)
                     yield update
             except Exception as error:
@@ -142,9 +154,9 @@ class DeployedSite:
             raise RefusedError(f"the instruction is for clients {list(instruction.clients)[:5]}, which are not here")
         return self._site
 
-    def _write(self, instruction: Instruction, update: Update) -> None:
+    def _write(self, instruction: Instruction, update: Update, *, again: bool = False) -> None:
         assert self._request is not None, "work is done for a run"
-        self.log.write(str(self._request.flat.get("run.name", "")), instruction.round, update)
+        self.log.write(str(self._request.flat.get("run.name", "")), instruction.round, update, again=again)
 
 
 def own_job(file: SiteFile, request: JoinRequest) -> Job:

@@ -25,8 +25,14 @@ class ReleaseLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def write(self, run: str, round_number: int, update: Update) -> None:
+    def write(self, run: str, round_number: int, update: Update, *, again: bool = False) -> None:
         """Note an update that is about to leave.
+
+        Args:
+            run: The run.
+            round_number: The round, from 1.
+            update: The update.
+            again: Whether it has left before.
 
         Raises:
             OSError: The line cannot be written; the update must not leave.
@@ -38,6 +44,7 @@ class ReleaseLog:
             "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "run": run,
             "round": round_number,
+            "again": again,
             "outcome": str(report.outcome),
             "reason": report.reason,
             "ledger": report.ledger_head,
@@ -67,6 +74,7 @@ class ReleaseLog:
         return found
 
     def rounds_today(self) -> int:
-        """Return how many updates left in the last 24 hours."""
+        """Return how many updates left in the last 24 hours; one that is sent again counts once."""
         since = time.time() - _DAY_S
-        return sum(line["time"] > since and bool(line["tensors"]) for line in self.lines())
+        lines = (line for line in self.lines() if line["tensors"] and not line["again"])
+        return sum(line["time"] > since for line in lines)

@@ -72,7 +72,13 @@ def _released(file: SiteFile, console: Console) -> None:
         shapes = [f"{name} {shape}" for name, shape in line["tensors"].items()]
         shown = f"{len(shapes)}: {shapes[0]}, ..." if shapes else "none"
         table.add_row(
-            line["at"], line["run"], str(line["round"]), line["outcome"], shown, str(line["bytes"]), line["sha256"][:16]
+            line["at"],
+            line["run"],
+            str(line["round"]),
+            "again" if line["again"] else line["outcome"],
+            shown,
+            str(line["bytes"]),
+            line["sha256"][:16],
         )
     console.print(table)
     console.print(f"every name, shape and hash: {file.state / 'released.jsonl'}", markup=False)

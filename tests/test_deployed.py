@@ -17,6 +17,7 @@ from rich.console import Console
 
 from clients.deployed import DeployedSite
 from clients.errors import WITHHELD
+from clients.last_update import LastUpdate
 from clients.limits import SiteLimits
 from clients.release_log import ReleaseLog
 from clients.show import show
@@ -364,8 +365,9 @@ def test_no_more_rounds_a_day_than_allowed(tmp_path: Path, caplog: pytest.LogCap
     assert north.train(1).report.outcome is Outcome.OK
     other = Deployment(file, server_config(**{"run.name": "other"}), client=1).joined()
     assert other.train(1).report.outcome is Outcome.OK
-    report = refused(other)
-    assert report.reason == "the site's own limits refuse the round, by max-rounds-per-day"
+    assert other.train(1).report.outcome is Outcome.OK, "what is sent again does not count"
+    (update,) = other.site.train(other.instruction(2))
+    assert update == Update(ClientReport.failed(1, "the site's own limits refuse the round, by max-rounds-per-day"))
     assert "2 left in 24 hours" in caplog.text
     log = file.state / "released.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -455,6 +457,69 @@ def test_a_log_that_cannot_be_written_lets_nothing_leave(tmp_path: Path, caplog:
     assert update == Update(ClientReport.failed(0, WITHHELD))
     assert list(north.site.evaluate(instruction)) == [ClientReport.failed(0, WITHHELD)]
     assert "IsADirectoryError" in caplog.text
+
+
+# -- a round that is asked again ----------------------------------------------------------------------------
+
+
+def test_a_round_that_is_asked_again_is_paid_for_once(tmp_path: Path) -> None:
+    """As by a coordinator that died in it: the same numbers leave, after a restart of the daemon too."""
+    north = Deployment(site_file(tmp_path)).joined()
+    first = north.train(1)
+    again = north.train(1, ledger_heads=(first.report.ledger_head,))
+    restarted = Deployment(north.file).joined().train(1)
+    for update in (again, restarted):
+        assert update.report == first.report
+        assert tensors_digest(update.tensors) == tensors_digest(first.tensors)
+    assert len(own_ledger(north.file).uses()) == 1
+    lines = north.site.log.lines()
+    assert [line["again"] for line in lines] == [False, True, True]
+    assert len({line["sha256"] for line in lines}) == 1
+
+
+@pytest.mark.parametrize("what", ["round", "tensors", "run", "terms"])
+def test_another_question_is_never_answered_by_an_earlier_update(what: str, tmp_path: Path) -> None:
+    north = Deployment(site_file(tmp_path)).joined()
+    first = north.train(1)
+    number, changes = 1, {}
+    if what == "round":
+        number = 2
+    if what == "tensors":
+        changes["tensors"] = {name: value + 1e-9 for name, value in north.instruction(1).tensors.items()}
+    if what == "run":
+        north = Deployment(north.file, server_config(**{"run.name": "second"})).joined()
+    if what == "terms":
+        changes["local"] = replace(north.instruction(1).local, learning_rate=0.5)
+    update = north.train(number, **changes)
+    assert update.report.outcome is Outcome.OK, update.report.reason
+    assert tensors_digest(update.tensors) != tensors_digest(first.tensors)
+    assert len(own_ledger(north.file).uses()) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 10])
+def test_a_kept_update_that_cannot_be_read_is_trained_anew(content: bytes, tmp_path: Path) -> None:
+    north = Deployment(site_file(tmp_path)).joined()
+    north.train(1)
+    (north.file.state / "last-update.safetensors").write_bytes(content)
+    assert north.train(1).report.outcome is Outcome.OK
+    assert len(own_ledger(north.file).uses()) == 2
+
+
+def test_what_a_strategy_sends_beside_comes_again_too(tmp_path: Path) -> None:
+    kept = LastUpdate(tmp_path / "kept")
+    update = Update(
+        ClientReport(0, examples=3, steps=2, metrics={"loss": 0.5}), {"a": np.ones(2)}, {"v/a": np.zeros(1)}
+    )
+    kept.keep("q", update)
+    back = kept.answer_to("q")
+    assert back is not None
+    assert back.report == update.report
+    for group, kept_group in ((back.tensors, update.tensors), (back.extra, update.extra)):
+        assert tensors_digest(group) == tensors_digest(kept_group)
+    assert kept.answer_to("r") is None
+
+
+# -- its log ------------------------------------------------------------------------------------------------
 
 
 def test_a_line_that_was_torn_is_no_update_and_harms_no_other(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from deploy.demo import FEDLORA
+from fedlora.privacy import Ledger
 from simulations.launch import flower_command, flower_environment, free_ports
-from tests.support.deployment import RAW, ROOT, Federation, deployed, hosts
+from tests.support.deployment import DP, RAW, ROOT, SITES, Federation, deployed, hosts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.deploy]
 
@@ -211,6 +212,43 @@ def test_coordinator_killed_and_resumed(federation: Federation) -> None:
     note(
         "coordinator killed -9 (SuperLink, gateway, ServerApp) and started again",
         "same adapter to the bit",
+        f"seconds {seconds(folder)}",
+    )
+
+
+def test_coordinator_killed_within_a_round_under_dp(federation: Federation) -> None:
+    """The round is asked again, and no site pays for it twice: the budget holds for all rounds."""
+    name = "killed-under-dp"
+    folder = federation.configure(name, {**DP, "rounds": 3, "federation.wait": 240.0})
+    federation.launch()
+
+    def left() -> list[tuple[int, bool]]:
+        return [(line["round"], line["again"]) for line in federation.released("a") if line["run"] == name]
+
+    federation.until(lambda: (2, False) in left(), "run", 150)
+    federation.kill("run")
+    federation.kill("superlink")
+    assert federation.rounds(folder) == 1, "round 2 had ended"
+    federation.start("superlink")
+    process = federation.launch()
+    assert process.wait(300) == 0, federation.said("run")[-4000:]
+    federation.processes.pop("run", None)
+    assert federation.rounds(folder) == 3
+    paid = [
+        len(
+            [
+                entry
+                for entry in Ledger(federation.site(site) / "state/ledger.jsonl", site).entries()
+                if entry.run == name
+            ]
+        )
+        for site in SITES
+    ]
+    assert paid == [3, 3, 3]
+    assert (2, True) in left()
+    note(
+        "coordinator killed -9 within a round, under DP, and started again",
+        f"what had left was sent again: {left()} at site a; rounds paid {paid}",
         f"seconds {seconds(folder)}",
     )
 

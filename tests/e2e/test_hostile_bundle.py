@@ -29,6 +29,7 @@ from deploy.supernode import supernode_command
 from fedlora.data import FederatedData
 from fedlora.headers import instruction_header
 from fedlora.joining import JoinRequest
+from fedlora.privacy import Ledger
 from simulations.launch import flower_command, flower_environment
 from simulations.privacy import settle_privacy
 from tests.support.deployment import DP, ROOT, Federation, deployed
@@ -199,6 +200,6 @@ def test_a_hostile_bundle_gets_nothing(federation: Federation) -> None:
     (left,) = [line for line in federation.released("a") if line["tensors"]]
     assert left["run"] == "hostile"
     state = federation.site("a") / "state"
-    assert len((state / "ledger.jsonl").read_text().splitlines()) == 1, "one update was paid for, and one left"
+    assert len(Ledger(state / "ledger.jsonl", "a").entries()) == 1, "one update was paid for, and one left"
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
     assert federation.processes["daemon-a"].poll() is None
