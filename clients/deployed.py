@@ -19,6 +19,7 @@ import numpy as np
 
 from clients.errors import WITHHELD, RefusedError, SiteError
 from clients.last_update import LastUpdate, question_digest
+from clients.own_disk import folder_id
 from clients.release_log import ReleaseLog
 from clients.site import Job, LoadedSite, Site
 from clients.site_file import SiteFile
@@ -71,7 +72,6 @@ class DeployedSite:
         try:
             with self._lock:
                 report = self._joined(request)
-                self.file.state.mkdir(parents=True, exist_ok=True, mode=0o700)
                 write_whole(self.file.state / _JOB, json.dumps(request.header()).encode())
                 return report
         except Exception as error:
@@ -200,7 +200,7 @@ def own_job(file: SiteFile, request: JoinRequest) -> Job:
             )
     limits = replace(file.limits, models=tuple(file.models.values()))
     run = hashlib.sha256(asked.run.name.encode()).hexdigest()[:16]
-    return Job(config.to_flat(), rows, limits, str(Path(limits.folder) / "runs" / run))
+    return Job(config.to_flat(), rows, limits, str(Path(limits.folder) / "runs" / run), folder_id(file.state))
 
 
 def _federated(config: Config, client: int, clients: int) -> FederatedData:

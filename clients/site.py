@@ -27,12 +27,14 @@ class Job:
         data: The rows of the site's clients (in a simulation of all), and what is evaluated on.
         limits: What the site demands.
         store: Folder of what clients keep between rounds; empty: that of the limits, beside the ledgers.
+        folder_id: What the limits' folder is known by (:mod:`clients.own_disk`); empty: it is not asked for.
     """
 
     flat: Mapping[str, Scalar]
     data: FederatedData
     limits: SiteLimits
     store: str = ""
+    folder_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from clients.accounts import Accounts
 from clients.errors import WITHHELD, RefusedError, SiteError
 from clients.evaluator import Evaluator, PersonalEvaluator
+from clients.own_disk import check_folder
 from clients.personal import PersonalStore
 from clients.resident import LoadedModel, Resident
 from clients.site import Description, Job, Speed
@@ -103,6 +104,8 @@ class Worker:
             job = self._job = self._fetch()
             config = plugins.read_config(job.flat, foreign=True)
             job.limits.check(config)
+            if job.folder_id:
+                check_folder(Path(job.limits.folder), job.folder_id)
             model = self._resident.load(config, job.data.corpus)
             job.limits.check_model(model.engine.base.digest)
             store = PersonalStore(Path(job.store or job.limits.folder))

@@ -519,6 +519,24 @@ def test_what_a_strategy_sends_beside_comes_again_too(tmp_path: Path) -> None:
     assert kept.answer_to("r") is None
 
 
+# -- its own disk ---------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_on_another_disk_is_refused(tmp_path: Path) -> None:
+    """The planted bug: a trainer on another machine of a Ray cluster begins a ledger there, with a new budget."""
+    north = Deployment(site_file(tmp_path))
+    fetch = north.place.assign
+
+    def elsewhere(job: Job) -> tuple[Any, int]:
+        return fetch(replace(job, limits=replace(job.limits, folder=str(tmp_path / "elsewhere"))))
+
+    (tmp_path / "elsewhere").mkdir()
+    north.place.assign = elsewhere  # type: ignore[method-assign]
+    reason = north.site.join(north.request).reason
+    assert re.search(r"a trainer of the site does not see the site's state folder", reason)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 # -- its log ------------------------------------------------------------------------------------------------
 
 

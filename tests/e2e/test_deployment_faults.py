@@ -82,7 +82,7 @@ def seconds(folder: Path) -> list[float]:
     return [round(json.loads(line)["seconds"], 1) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def supervised(federation: Federation, what: str) -> threading.Event:
+def supervised(federation: Federation, what: str) -> Callable[[], None]:
     """Start a process again whenever it ends, as systemd does; return what ends that."""
     ended = threading.Event()
 
@@ -94,8 +94,14 @@ def supervised(federation: Federation, what: str) -> threading.Event:
                 pass
             ended.wait(5.0)
 
-    threading.Thread(target=again, daemon=True).start()
-    return ended
+    thread = threading.Thread(target=again, daemon=True)
+    thread.start()
+
+    def end() -> None:
+        ended.set()
+        thread.join()
+
+    return end
 
 
 def test_daemon_killed_and_back(federation: Federation) -> None:
@@ -123,9 +129,9 @@ def test_machine_of_a_site_dies_while_it_trains(federation: Federation) -> None:
         time.sleep(45)
         federation.start("daemon-c")
         federation.until((federation.site("c") / "run/site.sock").is_socket, "daemon-c")
-        ended = supervised(federation, "supernode-c")
+        end = supervised(federation, "supernode-c")
         after_round(federation, folder, 7, 300)
-    ended.set()
+    end()
     why, back = refusals(federation, folder, 2), rounds_of(federation, folder, 2)
     assert why, "it was in a round when it died"
     assert 8 in back, back
@@ -148,10 +154,10 @@ def test_supernode_killed_and_back(federation: Federation) -> None:
     with running(federation, "supernode-killed", rounds=14) as folder:
         after_round(federation, folder, 1)
         federation.kill("supernode-c")
-        ended = supervised(federation, "supernode-c")
+        end = supervised(federation, "supernode-c")
         killed = time.monotonic()
         after_round(federation, folder, 13, 200)
-    ended.set()
+    end()
     back = rounds_of(federation, folder, 2)
     assert max(back) > 2, f"in no round after it was killed: {back}, {time.monotonic() - killed:.0f} s"
     note(
@@ -272,13 +278,13 @@ def behind_a_proxy(federation: Federation, name: str, folder: Path) -> Iterator[
     site.write_text(text.replace(f'superlink = "{host}:{target}"', f'superlink = "127.0.0.1:{port}"'))
     command = [*federation.net.prefix(name), sys.executable, "-m", "tests.support.proxy"]
     proxy = subprocess.Popen([*command, str(port), host, str(target), str(mode)], cwd=ROOT)
+    time.sleep(1)
+    end = supervised(federation, supernode)
     try:
-        time.sleep(1)
-        federation.start(supernode)
         yield set_mode
     finally:
-        if supernode in federation.processes:
-            federation.kill(supernode, signal.SIGTERM)
+        end()
+        federation.kill(supernode, signal.SIGTERM)
         proxy.kill()
         proxy.wait(10)
         site.write_text(text)
@@ -324,9 +330,7 @@ def test_killed_while_its_update_is_on_the_way(federation: Federation, tmp_path:
         set_mode("pass")
         federation.start("daemon-b")
         federation.until((federation.site("b") / "run/site.sock").is_socket, "daemon-b")
-        ended = supervised(federation, "supernode-b")
         after_round(federation, folder, 15, 300)
-        ended.set()
     why, back = refusals(federation, folder, 1), rounds_of(federation, folder, 1)
     assert dead in why, (dead, why, back)
     assert max(back) == 16, back

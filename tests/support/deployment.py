@@ -186,6 +186,8 @@ class Federation:
     def kill(self, what: str, number: int = signal.SIGKILL) -> None:
         """Kill a process with all its children, as a machine that fails does."""
         process = self.processes.pop(what)
+        if process.poll() is not None:
+            return
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         for one in family:
             try:
