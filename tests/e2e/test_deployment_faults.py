@@ -373,8 +373,9 @@ def test_a_key_that_is_used_twice(federation: Federation) -> None:
     with running(federation, "twice", rounds=4) as folder:
         after_round(federation, folder, 1)
         command = [*federation.net.prefix("b"), *FEDLORA, "site", "supernode", str(site / "twin.toml")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    said = (done.stdout + done.stderr)[-3000:]
+        with (site / "twin.log").open("wb") as log:  # not a pipe, which a child of it keeps open
+            done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, timeout=60, check=False)
+    said = (site / "twin.log").read_text()[-3000:]
     assert done.returncode != 0, said
     assert "Failed to activate" in said
     for client in range(3):
