@@ -87,6 +87,7 @@ class Trainers:
             self._pool = TrainerPool.start(os.getpid(), self._shards, job)
         else:
             self._pool.assign(job)
+        self._pool.everywhere(lambda worker, _: worker.check_folder())
         return RaySite(self._pool), len(self._pool)
 
     def stop(self) -> None:

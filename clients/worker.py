@@ -89,6 +89,15 @@ class Worker:
         """Fetch the job anew before the next piece of work."""
         self._job = self._loaded = None
 
+    def check_folder(self) -> None:
+        """Check that the job's ledgers are on a disk that this process sees, before it loads anything.
+
+        Raises:
+            RefusedError: They are not.
+        """
+        job = self._fetch()
+        check_folder(Path(job.limits.folder), job.folder_id)
+
     def load(self) -> None:
         """Load the job now, if it is not loaded; what goes wrong is raised as it is."""
         _ = self.loaded
@@ -104,8 +113,7 @@ class Worker:
             job = self._job = self._fetch()
             config = plugins.read_config(job.flat, foreign=True)
             job.limits.check(config)
-            if job.folder_id:
-                check_folder(Path(job.limits.folder), job.folder_id)
+            check_folder(Path(job.limits.folder), job.folder_id)
             model = self._resident.load(config, job.data.corpus)
             job.limits.check_model(model.engine.base.digest)
             store = PersonalStore(Path(job.store or job.limits.folder))
