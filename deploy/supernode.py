@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from clients.site_file import SiteFile
-from simulations.launch import FLOWER_ENVIRONMENT, flower_command
+from simulations.launch import FLOWER_ENVIRONMENT
 
 _POLL_S = "0.1"  # how often Flower looks for a message's ClientApp to start; by default once a second
 
@@ -25,7 +26,7 @@ def supernode_command(file: SiteFile) -> tuple[list[str], dict[str, str]]:
         if not path.is_file():
             raise ValueError(f"{file.path} [supernode]: {key} = {str(path)!r}: there is no such file.")
     command = [
-        flower_command("flower-supernode"),
+        *(sys.executable, "-m", "deploy.own_supernode"),
         *("--superlink", own.superlink),
         *("--root-certificates", str(paths["ca"])),
         *("--auth-supernode-private-key", str(paths["key"])),
@@ -33,15 +34,15 @@ def supernode_command(file: SiteFile) -> tuple[list[str], dict[str, str]]:
         *("--node-config", f'site-socket="{file.socket}"'),
     ]
     environment = {**os.environ, **FLOWER_ENVIRONMENT, "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": _POLL_S}
-    beside = os.pathsep.join([str(Path(command[0]).parent), environment.get("PATH", "")])
+    beside = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])  # Flower's other commands
     return command, {**environment, "PATH": beside}
 
 
 def run_supernode(file: SiteFile) -> None:
     """Become the SuperNode.
 
-    It ends when the coordinator refuses it, as for a minute after it was killed, and is then to be started again: by
-    systemd, by Docker, or by whoever starts it.
+    It ends when the coordinator refuses it, as for a minute after it was killed, or when it gives up its connection.
+    Then it is to be started again: by systemd, by Docker, or by whoever starts it.
     """
     command, environment = supernode_command(file)
     os.execve(command[0], command, environment)

@@ -580,7 +580,7 @@ def test_large_messages(federation: Federation, size: int, tmp_path: Path) -> No
             for name in (
                 "flower-superlink",
                 "deploy superlink",
-                "flower-supernode",
+                "own_supernode",
                 "flwr-clientapp",
                 "flwr-serverapp",
             ):

@@ -50,7 +50,7 @@ sys.exit(script.load()())
 
 def as_nobody(command: list[str], **environment: str) -> tuple[list[str], dict[str, str]]:
     """Return a command that another user runs, and its environment."""
-    clean = {"PATH": "/usr/bin:/bin", "PYTHONPATH": PACKAGES, "LANG": "C.UTF-8", **environment}
+    clean = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{PACKAGES}:{ROOT}", "LANG": "C.UTF-8", **environment}
     own = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--no-new-privs"]
     return [*own, "/usr/bin/env", *command], clean  # env, since setpriv itself still has root's way to files
 
@@ -90,7 +90,7 @@ def supernode(federation: Federation, folder: Path) -> None:
     """Start the site's SuperNode as another user, as its systemd unit does."""
     python, tools = their_python(), folder / "bin"
     tools.mkdir()
-    for name in ("flower-supernode", "flower-superexec", "flwr-clientapp"):
+    for name in ("flower-superexec", "flwr-clientapp"):
         (tools / name).write_text(SCRIPT.format(python=python, name=name))
         (tools / name).chmod(0o755)
     site, home = federation.site("a"), folder / "home"
@@ -100,7 +100,7 @@ def supernode(federation: Federation, folder: Path) -> None:
     command, environment = supernode_command(SiteFile.read(site / "site.toml"))
     changed = {name: value for name, value in environment.items() if name.startswith("FLWR_")}
     changed |= {"PATH": f"{tools}:/usr/bin:/bin", "HOME": str(home), "FLWR_HOME": str(home)}
-    command, environment = as_nobody([python, str(tools / "flower-supernode"), *command[1:]], **changed)
+    command, environment = as_nobody([python, *command[1:]], **changed)
     with federation.log("supernode-a").open("ab") as log:
         federation.processes["supernode-a"] = subprocess.Popen(
             [*federation.net.prefix("a"), *command],
