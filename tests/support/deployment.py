@@ -304,6 +304,7 @@ def edit(file: Path, *, raw: bool) -> None:
     """Make a site's file one for tests: one thread, a larger budget, and raw updates where they are asked for."""
     text = file.read_text()
     text = re.sub(r"\nthreads = \d+", "\nthreads = 1", text)
+    text = text.replace("max-rounds-per-day = 200", "max-rounds-per-day = 0")
     text = text.replace("rows = 500", "rows = 30").replace('strategies = ["ffa-lora"]', "strategies = []")
     if raw:
         lines = [line for line in text.splitlines() if not line.startswith(("max-epsilon", "max-delta", "min-noise"))]
