@@ -61,7 +61,7 @@ class WeightedMean(Reduction):
         (tensors, extra), (more, more_extra) = self._sums(), other._sums()
         tensors, more = _padded(tensors, more)
         extra, more_extra = _padded(extra, more_extra)
-        extra.check(more_extra)
+        extra.check(more_extra)  # before either of the two sums is changed
         tensors.merge(more)
         extra.merge(more_extra)
         self.tensors, self.extra, self._only = tensors, extra, None

@@ -128,7 +128,7 @@ def test_machine_of_a_site_dies_while_it_trains(federation: Federation) -> None:
         after_round(federation, folder, 3)
         time.sleep(45)
         federation.start("daemon-c")
-        federation.until((federation.site("c") / "run/site.sock").is_socket, "daemon-c")
+        federation.until_listening("c")
         end = supervised(federation, "supernode-c")
         after_round(federation, folder, 7, 300)
     end()
@@ -329,7 +329,7 @@ def test_killed_while_its_update_is_on_the_way(federation: Federation, tmp_path:
         federation.kill("supernode-b")
         set_mode("pass")
         federation.start("daemon-b")
-        federation.until((federation.site("b") / "run/site.sock").is_socket, "daemon-b")
+        federation.until_listening("b")
         after_round(federation, folder, 15, 300)
     why, back = refusals(federation, folder, 1), rounds_of(federation, folder, 1)
     assert dead in why, (dead, why, back)
@@ -396,7 +396,7 @@ def test_disk_of_a_site_full(federation: Federation) -> None:
     try:
         shutil.copytree(kept, state, dirs_exist_ok=True)
         federation.start("daemon-b")
-        federation.until((federation.site("b") / "run/site.sock").is_socket, "daemon-b")
+        federation.until_listening("b")
         with running(federation, "disk-full", rounds=6) as folder:
             after_round(federation, folder, 1)
             with suppress(OSError), (state / "fill").open("wb", buffering=0) as file:
@@ -417,7 +417,7 @@ def test_disk_of_a_site_full(federation: Federation) -> None:
         state.rmdir()
         kept.rename(state)
         federation.start("daemon-b")
-        federation.until((federation.site("b") / "run/site.sock").is_socket, "daemon-b")
+        federation.until_listening("b")
 
 
 def test_a_site_joins_late_and_another_leaves_and_comes_back(federation: Federation) -> None:

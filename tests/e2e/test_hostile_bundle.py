@@ -12,7 +12,6 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def federation() -> Iterator[Federation]:
             made.start("superlink")
             made.start("daemon-a")
             made.until((made.coordinator / "state/roster.json").is_file, "superlink")
-            made.until((made.site("a") / "run/site.sock").is_socket, "daemon-a")
+            made.until_listening("a")
             yield made
     finally:
         shutil.rmtree(folder)
@@ -122,11 +121,11 @@ def asked(federation: Federation) -> dict[str, Any]:
     model = Worker(lambda: Job(config.to_flat(), data, SiteLimits("/tmp")), 1).loaded.model
     request = JoinRequest("a", 0, 1, config.to_flat())
     instruction = instruction_of(config, model.specs, model.initial, request)
-    sent = {name: instruction.tensors[name] for name in instruction.tensors}
+    sent, header = instruction.tensors, request.header()
     return {
-        "join": request.header(),
-        "flat": json.loads(request.header()["flat"]),
-        "instruction": instruction_header(replace(instruction, tensors=sent)),
+        "join": header,
+        "flat": json.loads(header["flat"]),
+        "instruction": instruction_header(instruction),
         "tensors": {"tensors": [[name, str(value.dtype), list(value.shape)] for name, value in sent.items()]},
         "numbers": base64.b64encode(b"".join(value.tobytes() for value in sent.values())).decode(),
     }

@@ -172,7 +172,7 @@ class Federation:
             self.start(f"daemon-{name}")
         self.until((self.coordinator / "state/roster.json").is_file, "superlink")
         for name in sites or self.rows:
-            self.until((self.site(name) / "run/site.sock").is_socket, f"daemon-{name}")
+            self.until_listening(name)
             self.start(f"supernode-{name}")
 
     def until(self, there: Callable[[], Any], what: str, seconds: float = 90.0) -> None:
@@ -182,6 +182,10 @@ class Federation:
             assert not died, f"{what} ended: {self.said(what)[-3000:]}"
             assert time.monotonic() < end, f"{what}: not within {seconds} s: {self.said(what)[-3000:]}"
             time.sleep(0.2)
+
+    def until_listening(self, name: str) -> None:
+        """Wait for a site's daemon to have its socket."""
+        self.until((self.site(name) / "run/site.sock").is_socket, f"daemon-{name}")
 
     def kill(self, what: str, number: int = signal.SIGKILL) -> None:
         """Kill a process with all its children, as a machine that fails does."""
