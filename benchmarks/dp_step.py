@@ -24,7 +24,7 @@ from opacus import PrivacyEngine
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.utils.data import DataLoader, TensorDataset
 
-from fedlora.config import Config, MethodConfig, TrainConfig
+from fedlora.config import Config, MethodConfig, ModelConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine, train_pack
 from fedlora.methods import build_method, initial_tensors
 from fedlora.models import load_base
@@ -39,7 +39,8 @@ Step = Callable[[], None]
 
 def packed(examples: Examples, rows: int, private: bool) -> Step:
     """Return one of our steps: a pack of one client."""
-    base = load_base("minilm", Classification, CLASSES, "auto", dtype=torch.float32, device=torch.device("cpu"))
+    minilm, cpu = ModelConfig("minilm"), torch.device("cpu")
+    base = load_base(minilm, Classification, CLASSES, "auto", dtype=torch.float32, device=cpu)
     method = build_method(Config(method=MethodConfig("lora")), base.structure.adapted, base.structure.head)
     engine = Engine.build(base, method, Classification(0))
     start = initial_tensors(method.specs(), Seeded(0), "float32")

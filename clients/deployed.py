@@ -33,6 +33,7 @@ from fedlora.exchange import ClientReport, Instruction, Outcome, Update
 from fedlora.headers import HeaderReader
 from fedlora.joining import PROTOCOL, JoinReport, JoinRequest
 from fedlora.storage import write_whole
+from fedlora.targets import is_pattern
 from fedlora.tasks import TASKS
 
 _logger = logging.getLogger(__name__)
@@ -168,6 +169,10 @@ def own_job(file: SiteFile, request: JoinRequest) -> Job:
     """
     if request.flat.get("run.plugins", "") != file.plugins:
         raise RefusedError("the job's run.plugins are not those of this site; code comes from the site's operator only")
+    if request.flat.get("model.trust-remote-code", False):
+        raise RefusedError("the job has model.trust-remote-code; code comes from the site's operator only")
+    if is_pattern(str(request.flat.get("method.target-modules", ""))):  # which may be made to match for ever
+        raise RefusedError("the job's method.target-modules is a regular expression; a site takes names")
     own: dict[str, Scalar] = {
         "data.name": "file",
         "data.path": file.data.path,

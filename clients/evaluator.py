@@ -18,6 +18,7 @@ from fedlora.exchange import ClientReport, Instruction
 from fedlora.privacy import PrivateRandom
 from fedlora.privacy.step import PrivateStep
 from fedlora.runs.export import adapter_files
+from fedlora.runs.export_check import check_adapter
 
 _PROBED = 8  # rows of a client that a probe takes, at most
 
@@ -40,8 +41,14 @@ class Evaluator:
         return evaluate(self.model.engine, {**self.model.initial, **tensors}, self.model.examples[split], rows)
 
     def export(self, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, bytes]:
-        """Return the files of a PEFT adapter for the server's tensors."""
-        return adapter_files(self.model.engine, {**self.model.initial, **tensors}, self.model.config)
+        """Return the files of a PEFT adapter for the server's tensors, tried out in PEFT."""
+        return _exported(self.model, {**self.model.initial, **tensors})
+
+
+def _exported(model: LoadedModel, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, bytes]:
+    files = adapter_files(model.engine, tensors, model.config)
+    check_adapter(model.engine, tensors, files)
+    return files
 
 
 @final
@@ -89,10 +96,10 @@ class PersonalEvaluator:
         ]
 
     def export(self, instruction: Instruction) -> list[dict[str, bytes]]:
-        """Return, for each client, the files of a PEFT adapter of its own."""
+        """Return, for each client, the files of a PEFT adapter of its own, tried out in PEFT."""
         common = self._start.common(instruction)
         own = [self._start.personal_of(instruction, client, common) for client in instruction.clients]
-        return [adapter_files(self.model.engine, {**common, **one}, self.model.config) for one in own]
+        return [_exported(self.model, {**common, **one}) for one in own]
 
     def probe(self, instruction: Instruction) -> Speed:
         """Train and evaluate a few rows of each client, twice, and time the second; nothing is kept of it."""

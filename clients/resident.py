@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 
 from fedlora.config import Config
 from fedlora.data import Corpus
-from fedlora.engine import Engine, check_rows_apart
+from fedlora.engine import Engine, find_batching
 from fedlora.methods import TensorSpec, build_method, initial_tensors
-from fedlora.models import Base, check_length, load_base
+from fedlora.models import Base, check_length, head_words, keeps_head, load_base
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS, Rows
 
@@ -26,20 +27,40 @@ class LoadedModel:
         config: The configuration.
         engine: The engine.
         specs: The method's tensors.
-        initial: Their values from the seed.
+        initial: Their values as every machine starts them: from the seed, the head's perhaps from the checkpoint.
+        head_start: Those of them that come from the checkpoint.
         examples: The tokenized rows, by split.
+        classes: Class names by class number.
     """
 
     config: Config
     engine: Engine
     specs: dict[str, TensorSpec]
     initial: dict[str, NDArray[np.floating]]
+    head_start: dict[str, NDArray[np.floating]]
     examples: dict[str, Rows]
+    classes: tuple[str, ...] = ()
 
     @property
     def measured(self) -> str:
         """The split that a round is measured on."""
         return "dev" if "dev" in self.examples else "test"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What may surprise of the model: where the head starts, which rows may go through it together."""
+        return model_remarks(self.engine, self.config, self.classes)
+
+
+def model_remarks(engine: Engine, config: Config, classes: Sequence[str]) -> tuple[str, ...]:
+    """Return in words what a model's own make decides: its adapted layers, its head's start, its batches."""
+    base = engine.base
+    lines = [f"adapted layers: {len(base.structure.adapted)}, called {', '.join(base.structure.targets)}"]
+    if base.structure.head:
+        lines.append(f"head starts {head_words(config.method.head_start, base.head_labels, classes)}")
+    if engine.batching.words:
+        lines.append(f"batches: {engine.batching.words}")
+    return tuple(lines)
 
 
 @final
@@ -68,7 +89,7 @@ class Resident:
         """
         task_class = TASKS[config.task]
         base = self._base(config, len(corpus.classes) if task_class.has_head else 0)
-        check_length(base.model.config, config.train.max_length)
+        check_length(base.structure, config.train.max_length)
         method = build_method(config, base.structure.adapted, base.structure.head)
         task = task_class.build(base.tokenizer, config)
         options = TASKS.options_of(config.task)
@@ -77,24 +98,25 @@ class Resident:
             self._engine = Engine.build(base, method, task)
         engine = replace(self._engine, method=method, task=task)
         for split, table in corpus.splits.items():
-            source = (table, config.model.name, config.train.max_length, *own)
+            source = (table, config.model, config.train.max_length, *own)
             if split not in self._examples or self._examples[split][0] != source:
                 self._examples[split] = (source, task.encode(table, base.tokenizer, config.train.max_length))
         specs = method.specs()
-        initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype)
-        if config.privacy.mode == "dp":
-            check_rows_apart(engine, initial)
+        head_start = _head_start(base, config, corpus.classes)
+        initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype) | head_start
         return LoadedModel(
             config=config,
-            engine=engine,
+            engine=replace(engine, batching=find_batching(engine, initial)),
             specs=specs,
             initial=initial,
+            head_start=head_start,
             examples={split: self._examples[split][1] for split in corpus.splits},
+            classes=corpus.classes,
         )
 
     def _base(self, config: Config, classes: int) -> Base:
         """Return the base model: the resident one, or another in its place."""
-        key = (config.model.name, TASKS[config.task], classes, config.method.target_modules)
+        key = (config.model, TASKS[config.task], classes, config.method.target_modules)
         if self._engine is not None and self._key == (*key, config.engine.dtype):
             return self._engine.base
         self._engine = None  # two base models might not fit
@@ -106,3 +128,20 @@ class Resident:
         self._key = (*key, config.engine.dtype)
         self.loads += 1
         return base
+
+
+def _head_start(base: Base, config: Config, classes: Sequence[str]) -> dict[str, NDArray[np.floating]]:
+    """Return the head's tensors that start as the checkpoint has them.
+
+    Raises:
+        ValueError: It was saved with a head, and lacks a part of it.
+    """
+    if not base.structure.head or not keeps_head(config.method.head_start, base.head_labels, classes):
+        return {}
+    if not base.head:
+        raise ValueError(
+            f"model.name = {config.model.name!r}: the checkpoint was saved with a head for {len(base.head_labels)} "
+            "classes, and its weights are not all there; set method.head-start = 'fresh'."
+        )
+    dtype = config.engine.tensor_dtype
+    return {name: value.detach().to("cpu", torch.float64).numpy().astype(dtype) for name, value in base.head.items()}

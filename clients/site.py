@@ -9,13 +9,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from clients.limits import SiteLimits
 from fedlora import __version__
-from fedlora.config import Scalar
+from fedlora.config import Config, Scalar
 from fedlora.data import FederatedData
 from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.joining import JoinReport
-from fedlora.methods import TensorSpec
+from fedlora.methods import TensorSpec, initial_tensors
+from fedlora.seeded import Seeded
 
 
 @dataclass(frozen=True)
@@ -43,20 +47,23 @@ class Description:
 
     Attributes:
         specs: The method's tensors.
+        head_start: Those of them that start as the checkpoint has them, and not from the seed.
         family: The base model's type.
         num_parameters: Parameters of the base model.
         num_layers: Its adapted layers.
         digest: Of the base model's weights and the tokenizer.
-        initial_digest: Of the seeded tensors, to compare with the server's.
+        initial_digest: Of the tensors that a run starts with, to compare with the server's.
         constants_digest: Of the method's constants, such as indices.
         fingerprint: Of the code it runs, with its folders.
         device: Where it computes.
         threads: CPU threads that it uses.
         pid: Its process.
         base_loads: How often this process loaded the base model.
+        remarks: What may surprise of the model: where the head starts, which rows may go through it together.
     """
 
     specs: dict[str, TensorSpec]
+    head_start: dict[str, NDArray[np.floating]]
     family: str
     num_parameters: int
     num_layers: int
@@ -68,6 +75,11 @@ class Description:
     threads: int
     pid: int
     base_loads: int
+    remarks: tuple[str, ...] = ()
+
+    def initial(self, config: Config) -> dict[str, NDArray[np.floating]]:
+        """Return the tensors that a run starts with, without a group axis: drawn here, but for the checkpoint's."""
+        return initial_tensors(self.specs, Seeded(config.seed), config.engine.tensor_dtype) | self.head_start
 
     def join_report(self, site: str, rows: int = 0, trainers: int = 1) -> JoinReport:
         """Return what is said of it when a site joins, and what the coordinator holds against that."""

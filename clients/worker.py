@@ -190,6 +190,7 @@ class Worker:
         structure = model.engine.base.structure
         return Description(
             specs=model.specs,
+            head_start=model.head_start,
             family=structure.family,
             num_parameters=structure.num_parameters,
             num_layers=len(structure.adapted),
@@ -201,6 +202,7 @@ class Worker:
             threads=self.threads,
             pid=os.getpid(),
             base_loads=self._resident.loads,
+            remarks=model.remarks,
         )
 
     # -- the wall -----------------------------------------------------------------------------------------

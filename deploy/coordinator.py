@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from clients.limits import SiteLimits
-from clients.site import Job
+from clients.site import Description, Job
 from clients.worker import Worker
 from deploy.coordinator_file import SIGNING_KEY
 from deploy.manifest import sign
@@ -24,8 +24,7 @@ from deploy.records import SitesPrivacy
 from fedlora.config import Config, ConfigError
 from fedlora.data import FederatedData, load_corpus
 from fedlora.exchange import Tensors
-from fedlora.joining import JoinReport, JoinRequest
-from fedlora.methods import initial_tensors
+from fedlora.joining import JoinRequest
 from fedlora.metrics import TRAFFIC
 from fedlora.reports.card import model_card
 from fedlora.reports.run import Run as Report
@@ -33,7 +32,6 @@ from fedlora.reports.summary import write_report
 from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.roles import Role
 from fedlora.runs.folder import RunFolder, environment, read_lines, run_path
-from fedlora.seeded import Seeded
 from fedlora.server import FlowerStrategy
 from fedlora.server.observers import (
     Checkpoints,
@@ -107,7 +105,7 @@ def run(grid: Grid, config: Config, console: Console) -> dict[str, Any]:
     )
     folder = RunFolder.resume(config) if config.run.resume else RunFolder.create(config)
     with folder.held():
-        return _Deployment(plan, folder, OwnModel(worker), own, sites, console, started).run(grid)
+        return _Deployment(plan, folder, OwnModel(worker), described, sites, console, started).run(grid)
 
 
 def read_roster(config: Config) -> dict[str, int]:
@@ -165,12 +163,12 @@ class _Deployment:
         plan: Plan,
         folder: RunFolder,
         model: OwnModel,
-        own: JoinReport,
+        described: Description,
         sites: Sites,
         console: Console,
         started: float,
     ) -> None:
-        self._plan, self._folder, self._model, self._own = plan, folder, model, own
+        self._plan, self._folder, self._model, self._described = plan, folder, model, described
         self._sites, self._console, self._started = sites, console, started
         self._task = TASKS[plan.config.task]
         self._flower = FlowerStrategy(plan.strategy, plan.federation, nodes=sites)
@@ -195,10 +193,9 @@ class _Deployment:
     def _start(self) -> int:
         """Restore or make the server's state, say what will happen, and return the rounds behind it."""
         plan, config, folder, console = self._plan, self._plan.config, self._folder, self._console
-        checkpoint = folder.read_checkpoint({"base": self._own.digest}) if config.run.resume else None
+        checkpoint = folder.read_checkpoint({"base": self._described.digest}) if config.run.resume else None
         if checkpoint is None:
-            seeded = initial_tensors(plan.specs, Seeded(config.seed), config.engine.tensor_dtype)
-            self._flower.state = plan.strategy.initial(seeded)
+            self._flower.state = plan.strategy.initial(self._described.initial(config))
         else:
             self._flower.state = ServerState.read(checkpoint.arrays, checkpoint.state["clients"])
             self._lines = read_lines(folder.path / "metrics.jsonl")
@@ -207,7 +204,7 @@ class _Deployment:
         classes = list(plan.data.corpus.classes)
         folder.write_json("partition.json", {"classes": classes, "counts": [], "names": list(plan.data.names)})
         folder.write_json("plan.json", plan.record())
-        folder.write_json("environment.json", environment(self._own.fingerprint))
+        folder.write_json("environment.json", environment(self._described.fingerprint[0]))
         self._privacy.write()
         console.print(plan.tensors_table())
         console.print(f"sites: {', '.join(plan.data.names)}; rounds: {config.rounds}; reported: {plan.measure}")
@@ -253,7 +250,7 @@ class _Deployment:
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
             "strategy": self._plan.strategy.name,
-            "base": self._own.digest,
+            "base": self._described.digest,
             "seconds": time.monotonic() - self._started,
         }
 
@@ -299,7 +296,7 @@ class _Deployment:
             run=config.run.name,
             rounds=rounds,
             base_model=config.model.name,
-            base_digest=self._own.digest,
+            base_digest=self._described.digest,
             guarantee=str(self._privacy.record["guarantee"]),
         )
         self._console.print(f"signed: fedlora verify {self._folder.path / 'adapter'} --key adapter.pub", markup=False)

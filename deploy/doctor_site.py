@@ -189,9 +189,12 @@ def _models(site: SiteFile, *, load: bool) -> Iterator[Finding]:
 def _digest(site: SiteFile, place: str) -> str:
     import torch
 
+    from fedlora.config import ModelConfig
     from fedlora.models import load_base
     from fedlora.tasks import TASKS
 
     classes = [name for name in site.public.classes.split(",") if name]
     task = TASKS["classification" if classes else "causal-lm"]
-    return load_base(place, task, max(2, len(classes)), "auto", dtype=torch.float32, device=torch.device("cpu")).digest
+    return load_base(
+        ModelConfig(place), task, max(2, len(classes)), "auto", dtype=torch.float32, device=torch.device("cpu")
+    ).digest

@@ -195,7 +195,7 @@ def _plan(config: Config, console: Console) -> int:
 
     config, data = settle(config, _NODES)
     task = TASKS[config.task]
-    structure = inspect_by_name(config.model.name, task, len(data.corpus.classes), config.method.target_modules)
+    structure = inspect_by_name(config.model, task, len(data.corpus.classes), config.method.target_modules)
     specs = build_method(config, structure.adapted, structure.head).specs()
     plan = Plan(
         config=config,

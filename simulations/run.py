@@ -15,12 +15,10 @@ from rich.console import Console
 from clients.accounts import Accounts
 from clients.site import Description
 from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
-from fedlora.methods import initial_tensors
 from fedlora.reports.format import human_time
 from fedlora.reports.plots import plot_partition
 from fedlora.reports.run import Run as Report
 from fedlora.runs.folder import Checkpoint, RunFolder, environment, read_lines
-from fedlora.seeded import Seeded
 from fedlora.server import FlowerStrategy
 from fedlora.server.observers import (
     Checkpoints,
@@ -121,8 +119,7 @@ class Run:
         same = {"base": parts.description.digest}
         checkpoint = parts.folder.read_checkpoint(same) if config.run.resume else None
         if checkpoint is None:
-            seeded = initial_tensors(parts.description.specs, Seeded(config.seed), config.engine.tensor_dtype)
-            self.flower.state = self.plan.strategy.initial(seeded)
+            self.flower.state = self.plan.strategy.initial(parts.description.initial(config))
         else:
             self._restore(checkpoint)
         completed = checkpoint.round if checkpoint is not None else 0

@@ -19,9 +19,8 @@ from clients.site import Description, Job
 from fedlora import plugins
 from fedlora.config import Config
 from fedlora.data import FederatedData
-from fedlora.methods import initial_tensors, tensors_digest
+from fedlora.methods import tensors_digest
 from fedlora.runs.folder import RunFolder, run_path
-from fedlora.seeded import Seeded
 from fedlora.server import FederationError
 from simulations.baselines import Federated, run_baselines
 from simulations.finish import finish
@@ -159,7 +158,7 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
     described = pool.everywhere(lambda worker, _: worker.describe())
     own, folders = plugins.fingerprint(config.run.plugins)
     first = described[0]
-    initial_digest = tensors_digest(initial_tensors(first.specs, Seeded(config.seed), config.engine.tensor_dtype))
+    initial_digest = tensors_digest(first.initial(config))
     for other in described:
         digest, elsewhere = other.fingerprint
         if digest != own:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from fedlora.config import ConfigError, from_toml
+from fedlora.config import ConfigError, ModelConfig, from_toml
 from fedlora.data import Table, load_federated
 from fedlora.models import load_base, load_tokenizer, model_path
 from fedlora.plugins import read_config
@@ -32,7 +32,7 @@ CHAT = (
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_tokenizer(save_tiny_language_model(tmp_path_factory.mktemp("lm")))
+    return load_tokenizer(ModelConfig(save_tiny_language_model(tmp_path_factory.mktemp("lm"))))
 
 
 def test_prompts_are_masked_and_answers_end(tokenizer: Any) -> None:
@@ -151,7 +151,7 @@ def test_tokenizers_without_an_end_are_refused(tokenizer: Any) -> None:
 
 def test_the_base_of_a_language_model(tmp_path: Path) -> None:
     folder = save_tiny_language_model(tmp_path)
-    base = load_base(folder, CausalLM, 0, "auto", dtype=torch.float64, device=CPU)
+    base = load_base(ModelConfig(folder), CausalLM, 0, "auto", dtype=torch.float64, device=CPU)
     assert base.structure.head == ()
     assert base.tokenizer.padding_side == "right"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from fedlora.config import ModelConfig
 from fedlora.models import inspect_by_name, load_base, load_config, load_tokenizer
 from fedlora.tasks import Classification
 from tests.support.families import CONFIGS, small_model, small_structure
@@ -60,7 +61,8 @@ def test_targets_that_cannot_be_adapted(targets: str, message: str) -> None:
 
 
 def test_a_model_that_is_not_there_names_both_cures() -> None:
-    for load in (lambda: load_config("no-such/model", 2), lambda: load_tokenizer("no-such/model")):
+    absent = ModelConfig("no-such/model")
+    for load in (lambda: load_config(absent, 2), lambda: load_tokenizer(absent)):
         with pytest.raises(
             ValueError, match=r"model.name = 'no-such/model': cannot be loaded .*local folder.*connect to the network"
         ):
@@ -68,20 +70,20 @@ def test_a_model_that_is_not_there_names_both_cures() -> None:
 
 
 def test_bundled_model_loads_without_a_network() -> None:
-    base = load_base("minilm", Classification, 8, "auto", dtype=torch.float32, device=CPU)
+    base = load_base(ModelConfig("minilm"), Classification, 8, "auto", dtype=torch.float32, device=CPU)
     assert base.structure.num_parameters == 22_716_296
     assert len(base.structure.adapted) == 12
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert not any(module.p for module in base.model.modules() if isinstance(module, torch.nn.Dropout))
-    again = load_base("minilm", Classification, 3, "auto", dtype=torch.float32, device=CPU)
+    again = load_base(ModelConfig("minilm"), Classification, 3, "auto", dtype=torch.float32, device=CPU)
     assert base.digest == again.digest, "the head, random at each load, is not part of the base"
-    assert inspect_by_name("minilm", Classification, 8, "auto") == base.structure
+    assert inspect_by_name(ModelConfig("minilm"), Classification, 8, "auto") == base.structure
 
 
 def test_local_folder_and_digest(tmp_path: Path) -> None:
-    one = load_base(save_tiny_model(tmp_path / "one"), Classification, 2, "auto", dtype=torch.float64, device=CPU)
-    two = load_base(
-        save_tiny_model(tmp_path / "two", seed=1), Classification, 2, "auto", dtype=torch.float64, device=CPU
+    folders = save_tiny_model(tmp_path / "one"), save_tiny_model(tmp_path / "two", seed=1)
+    one, two = (
+        load_base(ModelConfig(folder), Classification, 2, "auto", dtype=torch.float64, device=CPU) for folder in folders
     )
     assert one.digest != two.digest
     assert one.tokenizer.padding_side == "right"
@@ -97,7 +99,7 @@ def test_a_checkpoint_without_base_weights_is_refused(tmp_path: Path) -> None:
     assert len(cut) < len(weights)
     save_file(cut, f"{folder}/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"no weights for bert.pooler.dense.bias \(2 tensors are missing\)"):
-        load_base(folder, Classification, 2, "auto", dtype=torch.float32, device=CPU)
+        load_base(ModelConfig(folder), Classification, 2, "auto", dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -108,7 +110,7 @@ def test_every_dropout_is_switched_off(family: str, tmp_path: Path) -> None:
         **{key: value for key, value in config.to_dict().items() if "drop" not in key and key != "dtype"}
     )
     defaults.save_pretrained(tmp_path)
-    loaded = load_config(str(tmp_path), 3)
+    loaded = load_config(ModelConfig(str(tmp_path)), 3)
     model = transformers.AutoModelForSequenceClassification.from_config(loaded)
     assert not any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
     assert loaded.num_labels == 3

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora.config import Config, MethodConfig, TrainConfig
-from fedlora.engine import ClientWork, Engine, check_rows_apart, evaluate, train_pack
+from fedlora.engine import Batching, ClientWork, Engine, evaluate, find_batching, train_pack
 from fedlora.methods import Layer, build_method
 from fedlora.models import Base, Structure
 from fedlora.tasks import Batch, Measure, Task
@@ -67,7 +67,7 @@ class Regression(Task):
     def encode(self, table: Any, tokenizer: Any, max_length: int) -> Recordings:
         raise AssertionError("its rows are made up here, never read from a table")
 
-    def made_up_rows(self) -> Recordings:
+    def made_up_rows(self, *, long: bool = False) -> Recordings:
         return recordings(3, seed=99)
 
     def join(self, parts: Sequence[tuple[Recordings, int]]) -> Recordings:
@@ -124,6 +124,6 @@ def test_a_pack_on_frames(engine: Engine, private: bool) -> None:
         alone = train_pack(engine, [work], {}, train, step)[0]
         assert max(float(np.abs(result.tensors[n] - alone.tensors[n]).max()) for n in start) < 1e-10
         assert max(float(np.abs(result.tensors[n] - start[n]).max()) for n in start) > 1e-3
-    check_rows_apart(engine, start)
+    assert find_batching(engine, start) == Batching()
     losses = evaluate(engine, start, works[0].examples, range(4))["loss"]
     assert losses.shape == (4,)

@@ -155,12 +155,13 @@ def test_a_length_that_the_model_cannot_take(tmp_path: Path) -> None:
 
 def test_texts_that_spell_special_tokens(tmp_path: Path) -> None:
     """``[PAD]`` in a text is text, not padding: docstrings of a tokenizer are full of it."""
+    from fedlora.config import ModelConfig
     from fedlora.data import Table
     from fedlora.models import load_tokenizer
     from fedlora.tasks import Classification
 
     for name in ("minilm", save_tiny_model(tmp_path / "model")):
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(ModelConfig(name))
         task = Classification(tokenizer.pad_token_id)
         examples = task.encode(Table(("a [PAD] b [SEP] c", "w1"), (0, 1)), tokenizer, 16)
         assert tokenizer.pad_token_id not in examples.tokens[0]
@@ -169,11 +170,12 @@ def test_texts_that_spell_special_tokens(tmp_path: Path) -> None:
 
 def test_padding_token_inside_a_text_is_refused(tmp_path: Path) -> None:
     """pad = eos: the model would take the end of the text from the wrong place."""
+    from fedlora.config import ModelConfig
     from fedlora.data import Table
     from fedlora.models import load_tokenizer
     from fedlora.tasks import Classification
 
-    tokenizer = load_tokenizer(save_tiny_model(tmp_path / "model"))
+    tokenizer = load_tokenizer(ModelConfig(save_tiny_model(tmp_path / "model")))
     task = Classification(pad_token_id=tokenizer.sep_token_id)
     with pytest.raises(ValueError, match="holds the padding token"):
         task.encode(Table(("w1 w2",), (0,)), tokenizer, 16)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.config import TrainConfig
+from fedlora.config import ModelConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine, train_pack
 from fedlora.engine import pack as pack_module
 from fedlora.engine.optimizers import build_optimizer
@@ -182,7 +182,7 @@ def test_a_loss_without_a_gradient(bug: str, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_probe_acquits_a_real_model(method: str) -> None:
     """Float32, MiniLM: gradients of one tensor are a millionth of another's, which must not matter."""
     targets = "query,key,value,attention.output.dense,intermediate.dense,output.dense"
-    base = load_base("minilm", Classification, 3, targets, dtype=torch.float32, device=torch.device("cpu"))
+    base = load_base(ModelConfig("minilm"), Classification, 3, targets, dtype=torch.float32, device=torch.device("cpu"))
     built = build_method(CONFIGS[method], base.structure.adapted, base.structure.head)
     engine = Engine.build(base, built, Classification(base.tokenizer.pad_token_id))
     names = set(built.specs())

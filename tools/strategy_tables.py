@@ -17,7 +17,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from fedlora.config import Config, MethodConfig
+from fedlora.config import Config, MethodConfig, ModelConfig
 from fedlora.exchange import ClientReport, Update
 from fedlora.methods import METHODS as REGISTERED
 from fedlora.methods import Layer, LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
@@ -51,7 +51,7 @@ def layers_of(model: str) -> tuple[Layer, ...]:
     """Return the adapted layers of a model of the tables."""
     name, targets = model.split(" ")
     if name == "MiniLM":
-        return inspect_by_name("minilm", TASKS["classification"], 2, "query,value").adapted
+        return inspect_by_name(ModelConfig("minilm"), TASKS["classification"], 2, "query,value").adapted
     with torch.device("meta"):
         if name == "RoBERTa-large":
             config = transformers.RobertaConfig(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import final
 
 from fedlora.config.fields import at_least, dotted, numbered, one_of, positive, require, share, unread
+from fedlora.targets import is_pattern
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 """What a deployed site may be called; the name is a folder's, a file's and a user's."""
@@ -62,6 +63,10 @@ class ModelConfig:
     name: str = "minilm"
     """``minilm`` (bundled, offline), ``small-llama`` (a small language model that this machine trains once, on
     docstrings), a local folder, or a Hugging Face hub name."""
+    revision: str = ""
+    """Branch, tag or commit of the hub model; empty: its main branch."""
+    trust_remote_code: bool = False
+    """Whether a model that brings code of its own may run it, on the server and at every client."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -291,9 +296,13 @@ class MethodConfig:
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rsLoRA); read by ``lora``."""
     target_modules: str = "auto"
-    """Comma-separated module names as in PEFT, ``all-linear``, or ``auto``: PEFT's choice for the model."""
+    """Comma-separated module names as in PEFT, ``all-linear``, ``auto`` (the usual choice for the model's family), or a
+    regular expression that full module names must match, such as ``.*[.][0-5][.].*query``."""
     head: str = "shared"
-    """``shared``: trained and averaged; ``personal``: trained and kept by the client; ``frozen``: as seeded."""
+    """``shared``: trained and averaged; ``personal``: trained and kept by the client; ``frozen``: as it starts."""
+    head_start: str = "auto"
+    """``fresh``: the head starts from the seed; ``checkpoint``: as the checkpoint has trained it; ``auto``: the latter
+    where the checkpoint has a head for these classes."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -303,8 +312,9 @@ class MethodConfig:
         at_least("method.rank", self.rank, 1)
         positive("method.alpha", self.alpha)
         one_of("method.head", self.head, ("shared", "personal", "frozen"))
+        one_of("method.head-start", self.head_start, ("auto", "checkpoint", "fresh"))
         require(
-            all(part.strip() for part in self.target_modules.split(",")),
+            is_pattern(self.target_modules) or all(part.strip() for part in self.target_modules.split(",")),
             "method.target-modules",
             self.target_modules,
             "must be module names separated by commas.",

@@ -42,6 +42,32 @@ class Probed:
 
 @final
 @dataclass(frozen=True)
+class Batching:
+    """Which rows may go through the model together, so that each comes out as it does alone.
+
+    Attributes:
+        equal_length: Rows of the same length only: what a model makes of padding reaches the row's own numbers.
+        one_group: Rows of one group only (a client; under DP a row): the model calls adapted layers on more than rows.
+    """
+
+    equal_length: bool = False
+    one_group: bool = False
+
+    @property
+    def words(self) -> str:
+        """What is said of it, empty where any rows may go together."""
+        return " and ".join(
+            text
+            for holds, text in (
+                (self.equal_length, "rows of equal length only (the model does not keep padding apart)"),
+                (self.one_group, "rows of one client only, under DP one by one (the model reads shared inputs, too)"),
+            )
+            if holds
+        )
+
+
+@final
+@dataclass(frozen=True)
 class Engine:
     """What training and evaluation share.
 
@@ -53,6 +79,7 @@ class Engine:
         dtype: Of the adapter's tensors: float64 with a float64 base, else float32.
         device: Where the base model is.
         max_cost: Bound on the cost of one forward pass: rows times the cost of the longest.
+        batching: Which rows may go through the model together (:mod:`fedlora.engine.apart`).
         probed: What :mod:`fedlora.engine.watch` found so far, by what it depends on; ``replace`` starts it anew.
     """
 
@@ -63,6 +90,7 @@ class Engine:
     dtype: torch.dtype
     device: torch.device
     max_cost: int
+    batching: Batching = Batching()
     probed: dict[Hashable, Probed] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     @classmethod
@@ -87,58 +115,37 @@ class Engine:
         """Return a copy of ``array`` on the engine's device, in the adapter's dtype."""
         return torch.tensor(array, dtype=self.dtype, device=self.device)
 
-    def micro_batches(self, cost: NDArray[np.int64], copied: int = 0) -> Iterator[NDArray[np.int64]]:
-        """Assign rows of the given cost to forward passes: alike in cost, within the bound.
+    def micro_batches(
+        self, cost: NDArray[np.int64], group: NDArray[np.int64], copied: int = 0
+    ) -> Iterator[NDArray[np.int64]]:
+        """Assign rows of the given cost to forward passes: alike in cost, within the bound, such as may go together.
 
         Args:
             cost: Of each row.
+            group: Of each row.
             copied: Trained numbers that each row has a copy of.
 
         Yields:
             Positions in ``cost``; every position once.
         """
         order = np.argsort(-cost, kind="stable")
-        start = 0
-        while start < len(order):
-            size = max(1, self.max_cost // int(cost[order[start]]))
-            size = max(1, min(size, _COPIES // copied)) if copied else size
-            yield order[start : start + size]
-            start += size
+        for part in self._that_may_meet(order, cost, group):
+            start = 0
+            while start < len(part):
+                size = max(1, self.max_cost // int(cost[part[start]]))
+                size = max(1, min(size, _COPIES // copied)) if copied else size
+                yield part[start : start + size]
+                start += size
 
-
-def check_rows_apart(engine: Engine, tensors: Arrays) -> None:
-    """Check, on made-up rows, that a row's loss does not depend on the other rows of its batch.
-
-    DP-SGD bounds what one row can change by clipping its gradient. Where losses are coupled (a mean over all tokens of
-    the batch, normalisation over the batch) a row also changes the gradients of others, and the bound does not hold.
-
-    Args:
-        engine: The engine.
-        tensors: All of the method's tensors.
-
-    Raises:
-        ValueError: It does.
-    """
-    made_up = engine.task.made_up_rows()
-    values = {name: engine.tensor(value) for name, value in tensors.items()}
-
-    def losses(chosen: list[int]) -> Tensor:
-        one = {name: value.unsqueeze(0) for name, value in values.items()}
-        layout = Layout.of(torch.zeros(len(chosen), dtype=torch.int64, device=engine.device), 1)
-        batch = engine.task.collate(made_up, chosen, engine.device)
-        with torch.inference_mode(), engine.grouped.placed(engine.method.factors(one), layout) as model:
-            return engine.task.row_losses(model, batch).double()
-
-    together = losses(list(range(len(made_up))))
-    alone = torch.cat([losses([row]) for row in range(len(made_up))])
-    # Matrix products of other shapes round differently; a coupling changes losses by far more.
-    coarse = next(engine.base.model.parameters()).dtype == torch.bfloat16
-    if not torch.allclose(together, alone, rtol=5e-2 if coarse else 1e-3, atol=1e-4):
-        raise ValueError(
-            "privacy.mode = 'dp': a row's loss depends on the other rows of its batch "
-            f"({together.tolist()} together, {alone.tolist()} alone), so clipping its gradient does not bound what it "
-            "changes. Use a task and a model whose loss is one mean a row, without normalisation over the batch."
-        )
+    def _that_may_meet(
+        self, order: NDArray[np.int64], cost: NDArray[np.int64], group: NDArray[np.int64]
+    ) -> list[NDArray[np.int64]]:
+        """Return ``order`` in parts whose rows may go through the model together."""
+        if self.batching == Batching():
+            return [order]
+        key = np.stack([cost * self.batching.equal_length, group * self.batching.one_group])
+        _, part = np.unique(key, axis=1, return_inverse=True)
+        return [order[part[order] == number] for number in range(int(part.max(initial=-1)) + 1)]
 
 
 def evaluate(
@@ -167,7 +174,7 @@ def evaluate(
     stacked = {name: torch.stack([pad(one[name], shape) for one in owned]) for name, shape in shapes.items()}
     facts: dict[str, NDArray[np.float64]] = {}
     with torch.inference_mode():
-        for chosen in engine.micro_batches(rows.cost[list(numbers)]):
+        for chosen in engine.micro_batches(rows.cost[list(numbers)], group):
             places = chosen[np.argsort(group[chosen], kind="stable")]
             present, slot = np.unique(group[places], return_inverse=True)
             here = torch.from_numpy(present).to(engine.device)

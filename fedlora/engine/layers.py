@@ -13,8 +13,9 @@ from typing import Protocol, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from fedlora.methods import Dense, Factor, LowRank
+from fedlora.methods import Dense, Factor, LowRank, Scale
 
 
 @final
@@ -63,7 +64,7 @@ class Layout:
 
     def to_rows(self, x_g: Tensor, like: Tensor) -> Tensor:
         """Turn [G, S * ..., d] back into [N, ..., d], with the middle dimensions of ``like``."""
-        x_n = x_g.reshape(self.groups * self.slots, *like.shape[1:-1], x_g.shape[-1])
+        x_n = x_g.reshape(-1, *like.shape[1:-1], x_g.shape[-1])
         return x_n if self.index_n is None else x_n.index_select(0, self.index_n)
 
 
@@ -72,6 +73,15 @@ class LayerProbe(Protocol):
 
     def output(self, x: Tensor, own: Callable[[Tensor], Tensor], fixed: Callable[[Tensor], Tensor] | None) -> Tensor:
         """Return the layer's output for ``x``; ``own`` is what its factor computes, ``fixed`` what it is added to."""
+
+
+@final
+class NoRowsError(ValueError):
+    """A model calls a layer on something else than the batch's rows, so that groups cannot be told apart there."""
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(f"the model calls {layer} on something else than the rows of a batch")
+        self.layer = layer
 
 
 @final
@@ -96,21 +106,21 @@ class GroupedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for ``x`` [N, ..., d_in]; without a factor, the base layer's.
 
+        Where all rows belong to one group, ``x`` may be anything: relative positions, or rows behind another axis.
+
         Raises:
-            ValueError: The model calls the layer on something else than the batch's rows.
+            NoRowsError: It is not the batch's rows, and there are several groups.
         """
         if self.factor is None:
             return self.base(x)  # type: ignore[no-any-return]
         assert self.layout is not None, "a factor without a layout"
-        if x.shape[0] != self.layout.rows:
-            raise ValueError(
-                f"method.target-modules: the model calls {self.name} on {x.shape[0]} rows of its own, not on the "
-                f"{self.layout.rows} of the batch, so clients cannot be kept apart there; name other layers."
-            )
+        if self.layout.groups > 1 and x.shape[0] != self.layout.rows:
+            raise NoRowsError(self.name)
+        added = isinstance(self.factor, LowRank)
         if self.probe is not None:
-            return self.probe.output(x, self._own, None if isinstance(self.factor, Dense) else self._fixed)
+            return self.probe.output(x, self._own, self._fixed if added else None)
         own = self._own(x)  # before the base layer: the order in which x's gradients are added up depends on it
-        return own if isinstance(self.factor, Dense) else self._fixed(x) + own
+        return self._fixed(x) + own if added else own
 
     def _fixed(self, x: Tensor) -> Tensor:
         """Return what the layer makes of ``x`` alike for all groups: the base layer's output and the residual's."""
@@ -122,20 +132,31 @@ class GroupedLayer(nn.Module):
         return y + (x @ residual.A.to(x.dtype).mT) @ residual.scaled_b().to(x.dtype).mT
 
     def _own(self, x: Tensor) -> Tensor:
-        """Return what the factor makes of ``x``: a low-rank one's update of the base layer, a dense one's output."""
+        """Return what the factor makes of ``x``: a low-rank one's update of the base layer, or the whole output."""
         assert self.layout is not None, "a factor without a layout"
+        if isinstance(self.factor, Scale):
+            x_g = self.layout.to_groups(_normed(self.base, x))
+            y_g = _with_bias(x_g * self.factor.weight.to(x.dtype).unsqueeze(-2), self.factor.bias)
+            return self.layout.to_rows(y_g, x)
         x_g = self.layout.to_groups(x)
         if isinstance(self.factor, LowRank):
             y_g = (x_g @ self.factor.A.to(x.dtype).mT) @ self.factor.scaled_b().to(x.dtype).mT
         else:
-            assert isinstance(self.factor, Dense), "a factor of a third kind"
-            y_g = _dense(x_g, self.factor)
+            assert isinstance(self.factor, Dense), "a factor of a fourth kind"
+            y_g = _with_bias(x_g @ self.factor.weight.to(x.dtype).mT, self.factor.bias)
         return self.layout.to_rows(y_g, x)
 
 
-def _dense(x_g: Tensor, factor: Dense) -> Tensor:
-    y_g = x_g @ factor.weight.to(x_g.dtype).mT
-    return y_g if factor.bias is None else y_g + factor.bias.to(x_g.dtype).unsqueeze(-2)
+def _with_bias(y_g: Tensor, bias_g: Tensor | None) -> Tensor:
+    return y_g if bias_g is None else y_g + bias_g.to(y_g.dtype).unsqueeze(-2)
+
+
+def _normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return what a norm makes of ``x`` before its own weight and bias."""
+    if isinstance(norm, nn.LayerNorm):
+        return functional.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+    assert isinstance(norm, nn.RMSNorm), "a norm of a third kind"
+    return functional.rms_norm(x, norm.normalized_shape, eps=norm.eps)
 
 
 @final
@@ -151,10 +172,8 @@ class GroupedModel:
         self.model = model
         self._slots: dict[str, GroupedLayer] = {}
         for name in layers:
-            parent_name, _, attribute = name.rpartition(".")
-            parent = model.get_submodule(parent_name)
             self._slots[name] = GroupedLayer(model.get_submodule(name), name)
-            setattr(parent, attribute, self._slots[name])
+            self._place(name, self._slots[name])
 
     @contextmanager
     def placed(
@@ -175,3 +194,27 @@ class GroupedModel:
         finally:
             for slot in self._slots.values():
                 slot.factor, slot.layout, slot.probe = None, None, None
+
+    @contextmanager
+    def untouched(self) -> Iterator[nn.Module]:
+        """Give the base model back as it was before its layers were wrapped; afterwards they are wrapped again.
+
+        Whoever takes it may replace layers, and modules at its top, by others: they are put back, too.
+        """
+        top = dict(self.model.named_children())
+        before = dict(vars(self.model))
+        for name, slot in self._slots.items():
+            self._place(name, slot.base)
+        try:
+            yield self.model
+        finally:
+            for attribute in vars(self.model).keys() - before.keys():
+                delattr(self.model, attribute)
+            for name, module in top.items():
+                setattr(self.model, name, module)
+            for name, slot in self._slots.items():
+                self._place(name, slot)
+
+    def _place(self, name: str, module: nn.Module) -> None:
+        parent, _, attribute = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), attribute, module)

@@ -97,7 +97,8 @@ class Pack:
         cost = np.array([works[g].examples.cost[row] for g, row in places], dtype=np.int64)
         size_g = np.array([len(work.batches[step]) if step < len(work.batches) else 1 for work in works])
         loss_g = torch.zeros_like(self.loss_g)
-        for chosen in engine.micro_batches(cost, self.stack.values.shape[1] if private else 0):
+        group = np.arange(len(places)) if private else np.array([g for g, _ in places], dtype=np.int64)
+        for chosen in engine.micro_batches(cost, group, self.stack.values.shape[1] if private else 0):
             here = sorted((places[at] for at in chosen), key=lambda place: place[0])
             rows = engine.task.join([(works[g].examples, row) for g, row in here])
             batch = engine.task.collate(rows, range(len(here)), engine.device)

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from fedlora.config import TrainConfig
+from fedlora.engine.apart import random_tensors
 from fedlora.engine.core import Engine, Probed
 from fedlora.engine.pack import Pack
 from fedlora.engine.watch import Watch, negligible
 from fedlora.engine.work import Arrays, ClientWork
 from fedlora.privacy import PrivateRandom
 from fedlora.privacy.step import PrivateStep
-from fedlora.seeded import Seeded
 
 # None: base layers are there. A small gain unsaturates a softmax whose other operand is huge.
 _GAINS = (None, 1.0, 2.0**-20)
@@ -94,11 +94,7 @@ def probe(
 def _probe(
     engine: Engine, names: Sequence[str], tensors: Arrays, config: TrainConfig, private: PrivateStep | None
 ) -> Probed:
-    rows, seeded, bound = engine.task.made_up_rows(), Seeded(0), negligible(engine)
-    drawn = {
-        name: seeded.uniform("probe", name, shape=value.shape, bound=max(1, value.shape[-1]) ** -0.5)
-        for name, value in tensors.items()
-    }
+    rows, drawn, bound = engine.task.made_up_rows(), random_tensors(tensors), negligible(engine)
     start = {name: drawn.pop(name) for name in names}
     work = ClientWork(0, rows, len(rows), [np.arange(len(rows))], start)
     connected: set[str] = set()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of the base model.
+    """A layer of the base model: a linear one, or a norm of the head.
 
     Attributes:
         name: Its full module name.
@@ -36,6 +36,7 @@ class Layer:
         d_out: Number of output features.
         bias: Whether it has a bias.
         fan_in_fan_out: Whether its weight is stored as [d_in, d_out] (GPT-2's Conv1D).
+        norm: Whether it is a norm, with one weight (and bias) a feature.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Layer:
     d_out: int
     bias: bool
     fan_in_fan_out: bool
+    norm: bool = False
 
 
 @final
@@ -56,10 +58,11 @@ class TensorSpec:
             that is a part of a factor begins with that factor's letter: ``"A_private"``.
         factors: Names of the products it is a factor of. Tensors of one product may hide each other's
             gradient (A has none while B is 0); tensors of different products may not.
-        bound: It starts uniform on [-bound, bound); 0 means it starts at zero.
+        bound: It starts uniform on [-bound, bound); 0 means that it starts at ``start``.
         l1: Weight of an L1 penalty on it. It is applied as a proximal step: a soft threshold of learning rate times
             this, after each optimizer step and once more on the server's mean.
         rank_axis: The axis that counts ranks, where a client may hold fewer of them than the server; None: none does.
+        start: What all of it starts at, without a bound.
     """
 
     shape: tuple[int, ...]
@@ -68,6 +71,7 @@ class TensorSpec:
     bound: float
     l1: float = 0.0
     rank_axis: int | None = None
+    start: float = 0.0
 
 
 class LowRank(NamedTuple):
@@ -90,7 +94,14 @@ class Dense(NamedTuple):
     bias: Tensor | None  # [*, d_out]
 
 
-Factor = LowRank | Dense
+class Scale(NamedTuple):
+    """A norm whose features are scaled anew: ``y = norm(x) * weight + bias``."""
+
+    weight: Tensor  # [*, d]
+    bias: Tensor | None  # [*, d]
+
+
+Factor = LowRank | Dense | Scale
 
 
 class Fault(Enum):
@@ -179,7 +190,7 @@ def initial_tensors(
         name: (
             seeded.uniform("init", name, *key, shape=spec.shape, bound=spec.bound)
             if spec.bound
-            else np.zeros(spec.shape)
+            else np.full(spec.shape, spec.start)
         ).astype(dtype)
         for name, spec in specs.items()
     }
@@ -190,7 +201,7 @@ def zero_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, bool]]:
     products: dict[str, dict[str, bool]] = {}
     for spec in specs.values():
         for product in spec.factors:
-            products.setdefault(product, {})[spec.kind] = spec.bound == 0.0
+            products.setdefault(product, {})[spec.kind] = spec.bound == spec.start == 0.0
     return products
 
 

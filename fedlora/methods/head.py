@@ -1,8 +1,9 @@
-"""The head: the linear layers that a task puts on top of the base model, trained in full.
+"""The head: the linear layers and norms that a task puts on top of the base model, trained in full.
 
-Weights start uniform on +-1/sqrt(d_in) (PyTorch's default for a linear layer) and biases at zero, from the
-run's seed on every machine, also when the head is never trained: a head drawn by each client for itself
-would make the clients' metrics incomparable.
+Weights start uniform on +-1/sqrt(d_in) (PyTorch's default for a linear layer), those of norms at one and biases at
+zero, from the run's seed on every machine, also when the head is never trained: a head drawn by each client for itself
+would make the clients' metrics incomparable. Where the checkpoint has trained a head for the same classes, it starts as
+that one (``method.head-start``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, TensorSpec
+from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, Scale, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @final
 class Head(Method):
-    """Dense layers, joined to a method as one.
+    """Dense layers and norms, joined to a method as one.
 
     Args:
         method: The low-rank method whose tensors and factors stand beside the head's.
@@ -34,20 +35,24 @@ class Head(Method):
         self.layers = tuple(layers)
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Return the method's tensors, then ``<layer>.weight`` [d_out, d_in] and ``<layer>.bias`` [d_out]."""
+        """Return the method's tensors, then ``<layer>.weight`` [d_out, d_in], of norms [d], and ``<layer>.bias``."""
         specs = self.method.specs()
         for layer in self.layers:
-            bound = 1.0 / math.sqrt(layer.d_in)
-            specs[f"{layer.name}.weight"] = TensorSpec((layer.d_out, layer.d_in), "head", (layer.name,), bound)
+            if layer.norm:
+                weight = TensorSpec((layer.d_out,), "head", (layer.name,), 0.0, start=1.0)
+            else:
+                weight = TensorSpec((layer.d_out, layer.d_in), "head", (layer.name,), 1.0 / math.sqrt(layer.d_in))
+            specs[f"{layer.name}.weight"] = weight
             if layer.bias:
                 specs[f"{layer.name}.bias"] = TensorSpec((layer.d_out,), "head", (f"{layer.name}.bias",), 0.0)
         return specs
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
-        """Return the method's factors and the head's dense layers."""
+        """Return the method's factors and the head's layers."""
         factors = self.method.factors(tensors)
         for layer in self.layers:
-            factors[layer.name] = Dense(tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias"))
+            own = tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias")
+            factors[layer.name] = Scale(*own) if layer.norm else Dense(*own)
         return factors
 
     def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | None:

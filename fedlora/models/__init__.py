@@ -1,5 +1,6 @@
 """Base models: finding and loading them, the layers that a run adapts, and a small one that a machine trains itself."""
 
+from fedlora.models.head_start import head_words, keeps_head, trained_labels
 from fedlora.models.loading import (
     Base,
     check_length,
@@ -7,22 +8,28 @@ from fedlora.models.loading import (
     load_base,
     load_config,
     load_tokenizer,
+    own_config,
     prepare_base,
 )
 from fedlora.models.names import BUNDLED, model_path, prepare_model
-from fedlora.models.structure import Structure, inspect
+from fedlora.models.structure import Structure, head_modules, inspect
 
 __all__ = [
     "BUNDLED",
     "Base",
     "Structure",
     "check_length",
+    "head_modules",
+    "head_words",
     "inspect",
     "inspect_by_name",
+    "keeps_head",
     "load_base",
     "load_config",
     "load_tokenizer",
     "model_path",
+    "own_config",
     "prepare_base",
     "prepare_model",
+    "trained_labels",
 ]

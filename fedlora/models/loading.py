@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from transformers.quantizers import AutoHfQuantizer
 
-from fedlora.messages import first_line
-from fedlora.models.names import prepare_model
+from fedlora.config import ModelConfig
+from fedlora.methods import Layer
+from fedlora.models.head_start import trained_labels
+from fedlora.models.hub import found, options, place
 from fedlora.models.quiet import quiet
 from fedlora.models.structure import Structure, inspect
 from fedlora.tasks import Task
@@ -32,84 +33,122 @@ class Base:
         tokenizer: Its tokenizer, padding on the right.
         structure: Its layers.
         digest: SHA-256 of the weights without the head, and of the tokenizer's vocabulary.
+        head: The head's tensors where the checkpoint has trained all of them at these shapes; otherwise empty.
+        head_labels: The class names of the head that the checkpoint has; empty where it has none.
     """
 
     model: nn.Module
     tokenizer: Any
     structure: Structure
     digest: str
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+    head_labels: tuple[str, ...] = ()
 
 
-@contextmanager
-def _found(name: str) -> Iterator[None]:
-    """Turn the many errors of a model that is not there into one that names both cures."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ValueError(
-            f"model.name = {name!r}: cannot be loaded ({first_line(error)}). Either set model.name to a local folder "
-            "that holds config.json, the weights and the tokenizer, or connect to the network once so that the hub "
-            "model is cached. The bundled model.name = 'minilm' needs neither."
-        ) from error
-
-
-def _auto_model(task: type[Task]) -> Any:
+def auto_model(task: type[Task]) -> Any:
+    """Return the class of transformers that loads a model for a task."""
     return getattr(transformers, task.auto_model)
 
 
-def load_config(name: str, num_labels: int) -> Any:
+def load_config(model: ModelConfig, num_labels: int) -> Any:
     """Return the model's configuration with ``num_labels`` outputs and every dropout set to zero.
 
     Dropout draws one mask for all rows of a pack, so a client's result would depend on its neighbours.
+
+    Raises:
+        ValueError: There is none, or its quantisation cannot be read on this machine.
     """
-    with _found(name), quiet():
-        config = transformers.AutoConfig.from_pretrained(prepare_model(name), num_labels=num_labels)
-    for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
+    config = own_config(model)
+    with found(model), quiet():
+        config.num_labels = num_labels
+        quantised = getattr(config, "quantization_config", None)
+        if quantised is not None:
+            AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment(device_map=None)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
     return config
 
 
-def load_tokenizer(name: str) -> Any:
-    """Return the model's tokenizer, padding on the right, with a pad token."""
-    with _found(name), quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(prepare_model(name))
+def own_config(model: ModelConfig) -> Any:
+    """Return the configuration that the checkpoint was saved with.
+
+    Raises:
+        ValueError: There is none.
+    """
+    with found(model), quiet():
+        return transformers.AutoConfig.from_pretrained(place(model), **options(model))
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """Return the model's tokenizer, padding on the right, with a pad token.
+
+    Raises:
+        ValueError: There is none, or nothing to pad with.
+    """
+    with found(model), quiet():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place(model), **options(model))
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"model.name = {name!r}: its tokenizer has no pad, unknown or end token to pad with.")
+        raise ValueError(f"model.name = {model.name!r}: its tokenizer has no pad, unknown or end token to pad with.")
     return tokenizer
 
 
-def inspect_by_name(name: str, task: type[Task], num_labels: int, target_modules: str) -> Structure:
-    """Return the structure of the model called ``name`` for a task without loading its weights."""
-    config = load_config(name, num_labels)
-    with torch.device("meta"), quiet(), _found(name):
-        model = _auto_model(task).from_config(config)
-    return inspect(model, target_modules, has_head=task.has_head)
+def inspect_by_name(model: ModelConfig, task: type[Task], num_labels: int, target_modules: str) -> Structure:
+    """Return the structure of the model that ``model.name`` names, for a task, without loading its weights."""
+    config = load_config(model, num_labels)
+    with torch.device("meta"), quiet(), found(model):
+        skeleton = auto_model(task).from_config(config, trust_remote_code=model.trust_remote_code)
+    return inspect(skeleton, target_modules, has_head=task.has_head)
 
 
 def load_base(
-    name: str, task: type[Task], num_labels: int, target_modules: str, *, dtype: torch.dtype, device: torch.device
+    model: ModelConfig,
+    task: type[Task],
+    num_labels: int,
+    target_modules: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Base:
     """Load a base model for a task with its weights, frozen, on ``device``.
 
     Raises:
         ValueError: The model is not there, or its checkpoint lacks weights other than the head's.
     """
-    config = load_config(name, num_labels)
-    tokenizer = load_tokenizer(name)
-    config.pad_token_id = tokenizer.pad_token_id
-    with _found(name), quiet():
-        model, report = _auto_model(task).from_pretrained(
-            prepare_model(name), config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    config = load_config(model, num_labels)
+    tokenizer = load_tokenizer(model)
+    config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    with found(model), quiet():
+        loaded, report = auto_model(task).from_pretrained(
+            place(model),
+            config=config,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options(model),
         )
     # The head may be of another shape, it is seeded anyway; nothing else may be lacking.
     lacking = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
-    return prepare_base(
-        model, tokenizer, target_modules, has_head=task.has_head, device=device, missing=lacking, name=name
+    base = prepare_base(
+        loaded, tokenizer, target_modules, has_head=task.has_head, device=device, missing=lacking, name=model.name
     )
+    return replace(base, head=_trained_head(base, lacking), head_labels=trained_labels(own_config(model), task))
+
+
+def _trained_head(base: Base, lacking: set[str]) -> dict[str, Tensor]:
+    """Return the head's tensors if the checkpoint had all of them."""
+    names = [f"{layer.name}.{part}" for layer in base.structure.head for part in _parts(layer)]
+    if lacking & set(names):
+        return {}
+    return {name: base.model.get_parameter(name) for name in names}
+
+
+def _parts(layer: Layer) -> tuple[str, ...]:
+    return ("weight", "bias") if layer.bias else ("weight",)
 
 
 def prepare_base(
@@ -141,16 +180,14 @@ def prepare_base(
     return Base(model, tokenizer, structure, _digest(model, tokenizer, head))
 
 
-def check_length(config: Any, wanted: int) -> None:
-    """Refuse texts longer than the model of this configuration has positions for.
+def check_length(structure: Structure, wanted: int) -> None:
+    """Refuse texts longer than the model has positions for.
 
     Raises:
         ValueError: ``train.max-length`` is too long.
     """
-    limit = int(getattr(config, "max_position_embeddings", wanted))
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # positions start after the padding's
-        limit -= 2
-    if wanted > limit:
+    limit = structure.max_length
+    if limit is not None and wanted > limit:
         raise ValueError(f"train.max-length = {wanted}: the model takes {limit} tokens at most; lower it to that.")
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.messages import first_line
 from fedlora.methods import Layer
-from fedlora.models.quiet import quiet
+from fedlora.models.targets import resolve_targets
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 @final
@@ -23,21 +23,29 @@ class Structure:
     Attributes:
         family: ``model_type`` of the configuration, e.g. ``bert``.
         adapted: The layers that the method adapts.
-        head: The layers of the head.
+        head: The layers of the head: linear ones, and norms.
         num_parameters: Parameters of the model, head included.
+        max_length: The most tokens that it has positions for; None: it has no such limit.
     """
 
     family: str
     adapted: tuple[Layer, ...]
     head: tuple[Layer, ...]
     num_parameters: int
+    max_length: int | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The last parts of the adapted layers' names, each once."""
+        return tuple(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in self.adapted))
 
 
 def inspect(model: nn.Module, target_modules: str, *, has_head: bool) -> Structure:
     """Return the structure of ``model``, with target modules resolved by PEFT itself.
 
-    The head is every linear layer outside the base model (``classifier``, ``score``, ``pre_classifier`` ...):
-    what the task adds, and what a checkpoint of the bare model does not carry.
+    The head is every linear layer and norm outside the base model (``classifier``, ``score``, ``pre_classifier`` ...):
+    what the task adds, and what a checkpoint of the bare model does not carry. Of a model of several parts (vision
+    and text) only the text model's layers are adapted.
 
     Args:
         model: The model; its weights may be on the ``meta`` device.
@@ -48,17 +56,53 @@ def inspect(model: nn.Module, target_modules: str, *, has_head: bool) -> Structu
         ValueError: No layer, or a layer that cannot be adapted, is named.
     """
     prefix = str(getattr(model, "base_model_prefix", "")) + "."
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    head = [name for name in linear if has_head and not name.startswith(prefix)]
-    targets = _resolve_targets(model, target_modules, [name for name in linear if name not in head], head)
+    kinds = (nn.Linear, Conv1D, *_NORMS)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    head = [name for name in layers if has_head and not name.startswith(prefix)]
+    linear = [name for name, module in layers.items() if not isinstance(module, _NORMS) and name not in head]
+    text = _text_part(model)
+    candidates = [name for name in linear if text is None or name.startswith(text) or not name.startswith(prefix)]
+    excluded = [name for name in head if not isinstance(layers[name], _NORMS)] + sorted({*linear} - {*candidates})
+    targets = resolve_targets(model, target_modules, candidates, excluded)
     _refuse_tied(model, targets)
     config: Any = model.config
     return Structure(
         family=str(config.model_type),
-        adapted=tuple(_layer(name, linear[name]) for name in targets),
-        head=tuple(_layer(name, linear[name]) for name in head),
+        adapted=tuple(_layer(name, layers[name]) for name in targets),
+        head=tuple(_layer(name, layers[name]) for name in head),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        max_length=_max_length(model),
     )
+
+
+def head_modules(structure: Structure) -> tuple[str, ...]:
+    """Return the top modules that hold the head, such as ``classifier``: what PEFT saves whole."""
+    return tuple(dict.fromkeys(layer.name.split(".", 1)[0] for layer in structure.head))
+
+
+def _max_length(model: nn.Module) -> int | None:
+    """Return the tokens that a model has positions for; in RoBERTa's line they start after the padding's."""
+    config: Any = model.config
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None)]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    known = [int(limit) for limit in limits if limit is not None and limit > 0]
+    return min(known, default=None)
+
+
+def _text_part(model: nn.Module) -> str | None:
+    """Return what names within the text model begin with, in a model of several parts; None: there is one only."""
+    config: Any = model.config
+    text: Any = config.get_text_config()
+    if text is config:
+        return None
+    parts: list[str] = [
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and module.config.model_type == text.model_type
+    ]
+    return f"{parts[0]}." if parts else None
 
 
 def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
@@ -66,9 +110,10 @@ def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     config: Any = model.config
     output: Any = model.get_output_embeddings()  # type: ignore[operator]
+    tied = config.tie_word_embeddings or config.get_text_config().tie_word_embeddings
     for name in targets:
         layer = model.get_submodule(name)
-        if layer.weight is embedding.weight or (layer is output and config.tie_word_embeddings):
+        if layer.weight is embedding.weight or (layer is output and tied):
             raise ValueError(
                 f"method.target-modules: {name} is tied to the embedding of this {config.model_type} model; merging "
                 "an adapter into it would corrupt the embedding. Name other layers, or untie them in the model "
@@ -76,44 +121,12 @@ def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
             )
 
 
-def _layer(name: str, module: nn.Linear | Conv1D) -> Layer:
+def _layer(name: str, module: Any) -> Layer:
+    if isinstance(module, _NORMS):
+        width = int(module.normalized_shape[-1])
+        bias = isinstance(module, nn.LayerNorm) and module.bias is not None
+        return Layer(name, width, width, bias=bias, fan_in_fan_out=False, norm=True)
     if isinstance(module, Conv1D):
         d_in, d_out = module.weight.shape
         return Layer(name, d_in, d_out, bias=True, fan_in_fan_out=True)
     return Layer(name, module.in_features, module.out_features, bias=module.bias is not None, fan_in_fan_out=False)
-
-
-def _resolve_targets(model: nn.Module, target_modules: str, candidates: list[str], head: list[str]) -> list[str]:
-    names = [part.strip() for part in target_modules.split(",")]
-    if len(names) > 1 and {"auto", "all-linear"} & set(names):
-        raise ValueError(f"method.target-modules = {target_modules!r}: auto and all-linear stand alone.")
-    wanted: str | list[str] | None = names
-    if target_modules in ("auto", "all-linear"):
-        wanted = None if target_modules == "auto" else "all-linear"
-    config: Any = model.config
-    with torch.device("meta"), quiet():
-        skeleton = type(model)(config)
-        try:
-            peft_config = LoraConfig(r=1, target_modules=wanted, exclude_modules=head)
-            adapted = get_peft_model(skeleton, peft_config)
-        except ValueError as error:
-            suffixes = sorted({name.rsplit(".", 1)[-1] for name in candidates})
-            raise ValueError(
-                f"method.target-modules = {target_modules!r}: PEFT cannot adapt a {config.model_type} model so: "
-                f"{first_line(error)} Its linear layers are called: {', '.join(suffixes)}."
-            ) from error
-    resolved = [str(name) for name in adapted.targeted_module_names]
-    refused = [name for name in resolved if name not in candidates]
-    if refused:
-        raise ValueError(
-            f"method.target-modules = {target_modules!r}: {refused[0]} is not a linear layer of the base model; "
-            "name attention or feed-forward layers (the head has its own key, method.head)."
-        )
-    unused = [name for name in names if isinstance(wanted, list) and not _matches(name, resolved)]
-    if unused:
-        raise ValueError(f"method.target-modules: {unused[0]!r} names no layer of this {config.model_type} model.")
-    return sorted(resolved, key=candidates.index)
-
-
-def _matches(name: str, resolved: list[str]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for module in resolved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.engine.stack import common_shapes, pad
-from fedlora.methods import Dense, Factor, LowRank
+from fedlora.methods import Factor, LowRank
 from fedlora.methods.residual import compress
-from fedlora.models import model_path
+from fedlora.models import head_modules, model_path
 from fedlora.runs.ranks import FILE, strengths
 
 
@@ -28,7 +28,8 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
 
     The scale is folded into B, with alpha equal to the rank, so PEFT's own scale is 1 whatever the method. Ranks that
     add nothing are left out, and so are layers without any other. A layer's residual becomes a part of its A and B,
-    whose rank is then that of their sum; the strengths of its ranks are singular values.
+    whose rank is then that of their sum; the strengths of its ranks are singular values. PEFT saves and loads the
+    head's modules whole, so whatever they hold is among the weights, trained or not.
 
     Args:
         engine: The engine whose method made the tensors.
@@ -42,7 +43,7 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     layers = {layer.name: layer for layer in engine.base.structure.adapted}
     weights: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
-    heads: set[str] = set()
+    heads = head_modules(engine.base.structure)
     found = strengths(factors)
     used = {name: [rank for rank, strength in enumerate(values) if strength] for name, values in found.items()}
     if not any(used.values()):
@@ -55,16 +56,16 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
                 weights[f"{key}.lora_B.weight"] = factor.scaled_b()[:, used[name]]
                 ranks[name] = len(used[name])
         else:
-            assert isinstance(factor, Dense), "a factor of a third kind"
-            heads.add(name.split(".", 1)[0])
             weights[f"{key}.weight"] = factor.weight
             if factor.bias is not None:
                 weights[f"{key}.bias"] = factor.bias
+    weights |= {f"base_model.model.{name}": value for name, value in _untrained(engine, heads).items()}
     common = max(ranks.values(), key=list(ranks.values()).count)
     pattern = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != common}
     adapter = LoraConfig(
         task_type=TaskType(engine.task.peft_type),
         base_model_name_or_path=model_path(config.model.name),
+        revision=config.model.revision or None,
         r=common,
         lora_alpha=common,
         rank_pattern=pattern,
@@ -86,9 +87,16 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     return {**files, FILE: json.dumps(found).encode()}
 
 
+def _untrained(engine: Engine, heads: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return what the head's modules hold beside the layers that factors stand for, by name."""
+    owned = tuple(f"{layer.name}." for layer in engine.base.structure.head)
+    state = engine.base.model.state_dict()
+    return {name: state[name] for name in state if name.split(".", 1)[0] in heads and not name.startswith(owned)}
+
+
 def _one_term(factor: Factor, engine: Engine) -> Factor:
     """Return a factor with its residual, if any, in its A and B, compressed without loss."""
-    if isinstance(factor, Dense) or factor.residual is None:
+    if not isinstance(factor, LowRank) or factor.residual is None:
         return factor
     rest = factor.residual
     a, b = torch.cat([factor.A, rest.A]), torch.cat([factor.scaled_b(), rest.scaled_b()], 1)

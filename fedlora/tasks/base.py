@@ -75,8 +75,12 @@ class Task(ABC):
         """Turn the table's rows into rows of a cost of at most ``max_length``."""
 
     @abstractmethod
-    def made_up_rows(self) -> Rows:
-        """Return a few rows that are nobody's, of several costs, from which all that trains gets a gradient."""
+    def made_up_rows(self, *, long: bool = False) -> Rows:
+        """Return a few rows that are nobody's, of several costs, from which all that trains gets a gradient.
+
+        Args:
+            long: Whether one as long as rows may be is among them.
+        """
 
     @abstractmethod
     def join(self, parts: Sequence[tuple[Any, int]]) -> Rows:

@@ -95,6 +95,12 @@ class CausalLM(TextTask):
             pairs.append((prompt, whole[len(prompt) :]))
         return pairs
 
+    @staticmethod
+    def made_up_table(texts: Sequence[str]) -> Table:
+        """Return a table of prompts of one word, with the rest of these texts as answers."""
+        prompts, _, answers = zip(*(text.partition(" ") for text in texts), strict=True)
+        return Table(prompts, (0,) * len(texts), answers)
+
     def collate(self, rows: Examples, numbers: Sequence[int], device: torch.device) -> Batch:
         """Return ``input_ids``, ``attention_mask`` and ``labels`` [N, T]; labels are -100 outside the answers."""
         ids, mask = self.padded(rows, numbers)
@@ -105,7 +111,7 @@ class CausalLM(TextTask):
 
     def outputs(self, model_config: Any) -> int:
         """Return the size of the vocabulary: there is a logit for each token and word."""
-        return int(model_config.vocab_size)
+        return int(model_config.get_text_config().vocab_size)
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of each row's answer, [N], in float32 or wider."""

@@ -49,6 +49,11 @@ class Classification(TextTask):
                 )
         return Examples(rows, np.asarray(table.labels, dtype=np.int64))
 
+    @staticmethod
+    def made_up_table(texts: Sequence[str]) -> Table:
+        """Return a table of these texts, all of class 1."""
+        return Table(tuple(texts), (1,) * len(texts))
+
     def collate(self, rows: Examples, numbers: Sequence[int], device: torch.device) -> Batch:
         """Return ``input_ids`` and ``attention_mask`` [N, T] and ``labels`` [N]."""
         ids, mask = self.padded(rows, numbers)

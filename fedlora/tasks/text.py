@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config
+from fedlora.data import Table
 from fedlora.tasks.base import Batch, Task
 
 if TYPE_CHECKING:
@@ -47,22 +49,40 @@ class TextTask(Task):
     Args:
         pad_token_id: The token that fills short rows up.
         chat_template: Whether prompts go through the tokenizer's chat template.
+
+    Attributes:
+        made_up: Rows that are nobody's, as the tokenizer makes them, the last long; None: token numbers stand for them.
     """
 
     def __init__(self, pad_token_id: int, chat_template: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.chat_template = chat_template
+        self.made_up: Examples | None = None
 
     @classmethod
     def build(cls, tokenizer: Any, config: Config) -> Self:
         """Return the task for a model's tokenizer; its own keys are ``config.options(...)``."""
-        return cls(tokenizer.pad_token_id, config.data.chat_template)
+        task = cls(tokenizer.pad_token_id, config.data.chat_template)
+        longest = config.train.max_length
+        task.made_up = task.encode(cls.made_up_table(_made_up_texts(tokenizer, longest)), tokenizer, longest)
+        return task
 
-    def made_up_rows(self) -> Examples:
-        """Return four rows of 3 to 29 tokens, of class 1, or whose answer begins at the second token."""
-        tokens = [token for token in range(2, 40) if token != self.pad_token_id]
-        rows = tuple(np.array(tokens[:length], dtype=np.int64) for length in (3, 17, 5, 29))
-        return Examples(rows, np.ones(len(rows), dtype=np.int64))
+    @abstractmethod
+    def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
+        """Turn the table's rows into token numbers, ``max_length`` of them at most."""
+
+    @staticmethod
+    @abstractmethod
+    def made_up_table(texts: Sequence[str]) -> Table:
+        """Return a table of these texts, with something to learn of each."""
+
+    def made_up_rows(self, *, long: bool = False) -> Examples:
+        """Return four rows of about 3 to 29 tokens, with begin, end and whatever else the tokenizer puts there."""
+        if self.made_up is None:
+            tokens = [token for token in range(2, 40) if token != self.pad_token_id]
+            rows = tuple(np.array(tokens[:length], dtype=np.int64) for length in _LENGTHS)
+            return Examples(rows, np.ones(len(rows), dtype=np.int64))
+        return self.join([(self.made_up, row) for row in range(len(_LENGTHS) + long)])
 
     def join(self, parts: Sequence[tuple[Examples, int]]) -> Examples:
         """Return rows from several sources as one."""
@@ -79,6 +99,21 @@ class TextTask(Task):
             ids[place, : len(tokens)] = tokens
             mask[place, : len(tokens)] = 1
         return ids, mask
+
+
+_LENGTHS = (3, 17, 5, 29)
+_LONG = 1024
+
+
+def _made_up_texts(tokenizer: Any, longest: int) -> list[str]:
+    """Return texts of words that the tokenizer knows: four short ones, and one that fills ``longest`` tokens."""
+    special = set(tokenizer.all_special_ids)
+    numbers = [number for number in sorted(tokenizer.get_vocab().values()) if number not in special]
+    step = max(1, len(numbers) // 400)
+    words = [word for number in numbers[::step] if (word := tokenizer.decode([number]).strip()) and word.isprintable()]
+    words = words or ["a"]
+    lengths = (*_LENGTHS, min(longest, _LONG))
+    return [" ".join(words[(7 * at + start) % len(words)] for at in range(n)) for start, n in enumerate(lengths)]
 
 
 def wide_logits(model: nn.Module, batch: Batch) -> Tensor:

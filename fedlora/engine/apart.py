@@ -1,0 +1,105 @@
+"""Which rows may go through a base model together: found by trying, at every load, on rows that are nobody's.
+
+Packing and DP-SGD both need that a row comes out of a batch as it does alone. Where it does not, a client's result
+depends on its neighbours, and clipping a row's gradient does not bound what the row changes. Models break it in ways
+that no name gives away: a Fourier transform over positions mixes padding in, a window's size depends on the longest
+row, a projection is called on relative positions that all rows share, an expert takes as many tokens as fit.
+
+All trained tensors are drawn at random here, those of each group for itself: at a run's start B is zero, and whatever
+the adapters do is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlora.engine.core import Batching, Engine, evaluate
+from fedlora.engine.layers import NoRowsError
+from fedlora.engine.work import Arrays
+from fedlora.seeded import Seeded
+from fedlora.tasks import Rows
+
+_MODES = (
+    Batching(),
+    Batching(equal_length=True),
+    Batching(one_group=True),
+    Batching(equal_length=True, one_group=True),
+)
+_GROUPS = 3
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+_COARSE = 5e-2  # of 16 bits and fewer
+
+
+def random_tensors(tensors: Arrays, *key: str | int) -> dict[str, NDArray[np.floating]]:
+    """Return tensors of the same shapes, drawn uniform on +-1/sqrt(last dimension), the same on every machine."""
+    return {
+        name: Seeded(0).uniform("probe", name, *key, shape=value.shape, bound=max(1, value.shape[-1]) ** -0.5)
+        for name, value in tensors.items()
+    }
+
+
+def find_batching(engine: Engine, tensors: Arrays) -> Batching:
+    """Return the least restriction under which each row's loss is the same in every batch as alone.
+
+    Args:
+        engine: The engine; its own ``batching`` is not used.
+        tensors: All of the method's tensors, for their shapes.
+
+    Raises:
+        ValueError: There is none: rows are coupled also where they are of equal length and of one group.
+    """
+    rows = engine.task.made_up_rows(long=True)
+    own = [random_tensors(tensors, "group", g) for g in range(_GROUPS)]
+    alone = np.array([[_losses(engine, rows, [row], one)[0] for row in range(len(rows))] for one in own])
+    coarse = next(engine.base.model.parameters()).dtype
+    tolerance = _TOLERANCES.get(coarse, _COARSE)
+    found: list[str] = []
+    for mode in _MODES:
+        trial = replace(engine, batching=mode, max_cost=max(engine.max_cost, 3 * int(rows.cost.max())))
+        try:
+            fault = _fault(trial, rows, own, alone, tolerance)
+        except NoRowsError as error:
+            fault = str(error)
+        if not fault:
+            return mode
+        found.append(fault)
+    raise ValueError(
+        f"model.name: a row's loss depends on the other rows of its batch ({found[-1]}), also where all are of equal "
+        "length and of one client. Clients could not be trained together, and under DP clipping a row's gradient would "
+        "not bound what the row changes. Use a model and a task whose loss is one mean a row, without normalisation or "
+        "capacity over the batch."
+    )
+
+
+def _fault(engine: Engine, rows: Rows, own: Sequence[Arrays], alone: NDArray[np.float64], tolerance: float) -> str:
+    """Return how a row's loss in some batch differs from the one alone; empty where none does."""
+    count = alone.shape[1]
+    everyone = np.arange(count)
+    longest, shortest = int(np.argmax(rows.cost)), int(np.argmin(rows.cost))
+    batches = [
+        (everyone, everyone % _GROUPS),
+        (everyone[::-1], (everyone + 1) % _GROUPS),
+        (everyone[1:], np.zeros(count - 1, dtype=np.int64)),
+        (np.array([shortest, longest]), np.array([1, 2])),
+        (np.array([shortest, shortest, longest]), np.array([0, 0, 0])),
+        (np.repeat(everyone, 2), np.tile([0, 2], count)),
+    ]
+    for numbers, group in batches:
+        together = _losses(engine, rows, numbers.tolist(), *own, group=group)
+        expected = alone[group, numbers]
+        off = np.abs(together - expected)
+        worst = int(off.argmax())
+        if not off[worst] <= tolerance * max(1.0, abs(expected[worst])):
+            return f"{together[worst]:.6g} together and {expected[worst]:.6g} alone"
+    return ""
+
+
+def _losses(
+    engine: Engine, rows: Rows, numbers: list[int], *own: Arrays, group: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    return evaluate(engine, {}, rows, numbers, own=own, group=group)["loss"]

@@ -1,0 +1,78 @@
+"""How checkpoints are found: in a local folder, in the hub's cache, or at the hub where it can be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import constants
+from safetensors import SafetensorError
+
+from fedlora.config import ModelConfig
+from fedlora.messages import first_line
+from fedlora.models.names import prepare_model
+
+_TIMEOUT_S = 4.0
+
+
+def options(model: ModelConfig) -> dict[str, Any]:
+    """Return what every ``from_pretrained`` of a model gets beside its place."""
+    local = Path(place(model)).is_dir()
+    return {
+        "revision": model.revision or None,
+        "trust_remote_code": model.trust_remote_code,
+        "local_files_only": local or not _hub_answers(),
+    }
+
+
+def place(model: ModelConfig) -> str:
+    """Return the folder or hub name that ``model.name`` stands for; a model that this machine makes is made first."""
+    return prepare_model(model.name)
+
+
+@cache
+def _hub_answers() -> bool:
+    """Return whether the hub can be reached. Without a network its client tries again for half a minute, each time."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        httpx.head(constants.ENDPOINT, timeout=_TIMEOUT_S)
+    except (httpx.HTTPError, OSError):
+        return False
+    return True
+
+
+@contextmanager
+def found(model: ModelConfig) -> Iterator[None]:
+    """Turn the many errors of a model that is not there, or cannot be loaded, into one that names the cure.
+
+    Raises:
+        ValueError: For any of them.
+    """
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        text = f"{type(error).__name__} {error}".lower()
+        cure = (
+            "Either set model.name to a local folder that holds config.json, the weights and the tokenizer, or connect "
+            "to the network once so that the hub model is cached. The bundled model.name = 'minilm' needs neither."
+        )
+        for sign, better in _CURES.items():
+            if sign in text:
+                cure = better
+                break
+        raise ValueError(f"model.name = {model.name!r}: cannot be loaded ({first_line(error)}). {cure}") from error
+
+
+_CURES = {
+    "trust_remote_code": "It runs code of its own; set model.trust-remote-code = true if you trust its authors.",
+    "sentencepiece": "Its tokenizer needs SentencePiece: pip install 'fedlora[sentencepiece]'.",
+    "tiktoken": "Its tokenizer needs SentencePiece: pip install 'fedlora[sentencepiece]'.",
+    "quantiz": "It is quantised, which needs that package and often a GPU; choose the checkpoint in full precision.",
+    "unrecognized configuration class": "transformers has no model of this family for the task; choose another model.",
+}
+"""Cures by what an error's text has in it."""

@@ -1,0 +1,67 @@
+"""The check of an exported adapter: loaded by plain PEFT on the untouched base, it must give what the engine gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import nn
+
+from fedlora.engine import Engine, evaluate
+from fedlora.models.quiet import quiet
+
+_TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3}  # of losses; what is wrong is off by far more
+_COARSE = 0.1  # of 16 bits and fewer, where PEFT's factors are in float32 and added in another order
+
+
+class ExportError(ValueError):
+    """An adapter does not give what the engine gives."""
+
+
+def check_adapter(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], files: Mapping[str, bytes]) -> float:
+    """Load an adapter in plain PEFT on the untouched base, and compare the losses of rows that are nobody's.
+
+    The base is the engine's own, with its layers as they were before they were wrapped, so it is in memory once.
+
+    Args:
+        engine: The engine.
+        tensors: All of the method's tensors.
+        files: The adapter's files.
+
+    Returns:
+        The largest difference between losses.
+
+    Raises:
+        ExportError: It is more than rounding.
+    """
+    rows = engine.task.made_up_rows()
+    ours = evaluate(engine, dict(tensors), rows, range(len(rows)))["loss"]
+    with TemporaryDirectory() as folder, engine.grouped.untouched() as base, torch.no_grad(), quiet():
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        try:
+            adapted = PeftModel.from_pretrained(base, folder).eval()
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ExportError(f"the exported adapter cannot be loaded in PEFT: {error}") from error
+        theirs = np.array([_loss(engine, adapted, rows, row) for row in range(len(rows))])
+    tolerance = _TOLERANCES.get(next(engine.base.model.parameters()).dtype, _COARSE)
+    off = np.abs(ours - theirs)
+    worst = int(off.argmax())
+    if not off[worst] <= tolerance * max(1.0, abs(float(ours[worst]))):
+        raise ExportError(
+            f"the exported adapter does not give in PEFT what it gives here: the loss of a made-up row is "
+            f"{theirs[worst]:.6g} there and {ours[worst]:.6g} here. The adapter would be unusable; this is a fault of "
+            "fedlora with this model's family, please report it."
+        )
+    return float(off[worst])
+
+
+def _loss(engine: Engine, model: nn.Module, rows: Any, row: int) -> float:
+    batch = engine.task.collate(rows, [row], engine.device)
+    return float(engine.task.row_metrics(model, batch)["loss"][0])
