@@ -17,9 +17,11 @@ from fedlora.targets import is_pattern
 AUTO = {
     "albert": ("query", "value"),
     "deberta-v2": ("value_proj",),
+    "fnet": ("intermediate.dense", "output.dense"),
     "modernbert": ("Wqkv",),
     "mpnet": ("q", "v"),
     "phi3": ("qkv_proj",),
+    "xlnet": ("layer_1", "layer_2"),
 }
 """What ``auto`` adapts in families that PEFT has no entry for; and in DeBERTa, whose ``query_proj`` (in PEFT's entry)
 also reads relative positions, which are no rows, so that clients would have to be trained one by one."""
