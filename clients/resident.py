@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from fedlora.config import Config
 from fedlora.data import Corpus
-from fedlora.engine import Engine, find_batching
+from fedlora.engine import Batching, Engine, find_batching
+from fedlora.engine.rehearsal import rehearse
 from fedlora.methods import TensorSpec, build_method, initial_tensors
-from fedlora.models import Base, check_length, head_words, keeps_head, load_base
+from fedlora.models import Base, Structure, check_length, head_words, keeps_head, load_base
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS, Rows
 
@@ -49,17 +50,21 @@ class LoadedModel:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What may surprise of the model: where the head starts, which rows may go through it together."""
-        return model_remarks(self.engine, self.config, self.classes)
+        base = self.engine.base
+        return model_remarks(base.structure, base.head_labels, self.engine.batching, self.config, self.classes)
 
 
-def model_remarks(engine: Engine, config: Config, classes: Sequence[str]) -> tuple[str, ...]:
+def model_remarks(
+    structure: Structure, labels: Sequence[str], batching: Batching | None, config: Config, classes: Sequence[str]
+) -> tuple[str, ...]:
     """Return in words what a model's own make decides: its adapted layers, its head's start, its batches."""
-    base = engine.base
-    lines = [f"adapted layers: {len(base.structure.adapted)}, called {', '.join(base.structure.targets)}"]
-    if base.structure.head:
-        lines.append(f"head starts {head_words(config.method.head_start, base.head_labels, classes)}")
-    if engine.batching.words:
-        lines.append(f"batches: {engine.batching.words}")
+    lines = [f"adapted: {', '.join(structure.targets)}"]
+    if structure.head:
+        lines.append(f"head: starts {head_words(config.method.head_start, labels, classes)}")
+    if batching is not None and batching.words:
+        lines.append(f"batches: {batching.words}")
+    if config.model.trust_remote_code:
+        lines.append("model.trust-remote-code: the model may run code of its own, here and at every client")
     return tuple(lines)
 
 
@@ -106,13 +111,23 @@ class Resident:
         initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype) | head_start
         return LoadedModel(
             config=config,
-            engine=replace(engine, batching=find_batching(engine, initial)),
+            engine=replace(engine, batching=self._batching(engine, initial, config, len(corpus.classes))),
             specs=specs,
             initial=initial,
             head_start=head_start,
             examples={split: self._examples[split][1] for split in corpus.splits},
             classes=corpus.classes,
         )
+
+    @staticmethod
+    def _batching(engine: Engine, initial: dict[str, NDArray[np.floating]], config: Config, classes: int) -> Batching:
+        """Return which rows may go through the model together; of 16 bits, also what a rehearsal in float32 found."""
+        found = find_batching(engine, initial)
+        base, task = engine.base, engine.task
+        if next(base.model.parameters()).dtype in (torch.float64, torch.float32):
+            return found
+        tried = rehearse(config, base.structure, task, base.tokenizer, classes if task.has_head else 0)
+        return found if tried is None else found | tried.batching
 
     def _base(self, config: Config, classes: int) -> Base:
         """Return the base model: the resident one, or another in its place."""

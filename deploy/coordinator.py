@@ -90,6 +90,7 @@ def run(grid: Grid, config: Config, console: Console) -> dict[str, Any]:
         num_layers=described.num_layers,
         nodes=len(names),
         trainers=len(names),
+        remarks=described.remarks,
     )
     own = described.join_report("")
     flat = config.to_flat()
@@ -207,6 +208,8 @@ class _Deployment:
         folder.write_json("environment.json", environment(self._described.fingerprint[0]))
         self._privacy.write()
         console.print(plan.tensors_table())
+        for line in plan.remarks:
+            console.print(line, markup=False)
         console.print(f"sites: {', '.join(plan.data.names)}; rounds: {config.rounds}; reported: {plan.measure}")
         console.print(f"privacy: {self._privacy.record['guarantee']}", markup=False)
         return checkpoint.round if checkpoint is not None else 0

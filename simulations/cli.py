@@ -15,18 +15,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fedlora.config import SMALL_LLAMA, Config, ConfigError
-from fedlora.data import load_corpus
+from fedlora.config import Config, ConfigError
 from fedlora.methods import build_method
 from fedlora.reports.run import Run
 from fedlora.reports.summary import write_report
 from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.storage import write_whole
-from fedlora.tasks import TASKS
 from simulations.launch import launch, run_side_by_side
 from simulations.options import absolute_paths, read_options, read_overrides
 from simulations.plan import Plan
-from simulations.setup import federation_of, resolve, settle
+from simulations.setup import resolve, settle
 from strategies import STRATEGIES
 from strategies.build import build_strategy
 
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
     from simulations.sweeps.file import Sweep
 
 _NODES = 2  # SuperNodes that Flower starts by default
+_TRIED = 5000  # rows of a split that are tokenized before a run; a plan tokenizes all
 
 
 def main(arguments: Sequence[str] | None = None, others: Mapping[str, str] | None = None) -> None:
@@ -122,12 +121,10 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
 
 
 def _prepare(config: Config) -> None:
-    """Find what is wrong with the data before Flower starts, and make what it should not wait for."""
-    load_corpus(config)
-    if config.model.name == SMALL_LLAMA:
-        from fedlora.models import prepare_model
+    """Find what is wrong with data and model before Flower starts, and make what it should not wait for."""
+    from simulations.preflight import preflight
 
-        prepare_model(config.model.name)  # trained at the terminal, and not behind Flower's time limits
+    preflight(config, _NODES, rows=_TRIED)
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
@@ -191,23 +188,9 @@ def _audit(config: Config, console: Console) -> int:
 
 def _plan(config: Config, console: Console) -> int:
     """Print what a run would do and send."""
-    from fedlora.models import inspect_by_name
+    from simulations.preflight import preflight
 
-    config, data = settle(config, _NODES)
-    task = TASKS[config.task]
-    structure = inspect_by_name(config.model, task, len(data.corpus.classes), config.method.target_modules)
-    specs = build_method(config, structure.adapted, structure.head).specs()
-    plan = Plan(
-        config=config,
-        data=data,
-        strategy=build_strategy(config, specs),
-        federation=federation_of(config),
-        family=structure.family,
-        num_parameters=structure.num_parameters,
-        num_layers=len(structure.adapted),
-        nodes=_NODES,
-        trainers=config.engine.trainers or 1,
-    )
+    plan, structure = preflight(config, _NODES)
     plan.show(console)
     if plan.privacy is not None:
         plan.privacy.show(console, _trained_by_strategy(plan, structure))

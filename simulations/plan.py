@@ -39,6 +39,7 @@ class Plan:
         num_layers: Adapted layers.
         nodes: SuperNodes to which clients are assigned.
         trainers: Trainers that work side by side.
+        remarks: What may surprise of the model.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Plan:
     num_layers: int
     nodes: int
     trainers: int
+    remarks: tuple[str, ...] = ()
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -142,6 +144,7 @@ class Plan:
             "roles": {kind: _in_turn(roles) for kind, roles in self.strategy.roles_in_turn().items()},
             "trained_parameters": self.trained_parameters(),
             "base_parameters": self.num_parameters,
+            "model": list(self.remarks),
             "bytes_up_per_client": up,
             "bytes_down_per_client": down,
             "bytes_down_cached_per_client": cached,
@@ -199,6 +202,7 @@ class Plan:
         lines = [
             f"base model: {self.num_parameters:,} parameters, {self.num_layers} adapted layers, "
             f"{self.trained_parameters():,} trained parameters a client",
+            *self.remarks,
             f"rounds: {config.rounds} of {self.sampled} of {config.federation.num_clients} clients, in {self.packs()} "
             f"pack(s) on {self.trainers} trainer(s); {min(steps)} to {max(steps)} local steps of "
             f"{config.train.batch_size} examples",

@@ -87,6 +87,7 @@ class Session:
             num_layers=description.num_layers,
             nodes=self.nodes,
             trainers=len(pool),
+            remarks=description.remarks,
         )
         # Not before: a model that is not there should not take the run's name.
         folder = RunFolder.resume(config) if config.run.resume else RunFolder.create(config)

@@ -181,9 +181,9 @@ def tiny_model(family: str, seed: int = 0) -> Any:
 
 
 def tiny_rows(family: str, rows: int, seed: int = 0) -> Examples:
-    """Return rows of 3 to 20 random tokens, and a last one of 60, each with the end that some families ask for."""
+    """Return rows of 3 to 20 random tokens, the last two of 60, each with the end that some families ask for."""
     generator = np.random.default_rng(seed)
-    lengths = [*generator.integers(3, 21, size=rows - 1), 60]
+    lengths = [*generator.integers(3, 21, size=rows - 2), 60, 60]
     tokens = tuple(np.array([*generator.integers(2, VOCABULARY, size=n - 1), END]) for n in lengths)
     most = 2 if family in DECODERS else CLASSES
     return Examples(tokens, generator.integers(1, most, size=rows).astype(np.int64))

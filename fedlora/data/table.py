@@ -28,6 +28,10 @@ class Table:
         """Return the number of rows."""
         return len(self.texts)
 
+    def first(self, count: int | None) -> Table:
+        """Return the first rows; all of them for None."""
+        return self if count is None or count >= len(self) else self.take(np.arange(count))
+
     def take(self, rows: NDArray[np.int64]) -> Table:
         """Return the given rows, in that order."""
         return Table(*(tuple(column[row] for row in rows) if column else () for column in self._columns()))

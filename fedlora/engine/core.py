@@ -53,6 +53,10 @@ class Batching:
     equal_length: bool = False
     one_group: bool = False
 
+    def __or__(self, other: Batching) -> Batching:
+        """Return the restrictions of both."""
+        return Batching(self.equal_length or other.equal_length, self.one_group or other.one_group)
+
     @property
     def words(self) -> str:
         """What is said of it, empty where any rows may go together."""

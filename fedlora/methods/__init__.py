@@ -37,7 +37,17 @@ METHODS.register("s2-lora", S2Options)(S2Lora)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
-    """Return the method ``method.name`` on the layers ``adapted``, joined to a head on the layers ``head``."""
+    """Return the method ``method.name`` on the layers ``adapted``, joined to a head on the layers ``head``.
+
+    Raises:
+        ValueError: The configuration does not fit the layers.
+    """
+    most = max((min(layer.d_in, layer.d_out) for layer in adapted), default=config.method.rank)
+    if config.method.rank > most:
+        raise ValueError(
+            f"method.rank = {config.method.rank}: the adapted layers have {most} features at most, and no update of them "
+            "has a higher rank; lower it."
+        )
     method = Head(METHODS[config.method.name].build(adapted, config), head)
     check_start(method.specs())
     return method

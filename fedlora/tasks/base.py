@@ -79,7 +79,7 @@ class Task(ABC):
         """Return a few rows that are nobody's, of several costs, from which all that trains gets a gradient.
 
         Args:
-            long: Whether one as long as rows may be is among them.
+            long: Whether two different ones as long as rows may be are among them, at the end.
         """
 
     @abstractmethod

@@ -51,7 +51,7 @@ class TextTask(Task):
         chat_template: Whether prompts go through the tokenizer's chat template.
 
     Attributes:
-        made_up: Rows that are nobody's, as the tokenizer makes them, the last long; None: token numbers stand for them.
+        made_up: Rows that are nobody's, as the tokenizer makes them, the last two long; None: numbers stand for them.
     """
 
     def __init__(self, pad_token_id: int, chat_template: bool = False) -> None:
@@ -63,7 +63,7 @@ class TextTask(Task):
     def build(cls, tokenizer: Any, config: Config) -> Self:
         """Return the task for a model's tokenizer; its own keys are ``config.options(...)``."""
         task = cls(tokenizer.pad_token_id, config.data.chat_template)
-        longest = config.train.max_length
+        longest = min(config.train.max_length, _LONG)
         task.made_up = task.encode(cls.made_up_table(_made_up_texts(tokenizer, longest)), tokenizer, longest)
         return task
 
@@ -80,9 +80,10 @@ class TextTask(Task):
         """Return four rows of about 3 to 29 tokens, with begin, end and whatever else the tokenizer puts there."""
         if self.made_up is None:
             tokens = [token for token in range(2, 40) if token != self.pad_token_id]
-            rows = tuple(np.array(tokens[:length], dtype=np.int64) for length in _LENGTHS)
-            return Examples(rows, np.ones(len(rows), dtype=np.int64))
-        return self.join([(self.made_up, row) for row in range(len(_LENGTHS) + long)])
+            rows = [np.array(tokens[:length], dtype=np.int64) for length in _LENGTHS]
+            rows += [rows[-1][::-1], rows[-1]] if long else []
+            return Examples(tuple(rows), np.ones(len(rows), dtype=np.int64))
+        return self.join([(self.made_up, row) for row in range(len(_LENGTHS) + 2 * long)])
 
     def join(self, parts: Sequence[tuple[Examples, int]]) -> Examples:
         """Return rows from several sources as one."""
@@ -106,13 +107,13 @@ _LONG = 1024
 
 
 def _made_up_texts(tokenizer: Any, longest: int) -> list[str]:
-    """Return texts of words that the tokenizer knows: four short ones, and one that fills ``longest`` tokens."""
+    """Return texts of words that the tokenizer knows: four short ones, and two that fill ``longest`` tokens."""
     special = set(tokenizer.all_special_ids)
     numbers = [number for number in sorted(tokenizer.get_vocab().values()) if number not in special]
     step = max(1, len(numbers) // 400)
     words = [word for number in numbers[::step] if (word := tokenizer.decode([number]).strip()) and word.isprintable()]
     words = words or ["a"]
-    lengths = (*_LENGTHS, min(longest, _LONG))
+    lengths = (*_LENGTHS, longest, longest)
     return [" ".join(words[(7 * at + start) % len(words)] for at in range(n)) for start, n in enumerate(lengths)]
 
 
