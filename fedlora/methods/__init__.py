@@ -45,8 +45,8 @@ def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]
     most = max((min(layer.d_in, layer.d_out) for layer in adapted), default=config.method.rank)
     if config.method.rank > most:
         raise ValueError(
-            f"method.rank = {config.method.rank}: the adapted layers have {most} features at most, and no update of them "
-            "has a higher rank; lower it."
+            f"method.rank = {config.method.rank}: the adapted layers have {most} features at most, and no update of "
+            "them has a higher rank; lower it."
         )
     method = Head(METHODS[config.method.name].build(adapted, config), head)
     check_start(method.specs())
