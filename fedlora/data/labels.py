@@ -66,7 +66,7 @@ def check_header_rows(
         ValueError: There is such a row.
     """
     for names in named:
-        rows = range(len(frame)) if len(names) > 1 else range(0)
+        rows = list(range(len(frame))) if len(names) > 1 else []
         for column, name in names.items():
             cells = frame[column].tolist()
             rows = [row for row in rows if _is_name(cells[row], name)]
@@ -91,7 +91,7 @@ def check_scores(labels: Sequence[str], place: str, where: Callable[[int], str],
     scores = [name for name in names if _is_decimal(name) and name not in declared]
     if scores and (2 * len(scores) > len(names) or all(map(_is_number, names))):
         raise ValueError(
-            f"{place}: its labels are numbers with decimals, such as {scores[0]} ({_rows(labels, scores[0], where)}): "
+            f"{place}: its labels are numbers with decimals, such as {scores[0]} in {where(labels.index(scores[0]))}: "
             "scores, not classes. Learn them with task = 'regression', write classes in their place, or, if these are "
             "classes, name them in data.classes."
         )
