@@ -41,6 +41,7 @@ _MARKS = (  # the longer first: that of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _LINE_END = re.compile(r"\r\n|\r|\n")
+_OPENED = re.compile(r'(?:\A|[\t\r\n])"')
 _OTHER_SEPARATORS = (";", "\t", "|")
 
 Row = tuple[int, list[str]]
@@ -168,7 +169,7 @@ def _tsv(text: str) -> list[Row]:
     has doubled quotes, or all texts are in quotes, or no other reading gives rows of one length.
     """
     plain = _fields(text, "\t", quoted=False)
-    if '"' not in text:
+    if not _OPENED.search(text):
         return plain
     try:
         quoted = _fields(text, "\t", quoted=True)
@@ -214,7 +215,7 @@ def _fields(text: str, separator: str, *, quoted: bool) -> list[Row]:
     limit = csv.field_size_limit(len(text) + 1)  # the module's own, 128 KiB, is less than a long text
     try:
         for cells in reader:
-            if any(cell.strip() for cell in cells) or len(cells) > 1:
+            if len(cells) > 1 or (cells and cells[0].strip()):
                 rows.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as error:
