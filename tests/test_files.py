@@ -49,6 +49,7 @@ def read(path: Path, content: str | bytes, **changes: Any) -> list[tuple[str, st
         ("no last line end.csv", CSV.rstrip()),
         ("semicolons.csv", CSV.replace(",", ";")),
         ("tabs.csv", TSV),
+        ("excel's separator.csv", "sep=;\n" + CSV.replace(",", ";")),
         ("spaces after commas.csv", CSV.replace(",", ", ")),
         ("packed.csv.gz", gzip.compress(CSV.encode())),
         ("LOUD.CSV", CSV),
@@ -245,4 +246,6 @@ def test_a_path_alone_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ValueError, match=r"data.path = '/no/such/folder': there is no such file or folder, and it is no"
     ):
         name_of("/no/such/folder")
+    with pytest.raises(ValueError, match=r"data.path = 'https://.*csv': is an address; download the data"):
+        name_of("https://example.org/data.csv")
     assert len(load_corpus(resolve({"data.path": "reviews.csv"})).train) == 10

@@ -32,6 +32,8 @@ def corpus_of(path: str) -> str:
     """
     if not path:
         return "docstrings"
+    if "://" in path:
+        raise ConfigError(f"data.path = {path!r}: is an address; download the data, and name the file or folder.")
     place = os.path.expanduser(path)
     if os.path.isdir(place):
         return "hub"

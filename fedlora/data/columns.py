@@ -121,7 +121,7 @@ def _check_classes(classes: Sequence[str], rows: _Rows, test_rows: _Rows, test: 
     column = f"data.label-column = {config.data.label_column!r}"
     if len(classes) < 2:
         raise ValueError(
-            f"{column}: all {len(rows.labels)} training rows have the one label {', '.join(classes)}; classification "
+            f"{column}: all {len(rows.labels)} training rows have the one label {write_names(classes)}; classification "
             "needs two classes or more."
         )
     if len(classes) > max(20, len(rows.labels) // 2):
@@ -139,7 +139,7 @@ def _check_classes(classes: Sequence[str], rows: _Rows, test_rows: _Rows, test: 
             )
         raise ValueError(
             f"{source}: the label {unknown[0]!r} of the test rows is not among the {len(classes)} training labels "
-            f"({', '.join(classes[:10])}); it could never be predicted. Remove its rows, or add some to training."
+            f"({write_names(classes[:10])}); it could never be predicted. Remove its rows, or add some to training."
         )
 
 
