@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+import httpx
 from datasets import ClassLabel, Dataset, disable_progress_bars, load_from_disk
+from datasets.load import CachedDatasetModuleFactory
 from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
+from huggingface_hub import HfApi
 
 from fedlora.config import Config, DataConfig
 from fedlora.data.columns import Source, build_corpus
 from fedlora.data.table import Corpus
 from fedlora.messages import closest, first_line
 
+_HUB_TIMEOUT_S = 5.0
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes beside the rows, for splits and for one
 
 
@@ -65,12 +69,28 @@ def _of_the_hub(path: Path, data: DataConfig) -> Callable[[str], Dataset]:
     )
 
     def load(split: str) -> Dataset:
+        if not path.is_dir() and not _within_reach(data.path):
+            raise _UnloadableError("it is not cached, and the Hugging Face hub cannot be reached", cure)
         try:
             return federated.load_split(split)
         except Exception as error:  # of the hub, the file system, and every reader behind them
             raise _UnloadableError(first_line(error), cure) from error
 
     return load
+
+
+def _within_reach(name: str) -> bool:
+    """Return whether a data set may be loaded; asked first, since the hub's client goes on trying for half a minute."""
+    try:
+        HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S)
+    except httpx.TransportError:
+        try:
+            CachedDatasetModuleFactory(name).get_module()
+        except Exception:  # whatever it misses
+            return False
+    except Exception:  # an answer, and what it means the loader says
+        return True
+    return True
 
 
 def _saved(path: Path, data: DataConfig) -> Callable[[str], Dataset]:
