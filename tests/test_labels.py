@@ -163,6 +163,14 @@ def test_a_header_line_among_the_rows(header: str, tmp_path: Path) -> None:
         load_corpus(Config(data=DataConfig(path=str(path), header=False)))
 
 
+def test_texts_in_two_spellings_are_still_no_labels(tmp_path: Path) -> None:
+    texts = [*(f"film {n}" for n in range(30)), *(f"Film {n}" for n in range(30))]
+    with pytest.raises(
+        ValueError, match=r"60 different labels in 60 training rows; this is not the column of the classes"
+    ):
+        classes_of(tmp_path / "a.csv", texts=texts, labels=texts)
+
+
 def test_a_label_may_be_called_as_its_column_is(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     pd.DataFrame({"text": ["text", *TEXTS[1:]], "spam": ["ham", "spam"] * 4}).to_csv(path, index=False)

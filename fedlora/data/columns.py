@@ -20,6 +20,7 @@ from fedlora.messages import closest
 from fedlora.seeded import Seeded
 
 _TEST_SHARE = 0.2
+_FEW_CLASSES = 20  # that a table may have, however few its rows
 _UNNAMED = "all"  # the one category of rows that have none
 
 
@@ -124,7 +125,7 @@ def _check_classes(classes: Sequence[str], rows: _Rows, test_rows: _Rows, test: 
             f"{column}: all {len(rows.labels)} training rows have the one label {write_names(classes)}; classification "
             "needs two classes or more."
         )
-    if len(classes) > max(20, len(rows.labels) // 2):
+    if len(classes) > max(_FEW_CLASSES, len(rows.labels) // 2):
         raise ValueError(
             f"{column}: {len(classes)} different labels in {len(rows.labels)} training rows; this is not the column of "
             "the classes."
@@ -219,6 +220,8 @@ def _labels(source: Source, config: Config) -> list[str]:
     place = f"data.label-column = {column!r} of {source.place}"
     if config.task == "classification":
         check_scores(labels, place, source.row, data.class_names)
+        if len(set(labels)) > max(_FEW_CLASSES, 0.75 * len(labels)) and not data.classes:
+            return labels  # texts, and no labels at all: refused when all rows are there
     check_spellings(labels, place, source.row, data.class_names)
     return [label.strip() for label in labels]
 
