@@ -26,6 +26,7 @@ from clients.site_file import SiteFile
 from fedlora import __version__, plugins
 from fedlora.codec import WireError
 from fedlora.config import Config, ConfigError, Scalar
+from fedlora.config.data_keys import read_names
 from fedlora.data import FederatedData
 from fedlora.data.files import load_own_rows
 from fedlora.data.partition import held_out
@@ -188,7 +189,7 @@ def own_job(file: SiteFile, request: JoinRequest) -> Job:
     except ConfigError as error:  # of the server's own values: the site's were checked when its file was read
         raise RefusedError(f"the job's configuration cannot be used: {error}") from error
     file.limits.check(asked)
-    if TASKS[asked.task].has_head and asked.data.classes != file.public.classes:
+    if TASKS[asked.task].has_head and asked.data.class_names != read_names(file.public.classes):
         raise RefusedError(
             f"the job has data.classes = {asked.data.classes!r} and this site {file.public.classes!r}; they must agree"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from clients.limits import SiteLimits
+from fedlora.config.data_keys import read_names
 from fedlora.config.sections import SITE_NAME
 from fedlora.config.tables import read_table, read_tables
 
@@ -41,12 +42,16 @@ class PublicTable:
     rows: int
     """Nominal number of rows: what the site may count for in an average, at most. Not the exact number."""
     classes: str = ""
-    """Names of the classes, with commas between, in the order of their numbers."""
+    """Names of the classes, with commas between, in the order of their numbers; as in ``data.classes``."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
         if self.rows < 1:
             raise ValueError(f"rows = {self.rows!r}: must be at least 1.")
+        try:
+            read_names(self.classes)
+        except ValueError as error:
+            raise ValueError(f"classes = {self.classes!r}: a double quote is not closed ({error}).") from error
 
 
 @final

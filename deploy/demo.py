@@ -20,6 +20,7 @@ from deploy.init import Setup, initialise
 from deploy.run import app_folder, read_run
 from deploy.superlink import roster_path
 from fedlora.config import Config, Scalar, to_toml
+from fedlora.config.data_keys import write_names
 from fedlora.data import Corpus, Table, load_corpus
 from fedlora.runs.folder import run_path
 from fedlora.storage import write_whole
@@ -80,7 +81,7 @@ def prepare(
         address: By which sites reach the coordinator.
     """
     port, link, *nodes = free_ports(2 + len(rows))
-    names, classes = tuple(rows), ",".join(corpus.classes)
+    names, classes = tuple(rows), write_names(corpus.classes)
     setup = Setup(names, address, port=port, classes=classes, rows=500, link_port=link, node_ports=tuple(nodes))
     initialise(folder, setup)
     for name, table in rows.items():

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from clients.site_file import SiteFile, SuperNodeTable
 from deploy import checks
 from deploy.checks import Finding, Grade
+from fedlora.config.data_keys import read_names
 from fedlora.messages import first_line
 
 _SOCKET_PATH = 107  # bytes that Linux takes
@@ -193,7 +194,7 @@ def _digest(site: SiteFile, place: str) -> str:
     from fedlora.models import load_base
     from fedlora.tasks import TASKS
 
-    classes = [name for name in site.public.classes.split(",") if name]
+    classes = read_names(site.public.classes)
     task = TASKS["classification" if classes else "causal-lm"]
     return load_base(
         ModelConfig(place), task, max(2, len(classes)), "auto", dtype=torch.float32, device=torch.device("cpu")

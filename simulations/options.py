@@ -11,6 +11,7 @@ import click
 from flwr.common.config import get_fused_config_from_dir, parse_config_args
 
 from fedlora.config import ConfigError, Scalar
+from fedlora.config.data_keys import corpus_of
 
 _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")  # what Flower finds in an option; the rest it drops
 
@@ -67,10 +68,15 @@ def absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
         value = flat.get(key)
         if not isinstance(value, str) or not value:
             continue
-        may_be_a_hub_name = key == "model.name" or (key == "data.path" and flat.get("data.name") == "hub")
-        if not may_be_a_hub_name or Path(value).expanduser().is_dir():
+        if not _may_be_of_the_hub(key, value, flat.get("data.name")) or Path(value).expanduser().is_dir():
             flat[key] = _absolute(value)
     return flat
+
+
+def _may_be_of_the_hub(key: str, value: str, data_name: object) -> bool:
+    if key == "data.path":
+        return data_name == "hub" or (data_name in ("auto", None) and corpus_of(value) == "hub")
+    return key == "model.name"
 
 
 def _absolute(path: str) -> str:

@@ -39,7 +39,11 @@ KNOWN_RANKS = (6, 5, 4, 2, 3, 4, 4, 5)
         ({"data.partition": "irid"}, r"data.partition = 'irid': must be one of iid, dirichlet, .* Did you mean 'iid'"),
         ({"data.header": "yes"}, r"data.header = 'yes': must be true or false"),
         ({"data.name": "file"}, r"data.path = '': must name a file"),
-        ({"data.path": "x.csv"}, r"data.path = 'x.csv': is only read with data.name = 'file'"),
+        (
+            {"data.name": "docstrings", "data.path": "x.csv"},
+            r"data.path = 'x.csv': is only read with data.name = 'file'",
+        ),
+        ({"data.path": "no file"}, r"data.path = 'no file': there is no such file or folder, and it is no name of"),
         (
             {"data.name": "file", "data.path": "x.tsv", "data.header": False, "data.text-column": "review"},
             r"data.text-column = 'review': must be a column",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +189,23 @@ def test_a_corrupt_hub_data_set_is_refused(hub: Path) -> None:
     (hub / "data" / "train.parquet").write_bytes(b"PAR1 corrupt")
     with pytest.raises(ValueError, match=r"data.path = .*films' with data.train-split = 'train': cannot be loaded"):
         load_corpus(config(str(hub), name="hub"))
+
+
+def test_a_hub_out_of_reach_is_said_at_once(tmp_path: Path) -> None:
+    """In a process of its own, since the hub's address is read at import; the hub's client would try for 23 s."""
+    code = (
+        "from fedlora.data import load_corpus; from fedlora.plugins import read_config\n"
+        "import time; begin = time.monotonic()\n"
+        "try: load_corpus(read_config({'data.path': 'nobody/nothing'}))\n"
+        "except ValueError as error: print(time.monotonic() - begin < 10, error)\n"
+    )
+    own = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(
+        "True data.path = 'nobody/nothing' with data.train-split = 'train': cannot be loaded "
+    )
+    assert "the Hugging Face hub cannot be reached). There is no local folder of that name" in done.stdout
 
 
 # -- prompts and answers ------------------------------------------------------------------------------

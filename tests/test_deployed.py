@@ -202,6 +202,11 @@ def test_a_job_beyond_the_sites_limits_is_refused(flat: dict[str, Any], reason: 
     assert not (tmp_path / "ran").exists()
 
 
+def test_classes_agree_by_their_names_however_they_are_written(tmp_path: Path) -> None:
+    north = Deployment(site_file(tmp_path))
+    assert north.site.join(request_of(north.config, **{"data.classes": ' bad,  "good"'})).reason == ""
+
+
 def test_dp_switched_off_by_a_whole_configuration(tmp_path: Path) -> None:
     north = Deployment(site_file(tmp_path), server_config(**RAW_CONFIG))
     assert north.site.join(north.request).reason.endswith("privacy.mode, by dp-required")

@@ -179,8 +179,9 @@ class Schema:
         return iter(self._keys)
 
     def defaults(self) -> dict[str, Scalar]:
-        """Return every key with its default."""
-        return self.read({}).to_flat()
+        """Return every key with its default, as it is declared: an ``auto`` is one still."""
+        defaults = {key: item.default for key, (_, item) in self._keys.items()}
+        return {key: value for key, value in defaults.items() if isinstance(value, Scalar)}
 
     def read(self, flat: Mapping[str, Any], *, foreign: bool = False) -> Config:
         """Return the configuration that dotted keys say; keys left out keep their defaults.

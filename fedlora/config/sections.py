@@ -10,7 +10,8 @@ import warnings
 from dataclasses import dataclass
 from typing import final
 
-from fedlora.config.fields import at_least, dotted, numbered, one_of, positive, require, share, unread
+from fedlora.config.data_keys import corpus_of, read_names
+from fedlora.config.fields import ConfigError, at_least, dotted, numbered, one_of, positive, require, share, unread
 from fedlora.targets import is_pattern
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -78,11 +79,13 @@ class ModelConfig:
 class DataConfig:
     """The data and how they are partitioned among clients."""
 
-    name: str = "docstrings"
+    name: str = "auto"
     """The data set: ``docstrings`` is built in, ``file`` reads a file, ``hub`` a data set of the Hugging Face hub;
-    with ``sites`` the training rows are at deployed sites, and this machine never sees them."""
+    ``auto``: what ``data.path`` is, or without one ``docstrings``. With ``sites`` the training rows are at deployed
+    sites, and this machine never sees them."""
     path: str = ""
-    """With ``file`` the training file (csv, tsv, jsonl, parquet); with ``hub`` the data set's name or local folder."""
+    """The training file (csv, tsv, json, jsonl, parquet), or with ``hub`` the data set's name or local folder, as the
+    hub keeps it or as ``save_to_disk`` has written it."""
     test_path: str = ""
     """Test file of the same kind; empty: a fifth of the training file, drawn from the seed. With ``sites`` the server's
     own; empty: the server has none."""
@@ -98,8 +101,9 @@ class DataConfig:
     """Name of the label column; where the file has no header its number, from 0 (``label`` stands for 1). For
     ``causal-lm`` a category to partition by, read by ``dirichlet`` and ``shards`` only."""
     classes: str = ""
-    """Names of the classes, with commas between, in the order of their numbers; empty: the labels that the training
-    rows have, sorted. Under DP name them: that a label occurs at all is not protected otherwise."""
+    """Names of the classes, with commas between, in the order of their numbers; one with a comma in double quotes, as
+    in csv: ``'"yes, please",no'``. Empty: the labels that the training rows have, sorted. Under DP name them: that a
+    label occurs at all is not protected otherwise."""
     answer_column: str = "answer"
     """Name of the column that the model learns to write, for ``causal-lm``."""
     prompt_template: str = ""
@@ -128,7 +132,9 @@ class DataConfig:
     read once, after the last round. 0: none, and the curve is measured on the test rows."""
 
     def __post_init__(self) -> None:
-        """Check the fields."""
+        """Check the fields, and put what it stands for in the place of ``name = 'auto'``."""
+        if self.name == "auto":
+            object.__setattr__(self, "name", corpus_of(self.path))
         one_of("data.partition", self.partition, ("iid", "dirichlet", "shards", "quantity", "natural"))
         positive("data.alpha", self.alpha)
         at_least("data.shards-per-client", self.shards_per_client, 1)
@@ -159,13 +165,15 @@ class DataConfig:
                 f"is only read with data.name = {' or '.join(map(repr, own))}, not {self.name!r}.",
             )
         if self.classes:
-            names = self.class_names
-            require(
-                len(names) > 1 and all(names) and len(set(names)) == len(names),
-                "data.classes",
-                self.classes,
-                "must be two names or more, each once, with commas between.",
-            )
+            rule = "must be two names or more, each once, with commas between"
+            try:
+                names = self.class_names
+            except ValueError as error:
+                raise ConfigError(
+                    f"data.classes = {self.classes!r}: {rule}, and those with a comma in double quotes ({error})."
+                ) from error
+            valid = len(names) > 1 and all(names) and len(set(names)) == len(names)
+            require(valid, "data.classes", self.classes, f"{rule}.")
         if not self.header:
             for name, value in (("text", self.text_column), ("label", self.label_column)):
                 require(
@@ -184,7 +192,7 @@ class DataConfig:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names in ``classes``."""
-        return tuple(name.strip() for name in self.classes.split(",")) if self.classes else ()
+        return read_names(self.classes)
 
 
 @final

@@ -12,11 +12,15 @@ import numpy as np
 import pandas as pd
 
 from fedlora.config import Config
+from fedlora.config.data_keys import as_option, table_suffix, write_names
+from fedlora.data.cells import cell_text, check_printed_bytes
+from fedlora.data.labels import check_header_rows, check_scores, check_spellings, plain_name
 from fedlora.data.table import Corpus, Table
 from fedlora.messages import closest
 from fedlora.seeded import Seeded
 
 _TEST_SHARE = 0.2
+_FEW_CLASSES = 20  # that a table may have, however few its rows
 _UNNAMED = "all"  # the one category of rows that have none
 
 
@@ -30,6 +34,7 @@ class Source:
         frame: The table.
         numbered: Whether its columns have numbers and no names.
         class_names: Names of the label column's numbers, where the data set declares them.
+        lines: The line of the file where each row begins, where rows are on lines.
     """
 
     key: str
@@ -37,11 +42,16 @@ class Source:
     frame: pd.DataFrame
     numbered: bool = False
     class_names: Sequence[str] = ()
+    lines: Sequence[int] = ()
 
     @property
     def place(self) -> str:
         """The source in an error message."""
         return f"{self.key} = {self.name!r}"
+
+    def row(self, number: int) -> str:
+        """Return a row in an error message."""
+        return f"row {number} ({f'line {self.lines[number]}' if self.lines else 'from 0'})"
 
 
 @dataclass
@@ -70,6 +80,8 @@ def build_corpus(train: Source, test: Source | None, config: Config, *, split: b
     elif not split:
         test_rows = _Rows()
     else:
+        if len(rows.texts) < 2:
+            raise ValueError(f"{train.place}: has one row, and a fifth of the rows is tested on; add rows.")
         order = Seeded(config.seed).permutation("test-split", size=len(rows.texts))
         cut = max(1, round(len(order) * _TEST_SHARE))
         test_rows, rows = rows.take(np.sort(order[:cut]).tolist()), rows.take(np.sort(order[cut:]).tolist())
@@ -90,32 +102,45 @@ def build_corpus(train: Source, test: Source | None, config: Config, *, split: b
 
 
 def _check_declared(classes: Sequence[str], labels: Sequence[str], config: Config) -> None:
-    unknown = sorted(set(labels) - set(classes))
-    if unknown:
+    unknown = sorted(set(labels) - set(classes), key=_natural)
+    if not unknown:
+        return
+    plain = {plain_name(name): name for name in classes}
+    place = (
+        f"data.classes = {config.data.classes!r}: the label {unknown[0]!r} of data.label-column = "
+        f"{config.data.label_column!r} is none of them"
+    )
+    if other := plain.get(plain_name(unknown[0])):
         raise ValueError(
-            f"data.classes = {config.data.classes!r}: the label {unknown[0]!r} of data.label-column = "
-            f"{config.data.label_column!r} is none of them; add it, or remove its rows."
+            f"{place}, and differs from {other!r} in case, spaces or the way to write a number alone; write them alike."
         )
+    option = as_option("data.classes", write_names([*classes, *unknown]))
+    raise ValueError(f"{place}; remove its rows, or add it" + (f": {option}" if len(unknown) < 20 else "."))
 
 
 def _check_classes(classes: Sequence[str], rows: _Rows, test_rows: _Rows, test: Source | None, config: Config) -> None:
     column = f"data.label-column = {config.data.label_column!r}"
     if len(classes) < 2:
         raise ValueError(
-            f"{column}: all {len(rows.labels)} training rows have the one label {', '.join(classes)}; classification "
+            f"{column}: all {len(rows.labels)} training rows have the one label {write_names(classes)}; classification "
             "needs two classes or more."
         )
-    if len(classes) > max(20, len(rows.labels) // 2):
+    if len(classes) > max(_FEW_CLASSES, len(rows.labels) // 2):
         raise ValueError(
             f"{column}: {len(classes)} different labels in {len(rows.labels)} training rows; this is not the column of "
             "the classes."
         )
-    unknown = sorted(set(test_rows.labels) - set(classes))
+    unknown = sorted(set(test_rows.labels) - set(classes), key=_natural)
     if unknown:
         source = test.key if test else "data.path, of which a fifth is split off for testing"
+        if other := {plain_name(name): name for name in classes}.get(plain_name(unknown[0])):
+            raise ValueError(
+                f"{source}: the label {unknown[0]!r} of the test rows and {other!r} of the training rows differ in "
+                "case, spaces or the way to write a number alone; write them alike."
+            )
         raise ValueError(
             f"{source}: the label {unknown[0]!r} of the test rows is not among the {len(classes)} training labels "
-            f"({', '.join(classes[:10])}); it could never be predicted. Remove its rows, or add some to training."
+            f"({write_names(classes[:10])}); it could never be predicted. Remove its rows, or add some to training."
         )
 
 
@@ -132,6 +157,7 @@ def _read(source: Source, config: Config) -> _Rows:
     """Return the rows of one table."""
     data, language = config.data, config.task == "causal-lm"
     rows = _Rows()
+    check_header_rows(source.frame, _header_groups(source, config), source.place, source.row)
     if language and data.prompt_template:
         rows.texts = _prompts(source, data.prompt_template)
     else:
@@ -139,12 +165,25 @@ def _read(source: Source, config: Config) -> _Rows:
     if language:
         rows.answers = _texts(source, "data.answer-column", data.answer_column)
     if not language or data.partition in ("dirichlet", "shards"):
-        rows.labels = _labels(source, data.label_column, data.partition if language else "")
+        rows.labels = _labels(source, config)
     else:
         rows.labels = [_UNNAMED] * len(rows.texts)
     if data.partition_column:
         rows.owners = _texts(source, "data.partition-column", data.partition_column)
     return rows
+
+
+def _header_groups(source: Source, config: Config) -> list[dict[Any, str]]:
+    """Return columns with their names, by groups that all have their names in a header line among the rows."""
+    data = config.data
+    columns: list[Any] = list(source.frame.columns)
+    if source.numbered:
+        return [{column: name for column, name in enumerate(("text", "label")) if column in columns}]
+    other = data.answer_column if config.task == "causal-lm" else data.label_column
+    return [
+        {column: str(column) for column in columns},
+        {name: name for name in (data.text_column, other) if name in columns},
+    ]
 
 
 def _prompts(source: Source, template: str) -> list[str]:
@@ -160,18 +199,35 @@ def _prompts(source: Source, template: str) -> list[str]:
     return [template.format(**dict(zip(columns, cells, strict=True))) for cells in zip(*columns.values(), strict=True)]
 
 
-def _labels(source: Source, column: str, partition: str) -> list[str]:
+def _labels(source: Source, config: Config) -> list[str]:
+    """Return the label of each row, or for a language model its category, without outer spaces.
+
+    Raises:
+        ValueError: There is no such column, a row has no label, or labels are certainly mistakes.
+    """
+    data, column = config.data, config.data.label_column
     try:
         labels = _texts(source, "data.label-column", column)
     except ValueError as error:
-        if not partition:
+        if config.task != "causal-lm":
             raise
         raise ValueError(
-            f"{error} data.partition = {partition!r} goes by the category of rows; choose iid, quantity or natural "
-            "where there is none."
+            f"{error} data.partition = {data.partition!r} goes by the category of rows; choose iid, quantity or "
+            "natural where there is none."
         ) from error
-    if not source.class_names:
-        return labels
+    if source.class_names:
+        return _declared_names(source, column, labels)
+    place = f"data.label-column = {column!r} of {source.place}"
+    if config.task == "classification":
+        check_scores(labels, place, source.row, data.class_names)
+        if len(set(labels)) > max(_FEW_CLASSES, 0.75 * len(labels)) and not data.classes:
+            return labels  # texts, and no labels at all: refused when all rows are there
+    check_spellings(labels, place, source.row, data.class_names)
+    return [label.strip() for label in labels]
+
+
+def _declared_names(source: Source, column: str, labels: Sequence[str]) -> list[str]:
+    """Return the names that a data set of the hub declares for its labels' numbers."""
     names = {str(number): name for number, name in enumerate(source.class_names)}
     hidden = next((label for label in labels if label not in names), None)
     if hidden is not None:
@@ -192,21 +248,25 @@ def _texts(source: Source, key: str, wanted: str, *, empty: bool = False) -> lis
     if source.frame.empty:
         raise ValueError(f"{source.place}: there are no rows.")
     cells = source.frame[column]
-    nothing = cells.isna()
-    bad = (nothing | cells.map(lambda cell: not str(cell).strip())).to_numpy().nonzero()[0]
-    if len(bad) and not empty:
+    texts: list[str] = []
+    try:
+        for cell, missing in zip(cells, cells.isna(), strict=True):
+            texts.append("" if missing else cell_text(cell, key))
+    except ValueError as error:
+        raise ValueError(f"{key} = {wanted!r}: {source.row(len(texts))} of {source.place} holds {error}.") from error
+    if key == "data.text-column":
+        try:
+            check_printed_bytes(texts)
+        except ValueError as error:
+            raise ValueError(f"{key} = {wanted!r}: the column of {source.place} holds {error}.") from error
+    bad = [row for row, text in enumerate(texts) if not text.strip()]
+    if bad and not empty:
         what = key.removeprefix("data.").removesuffix("-column").replace("partition", "owner")
         raise ValueError(
-            f"{source.place}: {len(bad)} rows have no {what} (column {wanted!r}), the first is row {bad[0]} (from 0, "
-            "without the header); remove or complete them."
+            f"{source.place}: {len(bad)} rows have no {what} (column {wanted!r}), the first is {source.row(bad[0])}; "
+            "remove or complete them."
         )
-    return ["" if missing else _text(cell) for cell, missing in zip(cells, nothing, strict=True)]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value)
+    return texts
 
 
 def _column(source: Source, key: str, wanted: str) -> Any:
@@ -222,7 +282,8 @@ def _column(source: Source, key: str, wanted: str) -> Any:
         return number
     if wanted not in columns:
         names = [str(column) for column in columns]
-        hint = " (A file without a header line needs data.header = false.)" if source.name.endswith("sv") else ""
+        separated = table_suffix(source.name) in (".csv", ".tsv")
+        hint = " (A file without a header line needs data.header = false.)" if separated else ""
         raise ValueError(
             f"{key} = {wanted!r}: no such column in {source.place}.{closest(wanted, names)} "
             f"Its columns: {', '.join(names[:20])}.{hint}"

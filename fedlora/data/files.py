@@ -1,14 +1,18 @@
-"""A user's own file: csv, tsv, jsonl or parquet."""
+"""A user's own file: csv, tsv, JSON or parquet."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
+from pyarrow.parquet import read_schema
 
 from fedlora.config import Config
+from fedlora.config.data_keys import TABLE_SUFFIXES, table_suffix
 from fedlora.data.columns import Source, build_corpus
 from fedlora.data.table import Corpus, Table
+from fedlora.data.text_files import check_kind, parse_json, parse_separated, read_text
 from fedlora.messages import first_line
 
 
@@ -49,39 +53,57 @@ def load_server_rows(config: Config) -> Corpus:
 
 
 def _source(key: str, name: str, header: bool) -> Source:
-    """Return one file as a table."""
-    path = Path(name).expanduser()
-    if not path.is_file():
-        hint = "" if path.is_absolute() else " Relative paths start where Flower's SuperLink was started."
-        raise ValueError(f"{key} = {name!r}: no such file ({path.resolve()}).{hint}")
-    frame = _frame(key, path, header)
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise ValueError(
-            f"{key} = {name!r}: its rows have more fields than its header names columns; put texts that hold the "
-            "separator in quotes (csv), or use jsonl."
-        )
-    return Source(key, name, frame, numbered=not header and path.suffix.lower() in (".csv", ".tsv"))
+    """Return one file as a table.
 
-
-def _frame(key: str, path: Path, header: bool) -> pd.DataFrame:
-    kind = path.suffix.lower().lstrip(".")
+    Raises:
+        ValueError: It is not there, or cannot be read.
+    """
+    path, place = Path(name).expanduser(), f"{key} = {name!r}"
     try:
-        if kind in ("csv", "tsv"):
-            # Text stays as it is: "NA", "null" or "1.0" are data, and quotes in tsv are not syntax.
-            return pd.read_csv(
-                path,
-                sep="," if kind == "csv" else "\t",
-                quoting=0 if kind == "csv" else 3,
-                header=0 if header else None,
-                dtype=str,
-                keep_default_na=False,
-                na_filter=False,
-                encoding="utf-8",
+        if path.is_dir():
+            raise ValueError(
+                f"{place}: is a folder; name a file in it, or, where the folder is a data set in the hub's format or "
+                "was saved by datasets, set data.path to it and leave data.name out."
             )
-        if kind == "jsonl":
-            return pd.read_json(path, lines=True, dtype=False, encoding="utf-8")
-        if kind == "parquet":
-            return pd.read_parquet(path).reset_index(drop=True)
-    except Exception as error:  # the readers raise errors of many libraries
-        raise ValueError(f"{key} = {str(path)!r}: cannot be read as {kind} ({first_line(error)}).") from error
-    raise ValueError(f"{key} = {str(path)!r}: the name must end in .csv, .tsv, .jsonl or .parquet.")
+        if not path.is_file():
+            hint = "" if path.is_absolute() else " Relative paths start where Flower's SuperLink was started."
+            raise ValueError(f"{place}: no such file ({path.resolve()}).{hint}")
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise ValueError(f"{place}: cannot be opened ({error.strerror}).") from error
+    suffix = table_suffix(name)
+    if not suffix:
+        known = ", ".join(TABLE_SUFFIXES)
+        raise ValueError(
+            f"{place}: the name must end in .csv, .tsv, .jsonl or .parquet (known are {known}, and of texts these with "
+            ".gz after them)."
+        )
+    try:
+        if suffix == ".parquet":
+            check_kind(head, binary=True)
+            return Source(key, name, _parquet(path))
+        text = read_text(path)
+        separated = suffix in (".csv", ".tsv")
+        parsed = parse_separated(text, tabs=suffix == ".tsv", header=header) if separated else parse_json(text)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{place}: cannot be read as {suffix[1:]}: {first_line(error)}.") from error
+    frame = pd.DataFrame(parsed.rows, columns=list(parsed.columns), dtype=object)
+    return Source(key, name, frame, numbered=separated and not header, lines=parsed.lines)
+
+
+def _parquet(path: Path) -> pd.DataFrame:
+    """Return a parquet file as a table.
+
+    Raises:
+        ValueError: It is broken, or has two columns of one name.
+    """
+    try:
+        names = read_schema(path).names
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        frame = None if twice is not None else pd.read_parquet(path).reset_index(drop=True)
+    except Exception as error:  # of every library that reads it
+        raise ValueError(f"{first_line(error)}; write it again") from error
+    if frame is None:
+        raise ValueError(f"it has the column {twice!r} twice; rename or remove one")
+    return frame

@@ -1,4 +1,4 @@
-"""Partitions of the training rows among clients, by flwr-datasets' partitioners where it has one."""
+"""Partitions of the training rows among clients: by chance, by label, by size or by owner."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner, ShardPartitioner
+from flwr_datasets.partitioner import DirichletPartitioner
 from numpy.typing import NDArray
 
 from fedlora.config import DataConfig
+from fedlora.data.labels import plain_name
 from fedlora.data.table import Corpus, FederatedData
 from fedlora.messages import first_line
 from fedlora.seeded import Seeded
@@ -45,8 +46,8 @@ def partition(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int
     else:
         _check_enough(corpus, config, num_clients)
         clients = _by_rule(corpus, config, num_clients, seed)
-    covered = np.sort(np.concatenate(clients))
-    assert np.array_equal(covered, np.arange(len(corpus.train))), "the partitioner lost or doubled rows"
+    dealt = np.sort(np.concatenate(clients))
+    assert np.array_equal(dealt, np.arange(len(corpus.train))), "every row is dealt to one client"
     if corpus.train.owners:
         _check_owners(corpus.train.owners, clients, config)
     holdout = tuple(held_out(rows, client, config.holdout, seed, "holdout") for client, rows in enumerate(clients))
@@ -71,60 +72,79 @@ def _by_rule(corpus: Corpus, config: DataConfig, num_clients: int, seed: int) ->
             f"data.partition = {config.partition!r}: goes by the label of rows, and these rows have none; choose iid, "
             "quantity or natural."
         )
-    rows = Dataset.from_dict({"row": order, "label": [corpus.train.labels[row] for row in order]})
+    labels = np.asarray(corpus.train.labels, dtype=np.int64)[order]
+    places = (
+        shards(labels, num_clients, config.shards_per_client, seed)
+        if config.partition == "shards"
+        else _dirichlet(labels, config, num_clients, seed)
+    )
+    return tuple(np.sort(order[place]) for place in places)
+
+
+def shards(labels: Rows, num_clients: int, shards_per_client: int, seed: int) -> list[Rows]:
+    """Return each client's places in ``labels``: shards of the rows sorted by label, dealt at random (McMahan et al.).
+
+    As flwr-datasets' ``ShardPartitioner``, which cuts shards of one size and loses the rows that are left over. Here
+    clients differ by one row at most, and so do the shards of a client: first it is drawn whose each shard is, then
+    how long it is.
+
+    Raises:
+        ValueError: There are fewer rows than shards.
+    """
+    count = num_clients * shards_per_client
+    if count > len(labels):
+        raise ValueError(
+            f"data.shards-per-client = {shards_per_client}: {num_clients} clients want {count} shards, and there are "
+            f"{len(labels)} training rows; lower it, or federation.num-clients."
+        )
+    owner = Seeded(seed).permutation("shards", size=count) % num_clients
+    sizes = np.zeros(count, dtype=np.int64)
+    for client, rows in enumerate(_even(len(labels), num_clients)):
+        sizes[owner == client] = _even(int(rows), shards_per_client)
+    by_label = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
+    return [np.concatenate([by_label[at] for at in np.flatnonzero(owner == client)]) for client in range(num_clients)]
+
+
+def _even(total: int, parts: int) -> Rows:
+    """Return sizes that differ by one at most."""
+    return np.diff(np.arange(parts + 1, dtype=np.int64) * total // parts)
+
+
+def _dirichlet(labels: Rows, config: DataConfig, num_clients: int, seed: int) -> list[Rows]:
+    """Return each client's places in ``labels``, by flwr-datasets' partitioner.
+
+    Shares are drawn again where a client would have too few rows, since a small alpha leaves one without in most draws;
+    flwr-datasets itself gives up after ten.
+
+    Raises:
+        ValueError: A client has too few in every draw.
+    """
+    rows = Dataset.from_dict({"place": np.arange(len(labels)), "label": labels})
+    seeds = [seed, *(int(bits) for bits in Seeded(seed).bits("dirichlet", size=_REDRAWS) >> np.uint64(33))]
+    reason = ""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a partition that is drawn again; the last word is ours
         warnings.simplefilter("ignore", FutureWarning)  # of pyarrow to datasets
-        try:
-            places = _places(rows, config, num_clients, seed)
-        except ValueError as error:
-            own = {"dirichlet": f"data.alpha = {config.alpha}: raise it"}.get(
-                config.partition, f"data.shards-per-client = {config.shards_per_client}: change it"
+        for drawn in seeds:
+            dirichlet = DirichletPartitioner(
+                num_partitions=num_clients,
+                partition_by="label",
+                alpha=config.alpha,
+                min_partition_size=_fewest(config),
+                self_balancing=False,
+                shuffle=False,
+                seed=drawn,
             )
-            raise ValueError(
-                f"data.partition = {config.partition!r} finds no way to give each of {num_clients} clients "
-                f"{_fewest(config)} or more of {len(order)} rows with {own}, or lower federation.num-clients "
-                f"({first_line(error)})."
-            ) from error
-    return tuple(np.sort(np.asarray(rows, dtype=np.int64)) for rows in places)
-
-
-def _places(rows: Dataset, config: DataConfig, num_clients: int, seed: int) -> list[list[int]]:
-    """Return each client's rows by flwr-datasets' partitioners.
-
-    Raises:
-        ValueError: A client would have too few. Dirichlet shares are drawn again first, since a small alpha leaves a
-            client without rows in most draws; flwr-datasets itself gives up after ten.
-    """
-    if config.partition == "shards":
-        shards = ShardPartitioner(
-            num_partitions=num_clients,
-            partition_by="label",
-            num_shards_per_partition=config.shards_per_client,
-            keep_incomplete_shard=True,
-            shuffle=False,
-            seed=seed,
-        )
-        shards.dataset = rows
-        return [shards.load_partition(client)["row"] for client in range(num_clients)]
-    seeds = [seed, *(int(bits) for bits in Seeded(seed).bits("dirichlet", size=_REDRAWS) >> np.uint64(33))]
-    for attempt, drawn in enumerate(seeds, start=1):
-        dirichlet = DirichletPartitioner(
-            num_partitions=num_clients,
-            partition_by="label",
-            alpha=config.alpha,
-            min_partition_size=_fewest(config),
-            self_balancing=False,
-            shuffle=False,
-            seed=drawn,
-        )
-        dirichlet.dataset = rows
-        try:
-            return [dirichlet.load_partition(client)["row"] for client in range(num_clients)]
-        except ValueError:
-            if attempt == len(seeds):
-                raise
-    raise AssertionError("the last attempt returns or raises")
+            dirichlet.dataset = rows
+            try:
+                places = [dirichlet.load_partition(client)[:]["place"] for client in range(num_clients)]
+                return [np.asarray(place, dtype=np.int64) for place in places]
+            except ValueError as error:
+                reason = first_line(error)
+    raise ValueError(
+        f"data.partition = 'dirichlet' finds no way to give each of {num_clients} clients {_fewest(config)} or more of "
+        f"{len(labels)} rows with data.alpha = {config.alpha}: raise it, or lower federation.num-clients ({reason})."
+    )
 
 
 def _natural(corpus: Corpus, num_clients: int) -> tuple[tuple[Rows, ...], tuple[str, ...]]:
@@ -165,6 +185,11 @@ def _fewest(config: DataConfig) -> int:
 
 
 def _check_enough(corpus: Corpus, config: DataConfig, num_clients: int) -> None:
+    if num_clients < 1:
+        raise ValueError(
+            f"federation.num-clients = {num_clients}: data.partition = {config.partition!r} needs a number of clients; "
+            "only natural takes it from the data."
+        )
     if len(corpus.train) < num_clients * _fewest(config):
         raise ValueError(
             f"federation.num-clients = {num_clients}: {len(corpus.train)} training rows cannot give each client "
@@ -198,7 +223,7 @@ def _check_owners(owners: Sequence[str], clients: Sequence[Rows], config: DataCo
     key = f"data.partition-column = {config.partition_column!r}"
     plain: dict[str, str] = {}
     for owner in dict.fromkeys(owners):
-        other = plain.setdefault(" ".join(owner.split()).casefold(), owner)
+        other = plain.setdefault(plain_name(owner), owner)
         if other != owner:
             raise ValueError(
                 f"{key}: {other!r} and {owner!r} differ in case or spaces alone; if they are one, their rows would be "
