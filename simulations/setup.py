@@ -105,13 +105,20 @@ def _check_task(config: Config, task: type[Task]) -> None:
         rule = f"is read with task = 'causal-lm' and the like, which write an answer, not {config.task!r}."
         require(not data.prompt_template, "data.prompt-template", data.prompt_template, rule)
         require(not data.chat_template, "data.chat-template", data.chat_template, rule)
+        require(data.learn == "last", "data.learn", data.learn, rule)
     else:
         rule = "a language model has no head of the task's own; leave it at 'shared'."
         require(head == "shared", "method.head", head, rule)
+    if not (task.has_head and task.has_classes):
         rule = f"is read by a task with classes, such as 'classification', not {config.task!r}."
         require(data.classes == "", "data.classes", data.classes, rule)
-    if task.measure.name == "accuracy":
-        require(config.eval.target <= 1, "eval.target", config.eval.target, "is an accuracy here, between 0 and 1.")
+    rule = f"goes by the one class of each row, and rows of task = {config.task!r} have none, or several; choose iid, "
+    rule += "quantity or natural."
+    require(task.one_class or data.partition not in ("dirichlet", "shards"), "data.partition", data.partition, rule)
+    name, most = task.measure.name, task.measure.most
+    what = f"is {'an' if name[0] in 'aeiou' else 'a'} {name} here, "
+    what += f"between 0 and {most:g}."
+    require(config.eval.target <= most, "eval.target", config.eval.target, what)
 
 
 def _check_rounds(config: Config) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, disable_progress_bars
+from datasets import ClassLabel, Dataset, List, disable_progress_bars
 from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
 
@@ -48,5 +48,6 @@ def _source(federated: Any, key: str, split: str, config: Config) -> Source:
             "among its configurations."
         ) from error
     label: Any = rows.features.get(data.label_column)
+    label = label.feature if isinstance(label, List) else label  # several labels a row
     names = list(label.names) if isinstance(label, ClassLabel) else []
     return Source(key, split, rows.to_pandas(), class_names=names)

@@ -66,10 +66,10 @@ def _by_rule(corpus: Corpus, config: DataConfig, num_clients: int, seed: int) ->
         case "quantity":
             sizes = _sizes(len(order), num_clients, config, seed)
             return tuple(np.sort(rows) for rows in np.split(order, np.cumsum(sizes)[:-1]))
-    if len(corpus.classes) < 2:
+    if len(corpus.classes) < 2 or not corpus.train.labels:
         raise ValueError(
-            f"data.partition = {config.partition!r}: goes by the label of rows, and these rows have none; choose iid, "
-            "quantity or natural."
+            f"data.partition = {config.partition!r}: goes by the label of rows, and these rows have none, or several; "
+            "choose iid, quantity or natural."
         )
     rows = Dataset.from_dict({"row": order, "label": [corpus.train.labels[row] for row in order]})
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

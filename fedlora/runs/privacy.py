@@ -94,7 +94,7 @@ def privacy_record(
 
 
 def _class_names(config: Config) -> list[dict[str, str]]:
-    if not TASKS[config.task].has_head:
+    if not (TASKS[config.task].has_head and TASKS[config.task].has_classes):
         return []
     if config.data.classes or config.data.name == "docstrings":
         guarantee = "independent of rows: they are known beforehand"
