@@ -219,7 +219,6 @@ def test_a_weight_of_zero_is_not_learned(tmp_path: Path) -> None:
     ("messages", "message"),
     [
         (OPENAI[:2], r"2 of 3 conversations have no turn of the assistant to learn, the first is row 1"),
-        (OPENAI[2:], r"2 of 3 conversations let the assistant speak first"),
         ([*OPENAI[:2], {"role": "tool", "content": "7"}], r"row 1 .*message 2 is of role = 'tool'; known are user"),
         ([*OPENAI[:2], {"role": "assistant", "content": " "}], r"row 1 .*message 2 \(assistant\) is empty"),
         (
@@ -236,6 +235,14 @@ def test_a_weight_of_zero_is_not_learned(tmp_path: Path) -> None:
 def test_rows_that_are_refused(messages: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         corpus(tmp_path, [{"messages": OPENAI}, {"messages": messages}, {"messages": messages}])
+
+
+def test_an_answer_to_nothing_is_not_learned(tmp_path: Path) -> None:
+    """It may be what a later turn goes on from."""
+    rows = [{"messages": OPENAI}, {"messages": OPENAI[2:]}]
+    assert corpus(tmp_path, rows).train.chats[1] == ONLY_LAST[2:]
+    with pytest.raises(ValueError, match=r"1 of 2 conversations let the assistant speak first, .* the first is row 1"):
+        corpus(tmp_path, rows, **{"data.learn": "all"})
 
 
 def test_parts_of_text_are_text(tmp_path: Path) -> None:

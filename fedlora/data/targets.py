@@ -154,7 +154,10 @@ def read_lists(column: pd.Series, separator: str, place: str, names: Sequence[st
             )
     if names:
         number = {str(at): name for at, name in enumerate(names)}
-        return [tuple(number.get(label, label) for label in one) for one in rows]
+        hidden = next((label for one in rows for label in one if label not in number), None)
+        if hidden is not None:
+            raise ValueError(f"{place}: the label {hidden} is none of the {len(names)} that the data set declares.")
+        return [tuple(number[label] for label in one) for one in rows]
     return rows
 
 

@@ -25,7 +25,12 @@ def save_tiny_model(folder: Path, seed: int = 0) -> str:
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+        tokenizer_object=tokenizer,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
     )
     fast.save_pretrained(folder)
     torch.manual_seed(seed)
