@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fedlora.config import Config, ConfigError
 from fedlora.data import Corpus, Table, Turn, load_corpus
@@ -116,6 +117,34 @@ def test_a_token_across_the_border_is_not_learned(tokenizer: Any) -> None:
         "{% for m in messages %}{{ m['content'] }}{% if m['role'] != 'user' %} <end>{% endif %}{% endfor %}"
     )
     assert learned(tokenizer, (Turn("user", "w1 w3"), Turn("assistant", "w4", learned=True))) == [". . <end>"]
+
+
+def test_bytes_and_joined_newlines(tmp_path: Path) -> None:
+    """A byte-level tokenizer, letters of several bytes, and an answer whose first newline joins the prompt's last."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    model.train_from_iterator(["user assistant one two", "a\n\n\nb\n\nc"] * 50, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|im_start|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    for answer, read in (("one naïve 日本 two", "one naïve 日本 two"), ("\n\nb one", "\nb one")):
+        turns = (Turn("user", "två"), Turn("assistant", answer, learned=True)) * 2
+        (row,) = CausalLM(0).encode(table(turns), tokenizer, 400).tokens
+        (mask,) = CausalLM(0).encode(table(turns), tokenizer, 400).targets
+        parts = np.split(row, np.flatnonzero(np.diff(mask)) + 1)
+        assert [tokenizer.decode(part) for part in parts[1::2]] == [f"{read}<|im_end|>\n"] * 2
+        assert tokenizer.decode(row) == tokenizer.apply_chat_template(
+            [{"role": turn.role, "content": turn.content} for turn in turns], tokenize=False
+        )
 
 
 def test_truncation_never_cuts_a_prompt(tokenizer: Any) -> None:
@@ -249,6 +278,11 @@ def test_parts_of_text_are_text(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "w3"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "w4"}]
     assert corpus(tmp_path, [{"messages": messages}] * 2).train.texts[0] == "w3"
+
+
+def test_a_pair_of_columns_is_no_prompt(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"one prompt, not a sentence pair; .* data.prompt-template = '{a} {b}'"):
+        corpus(tmp_path, [{"a": "w1", "b": "w2", "answer": "w3"}] * 2, **{"data.text-column": "a,b"})
 
 
 def test_settings() -> None:

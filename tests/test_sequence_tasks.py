@@ -221,3 +221,13 @@ def test_padding_has_the_type_zero() -> None:
     batch = Classification(PAD).collate(rows, range(6), CPU)
     assert not (batch["token_type_ids"] * (1 - batch["attention_mask"])).any()
     assert [int(row.sum()) for row in batch["token_type_ids"]] == [int(row.sum()) for row in rows.types]
+
+
+def test_a_model_that_diverged_has_no_correlation() -> None:
+    facts = dict.fromkeys(
+        ("loss", "mae", "prediction", "prediction_squared", "product"), np.array([math.nan, 1.0, 2.0])
+    )
+    facts |= {"target": np.array([1.0, 2.0, 4.0]), "target_squared": np.array([1.0, 4.0, 16.0])}
+    measured = metrics_of(Regression(PAD), facts)
+    assert math.isnan(measured["pearson"])
+    assert math.isnan(measured["spearman"])

@@ -186,6 +186,7 @@ def _read(source: Source, config: Config) -> _Rows:
         if data.prompt_template:
             rows.texts = _prompts(source, data.prompt_template)
         else:
+            _refuse_pairs(source, data)
             rows.texts = _texts(source, "data.text-column", data.text_column)
         rows.answers = _texts(source, "data.answer-column", data.answer_column)
     else:
@@ -216,6 +217,16 @@ def _text_columns(source: Source, data: DataConfig) -> tuple[str, ...]:
             "pair is two. Put more into one column before."
         )
     return columns
+
+
+def _refuse_pairs(source: Source, data: DataConfig) -> None:
+    """Refuse several columns for the one prompt of a language model."""
+    names = _columns(source, data.text_column)
+    if len(names) > 1:
+        raise ValueError(
+            f"data.text-column = {data.text_column!r}: a language model reads one prompt, not a sentence pair; write "
+            f"the columns into one by data.prompt-template = {' '.join(f'{{{name}}}' for name in names)!r}."
+        )
 
 
 def _read_shape(rows: _Rows, source: Source, shape: Shape, data: DataConfig) -> None:

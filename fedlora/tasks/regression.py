@@ -94,4 +94,4 @@ def _correlation(means: Mapping[str, Any]) -> float:
             return 0.0
         spread.append(math.sqrt(variance))
     together = float(means["product"]) - float(means["prediction"]) * float(means["target"])
-    return max(-1.0, min(1.0, together / (spread[0] * spread[1])))
+    return float(np.clip(together / (spread[0] * spread[1]), -1.0, 1.0))  # NaN stays: a model that diverged
