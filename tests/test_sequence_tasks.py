@@ -216,6 +216,22 @@ def test_pairs_are_the_tokenizers_own(tmp_path: Path) -> None:
     assert "token_type_ids" not in Classification(0).collate(single, [0], CPU)
 
 
+def test_a_pair_needs_room_for_both_texts(tmp_path: Path) -> None:
+    tokenizer, pair = load_tokenizer(save_tiny_model(tmp_path)), Table(("w1 w2",), (0,), seconds=("w3 w4",))
+    task = Classification(tokenizer.pad_token_id)
+    assert tokenizer.decode(task.encode(pair, tokenizer, 5).tokens[0]) == "[CLS] w1 [SEP] w3 [SEP]"
+    with pytest.raises(ValueError, match=r"train.max-length = 4: a pair takes 5 tokens or more"):
+        task.encode(pair, tokenizer, 4)
+
+
+def test_a_model_with_one_token_type_is_given_none() -> None:
+    """RoBERTa's embedding has one; a second would be read beyond its end."""
+    model, task, rows = small_model("roberta", type_vocab_size=1), Classification(PAD), examples("pairs", 4, seed=7)
+    with torch.no_grad():
+        losses = [task.row_losses(model, task.collate(one, range(4), CPU)) for one in (rows, replace(rows, types=()))]
+    assert torch.equal(*losses)
+
+
 def test_padding_has_the_type_zero() -> None:
     rows = examples("pairs", 6, seed=6)
     batch = Classification(PAD).collate(rows, range(6), CPU)

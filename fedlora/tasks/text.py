@@ -117,11 +117,17 @@ class SequenceTask(TextTask):
         A text that spells a special token, such as ``[PAD]``, is read as plain text.
 
         Raises:
-            ValueError: A text has no token, or holds the padding token.
+            ValueError: A text has no token, or holds the padding token; or there is no room for both texts of a pair.
         """
         if not table.texts:
             return Examples((), np.zeros(0, dtype=np.int64))
         texts = [list(table.texts), *([list(table.seconds)] if table.seconds else [])]
+        least = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1) + len(texts)
+        if max_length < least:
+            raise ValueError(
+                f"train.max-length = {max_length}: a pair takes {least} tokens or more with this tokenizer, a token of "
+                "each text and its own marks; raise it."
+            )
         encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length, split_special_tokens=True)
         rows = tuple(np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"])
         for row, text in zip(rows, table.texts, strict=True):
@@ -144,13 +150,14 @@ class SequenceTask(TextTask):
 def wide_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's logits for a batch, in float32 or wider.
 
-    A model without token types ignores the tokenizer's, as its own pipeline does.
+    A model without token types, or with one type alone (RoBERTa's), is not given the tokenizer's.
     """
     import torch
 
     names = ["input_ids", "attention_mask"]
     if "token_type_ids" in batch and "token_type_ids" in signature(model.forward).parameters:
-        names.append("token_type_ids")
+        config: Any = model.config
+        names += ["token_type_ids"] if getattr(config, "type_vocab_size", 2) > 1 else []
     logits: Tensor = model(**{name: batch[name] for name in names}).logits
     return logits if logits.dtype == torch.float64 else logits.float()
 
