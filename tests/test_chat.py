@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from fedlora.config import Config, ConfigError
 from fedlora.data import Corpus, Table, Turn, load_corpus
 from fedlora.plugins import read_config
+from fedlora.reports.card import model_card
+from fedlora.runs.privacy import without_privacy
 from fedlora.tasks import CausalLM
-from simulations.setup import resolve
+from simulations.setup import resolve, settle
 from tests.support.tiny import save_tiny_language_model
 
 CHATML = (
@@ -290,3 +293,20 @@ def test_settings() -> None:
         resolve({"data.learn": "al"})
     with pytest.raises(ConfigError, match=r"data.learn = 'all': is read with task = 'causal-lm'"):
         resolve({"data.learn": "all"})
+
+
+def test_what_goes_on_from_a_settled_run(tmp_path: Path, tokenizer: Any) -> None:
+    """The configuration says that the template is used, and the card's snippet writes the prompt that was learned."""
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": OPENAI[1:3]}) + "\n" for _ in range(12)), encoding="utf-8")
+    flat = {"task": "causal-lm", "data.name": "file", "data.path": str(path), "data.partition": "iid"}
+    settled, data = settle(resolve({**flat, "federation.num-clients": 2}), 2)
+    assert settled.data.chat_template
+    card = model_card(settled, (), {}, {}, without_privacy({}), 1)
+    snippet = re.search(r"^inputs = .*?(?=^tokens)", card, re.MULTILINE | re.DOTALL)
+    assert snippet is not None
+    scope: dict[str, Any] = {"tokenizer": tokenizer, "PROMPT": data.corpus.train.texts[0]}
+    exec(snippet.group(), scope)
+    examples = CausalLM(tokenizer.pad_token_id).encode(data.corpus.train, tokenizer, 64)
+    start = int(np.argmax(examples.targets[0]))
+    assert scope["inputs"]["input_ids"][0].tolist() == examples.tokens[0][:start].tolist()

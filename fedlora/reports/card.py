@@ -63,10 +63,13 @@ def model_card(
             'return_tensors="pt")'
         )
     else:
-        use = (
-            'inputs = tokenizer(PROMPT, return_tensors="pt")\n'
-            "tokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)"
+        prompt = (
+            'tokenizer.apply_chat_template(\n    [{"role": "user", "content": PROMPT}], add_generation_prompt=True, '
+            'return_dict=True, return_tensors="pt"\n)'
+            if config.data.chat_template
+            else 'tokenizer(PROMPT, return_tensors="pt")'
         )
+        use = f"inputs = {prompt}\ntokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)"
     return f"""---
 base_model: {config.model.name}
 library_name: peft
