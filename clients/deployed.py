@@ -189,7 +189,8 @@ def own_job(file: SiteFile, request: JoinRequest) -> Job:
     except ConfigError as error:  # of the server's own values: the site's were checked when its file was read
         raise RefusedError(f"the job's configuration cannot be used: {error}") from error
     file.limits.check(asked)
-    if TASKS[asked.task].has_head and asked.data.class_names != read_names(file.public.classes):
+    task = TASKS[asked.task]
+    if task.has_head and task.has_classes and asked.data.class_names != read_names(file.public.classes):
         raise RefusedError(
             f"the job has data.classes = {asked.data.classes!r} and this site {file.public.classes!r}; they must agree"
         )

@@ -90,7 +90,7 @@ class PersonalEvaluator:
             ClientReport(
                 client,
                 examples=len(held),
-                metrics={name: float(values[group == g].sum()) for name, values in facts.items()},
+                metrics=self.model.engine.task.sums({name: values[group == g] for name, values in facts.items()}),
             )
             for g, (client, held) in enumerate(zip(instruction.clients, rows, strict=True))
         ]

@@ -17,7 +17,7 @@ PROTOCOL = 1
 
 _SERVERS_OWN = ("federation.", "eval.", "server.", "rounds", "data.", "run.")
 """Keys, or their beginnings, that say nothing to a site: another value of them makes no other job."""
-_SAID = ("data.classes", "data.prompt-template", "data.chat-template", "run.name", "run.plugins")
+_SAID = ("data.classes", "data.prompt-template", "data.chat-template", "data.learn", "run.name", "run.plugins")
 """Those among them that do."""
 
 

@@ -106,7 +106,7 @@ def _scores(run: Run) -> list[dict[str, Any]]:
             run.task,
             client,
             {"examples": len(rows)}
-            | {name: float(values[bounds[at] : bounds[at + 1]].sum()) for name, values in facts.items()},
+            | run.task.sums({name: values[bounds[at] : bounds[at + 1]] for name, values in facts.items()}),
         )
         for at, (client, rows) in enumerate(held)
     ]

@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from clients.shards import split_packs
 from fedlora.config import Config
 from fedlora.data import FederatedData
+from fedlora.data.targets import spread_note
 from fedlora.methods import TensorSpec, count_parameters, payload_bytes
 from fedlora.reports.format import human_bytes
 from fedlora.reports.tables import clients_table
@@ -171,7 +172,7 @@ class Plan:
 
     def show(self, console: Console) -> None:
         """Print who holds what, what is trained and sent, and what that amounts to."""
-        console.print(clients_table(list(self.data.corpus.classes), self.data.label_counts().tolist()))
+        console.print(clients_table(list(self.data.categories), self.data.label_counts().tolist()))
         console.print(self.tensors_table())
         for line in self._lines():
             console.print(line, markup=False)
@@ -206,6 +207,7 @@ class Plan:
             f"rounds: {config.rounds} of {self.sampled} of {config.federation.num_clients} clients, in {self.packs()} "
             f"pack(s) on {self.trainers} trainer(s); {min(steps)} to {max(steps)} local steps of "
             f"{config.train.batch_size} examples",
+            *([f"data: {self.data.corpus.shape}"] if self.data.corpus.shape else []),
             f"reported: {self.measure.replace('_', ' ')}"
             + (" (each client on the rows it holds out)" if self.strategy.has_personal else ""),
             f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down"
@@ -262,6 +264,9 @@ class Plan:
                 f"note: {len(lone)} of {len(counts)} clients hold rows of one class only ({shown}): alone they learn "
                 "to answer it always, and a personal head stays useless for the others"
             )
+        if self.config.task == "regression" and len(self.data.corpus.train):
+            note = spread_note([value for (value,) in self.data.corpus.train.numbers])
+            remarks += [note] if note else []
         declared = self.config.privacy.client_size
         mean = np.mean([len(self.data.training_rows(client)) for client in range(len(counts))])
         if self.privacy is not None and not declared / 2 <= mean <= 2 * declared:

@@ -151,7 +151,7 @@ class Run:
         folder.write_json(
             "partition.json",
             {
-                "classes": list(data.corpus.classes),
+                "classes": list(data.categories),
                 "counts": data.label_counts().tolist(),
                 "names": list(data.names),
             },

@@ -53,7 +53,8 @@ def resolve(flat: Mapping[str, Any]) -> Config:
 def settle(config: Config, nodes: int, data: FederatedData | None = None) -> tuple[Config, FederatedData]:
     """Return a resolved configuration with what depends on nodes and data filled in, and the data.
 
-    That is the number of clients, and under DP declared size, delta and noise multiplier.
+    That is the number of clients, the chat template where rows are conversations, and under DP declared size, delta and
+    noise multiplier.
 
     Args:
         config: What :func:`resolve` returned.
@@ -66,6 +67,8 @@ def settle(config: Config, nodes: int, data: FederatedData | None = None) -> tup
     if data is None:
         natural = config.data.partition == "natural"
         data = load_federated(config, config.federation.num_clients or (0 if natural else nodes))
+    if any(table.chats for table in data.corpus.splits.values()):  # they go through it, whatever the key says
+        config = replace(config, data=replace(config.data, chat_template=True))
     # Checks federation.clients-per-round against the number of owners, too.
     config = replace(config, federation=replace(config.federation, num_clients=len(data.clients)))
     client_ranks(config, len(data.clients))
@@ -105,13 +108,20 @@ def _check_task(config: Config, task: type[Task]) -> None:
         rule = f"is read with task = 'causal-lm' and the like, which write an answer, not {config.task!r}."
         require(not data.prompt_template, "data.prompt-template", data.prompt_template, rule)
         require(not data.chat_template, "data.chat-template", data.chat_template, rule)
+        require(data.learn == "last", "data.learn", data.learn, rule)
     else:
         rule = "a language model has no head of the task's own; leave it at 'shared'."
         require(head == "shared", "method.head", head, rule)
+    if not (task.has_head and task.has_classes):
         rule = f"is read by a task with classes, such as 'classification', not {config.task!r}."
         require(data.classes == "", "data.classes", data.classes, rule)
-    if task.measure.name == "accuracy":
-        require(config.eval.target <= 1, "eval.target", config.eval.target, "is an accuracy here, between 0 and 1.")
+    rule = f"goes by the one class of each row, and rows of task = {config.task!r} have none, or several; choose iid, "
+    rule += "quantity or natural."
+    by_class = data.name != "sites" and data.partition in ("dirichlet", "shards")
+    require(task.one_class or not by_class, "data.partition", data.partition, rule)
+    name, most = task.measure.name, task.measure.most
+    what = f"is {'an' if name[0] in 'aeiou' else 'a'} {name} here, between 0 and {most:g}."
+    require(config.eval.target <= most, "eval.target", config.eval.target, what)
 
 
 def _check_rounds(config: Config) -> None:

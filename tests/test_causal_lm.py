@@ -71,13 +71,14 @@ def test_measures_are_what_they_are_called() -> None:
     examples = random_examples(20, seed=3, family="llama-lm")
     nll, exact, means = [], [], []
     with torch.no_grad():
-        for row, start in zip(examples.tokens, examples.targets, strict=True):
+        for row, learned in zip(examples.tokens, examples.targets, strict=True):
+            start = int(np.argmax(learned))
             ids = torch.from_numpy(row)[None]
             logp = model(ids).logits[0].log_softmax(-1)
-            answer_nll = [-float(logp[at - 1, row[at]]) for at in range(int(start), len(row))]
+            answer_nll = [-float(logp[at - 1, row[at]]) for at in range(start, len(row))]
             nll += answer_nll
             means.append(np.mean(answer_nll))
-            exact.append(all(int(logp[at - 1].argmax()) == row[at] for at in range(int(start), len(row))))
+            exact.append(all(int(logp[at - 1].argmax()) == row[at] for at in range(start, len(row))))
         facts = task.row_metrics(model, task.collate(examples, range(20), CPU))
     metrics = task.metrics({name: float(values.mean()) for name, values in facts.items()})
     assert metrics["loss"] == pytest.approx(np.mean(means), abs=1e-10)
@@ -92,8 +93,9 @@ def test_exact_match_is_greedy_generation() -> None:
     model, task = small_model("llama-lm"), CausalLM(PAD)
     rows = random_examples(10, seed=4, family="llama-lm")
     tokens = []
-    for place, (row, start) in enumerate(zip(rows.tokens, rows.targets, strict=True)):
-        prompt = torch.from_numpy(row[: int(start)])[None]
+    learned = []
+    for place, (row, target) in enumerate(zip(rows.tokens, rows.targets, strict=True)):
+        prompt = torch.from_numpy(row[: int(np.argmax(target))])[None]
         written = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=3, min_new_tokens=3,
             pad_token_id=PAD,
@@ -101,7 +103,8 @@ def test_exact_match_is_greedy_generation() -> None:
         if place % 2:
             written[-1] = (written[-1] + 1) % VOCABULARY
         tokens.append(written)
-    examples = Examples(tuple(tokens), rows.targets)
+        learned.append(np.arange(len(written)) >= prompt.shape[1])
+    examples = Examples(tuple(tokens), tuple(learned))
     with torch.no_grad():
         exact = task.row_metrics(model, task.collate(examples, range(10), CPU))["exact_match"]
     assert exact.tolist() == [1.0, 0.0] * 5
@@ -115,11 +118,11 @@ def test_chat_templates(tokenizer: Any) -> None:
         task.encode(table, chat, 32)
     chat.chat_template = CHAT
     examples = task.encode(table, chat, 64)
-    start = int(examples.targets[0])
+    start = int(np.argmax(examples.targets[0]))
     assert chat.decode(examples.tokens[0][:start]) == chat.decode(chat("<user> w1 w2 <end> <assistant>")["input_ids"])
     assert "w3" in chat.decode(examples.tokens[0][start:])
     assert "w3" not in chat.decode(examples.tokens[0][:start])
-    chat.chat_template = "{{ messages | length }} {{ messages[-1]['content'] }}"
+    chat.chat_template = "{{ messages | length }}" + CHAT
     with pytest.raises(ValueError, match="writes a prompt differently once it is answered"):
         task.encode(table, chat, 64)
 

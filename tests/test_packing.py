@@ -109,11 +109,12 @@ def peft_alone(
         for row in batch:
             ids = torch.from_numpy(work.examples.tokens[row])[None]
             logits = adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-            target = int(work.examples.targets[row])
+            target = work.examples.targets[row]
             if family in LANGUAGE:  # the mean over the answer, each token predicted from those before it
-                losses.append(functional.cross_entropy(logits[0, target - 1 : -1], ids[0, target:]))
+                start = int(np.argmax(target))
+                losses.append(functional.cross_entropy(logits[0, start - 1 : -1], ids[0, start:]))
             else:
-                losses.append(functional.cross_entropy(logits, torch.tensor([target])))
+                losses.append(functional.cross_entropy(logits, torch.tensor([int(target)])))
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
         if train.clip_norm:

@@ -185,5 +185,6 @@ def tiny_rows(family: str, rows: int, seed: int = 0) -> Examples:
     generator = np.random.default_rng(seed)
     lengths = [*generator.integers(3, 21, size=rows - 2), 60, 60]
     tokens = tuple(np.array([*generator.integers(2, VOCABULARY, size=n - 1), END]) for n in lengths)
-    most = 2 if family in DECODERS else CLASSES
-    return Examples(tokens, generator.integers(1, most, size=rows).astype(np.int64))
+    if family in DECODERS:
+        return Examples(tokens, tuple(np.arange(len(row)) >= 1 for row in tokens))
+    return Examples(tokens, generator.integers(0, CLASSES, size=rows).astype(np.int64))

@@ -65,7 +65,7 @@ def engine_of(family: str, target_modules: str = "auto") -> tuple[Engine, Config
     )
     method = build_method(config, base.structure.adapted, base.structure.head)
     own = task(PAD)
-    own.made_up = tiny_rows(family, 6, seed=9)
+    own.made_up = tiny_rows(family, 6, seed=9).tokens
     engine = Engine.build(base, method, own)
     return replace(engine, batching=find_batching(engine, initial_tensors(method.specs(), Seeded(0)))), config
 

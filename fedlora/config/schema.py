@@ -27,7 +27,8 @@ class Config:
     rounds: int = 3
     """Communication rounds."""
     task: str = "classification"
-    """What is learned: ``classification`` of texts, or with ``causal-lm`` to write an answer to a prompt."""
+    """What is learned: ``classification`` of texts, ``multi-label`` (several labels a text, or none), ``regression`` (a
+    number a text), or with ``causal-lm`` to write an answer to a prompt, or the assistant's turns of a conversation."""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -19,6 +19,11 @@ SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 SMALL_LLAMA = "small-llama"  # the model that a machine trains for itself, see fedlora.models.small_llama
 
 
+def column_names(value: str) -> tuple[str, ...]:
+    """Return the names in a key that names a column, or several with commas between."""
+    return tuple(name.strip() for name in value.split(","))
+
+
 @final
 @dataclass(frozen=True)
 class RunConfig:
@@ -96,10 +101,13 @@ class DataConfig:
     test_split: str = ""
     """Split of the hub data set that the server tests on; empty: a fifth of the training split."""
     text_column: str = numbered("text")
-    """Name of the text (or prompt) column; where the file has no header its number, from 0 (``text`` stands for 0)."""
+    """Name of the text (or prompt) column; where the file has no header its number, from 0 (``text`` stands for 0). Two
+    names with a comma between, such as ``premise,hypothesis``: sentence pairs, by the tokenizer's own pair encoding."""
     label_column: str = numbered("label")
     """Name of the label column; where the file has no header its number, from 0 (``label`` stands for 1). For
-    ``causal-lm`` a category to partition by, read by ``dirichlet`` and ``shards`` only."""
+    ``regression`` a column of numbers; for ``multi-label`` a column of lists, or of names with
+    ``multi-label.separator`` between, or several columns of 0 and 1, such as ``toxic,insult``. For ``causal-lm`` a
+    category to partition by, read by ``dirichlet`` and ``shards`` only."""
     classes: str = ""
     """Names of the classes, with commas between, in the order of their numbers; one with a comma in double quotes, as
     in csv: ``'"yes, please",no'``. Empty: the labels that the training rows have, sorted. Under DP name them: that a
@@ -109,7 +117,10 @@ class DataConfig:
     prompt_template: str = ""
     """Prompt with columns in braces, such as ``{question} Answer:``, for ``causal-lm``; empty: the text column."""
     chat_template: bool = False
-    """Whether the prompt is a user's message and the answer the assistant's, by the tokenizer's chat template."""
+    """Whether the prompt is a user's message and the answer the assistant's, by the tokenizer's chat template. A
+    column of messages (OpenAI's ``messages``, ShareGPT's ``conversations``) always goes through it."""
+    learn: str = "last"
+    """Which of the assistant's turns in a conversation are learned: the ``last``, or ``all``; for ``causal-lm``."""
     header: bool = True
     """Whether the first line of a csv or tsv names the columns."""
     partition: str = "dirichlet"
@@ -136,6 +147,7 @@ class DataConfig:
         if self.name == "auto":
             object.__setattr__(self, "name", corpus_of(self.path))
         one_of("data.partition", self.partition, ("iid", "dirichlet", "shards", "quantity", "natural"))
+        one_of("data.learn", self.learn, ("last", "all"))
         positive("data.alpha", self.alpha)
         at_least("data.shards-per-client", self.shards_per_client, 1)
         at_least("data.min-size", self.min_size, 1)
@@ -177,13 +189,21 @@ class DataConfig:
         if not self.header:
             for name, value in (("text", self.text_column), ("label", self.label_column)):
                 require(
-                    value.isdecimal() or value == name,
+                    all(part.isdecimal() or part == name for part in column_names(value)),
                     f"data.{name}-column",
                     value,
                     "must be a column number from 0 with data.header = false.",
                 )
+        for name, value in (("text", self.text_column), ("label", self.label_column)):
+            names = column_names(value)
+            require(
+                all(names) and len(set(names)) == len(names),
+                f"data.{name}-column",
+                value,
+                "must name a column, or several, each once, with commas between.",
+            )
         require(
-            self.text_column != self.label_column,
+            not set(column_names(self.text_column)) & set(column_names(self.label_column)),
             "data.label-column",
             self.label_column,
             "is the text column; name the column that holds the labels.",

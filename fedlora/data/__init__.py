@@ -9,7 +9,8 @@ import numpy as np
 
 from fedlora.config import Config
 from fedlora.data.docstrings import load_docstrings
-from fedlora.data.table import Corpus, FederatedData, Table
+from fedlora.data.table import Corpus, FederatedData, Table, Turn
+from fedlora.data.targets import NUMBERED
 from fedlora.registry import Registry
 from fedlora.seeded import Seeded
 
@@ -46,6 +47,11 @@ def load_corpus(config: Config) -> Corpus:
         ValueError: The data cannot be read; the message names the key.
     """
     corpus = CORPORA[config.data.name](config)
+    if config.task in NUMBERED and len(corpus.train) and not corpus.train.numbers:
+        raise ValueError(
+            f"task = {config.task!r}: the rows of data.name = {config.data.name!r} have one class each; give a file "
+            "or a data set of your own, and name what is to be predicted in data.label-column."
+        )
     if not config.eval.test:
         corpus = replace(corpus, test=Table())
     if config.data.dev_share == 0:
@@ -69,4 +75,4 @@ def load_federated(config: Config, num_clients: int) -> FederatedData:
     return partition(corpus, config.data, num_clients=num_clients, seed=config.seed, final=config.eval.test)
 
 
-__all__ = ["CORPORA", "Corpus", "FederatedData", "Table", "load_corpus", "load_federated"]
+__all__ = ["CORPORA", "Corpus", "FederatedData", "Table", "Turn", "load_corpus", "load_federated"]

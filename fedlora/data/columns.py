@@ -11,11 +11,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedlora.config import Config
+from fedlora.config import Config, DataConfig
 from fedlora.config.data_keys import as_option, table_suffix, write_names
+from fedlora.config.sections import column_names
 from fedlora.data.cells import cell_text, check_printed_bytes
+from fedlora.data.chat import Shape, alpaca_prompts, read_chats, recognise
 from fedlora.data.labels import check_header_rows, check_scores, check_spellings, plain_name
-from fedlora.data.table import Corpus, Table
+from fedlora.data.table import Corpus, Table, Turn
+from fedlora.data.targets import (
+    NUMBERED,
+    VALUE,
+    MultiLabelOptions,
+    as_bits,
+    check_spread,
+    label_names,
+    read_bits,
+    read_lists,
+    read_numbers,
+)
 from fedlora.messages import closest
 from fedlora.seeded import Seeded
 
@@ -60,6 +73,10 @@ class _Rows:
     labels: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     owners: list[str] = field(default_factory=list)
+    seconds: list[str] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    sets: list[tuple[str, ...]] = field(default_factory=list)
+    chats: list[tuple[Turn, ...]] = field(default_factory=list)
 
     def take(self, rows: Sequence[int]) -> _Rows:
         return _Rows(*([column[row] for row in rows] if column else [] for column in vars(self).values()))
@@ -85,6 +102,9 @@ def build_corpus(train: Source, test: Source | None, config: Config, *, split: b
         order = Seeded(config.seed).permutation("test-split", size=len(rows.texts))
         cut = max(1, round(len(order) * _TEST_SHARE))
         test_rows, rows = rows.take(np.sort(order[:cut]).tolist()), rows.take(np.sort(order[cut:]).tolist())
+    shape = _shape(train, config)
+    if config.task in NUMBERED:
+        return _numbered(train, rows, test_rows, config, shape)
     classes = config.data.class_names or tuple(sorted(set(rows.labels), key=_natural))
     if config.data.classes:
         _check_declared(classes, rows.labels + test_rows.labels, config)
@@ -95,10 +115,37 @@ def build_corpus(train: Source, test: Source | None, config: Config, *, split: b
     number = {name: at for at, name in enumerate(classes)}
 
     def table(part: _Rows) -> Table:
-        labels = tuple(number[label] for label in part.labels)
-        return Table(tuple(part.texts), labels, tuple(part.answers), tuple(part.owners))
+        return _table(part, labels=tuple(number[label] for label in part.labels))
 
-    return Corpus(table(rows), table(test_rows), classes)
+    return Corpus(table(rows), table(test_rows), classes, shape=shape)
+
+
+def _table(part: _Rows, **more: Any) -> Table:
+    columns = ("texts", "answers", "owners", "seconds", "chats")
+    return Table(**{name: tuple(getattr(part, name)) for name in columns}, **more)
+
+
+def _numbered(train: Source, rows: _Rows, test_rows: _Rows, config: Config, shape: str) -> Corpus:
+    """Return the corpus of a task whose rows have numbers in place of one class."""
+    key = f"data.label-column = {config.data.label_column!r}"
+    if config.task == "regression":
+        check_spread(rows.values, key)
+        own, test = (_table(part, numbers=tuple((value,) for value in part.values)) for part in (rows, test_rows))
+        return Corpus(own, test, VALUE, shape=shape)
+    columns = _columns(train, config.data.label_column)
+    names = label_names(rows.sets, config.data.class_names, columns if len(columns) > 1 else (), key)
+    own = _table(rows, numbers=tuple(as_bits(rows.sets, names, f"{key}: training rows")))
+    test = _table(test_rows, numbers=tuple(as_bits(test_rows.sets, names, f"{key}: test rows")))
+    return Corpus(own, test, names, shape=shape)
+
+
+def _shape(source: Source, config: Config) -> str:
+    """Return how the columns are read, in words, where their keys alone do not say it."""
+    if config.task == "causal-lm":
+        shape = recognise(source.frame, config.data)
+        return shape.describe(source.frame.columns, config.data) if shape else ""
+    texts = _columns(source, config.data.text_column)
+    return f"sentence pairs ({', '.join(texts)}), by the tokenizer's own pair encoding" if len(texts) > 1 else ""
 
 
 def _check_declared(classes: Sequence[str], labels: Sequence[str], config: Config) -> None:
@@ -158,13 +205,22 @@ def _read(source: Source, config: Config) -> _Rows:
     data, language = config.data, config.task == "causal-lm"
     rows = _Rows()
     check_header_rows(source.frame, _header_groups(source, config), source.place, source.row)
-    if language and data.prompt_template:
-        rows.texts = _prompts(source, data.prompt_template)
-    else:
-        rows.texts = _texts(source, "data.text-column", data.text_column)
-    if language:
+    shape = recognise(source.frame, data) if language else None
+    if shape is not None:
+        _read_shape(rows, source, shape, data)
+    elif language:
+        if data.prompt_template:
+            rows.texts = _prompts(source, data.prompt_template)
+        else:
+            _refuse_pairs(source, data)
+            rows.texts = _texts(source, "data.text-column", data.text_column)
         rows.answers = _texts(source, "data.answer-column", data.answer_column)
-    if not language or data.partition in ("dirichlet", "shards"):
+    else:
+        rows.texts, *more = (_texts(source, "data.text-column", name) for name in _text_columns(source, data))
+        rows.seconds = more[0] if more else []
+    if config.task in NUMBERED:
+        _read_numbers(rows, source, config)
+    elif not language or data.partition in ("dirichlet", "shards"):
         rows.labels = _labels(source, config)
     else:
         rows.labels = [_UNNAMED] * len(rows.texts)
@@ -184,6 +240,69 @@ def _header_groups(source: Source, config: Config) -> list[dict[Any, str]]:
         {column: str(column) for column in columns},
         {name: name for name in (data.text_column, other) if name in columns},
     ]
+
+
+def _columns(source: Source, wanted: str) -> tuple[str, ...]:
+    """Return the columns that a key names, with commas between; a column whose own name has commas is one."""
+    return (wanted,) if wanted in source.frame.columns else column_names(wanted)
+
+
+def _text_columns(source: Source, data: DataConfig) -> tuple[str, ...]:
+    """Return the column of texts, or the two of a sentence pair."""
+    columns = _columns(source, data.text_column)
+    if len(columns) > 2:
+        raise ValueError(
+            f"data.text-column = {data.text_column!r}: names {len(columns)} columns; a text is one, and a sentence "
+            "pair is two. Put more into one column before."
+        )
+    return columns
+
+
+def _refuse_pairs(source: Source, data: DataConfig) -> None:
+    """Refuse several columns for the one prompt of a language model."""
+    names = _columns(source, data.text_column)
+    if len(names) > 1:
+        raise ValueError(
+            f"data.text-column = {data.text_column!r}: a language model reads one prompt, not a sentence pair; write "
+            f"the columns into one by data.prompt-template = {' '.join(f'{{{name}}}' for name in names)!r}."
+        )
+
+
+def _read_shape(rows: _Rows, source: Source, shape: Shape, data: DataConfig) -> None:
+    """Read chat data."""
+
+    def texts(column: str, *, empty: bool = False) -> list[str]:
+        return _texts(source, "data.text-column", column, empty=empty)
+
+    if source.frame.empty:
+        raise ValueError(f"{source.place}: there are no rows.")
+    if shape.column or data.chat_template:
+        rows.chats = read_chats(shape, source.frame, texts, data.learn, source.place)
+        rows.texts = [next(turn.content for turn in turns if turn.role == "user") for turns in rows.chats]
+        rows.answers = [turns[-1].content for turns in rows.chats]
+    else:
+        rows.texts = alpaca_prompts(shape, texts)
+        rows.answers = _texts(source, "data.answer-column", "output")
+
+
+def _read_numbers(rows: _Rows, source: Source, config: Config) -> None:
+    """Read what a regression or a multi-label task predicts."""
+    key, wanted = "data.label-column", config.data.label_column
+    columns = _columns(source, wanted)
+    place = f"{key} = {wanted!r}: {source.place}"
+    cells = {name: source.frame[_column(source, key, name)] for name in columns}
+    if source.frame.empty:
+        raise ValueError(f"{source.place}: there are no rows.")
+    if config.task == "multi-label":
+        if len(columns) > 1:
+            rows.sets = read_bits(cells, place)
+        else:
+            separator = config.options(MultiLabelOptions).separator
+            rows.sets = read_lists(cells[columns[0]], separator, place, source.class_names)
+    elif len(columns) > 1:
+        raise ValueError(f"{key} = {wanted!r}: names {len(columns)} columns; task = 'regression' predicts one number.")
+    else:
+        rows.values = read_numbers(cells[columns[0]], place)
 
 
 def _prompts(source: Source, template: str) -> list[str]:

@@ -12,6 +12,7 @@ from fedlora.config import Config
 from fedlora.config.data_keys import TABLE_SUFFIXES, table_suffix
 from fedlora.data.columns import Source, build_corpus
 from fedlora.data.table import Corpus, Table
+from fedlora.data.targets import VALUE
 from fedlora.data.text_files import check_kind, parse_json, parse_separated, read_text
 from fedlora.messages import first_line
 
@@ -44,10 +45,10 @@ def load_server_rows(config: Config) -> Corpus:
         ValueError: As for :func:`load_file_corpus`, or the classes are not given.
     """
     data = config.data
-    if config.task == "classification" and not data.classes:
+    if config.task in ("classification", "multi-label") and not data.classes:
         raise ValueError("data.classes = '': must name the classes; with deployed sites nobody sees all labels.")
     if not data.test_path or not config.eval.test:
-        return Corpus(Table(), Table(), data.class_names)
+        return Corpus(Table(), Table(), VALUE if config.task == "regression" else data.class_names)
     own = build_corpus(_source("data.test-path", data.test_path, data.header), None, config, split=False)
     return Corpus(Table(), own.train, own.classes)
 

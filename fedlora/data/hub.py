@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, final
 
 import httpx
-from datasets import ClassLabel, Dataset, disable_progress_bars, load_from_disk
+from datasets import ClassLabel, Dataset, List, disable_progress_bars, load_from_disk
 from datasets.load import CachedDatasetModuleFactory
 from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
@@ -126,5 +126,6 @@ def _source(load: Callable[[str], Dataset], key: str, split: str, config: Config
             f"{error.cure}"
         ) from error
     label: Any = rows.features.get(data.label_column)
+    label = label.feature if isinstance(label, List) else label  # several labels a row
     names = list(label.names) if isinstance(label, ClassLabel) else []
     return Source(key, split, rows.to_pandas(), class_names=names)

@@ -67,10 +67,10 @@ def _by_rule(corpus: Corpus, config: DataConfig, num_clients: int, seed: int) ->
         case "quantity":
             sizes = _sizes(len(order), num_clients, config, seed)
             return tuple(np.sort(rows) for rows in np.split(order, np.cumsum(sizes)[:-1]))
-    if len(corpus.classes) < 2:
+    if len(corpus.classes) < 2 or not corpus.train.labels:
         raise ValueError(
-            f"data.partition = {config.partition!r}: goes by the label of rows, and these rows have none; choose iid, "
-            "quantity or natural."
+            f"data.partition = {config.partition!r}: goes by the label of rows, and these rows have none, or several; "
+            "choose iid, quantity or natural."
         )
     labels = np.asarray(corpus.train.labels, dtype=np.int64)[order]
     places = (

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config
+from fedlora.config.sections import column_names
 from fedlora.metrics import OUTSIDE, is_covered
 from fedlora.roles import Role, Roles
 from fedlora.runs.privacy import markdown
@@ -49,20 +50,26 @@ def model_card(
     whose = f"The adapter of client {clients[0]}, with the tensors that it never sent." if clients else ""
     result = "\n".join(_line(key, value, config.privacy.mode != "none") for key, value in outcome.items())
     released = "\n".join(markdown(privacy))
-    labels = f"Classes, in order: `{json.dumps(list(classes))}`\n\n" if task.has_head else ""
+    named = task.has_head and task.has_classes
+    labels = f"Classes, in order: `{json.dumps(list(classes))}`\n\n" if named else ""
     options = f"num_labels={len(classes)}, " if task.has_head else ""
+    options += f'problem_type="{task.problem_type}", ' if task.problem_type else ""
     options += f"dtype=torch.{config.engine.dtype}"
     if task.has_head:
         options += ", pad_token_id=tokenizer.pad_token_id"
+        texts = "TEXTS, SECOND_TEXTS" if len(column_names(config.data.text_column)) > 1 else "TEXTS"
         use = (
-            f"inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length={config.train.max_length}, "
+            f"inputs = tokenizer({texts}, padding=True, truncation=True, max_length={config.train.max_length}, "
             'return_tensors="pt")'
         )
     else:
-        use = (
-            'inputs = tokenizer(PROMPT, return_tensors="pt")\n'
-            "tokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)"
+        prompt = (
+            'tokenizer.apply_chat_template(\n    [{"role": "user", "content": PROMPT}], add_generation_prompt=True, '
+            'return_dict=True, return_tensors="pt"\n)'
+            if config.data.chat_template
+            else 'tokenizer(PROMPT, return_tensors="pt")'
         )
+        use = f"inputs = {prompt}\ntokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)"
     return f"""---
 base_model: {config.model.name}
 library_name: peft

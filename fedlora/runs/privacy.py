@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config import Config
+from fedlora.config.sections import column_names
 from fedlora.metrics import OUTSIDE
 from fedlora.privacy import Entry, Mechanism, certifier, epsilon, merged, statement
 from fedlora.privacy.mechanism import ADVERSARIES, NEIGHBOURS, SAMPLING
@@ -94,9 +95,10 @@ def privacy_record(
 
 
 def _class_names(config: Config) -> list[dict[str, str]]:
-    if not TASKS[config.task].has_head:
+    if not (TASKS[config.task].has_head and TASKS[config.task].has_classes):
         return []
-    if config.data.classes or config.data.name == "docstrings":
+    columns = column_names(config.data.label_column)
+    if config.data.classes or config.data.name == "docstrings" or len(columns) > 1:
         guarantee = "independent of rows: they are known beforehand"
     else:
         guarantee = "none: they are the labels of the training rows, taken as public; declare them in data.classes"

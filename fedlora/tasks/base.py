@@ -8,6 +8,7 @@ Servers and command lines ask a task for its names and metrics only: torch is im
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,10 +46,12 @@ class Measure:
     Attributes:
         name: Its name among the task's metrics.
         higher_is_better: Which way it improves.
+        most: The most that it can be.
     """
 
     name: str
     higher_is_better: bool
+    most: float = math.inf
 
 
 class Task(ABC):
@@ -60,6 +63,13 @@ class Task(ABC):
     """Its name in PEFT."""
     has_head: ClassVar[bool]
     """Whether it puts a head of its own on the base model; without, it predicts each token."""
+    has_classes: ClassVar[bool] = True
+    """Of a task with a head: whether its outputs are classes or labels with names, so that ``data.classes`` is read."""
+    one_class: ClassVar[bool] = True
+    """Whether each row has one class, or a language model's one category, by which rows can be partitioned."""
+    problem_type: ClassVar[str] = ""
+    """What transformers calls its head's problem, by which it chooses a loss; empty: what the number of outputs
+    says."""
     measure: ClassVar[Measure]
     """What runs are compared by."""
     metric_names: ClassVar[tuple[str, ...]]
@@ -103,6 +113,29 @@ class Task(ABC):
         """Return facts of each row, [N] each; ``loss`` is among them."""
 
     @staticmethod
+    def facts_together(facts: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+        """Return facts of rows taken together that no mean over single rows gives, such as a correlation of ranks.
+
+        They count among the means that :meth:`metrics` is given. Where rows are at several clients, that is the mean of
+        what each client's rows give, weighted by their number.
+
+        Args:
+            facts: Facts of each row, by name, [n] each; there is at least one row.
+        """
+        return {}
+
+    @classmethod
+    def sums(cls, facts: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+        """Return the sums of rows' facts, by name, and what they are together, times the number of rows."""
+        sums = {name: float(values.sum()) for name, values in facts.items()}
+        rows = min((len(values) for values in facts.values()), default=0)
+        return sums | ({name: rows * value for name, value in cls.facts_together(facts).items()} if rows else {})
+
+    @staticmethod
     @abstractmethod
     def metrics(means: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics of some rows, given the means of their facts; ``loss`` and the measure are among them."""
+        """Return the metrics of some rows, ``loss`` and the measure among them.
+
+        Args:
+            means: The means of their facts: :meth:`sums` by the number of rows.
+        """

@@ -1,6 +1,7 @@
-"""Language modelling: write an answer to a prompt; the prompt is read and not learned.
+"""Language modelling: write an answer to a prompt, or the assistant's turns of a conversation.
 
-The loss of a row is the mean cross-entropy of its answer's tokens, the end-of-text token among them. Perplexity
+Prompts are read and not learned. The loss of a row is the mean cross-entropy of its answer's tokens, the end-of-text
+token among them; of a conversation, of the tokens of all turns that are learned. Perplexity
 is that of the answers' tokens taken together, exp(sum of cross-entropies / number of tokens). A row counts as an
 exact match where each token of the answer is the likeliest one after those before it, which is where greedy
 generation writes the answer and stops.
@@ -16,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.data import Table
+from fedlora.data.table import Turn
 from fedlora.tasks.base import Batch, Measure
+from fedlora.tasks.chat import Marked, encode_chats
 from fedlora.tasks.text import Examples, TextTask, to_device, wide_logits
 
 if TYPE_CHECKING:
@@ -36,29 +39,40 @@ class CausalLM(TextTask):
     auto_model = "AutoModelForCausalLM"
     peft_type = "CAUSAL_LM"
     has_head = False
+    has_classes = False
     measure = Measure("perplexity", higher_is_better=False)
     metric_names = ("perplexity", "loss", "exact_match")
 
     def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
-        """Tokenize prompts and answers; an answer that does not fit is cut, a prompt is never.
+        """Tokenize prompts and answers, or conversations; what does not fit is cut at the end, a prompt never.
+
+        A row ends with the last token that is learned.
 
         Raises:
             ValueError: The tokenizer has no end-of-text token or no chat template that is asked for, or a prompt
                 leaves no room for its answer.
         """
-        pairs = self._chats(table, tokenizer) if self.chat_template else self._plain(table, tokenizer)
-        full = [row for row, (prompt, _) in enumerate(pairs) if len(prompt) >= max_length]
+        chats: Sequence[Sequence[Turn]] = table.chats
+        if self.chat_template and not chats:
+            pairs = zip(table.texts, table.answers, strict=True)
+            chats = [(Turn("user", text), Turn("assistant", answer, learned=True)) for text, answer in pairs]
+        marked = encode_chats(chats, tokenizer) if chats else self._plain(table, tokenizer)
+        full = [row for row, (_, learned) in enumerate(marked) if not learned[:max_length].any()]
         if full:
+            _, learned = marked[full[0]]
             raise ValueError(
-                f"train.max-length = {max_length}: {len(full)} of {len(pairs)} prompts leave no room for an answer, "
-                f"the first is {table.texts[full[0]][:60]!r} with {len(pairs[full[0]][0])} tokens; raise it, or "
-                "shorten them."
+                f"train.max-length = {max_length}: {len(full)} of {len(marked)} prompts leave no room for an answer, "
+                f"the first is {table.texts[full[0]][:60]!r} with {int(np.argmax([*learned, True]))} tokens; raise "
+                "it, or shorten them."
             )
-        rows = tuple(np.array([*prompt, *answer][:max_length], dtype=np.int64) for prompt, answer in pairs)
-        return Examples(rows, np.array([len(prompt) for prompt, _ in pairs], dtype=np.int64))
+        ends = [int(np.flatnonzero(learned[:max_length])[-1]) + 1 for _, learned in marked]
+        return Examples(
+            tuple(np.array(ids[:end], dtype=np.int64) for (ids, _), end in zip(marked, ends, strict=True)),
+            tuple(learned[:end] for (_, learned), end in zip(marked, ends, strict=True)),
+        )
 
     @staticmethod
-    def _plain(table: Table, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+    def _plain(table: Table, tokenizer: Any) -> list[Marked]:
         if not table.texts:
             return []
         if tokenizer.eos_token_id is None:
@@ -71,43 +85,21 @@ class CausalLM(TextTask):
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         # A prompt of no tokens at all would leave the answer's first token with nothing to be predicted from.
         prompts = [ids or begin or [tokenizer.eos_token_id] for ids in prompts]
-        return [(prompt, [*answer, tokenizer.eos_token_id]) for prompt, answer in zip(prompts, answers, strict=True)]
+        rows = [[*prompt, *answer, tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers, strict=True)]
+        return [(row, np.arange(len(row)) >= len(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
 
-    @staticmethod
-    def _chats(table: Table, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "data.chat-template = true: the model's tokenizer has none; use data.prompt-template instead."
-            )
-        pairs = []
-        for text, answer in zip(table.texts, table.answers, strict=True):
-            asked = [{"role": "user", "content": text}]
-            said = [*asked, {"role": "assistant", "content": answer}]
-            prompt, whole = (
-                tokenizer.apply_chat_template(asked, tokenize=True, add_generation_prompt=True, return_dict=False),
-                tokenizer.apply_chat_template(said, tokenize=True, return_dict=False),
-            )
-            if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-                raise ValueError(
-                    "data.chat-template = true: this tokenizer's template writes a prompt differently once it is "
-                    f"answered ({text[:60]!r}), so prompt and answer cannot be separated; use data.prompt-template."
-                )
-            pairs.append((prompt, whole[len(prompt) :]))
-        return pairs
-
-    @staticmethod
-    def made_up_table(texts: Sequence[str]) -> Table:
-        """Return a table of prompts of one word, with the rest of these texts as answers."""
-        prompts, _, answers = zip(*(text.partition(" ") for text in texts), strict=True)
-        return Table(prompts, (0,) * len(texts), answers)
+    def made_up_targets(self, tokens: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.bool_], ...]:
+        """Return for each row that it is learned from the second token on."""
+        return tuple(np.arange(len(row)) >= 1 for row in tokens)
 
     def collate(self, rows: Examples, numbers: Sequence[int], device: torch.device) -> Batch:
-        """Return ``input_ids``, ``attention_mask`` and ``labels`` [N, T]; labels are -100 outside the answers."""
-        ids, mask = self.padded(rows, numbers)
-        starts = rows.targets[list(numbers)]
-        places: NDArray[np.int64] = np.arange(ids.shape[1])[None]
-        labels = np.where((mask == 1) & (places >= starts[:, None]), ids, _IGNORED)
-        return to_device({"input_ids": ids, "attention_mask": mask, "labels": labels}, device)
+        """Return the model's inputs and ``labels`` [N, T]; labels are -100 where nothing is learned."""
+        inputs = self.padded(rows, numbers)
+        labels = np.full_like(inputs["input_ids"], _IGNORED)
+        for place, row in enumerate(numbers):
+            learned = rows.targets[row]
+            labels[place, : len(learned)][learned] = rows.tokens[row][learned]
+        return to_device({**inputs, "labels": labels}, device)
 
     def outputs(self, model_config: Any) -> int:
         """Return the size of the vocabulary: there is a logit for each token and word."""

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Self, final
 
 import numpy as np
@@ -27,15 +28,23 @@ class Examples:
 
     Attributes:
         tokens: One int64 array of token numbers a row, without padding.
-        targets: What the task predicts from each row, int64 [n]: a class, or where the answer begins.
+        targets: What the task predicts from each row: its class, int64 [n]; numbers, float64 [n, L]; or of a language
+            model which of the row's tokens it learns to write, a tuple of bool arrays as long as ``tokens``.
+        types: Token types of each row, as long as ``tokens``, where the tokenizer tells two texts apart by them
+            (BERT's segments); empty where they are all zero, or there are none.
     """
 
     tokens: tuple[NDArray[np.int64], ...]
-    targets: NDArray[np.int64]
+    targets: NDArray[Any] | tuple[NDArray[np.bool_], ...]
+    types: tuple[NDArray[np.int64], ...] = ()
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.tokens)
+
+    def types_of(self, row: int) -> NDArray[np.int64]:
+        """Return a row's token types, [T]."""
+        return self.types[row] if self.types else np.zeros(len(self.tokens[row]), dtype=np.int64)
 
     @cached_property
     def cost(self) -> NDArray[np.int64]:
@@ -51,55 +60,107 @@ class TextTask(Task):
         chat_template: Whether prompts go through the tokenizer's chat template.
 
     Attributes:
-        made_up: Rows that are nobody's, as the tokenizer makes them, the last two long; None: numbers stand for them.
+        made_up: Tokens of rows that are nobody's, by the tokenizer, the last two long; None: numbers stand for them.
     """
 
     def __init__(self, pad_token_id: int, chat_template: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.chat_template = chat_template
-        self.made_up: Examples | None = None
+        self.made_up: tuple[NDArray[np.int64], ...] | None = None
 
     @classmethod
     def build(cls, tokenizer: Any, config: Config) -> Self:
         """Return the task for a model's tokenizer; its own keys are ``config.options(...)``."""
         task = cls(tokenizer.pad_token_id, config.data.chat_template)
         longest = min(config.train.max_length, _LONG)
-        task.made_up = task.encode(cls.made_up_table(_made_up_texts(tokenizer, longest)), tokenizer, longest)
+        texts = _made_up_texts(tokenizer, longest)
+        encoded = tokenizer(texts, truncation=True, max_length=longest, split_special_tokens=True)["input_ids"]
+        task.made_up = tuple(np.array(ids, dtype=np.int64) for ids in encoded)
         return task
 
     @abstractmethod
-    def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
-        """Turn the table's rows into token numbers, ``max_length`` of them at most."""
-
-    @staticmethod
-    @abstractmethod
-    def made_up_table(texts: Sequence[str]) -> Table:
-        """Return a table of these texts, with something to learn of each."""
+    def made_up_targets(self, tokens: Sequence[NDArray[np.int64]]) -> NDArray[Any] | tuple[NDArray[np.bool_], ...]:
+        """Return something to learn of each of these rows."""
 
     def made_up_rows(self, *, long: bool = False) -> Examples:
         """Return four rows of about 3 to 29 tokens, with begin, end and whatever else the tokenizer puts there."""
-        if self.made_up is None:
-            tokens = [token for token in range(2, 40) if token != self.pad_token_id]
-            rows = [np.array(tokens[:length], dtype=np.int64) for length in _LENGTHS]
-            rows += [rows[-1][::-1], rows[-1]] if long else []
-            return Examples(tuple(rows), np.ones(len(rows), dtype=np.int64))
-        return self.join([(self.made_up, row) for row in range(len(_LENGTHS) + 2 * long)])
+        rows = self.made_up
+        if rows is None:
+            plain = np.array([token for token in range(2, 40) if token != self.pad_token_id], dtype=np.int64)
+            rows = (*(plain[:length] for length in _LENGTHS), plain, plain[::-1])
+        rows = rows[: len(_LENGTHS) + 2 * long]
+        return Examples(rows, self.made_up_targets(rows))
 
     def join(self, parts: Sequence[tuple[Examples, int]]) -> Examples:
         """Return rows from several sources as one."""
         tokens = tuple(source.tokens[row] for source, row in parts)
-        return Examples(tokens, np.array([source.targets[row] for source, row in parts], dtype=np.int64))
+        typed = any(source.types for source, _ in parts)
+        types = tuple(source.types_of(row) for source, row in parts) if typed else ()
+        targets = [source.targets[row] for source, row in parts]
+        ragged = isinstance(parts[0][0].targets, tuple)
+        return Examples(tokens, tuple(targets) if ragged else np.array(targets), types)
 
-    def padded(self, rows: Examples, numbers: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return token numbers and attention mask of the rows, [N, T] each."""
+    def padded(self, rows: Examples, numbers: Sequence[int]) -> dict[str, NDArray[np.int64]]:
+        """Return the rows as the model's inputs, [N, T] each: token numbers, attention mask and, if any, types."""
         longest = max(len(rows.tokens[row]) for row in numbers)
         ids = np.full((len(numbers), longest), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
+        mask, types = np.zeros_like(ids), np.zeros_like(ids)
         for place, row in enumerate(numbers):
             tokens = rows.tokens[row]
             ids[place, : len(tokens)] = tokens
             mask[place, : len(tokens)] = 1
-        return ids, mask
+            types[place, : len(tokens)] = rows.types_of(row)
+        return {"input_ids": ids, "attention_mask": mask, **({"token_type_ids": types} if rows.types else {})}
+
+
+class SequenceTask(TextTask):
+    """A task that predicts something of a whole text, or of a pair of texts, by a head on the model's pooled output.
+
+    No real token may be equal to the padding token, because decoder models find the end of a text by it.
+    """
+
+    auto_model = "AutoModelForSequenceClassification"
+    peft_type = "SEQ_CLS"
+    has_head = True
+
+    @abstractmethod
+    def targets(self, table: Table) -> NDArray[Any]:
+        """Return what is predicted of each row, [n, ...]."""
+
+    def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
+        """Tokenize texts, or pairs of them, of which the longer is cut first where both do not fit.
+
+        A text that spells a special token, such as ``[PAD]``, is read as plain text.
+
+        Raises:
+            ValueError: A text has no token, or holds the padding token; or there is no room for both texts of a pair.
+        """
+        if not table.texts:
+            return Examples((), np.zeros(0, dtype=np.int64))
+        texts = [list(table.texts), *([list(table.seconds)] if table.seconds else [])]
+        least = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1) + len(texts)
+        if max_length < least:
+            raise ValueError(
+                f"train.max-length = {max_length}: a pair takes {least} tokens or more with this tokenizer, a token of "
+                "each text and its own marks; raise it."
+            )
+        encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length, split_special_tokens=True)
+        rows = tuple(np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"])
+        for row, text in zip(rows, table.texts, strict=True):
+            if len(row) == 0:
+                raise ValueError(f"the text {text[:60]!r} has no tokens; remove such rows from the data.")
+            if (row == self.pad_token_id).any():
+                raise ValueError(
+                    f"the text {text[:60]!r} holds the padding token (number {self.pad_token_id}), by which the model "
+                    "would find its end in the wrong place; choose a model whose tokenizer has a pad token of its own."
+                )
+        types = tuple(np.asarray(one, dtype=np.int64) for one in encoded.get("token_type_ids", ()))
+        return Examples(rows, self.targets(table), types if any(one.any() for one in types) else ())
+
+    def collate(self, rows: Examples, numbers: Sequence[int], device: torch.device) -> Batch:
+        """Return the model's inputs [N, T] and ``labels`` [N, ...]."""
+        assert isinstance(rows.targets, np.ndarray), "the rows of a language model"
+        return to_device({**self.padded(rows, numbers), "labels": rows.targets[list(numbers)]}, device)
 
 
 _LENGTHS = (3, 17, 5, 29)
@@ -118,14 +179,21 @@ def _made_up_texts(tokenizer: Any, longest: int) -> list[str]:
 
 
 def wide_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the model's logits for a batch, in float32 or wider."""
+    """Return the model's logits for a batch, in float32 or wider.
+
+    A model without token types, or with one type alone (RoBERTa's), is not given the tokenizer's.
+    """
     import torch
 
-    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    names = ["input_ids", "attention_mask"]
+    if "token_type_ids" in batch and "token_type_ids" in signature(model.forward).parameters:
+        config: Any = model.config
+        names += ["token_type_ids"] if getattr(config, "type_vocab_size", 2) > 1 else []
+    logits: Tensor = model(**{name: batch[name] for name in names}).logits
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def to_device(arrays: Mapping[str, NDArray[np.int64]], device: torch.device) -> Batch:
+def to_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> Batch:
     """Return arrays as tensors on ``device``."""
     import torch
 

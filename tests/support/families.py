@@ -96,7 +96,8 @@ def random_examples(rows: int, seed: int, longest: int = 12, family: str = "bert
     lengths = generator.integers(2, longest + 1, size=rows)
     tokens = tuple(generator.integers(2, VOCABULARY, size=int(n)).astype(np.int64) for n in lengths)
     if family in LANGUAGE:
-        return Examples(tokens, generator.integers(1, lengths).astype(np.int64))
+        starts = generator.integers(1, lengths)
+        return Examples(tokens, tuple(np.arange(len(row)) >= start for row, start in zip(tokens, starts, strict=True)))
     return Examples(tokens, generator.integers(0, CLASSES, size=rows).astype(np.int64))
 
 

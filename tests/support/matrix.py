@@ -100,10 +100,11 @@ def row_loss(method: str, family: str, engine: Engine, tensors: Mapping[str, Ten
     ids = torch.from_numpy(work.examples.tokens[row])[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     logits = torch.func.functional_call(model, placed, kwargs=inputs).logits
-    target = int(work.examples.targets[row])
+    target = work.examples.targets[row]
     if family in LANGUAGE:
-        return functional.cross_entropy(logits[0, target - 1 : -1], ids[0, target:])
-    return functional.cross_entropy(logits, torch.tensor([target]))
+        learned = torch.from_numpy(target)[1:]
+        return functional.cross_entropy(logits[0, :-1][learned], ids[0, 1:][learned])
+    return functional.cross_entropy(logits, torch.tensor([int(target)]))
 
 
 @functools.cache
