@@ -22,7 +22,7 @@ from types import FrameType
 import psutil
 
 _KEEPER = "FEDLORA_KEEPER"  # in the environment of keepers: no keeper ends another one before its work is done
-_GRACE_S = 10.0
+_GRACE_S = 5.0
 _LOOKS = 5  # for processes that others have started meanwhile
 
 
