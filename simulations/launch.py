@@ -23,7 +23,7 @@ from rich.console import Console
 from fedlora.config import Scalar, from_toml, to_toml
 from fedlora.runs.lock import COMMAND, Holder, is_held, this_command
 from simulations.keeper import end_processes, kept
-from simulations.superlink import StartError, flower_command, keep_log, make_home, start_superlink
+from simulations.superlink import StartError, SuperLink, flower_command, keep_log, make_home, start_superlink
 
 _FOLLOWS = 5  # times that a log which ends before its run is followed again
 _ASKS = 5
@@ -48,20 +48,20 @@ def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[
         copy, file = shipped(app, home / "app", config), home / "run-config.toml"
         file.write_text(to_toml(config), encoding="utf-8")
         try:
-            environment = start_superlink(home)
+            link = start_superlink(home)
         except StartError as error:
             console.print(f"fedlora: the run could not be started: {error}", markup=False)
             return 1
         command = [flower_command(), "run", str(copy), "--stream", "--run-config", str(file)]
         for option in federation_config:
             command += ["--federation-config", option]
-        started = subprocess.run(command, env=environment, cwd=app, check=False)
-        run = _run(environment)
-        if run is None and started.returncode != 0:
-            kept_in = keep_log(home)
-            console.print(f"fedlora: the run could not be started; Flower says why above{kept_in}", markup=False)
+        started = subprocess.run(command, env=link.environment, cwd=app, check=False)
+        run = _run(link)
+        if run is None and started.returncode != 0 and link.process.poll() is None:
+            said = f"fedlora: the run could not be started; Flower says why above{keep_log(home)}"
+            console.print(said, markup=False)
             return 1
-        return _verdict(_followed(run, environment), home, console)
+        return _verdict(_followed(run, link), link, home, console)
 
 
 def end_abandoned(folder: Path) -> None:
@@ -133,12 +133,13 @@ def run_side_by_side(app: Path, sweep: Path, workers: int, federation_config: Se
             child.wait()
 
 
-def _run(environment: Mapping[str, str]) -> dict[str, Any] | None:
+def _run(link: SuperLink) -> dict[str, Any] | None:
     """Return what Flower says of the one run of this home; None where it does not answer, or has none."""
+    command = [flower_command(), "ls", "--format", "json"]
     for _ in range(_ASKS):
-        answer = subprocess.run(
-            [flower_command(), "ls", "--format", "json"], env=environment, capture_output=True, text=True, check=False
-        )
+        if link.process.poll() is not None:
+            break
+        answer = subprocess.run(command, env=link.environment, capture_output=True, text=True, check=False)
         try:
             runs = json.loads(answer.stdout)["runs"]
             return dict(runs[0]) if runs else None
@@ -147,7 +148,7 @@ def _run(environment: Mapping[str, str]) -> dict[str, Any] | None:
     return None
 
 
-def _followed(run: dict[str, Any] | None, environment: Mapping[str, str]) -> dict[str, Any] | None:
+def _followed(run: dict[str, Any] | None, link: SuperLink) -> dict[str, Any] | None:
     """Wait until a run is over, whose log may have ended before it, and return what Flower says of it then."""
     follows = 0
     while run is not None and not str(run["status"]).startswith("finished"):
@@ -155,14 +156,19 @@ def _followed(run: dict[str, Any] | None, environment: Mapping[str, str]) -> dic
         if follows < _FOLLOWS:
             follows += 1
             command = [flower_command(), "log", str(run["run-id"]), "--stream"]
-            subprocess.run(command, env=environment, check=False)
-        run = _run(environment)
+            subprocess.run(command, env=link.environment, check=False)
+        run = _run(link)
     return run
 
 
-def _verdict(run: dict[str, Any] | None, home: Path, console: Console) -> int:
+def _verdict(run: dict[str, Any] | None, link: SuperLink, home: Path, console: Console) -> int:
     """Say how a run ended where it did not complete, and return the exit code."""
-    status, details = (str(run["status"]), str(run.get("status-details", ""))) if run else ("no answer of Flower", "")
+    if run is None:
+        code = link.process.poll()
+        why = "Flower does not answer" if code is None else f"its SuperLink ended with exit code {code}"
+        console.print(f"fedlora: the run failed: {why}{keep_log(home)}", markup=False)
+        return 1
+    status, details = str(run["status"]), str(run.get("status-details", ""))
     if status == "finished:completed":
         return 0
     lines = [line for line in details.strip().splitlines() if line.strip()]

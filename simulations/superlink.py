@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -43,12 +44,24 @@ _SOCKET = 76
 _SOCKET_LIMIT = 103
 
 
+class SuperLink(NamedTuple):
+    """A running SuperLink.
+
+    Attributes:
+        environment: For those who talk to it.
+        process: The process.
+    """
+
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes]
+
+
 class StartError(RuntimeError):
     """The SuperLink does not start; the message says why, and where its log is."""
 
 
-def start_superlink(home: Path) -> dict[str, str]:
-    """Start a SuperLink for simulations whose files are in ``home``, and return the environment of its clients.
+def start_superlink(home: Path) -> SuperLink:
+    """Start a SuperLink for simulations whose files are in ``home``.
 
     Raises:
         StartError: It does not start.
@@ -73,7 +86,7 @@ def start_superlink(home: Path) -> dict[str, str]:
         if not reason:
             connection = f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{port}"\n'
             (home / "config.toml").write_text(connection + "insecure = true\n", encoding="utf-8")
-            return environment
+            return SuperLink(environment, process)
         end_processes(home)
         process.wait()
     raise StartError(f"the SuperLink {reason}, {_TRIES} times{keep_log(home)}")
