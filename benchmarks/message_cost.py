@@ -25,8 +25,9 @@ from deploy.demo import federation, prepare
 from deploy.run import app_folder
 from fedlora.config import Config, from_toml, to_toml
 from fedlora.data import load_corpus
-from simulations.launch import flower_command, flower_environment, shipped
+from simulations.launch import shipped
 from simulations.options import read_overrides
+from simulations.superlink import flower_command, flower_environment
 
 MESSAGES = 6
 SIZES = {"empty": 0, "empty, 160 kB": 160_000, "fedlora": 0}

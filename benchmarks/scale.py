@@ -26,7 +26,8 @@ import psutil
 
 from fedlora.config import to_toml
 from fedlora.runs.folder import read_lines
-from simulations.launch import end_processes, flower_environment
+from simulations.keeper import end_processes
+from simulations.superlink import flower_environment
 from tests.support.tiny import save_texts, save_tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -21,6 +21,7 @@ from fedlora.exchange import Outcome
 from fedlora.privacy import Entry, Ledger, LedgerError, Mechanism, PrivateRandom, certifier, epsilon
 from fedlora.privacy.mechanism import SEEDED
 from fedlora.runs.folder import read_lines
+from fedlora.storage import append_whole, writing
 
 
 @final
@@ -69,7 +70,7 @@ class Accounts:
 
         Raises:
             RefusedError: The client must not train. What the error says leaves; the rest is noted at the site.
-            OSError: The ledger cannot be written.
+            StorageError: The ledger cannot be written.
         """
         try:
             entry = self.ledger(client).charge(
@@ -105,9 +106,9 @@ class Accounts:
     def note(self, client: int, round_number: int, facts: dict[str, float | str]) -> None:
         """Write down what only the site may read: it is not covered by the guarantee, and never sent."""
         file = self._diagnostics(client)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"round": round_number, **facts}) + "\n")
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            append_whole(file, (json.dumps({"round": round_number, **facts}) + "\n").encode())
 
     def noted(self, client: int, round_number: int) -> list[dict[str, Any]]:
         """Return what was noted of a client's round."""

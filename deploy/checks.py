@@ -7,6 +7,7 @@ import http.client
 import importlib.metadata
 import os
 import pwd
+import shlex
 import shutil
 import ssl
 import stat
@@ -255,12 +256,12 @@ def secret(path: Path, what: str, owners: Sequence[int]) -> Finding:
         return Finding(what, Grade.FAILED, f"{path}: {error.strerror}", "bring it back from what deploy init has made")
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
-        cure = f"chmod 600 {path}; if others were on this machine, have a new key made"
+        cure = f"chmod 600 {shlex.quote(str(path))}; if others were on this machine, have a new key made"
         return Finding(what, Grade.FAILED, f"{path} has mode {mode:04o}: other users can get at it", cure)
     if status.st_uid not in owners:
         users = " or ".join(map(user_name, owners))
         found = f"{path} belongs to {user_name(status.st_uid)}, not to {users}"
-        return Finding(what, Grade.FAILED, found, f"chown {user_name(owners[0])} {path}")
+        return Finding(what, Grade.FAILED, found, f"chown {user_name(owners[0])} {shlex.quote(str(path))}")
     return Finding(what, Grade.OK, f"mode {mode:04o}, of {user_name(status.st_uid)}")
 
 
@@ -271,7 +272,8 @@ def private_folder(path: Path, what: str) -> Finding:
     status = path.stat()
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o077:
-        return Finding(what, Grade.FAILED, f"{path} has mode {mode:04o}: other users can look in", f"chmod 700 {path}")
+        found = f"{path} has mode {mode:04o}: other users can look in"
+        return Finding(what, Grade.FAILED, found, f"chmod 700 {shlex.quote(str(path))}")
     return Finding(what, Grade.OK, f"mode {mode:04o}, of {user_name(status.st_uid)}")
 
 

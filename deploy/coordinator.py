@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,8 +105,7 @@ def run(grid: Grid, config: Config, console: Console) -> dict[str, Any]:
         timeout=config.federation.timeout,
         say=lambda text: console.print(text, markup=False),
     )
-    folder = RunFolder.resume(config) if config.run.resume else RunFolder.create(config)
-    with folder.held():
+    with RunFolder.opened(config) as folder:
         return _Deployment(plan, folder, OwnModel(worker), described, sites, console, started).run(grid)
 
 
@@ -302,4 +302,5 @@ class _Deployment:
             base_digest=self._described.digest,
             guarantee=str(self._privacy.record["guarantee"]),
         )
-        self._console.print(f"signed: fedlora verify {self._folder.path / 'adapter'} --key adapter.pub", markup=False)
+        command = ["fedlora", "verify", str(self._folder.path / "adapter"), "--key", "adapter.pub"]
+        self._console.print(f"signed: {shlex.join(command)}", markup=False)

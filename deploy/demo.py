@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from fedlora.config.data_keys import write_names
 from fedlora.data import Corpus, Table, load_corpus
 from fedlora.runs.folder import run_path
 from fedlora.storage import write_whole
-from simulations.launch import free_ports
+from simulations.superlink import free_ports
 
 SITES = ("north", "south", "west")
 _TRAINING: Mapping[str, Scalar] = {"privacy.client-size": 500, "train.batch-size": 500, "data.test-path": "test.csv"}
@@ -56,7 +57,9 @@ def run_demo(folder: Path, console: Console) -> int:
         _, config = read_run(CoordinatorFile.read(coordinator), app_folder())
         verify = ["verify", str(run_path(config) / "adapter"), "--key", str(own / "signing/adapter.pub")]
         code = subprocess.run([*FEDLORA, *verify], check=False).returncode
-        console.print(f"what left a site: fedlora site show {own / 'site.toml'}", markup=False)
+        console.print(
+            f"what left a site: {shlex.join(['fedlora', 'site', 'show', str(own / 'site.toml')])}", markup=False
+        )
     return code
 
 

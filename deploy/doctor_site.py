@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -77,18 +78,20 @@ def _places(site: SiteFile, daemon: int, others: list[int]) -> Iterator[Finding]
     """Check who gets at state, data and socket."""
     yield checks.private_folder(site.state, "state folder")
     data, folder, socket = Path(site.data.path), site.socket.parent, str(site.socket)
+    quoted = shlex.quote(str(data))
     if os.path.exists(data) and not checks.may(daemon, data, os.R_OK):
         found = f"{checks.user_name(daemon)}, the daemon's user, cannot read {data}"
-        yield Finding("data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {data}")
+        yield Finding("data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {quoted}")
     for user in others:
         if os.path.exists(data) and checks.may(user, data, os.R_OK):
             found = f"{checks.user_name(user)} can read {data}, and so can what the coordinator sends"
             yield Finding(
-                "data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {data}; chmod 600 {data}"
+                "data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {quoted}; chmod 600 {quoted}"
             )
         if folder.is_dir() and not checks.may(user, folder, os.X_OK):
             found = f"{checks.user_name(user)} does not get into {folder}, where the socket is"
-            yield Finding("socket", Grade.FAILED, found, f"chmod 711 {folder} and the folders above it")
+            cure = f"chmod 711 {shlex.quote(str(folder))} and the folders above it"
+            yield Finding("socket", Grade.FAILED, found, cure)
     if len(os.fsencode(socket)) > _SOCKET_PATH:
         found = f"the path has {len(os.fsencode(socket))} bytes, and Linux takes {_SOCKET_PATH}"
         yield Finding("socket", Grade.FAILED, found, "set socket to a shorter path, such as /run/fedlora/site.sock")
@@ -98,7 +101,7 @@ def _places(site: SiteFile, daemon: int, others: list[int]) -> Iterator[Finding]
         yield Finding("socket", grade, f"{socket} is {'there' if is_socket else 'no socket'}", cure)
     elif folder.is_dir() and not checks.may(daemon, folder, os.W_OK | os.X_OK):
         found = f"{checks.user_name(daemon)} cannot write in {folder}"
-        yield Finding("socket", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {folder}")
+        yield Finding("socket", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {shlex.quote(str(folder))}")
     else:
         yield Finding("socket", Grade.OK, f"{socket} is made when the daemon starts")
 

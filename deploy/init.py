@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -213,7 +214,8 @@ def run_init(options: argparse.Namespace, console: Console) -> int:
             for name in setup.sites
         ),
         "  systemd/      units, and in their first lines how to install them; docker/: the same in containers",
-        "then: fedlora doctor coordinator/coordinator.toml; at each site: its data, and fedlora doctor site.toml",
+        f"then: {shlex.join(['fedlora', 'doctor', str(folder / 'coordinator/coordinator.toml')])}",
+        "at each site: its data, and fedlora doctor site.toml",
     ]
     console.print("\n".join(lines), markup=False)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import ssl
 import subprocess
 import tempfile
@@ -22,9 +23,10 @@ from deploy.coordinator_file import CoordinatorFile
 from deploy.superlink import CONNECTION
 from fedlora.config import Config, from_toml, to_toml
 from fedlora.runs.folder import run_path
-from simulations.launch import FLOWER_ENVIRONMENT, flower_command, shipped
+from simulations.launch import shipped
 from simulations.options import absolute_paths, read_overrides
 from simulations.setup import resolve
+from simulations.superlink import FLOWER_ENVIRONMENT, flower_command
 
 _TRIES = 3  # without a finished round between them
 _PAUSE_S = 10.0
@@ -51,7 +53,7 @@ def run_federation(file: CoordinatorFile, console: Console) -> int:
     if not _superlink_answers(file):
         console.print(
             f"fedlora: the SuperLink does not answer at 127.0.0.1:{file.link_port}; start it with `fedlora deploy "
-            f"superlink {file.path}`",
+            f"superlink {shlex.quote(str(file.path))}`",
             markup=False,
         )
         return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,7 +31,8 @@ from deploy.coordinator_file import SIGNING_KEY, CoordinatorFile
 from deploy.gateway import HEALTH, Gateway
 from deploy.trust import authority, read_public_keys
 from fedlora.storage import write_whole
-from simulations.launch import end_processes, flower_command, flower_environment
+from simulations.keeper import end_processes
+from simulations.superlink import flower_command, flower_environment
 
 _logger = logging.getLogger(__name__)
 
@@ -110,7 +112,8 @@ def register_sites(flower_home: Path, connection: str, sites: Mapping[str, Path]
                     what = "another key" if node.name == name else f"this key as site {node.name!r}"
                     raise ValueError(
                         f"[sites] {name} = {str(sites[name])!r}: the SuperLink knows {what}; if that is over, take it "
-                        f"out: FLWR_HOME={flower_home} flwr supernode unregister {node.node_id} {connection}"
+                        f"out: FLWR_HOME={shlex.quote(str(flower_home))} flwr supernode unregister {node.node_id} "
+                        f"{connection}"
                     )
                 if node.public_key == key:
                     nodes[name] = node.node_id

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from clients.site_file import SiteFile
-from simulations.launch import FLOWER_ENVIRONMENT
+from simulations.superlink import FLOWER_ENVIRONMENT
 
 _POLL_S = "0.1"  # how often Flower looks for a message's ClientApp to start; by default once a second
 

@@ -7,6 +7,7 @@ others answer at once.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +21,10 @@ from fedlora.methods import build_method
 from fedlora.reports.run import Run
 from fedlora.reports.summary import write_report
 from fedlora.reports.tables import metrics_table, outcome_table
-from fedlora.storage import write_whole
-from simulations.launch import launch, run_side_by_side
+from fedlora.runs.folder import RunFolder, run_path
+from fedlora.runs.lock import held, refuse_held
+from fedlora.storage import StorageError, check_can_write, write_whole, writing
+from simulations.launch import end_abandoned, launch, run_side_by_side
 from simulations.options import absolute_paths, read_options, read_overrides
 from simulations.plan import Plan
 from simulations.setup import resolve, settle
@@ -87,7 +90,7 @@ def exit_with(command: Callable[[Console], int]) -> None:
     console = Console(width=100, highlight=False, soft_wrap=True)
     try:
         code = command(console)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # the latter: a file or folder that the system refuses
         console.print(f"fedlora: error: {error}", markup=False, style="bold red")
         code = 2
     except KeyboardInterrupt:
@@ -100,7 +103,7 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
     if options.command == "run" and (options.superlink or options.federation):
         raise ConfigError(
             "fedlora run starts a simulation on this machine, with a SuperLink of its own; for another one use "
-            f"`flwr run {options.app} {options.superlink or ''} --stream`."
+            f"`{shlex.join(filter(None, ['flwr', 'run', options.app, options.superlink, '--stream']))}`."
         )
     app = Path(options.app).expanduser().resolve()
     overrides = absolute_paths(read_overrides(app, options.run_config))
@@ -116,6 +119,8 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         return _plan(config, console)
     if options.command == "audit":
         return _audit(config, console)
+    end_abandoned(run_path(config))
+    RunFolder.check(config)
     _prepare(config)
     return launch(app, overrides, options.federation_config, console)
 
@@ -139,21 +144,26 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     asked = Sweep.read(str(options.file), read_overrides(app, []), read_options(options.run_config))
     grid = {key: [absolute_paths({**asked.base, key: value})[key] for value in asked.grid[key]] for key in asked.grid}
     sweep = replace(asked, base=absolute_paths(asked.base), grid=grid)
-    _prepare(sweep.first)
     file = sweep.folder / "sweep.toml"
     if options.share:  # one of several processes, see below
         return _run_share(sweep, Share.read(options.share), app, file, options.federation_config, console)
+    refuse_held(sweep.folder)
+    check_can_write(sweep.folder)
+    _prepare(sweep.first)
     console.print(f"{sweep.size()} cells in {sweep.folder}", markup=False)
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    for stale in sweep.folder.glob("errors-*.json"):
-        stale.unlink()
-    write_whole(file, sweep.to_toml().encode())
-    workers = min(options.workers, len(sweep.groups()))
-    if workers == 1:
-        _run_share(sweep, Share(), app, file, options.federation_config, console)
-    else:
-        run_side_by_side(app, file, workers, options.federation_config)
-    finish(sweep, console)
+    with writing(sweep.folder):
+        sweep.folder.mkdir(parents=True, exist_ok=True)
+    with held(sweep.folder):
+        sweep.begin()
+        for cell in sweep.folder.glob("cells/*"):
+            end_abandoned(cell)
+        write_whole(file, sweep.to_toml().encode())
+        workers = min(options.workers, len(sweep.groups()))
+        if workers == 1:
+            _run_share(sweep, Share(), app, file, options.federation_config, console)
+        else:
+            run_side_by_side(app, file, workers, options.federation_config)
+        finish(sweep, console)
     return 1 if sweep.unfinished() else 0
 
 
@@ -222,12 +232,16 @@ def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
     if len(runs) > 1:
         console.print(comparison_table(runs))
     for run in runs:
-        write_report(run)
         if len(runs) == 1:
             console.print(metrics_table(run))
             console.print(outcome_table(run) if run.result else "the run did not finish")
             console.print(f"privacy: {run.privacy['guarantee']}", markup=False)
-        console.print(f"plots and summary: {run.path}", markup=False)
+        try:
+            write_report(run)
+        except StorageError as error:  # another user's run, or a full disk
+            console.print(f"note: no plots and summary: {error}", markup=False)
+        else:
+            console.print(f"plots and summary: {run.path}", markup=False)
     if page is not None:
         write_whole(page.resolve(), html_page(runs).encode())
         console.print(f"page: {page.resolve()}", markup=False)

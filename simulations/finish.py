@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.roles import Role
 from fedlora.runs.ranks import effective_ranks, read_strengths, zero_share
 from fedlora.server.evaluator import metrics
+from fedlora.storage import StorageError
 from simulations.run import Run
 from simulations.scores import score, summarise
 from simulations.trainers import describe
@@ -54,15 +56,16 @@ def finish(run: Run, baselines: Callable[[], Mapping[str, float]]) -> dict[str, 
     }
     run.parts.folder.write_json("result.json", outcome)
     report = Report.read(run.parts.folder.path)
-    write_report(report)
+    try:
+        write_report(report)
+    except StorageError as error:  # the run is finished all the same
+        console.print(f"note: no plots and summary: {error}", markup=False)
     console.print(metrics_table(report))
     console.print(outcome_table(report))
     if plan.privacy is not None:
         console.print(f"privacy: {run.privacy.record['guarantee']}", markup=False)
     console.print(f"run folder: {run.parts.folder.path}", markup=False)
-    console.print(f"next: fedlora report {run.parts.folder.path}", markup=False)
-    for line in _next(run):
-        console.print(f"      {line}", markup=False)
+    console.print("next: " + "\n      ".join(map(shlex.join, _next(run))), markup=False, emoji=False)
     return outcome
 
 
@@ -147,13 +150,17 @@ def _export(run: Run, outcome: Mapping[str, Any]) -> None:
     folder.write_json("trainers.json", describe(run.parts.evaluator.pool))
 
 
-def _next(run: Run) -> list[str]:
-    """Return commands that a user may want to type now."""
-    config, file = run.plan.config, run.parts.folder.path / "config.toml"
+def _next(run: Run) -> list[list[str]]:
+    """Return commands that a user may want to type now, word by word."""
+    config, folder = run.plan.config, run.parts.folder.path
+    file = str(folder / "config.toml")
+    commands = [["fedlora", "report", str(folder)]]
     if run.plan.privacy is not None:  # another strategy would need its privacy keys, more rounds another budget
-        return [f"fedlora audit -c {file}"]
+        return [*commands, ["fedlora", "audit", "-c", file]]
     # A smaller rate than FFA-LoRA's: with both factors trained a step moves the product by more.
-    other = {"ffa-lora": "'fedavg' train.learning-rate=0.005"}.get(config.strategy.name, "'ffa-lora'")
-    more = f"run.resume=true rounds={2 * config.rounds}"
-    longer = [] if config.train.round_schedule != "constant" else [f'fedlora run -c {file} -c "{more}"']
-    return [f'fedlora run -c "strategy.name={other}"', *longer]
+    other = {"ffa-lora": '"fedavg" train.learning-rate=0.005'}.get(config.strategy.name, '"ffa-lora"')
+    commands.append(["fedlora", "run", "-c", f"strategy.name={other}"])
+    if config.train.round_schedule == "constant":
+        more = f"run.resume=true rounds={2 * config.rounds}"
+        commands.append(["fedlora", "run", "-c", file, "-c", more])
+    return commands

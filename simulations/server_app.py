@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
+
 from flwr.app import Context
 from flwr.serverapp import Grid
 from rich.console import Console
 
 from clients.ray_site import TrainerLostError
 from fedlora.server import FederationError
+from fedlora.storage import StorageError
 from simulations.session import Session
 from simulations.setup import resolve
 from simulations.sweeps.cells import Share
@@ -17,7 +21,7 @@ from simulations.sweeps.progress import run_share
 
 def simulate(grid: Grid, context: Context) -> None:
     """Run what the run configuration describes."""
-    console = Console(width=100, highlight=False, soft_wrap=True)
+    console = Console(width=100, highlight=False, soft_wrap=True, emoji=False)
     session: Session | None = None
     try:
         flat = context.run_config
@@ -29,9 +33,15 @@ def simulate(grid: Grid, context: Context) -> None:
             config = resolve(flat)
             session = Session(grid, context)
             session.run(config, console)
-    except (ValueError, FederationError, TrainerLostError) as error:
+    except (ValueError, FederationError, TrainerLostError, StorageError) as error:
         console.print(f"fedlora: error: {error}", markup=False, style="bold red")
+        logging.getLogger("flwr").addFilter(partial(_is_news, said=error))
         raise
     finally:
         if session is not None:
             session.stop()
+
+
+def _is_news(record: logging.LogRecord, said: BaseException) -> bool:
+    """Return whether a line of Flower's log says more than an error that was said: its traceback does not."""
+    return record.exc_info is None or record.exc_info[1] is not said

@@ -90,8 +90,7 @@ class Session:
             remarks=description.remarks,
         )
         # Not before: a model that is not there should not take the run's name.
-        folder = RunFolder.resume(config) if config.run.resume else RunFolder.create(config)
-        with folder.held():
+        with RunFolder.opened(config) as folder:
             evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.setting.ranks)
             accounts = Accounts(_limits(config), config) if config.privacy.mode == "dp" else None
             run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)

@@ -19,9 +19,15 @@ def config_of(folder: Path, **flat: Any) -> Config:
     return read_config({"run.dir": str(folder), "run.name": "run", "rounds": 4, **flat})
 
 
+def opened(folder: Path, **flat: Any) -> RunFolder:
+    """A run's folder as it is when the run has just begun, or goes on."""
+    with RunFolder.opened(config_of(folder, **flat)) as written:
+        return written
+
+
 def finished(folder: Path, **flat: Any) -> RunFolder:
     """A run of four rounds that is finished."""
-    written = RunFolder.create(config_of(folder, **flat))
+    written = opened(folder, **flat)
     written.append("metrics.jsonl", *({"round": number} for number in range(1, 5)))
     written.checkpoint(4, {"B": np.ones(3)}, {"base": "mine"})
     written.write_json("result.json", {"test_accuracy": 0.5})
@@ -29,9 +35,9 @@ def finished(folder: Path, **flat: Any) -> RunFolder:
 
 
 def test_a_run_folder_is_not_shared(tmp_path: Path) -> None:
-    RunFolder.create(config_of(tmp_path))
+    opened(tmp_path)
     with pytest.raises(ValueError, match=r"run.name = 'run': .* is there already; choose another name"):
-        RunFolder.create(config_of(tmp_path))
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -46,25 +52,26 @@ def test_a_run_folder_is_not_shared(tmp_path: Path) -> None:
 def test_what_cannot_be_resumed_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     finished(tmp_path)
     with pytest.raises(ValueError, match=message):
-        RunFolder.resume(config_of(tmp_path, **{"run.resume": True, **changes}))
+        opened(tmp_path, **{"run.resume": True, **changes})
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_more_rounds_than_a_schedule_was_laid_out_for(schedule: str, tmp_path: Path) -> None:
     """With a constant rate a run may be made longer; with a schedule its past rounds would have been others."""
-    keys = {"train.round-schedule": schedule}
+    keys: dict[str, Any] = {"train.round-schedule": schedule}
     written = finished(tmp_path, **keys)
     (written.path / "result.json").unlink()
-    assert RunFolder.resume(config_of(tmp_path, **keys)).path == written.path, "it did not finish"
+    keys |= {"run.resume": True}
+    assert opened(tmp_path, **keys).path == written.path, "it did not finish"
     with pytest.raises(
         ValueError, match=rf"rounds was 4 and is 9, but train.round-schedule = '{schedule}'.* rounds = 4"
     ):
-        RunFolder.resume(config_of(tmp_path, **{**keys, "rounds": 9}))
+        opened(tmp_path, **{**keys, "rounds": 9})
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     finished(tmp_path)
-    folder = RunFolder.resume(config_of(tmp_path, rounds=9))
+    folder = opened(tmp_path, **{"rounds": 9, "run.resume": True})
     with pytest.raises(ValueError, match=r"the checkpoint in .* has base = 'mine', and this is 'other'"):
         folder.read_checkpoint({"base": "other"})
     file = folder.path / "checkpoint" / "state.json"
@@ -75,15 +82,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
             folder.read_checkpoint({})
 
 
-def test_a_run_that_is_being_written_is_held(tmp_path: Path) -> None:
-    folder = finished(tmp_path)
-    with folder.held(), pytest.raises(ValueError, match="is being written by another process"), folder.held():
-        pass
-
-
 def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
     """Any type and shape, names with a slash, a nested state; what was written after it is taken back."""
-    folder = RunFolder.create(config_of(tmp_path))
+    folder = opened(tmp_path)
     generator = np.random.default_rng(0)
     arrays: dict[str, Any] = {
         "m.0.q.lora_B": generator.standard_normal((3, 4)).astype(np.float32),
@@ -113,7 +114,7 @@ def test_a_checkpoint_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_state_that_json_would_change_is_refused(tmp_path: Path) -> None:
-    folder = RunFolder.create(config_of(tmp_path))
+    folder = opened(tmp_path)
     with pytest.raises(AssertionError, match="must be texts"):
         folder.checkpoint(1, {}, {"versions": [{3: 1}]})
     with pytest.raises(AssertionError, match="are a checkpoint's own entries"):

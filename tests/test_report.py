@@ -65,7 +65,8 @@ def test_plots_take_any_class_name(tmp_path: Path) -> None:
 def fake_run(folder: Path, name: str, values: list[float], **flat: Any) -> Run:
     """A run folder with a curve, as Simulation writes it."""
     config = read_config({"run.dir": str(folder), "run.name": name, "rounds": len(values), **flat})
-    written = RunFolder.create(config)
+    with RunFolder.opened(config) as written:
+        pass
     measure = "test_perplexity" if config.task == "causal-lm" else "test_accuracy"
     higher = measure == "test_accuracy"
     written.write_json("plan.json", {"measure": measure, "higher_is_better": higher, "roles": {"A": "frozen"}})

@@ -101,6 +101,21 @@ def test_choices_are_made_on_dev_rows(tmp_path: Path) -> None:
     assert len(one.unfinished()) == 2 + 3, "the other strategy's tuning, and this one's final cells"
 
 
+def test_a_finished_cell_has_no_error(tmp_path: Path) -> None:
+    """Whatever was noted of it while another process was at work on it; a new call forgets errors and attempts."""
+    one = sweep(tmp_path, **{"grid.seed": [0, 1]})
+    done, failed = one.finals({}, {})
+    done.folder.mkdir(parents=True)
+    (done.folder / "result.json").write_text('{"test_accuracy": 0.5}')
+    errors = {done.config.run.name: "ValueError: is being written", failed.config.run.name: "ValueError: of its own"}
+    one.errors_file(Share()).write_text(json.dumps(errors))
+    one.attempt_file(Share()).write_text(json.dumps({"cell": failed.config.run.name, "count": 2}))
+    assert one.errors() == {failed.config.run.name: "ValueError: of its own"}
+    one.begin()
+    assert one.errors() == {}
+    assert one.state(Share()) == (1, "")
+
+
 def finish_under_dp(cell: Cell, epsilon: float | None) -> None:
     """Write what a cell ends with, as a run does."""
     cell.folder.mkdir(parents=True)

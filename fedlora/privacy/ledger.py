@@ -23,6 +23,7 @@ from typing import Any, final
 from filelock import FileLock
 
 from fedlora.privacy.accounting import Use
+from fedlora.storage import writing
 
 _FORMAT = 1
 
@@ -126,20 +127,21 @@ class Ledger:
 
         Raises:
             LedgerError: As for :meth:`check_holds`.
-            OSError: It cannot be written.
+            StorageError: It cannot be written.
         """
-        made = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for folder in made:
-            self._sync_folder(folder.parent)
-        with FileLock(self.path.with_suffix(".lock")):
-            entries, opening, whole = self._read()
-            self._check_holds(head, entries)
-            if budget is not None:
-                budget([*entries, Entry(round_number, use, "", run)])
-            said = {key: value for key, value in (("remark", remark), ("run", run)) if value}
-            facts = {"round": round_number, **use._asdict(), **said}
-            return Entry(round_number, use, self._append(facts, entries, opening, whole), run)
+        with writing(self.path):
+            made = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in made:
+                self._sync_folder(folder.parent)
+            with FileLock(self.path.with_suffix(".lock")):
+                entries, opening, whole = self._read()
+                self._check_holds(head, entries)
+                if budget is not None:
+                    budget([*entries, Entry(round_number, use, "", run)])
+                said = {key: value for key, value in (("remark", remark), ("run", run)) if value}
+                facts = {"round": round_number, **use._asdict(), **said}
+                return Entry(round_number, use, self._append(facts, entries, opening, whole), run)
 
     def _check_holds(self, head: str, entries: Sequence[Entry]) -> None:
         if head and head not in {entry.hash for entry in entries}:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,20 @@ from matplotlib.figure import Figure
 
 from fedlora.reports.run import Run
 from fedlora.runs.folder import read_lines
+from fedlora.storage import write_whole
 
 _MANY = 200  # clients beyond which plots show their distribution and not each of them
+
+
+def write_plot(figure: Any, path: Path) -> None:
+    """Write a figure as a picture, whole or not at all.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_whole(path, buffer.getvalue())
 
 
 def draw_curves(runs: list[Run]) -> Any:
@@ -95,7 +109,7 @@ def _short(name: str) -> str:
 def plot_partition(run: Run) -> None:
     """Draw each client's rows, stacked by label, into ``partition.png``; nothing where nobody knows them."""
     if run.partition["counts"]:
-        draw_partition(run).savefig(run.path / "partition.png", dpi=120)
+        write_plot(draw_partition(run), run.path / "partition.png")
 
 
 def draw_partition(run: Run) -> Any:

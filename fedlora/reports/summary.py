@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedlora.reports.format import number
-from fedlora.reports.plots import draw_clients, draw_curves, draw_epsilon, draw_ranks, plot_partition
+from fedlora.reports.plots import draw_clients, draw_curves, draw_epsilon, draw_ranks, plot_partition, write_plot
 from fedlora.reports.run import Run
 from fedlora.reports.tables import outcome
 from fedlora.runs.folder import RunFolder
@@ -14,16 +14,20 @@ from fedlora.runs.ranks import effective_ranks
 
 
 def write_report(run: Run) -> None:
-    """Write the plots and ``summary.md`` into the run's folder."""
+    """Write the plots and ``summary.md`` into the run's folder.
+
+    Raises:
+        StorageError: They cannot be written.
+    """
     plot_partition(run)
     if run.metrics:
-        draw_curves([run]).savefig(run.path / f"{run.measure.name}.png", dpi=120)
+        write_plot(draw_curves([run]), run.path / f"{run.measure.name}.png")
     if run.spent:
-        draw_epsilon(run).savefig(run.path / "epsilon.png", dpi=120)
+        write_plot(draw_epsilon(run), run.path / "epsilon.png")
     if run.scores:
-        draw_clients(run).savefig(run.path / "clients.png", dpi=120)
+        write_plot(draw_clients(run), run.path / "clients.png")
     if run.strengths:
-        draw_ranks(run).savefig(run.path / "ranks.png", dpi=120)
+        write_plot(draw_ranks(run), run.path / "ranks.png")
     RunFolder(run.path).write_text("summary.md", summary(run))
 
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from fedlora import __version__
 from fedlora.config import Config, from_toml, to_toml
 from fedlora.plugins import schema
-from fedlora.storage import write_whole
+from fedlora.runs.lock import LOCK_FILES, held, refuse_held
+from fedlora.storage import append_whole, check_can_write, write_whole, writing
 
 _LIBRARIES = (
     *("flwr", "flwr-datasets", "torch", "transformers", "peft", "ray", "numpy", "datasets", "tokenizers"),
@@ -64,75 +64,41 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, config: Config) -> RunFolder:
-        """Make ``<run.dir>/<run.name>``, and write the configuration into it.
-
-        Raises:
-            ValueError: The folder holds a run already, or cannot be made.
-        """
-        path = run_path(config)
-        if path.is_dir() and any(path.iterdir()):  # an empty one is what a run leaves that is killed right here
-            raise ValueError(
-                f"run.name = {config.run.name!r}: {path} is there already; choose another name, or continue that run "
-                "with run.resume = true."
-            )
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"run.dir = {config.run.dir!r}: the folder {path} cannot be made ({error}).") from error
-        folder = cls(path)
-        folder.write_text("config.toml", to_toml(config.to_flat()))
-        return folder
-
-    @classmethod
-    def resume(cls, config: Config) -> RunFolder:
-        """Open the folder of a run that did not finish, whose configuration is ``config`` but for more rounds.
-
-        Raises:
-            ValueError: There is no such run, it is finished, or its configuration differs.
-        """
-        path = run_path(config)
-        file = path / "config.toml"
-        if not file.is_file():
-            raise ValueError(f"run.resume = true: {path} holds no run to continue; start it without run.resume.")
-        # Keys that are newer than the run had their defaults; whether its checkpoint can be read is checked later.
-        before, now = {**schema().defaults(), **from_toml(file.read_text(encoding="utf-8"))}, config.to_flat()
-        differing = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _MAY_DIFFER]
-        if differing:
-            shown = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
-            raise ValueError(
-                f"run.resume = true: the run in {path} has another configuration: {shown}. Continue it with its own "
-                "config.toml (only rounds may change), or start a new run."
-            )
-        schedule = now["train.round-schedule"]
-        if before["rounds"] != now["rounds"] and schedule != "constant":
-            raise ValueError(
-                f"run.resume = true: rounds was {before['rounds']} and is {now['rounds']}, but train.round-schedule = "
-                f"{schedule!r} was laid out for {before['rounds']} rounds: another number would have given every round "
-                f"another learning rate. Continue with rounds = {before['rounds']}, or start a new run."
-            )
-        if (path / "result.json").is_file() and before["rounds"] == now["rounds"]:
-            raise ValueError(f"run.resume = true: the run in {path} is finished; raise rounds to go on with it.")
-        (path / "result.json").unlink(missing_ok=True)
-        folder = cls(path)
-        folder.write_text("config.toml", to_toml({**now, "run.resume": False}))
-        return folder
-
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep every other process from writing this run.
+    def opened(cls, config: Config) -> Iterator[RunFolder]:
+        """Make a run's folder, or continue the run in it, and keep every other process from writing it meanwhile.
 
         Raises:
-            ValueError: One does.
+            ValueError: Another process writes it, or as for :meth:`check`.
+            StorageError: It cannot be made or written.
         """
-        try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
-        except Timeout as error:
-            raise ValueError(
-                f"{self.path} is being written by another process: a run that was killed from outside may have left "
-                "its server running. End it (`pkill -f flower-`), or wait until it is finished."
-            ) from error
+        cls.check(config)  # a folder is not made for what cannot be
+        path = run_path(config)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with held(path):
+            _check_start(config, path)
+            for partial in path.rglob("*.partial"):  # of a process that was killed while it wrote
+                partial.unlink(missing_ok=True)
+            if config.run.resume:
+                (path / "result.json").unlink(missing_ok=True)
+            folder = cls(path)
+            folder.write_text("config.toml", to_toml({**config.to_flat(), "run.resume": False}))
+            yield folder
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Refuse what :meth:`opened` would refuse, and change nothing.
+
+        Raises:
+            ValueError: Another process writes the folder, it holds a run already, or none that ``run.resume`` can
+                continue with this configuration.
+            StorageError: It cannot be made or written.
+        """
+        path = run_path(config)
+        refuse_held(path)
+        _check_start(config, path)
+        check_can_write(path)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole, or leave what was there."""
@@ -141,8 +107,9 @@ class RunFolder:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a file whole, or leave what was there."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, data)
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(target, data)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file; numbers that are not finite become null, JSON has none."""
@@ -153,9 +120,8 @@ class RunFolder:
         self.write_text(name, "".join(map(_line, records)))
 
     def append(self, name: str, *records: Mapping[str, Any]) -> None:
-        """Append lines of JSON."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write("".join(map(_line, records)))
+        """Append lines of JSON, all of them or none."""
+        append_whole(self.path / name, "".join(map(_line, records)).encode())
 
     def checkpoint(self, round_number: int, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> None:
         """Write what the server holds after a round; the previous checkpoint stays until this one is whole.
@@ -201,6 +167,44 @@ class RunFolder:
         if not file.is_file():
             return None
         return Checkpoint(state["round"], load_file(self.path / "checkpoint" / state["tensors"]), state)
+
+
+def _check_start(config: Config, path: Path) -> None:
+    """Refuse a new run where one is, and to continue one that is not there, finished, or of another configuration."""
+    if config.run.resume:
+        _check_resume(config, path)
+        return
+    own = [one for one in path.iterdir() if one.name not in LOCK_FILES] if path.is_dir() else []
+    # An empty one is what a run leaves that is killed right here.
+    if any(one.suffix != ".partial" for one in own):
+        raise ValueError(
+            f"run.name = {config.run.name!r}: {path} is there already; choose another name, or continue that run "
+            "with run.resume = true."
+        )
+
+
+def _check_resume(config: Config, path: Path) -> None:
+    file = path / "config.toml"
+    if not file.is_file():
+        raise ValueError(f"run.resume = true: {path} holds no run to continue; start it without run.resume.")
+    # Keys that are newer than the run had their defaults; whether its checkpoint can be read is checked later.
+    before, now = {**schema().defaults(), **from_toml(file.read_text(encoding="utf-8"))}, config.to_flat()
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _MAY_DIFFER]
+    if differing:
+        shown = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
+        raise ValueError(
+            f"run.resume = true: the run in {path} has another configuration: {shown}. Continue it with its own "
+            "config.toml (only rounds may change), or start a new run."
+        )
+    schedule = now["train.round-schedule"]
+    if before["rounds"] != now["rounds"] and schedule != "constant":
+        raise ValueError(
+            f"run.resume = true: rounds was {before['rounds']} and is {now['rounds']}, but train.round-schedule = "
+            f"{schedule!r} was laid out for {before['rounds']} rounds: another number would have given every round "
+            f"another learning rate. Continue with rounds = {before['rounds']}, or start a new run."
+        )
+    if (path / "result.json").is_file() and before["rounds"] == now["rounds"]:
+        raise ValueError(f"run.resume = true: the run in {path} is finished; raise rounds to go on with it.")
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -160,12 +160,19 @@ class Sweep:
 
     # -- its cells so far ---------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Forget what earlier calls noted of cells that failed, and of attempts: every cell is tried again."""
+        for pattern in ("errors-*.json", "attempt-*.json"):
+            for stale in self.folder.glob(pattern):
+                stale.unlink()
+
     def errors(self) -> dict[str, str]:
-        """Return why cells failed, by the names of their folders, whatever process ran them."""
+        """Return why cells failed that have no result, by the names of their folders, whatever process ran them."""
         found: dict[str, str] = {}
         for file in sorted(self.folder.glob("errors-*.json")):
             found |= json.loads(file.read_text(encoding="utf-8"))
-        return found
+        finished = {cell.config.run.name for cell in self.cells() if cell.outcome() is not None}
+        return {name: reason for name, reason in found.items() if name not in finished}
 
     def cells(self, share: Share | None = None) -> Iterator[Cell]:
         """Yield the cells that can be listed by now, of a share or all: tuning, and final ones once they are chosen."""

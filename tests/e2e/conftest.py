@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from simulations.launch import end_processes, flower_environment
+from simulations.keeper import end_processes
+from simulations.superlink import flower_environment
 from tests.support.runs import Finished, fedlora_run
 
 PACKED: dict[str, Any] = {

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 from deploy.demo import FEDLORA
 from fedlora.privacy import Ledger
-from simulations.launch import flower_command, flower_environment, free_ports
+from simulations.superlink import flower_command, flower_environment, free_ports
 from tests.support.deployment import DP, RAW, ROOT, SITES, Federation, deployed, hosts
 
 pytestmark = [pytest.mark.e2e, pytest.mark.deploy]

@@ -29,8 +29,8 @@ from fedlora.data import FederatedData
 from fedlora.headers import instruction_header
 from fedlora.joining import JoinRequest
 from fedlora.privacy import Ledger
-from simulations.launch import flower_command, flower_environment
 from simulations.privacy import settle_privacy
+from simulations.superlink import flower_command, flower_environment
 from tests.support.deployment import DP, ROOT, Federation, deployed
 from tests.support.sites import instruction_of
 

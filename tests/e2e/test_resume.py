@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedlora.config import to_toml
 from fedlora.runs.folder import read_lines
 from tests.e2e.conftest import LONG, PACKED
-from tests.support.runs import Family, Finished, comparable, fedlora_run, kill_a_trainer
+from tests.support.runs import Family, Finished, comparable, fedlora, fedlora_run, kill_a_trainer, started
+from tests.support.trainers import tiny_flat
 
 pytestmark = pytest.mark.e2e
 
@@ -60,6 +62,36 @@ def test_killed_runs_go_on_to_the_same_bits(undisturbed: Finished, tmp_path: Pat
     one, two = comparable(undisturbed.folder), comparable(run.folder)
     assert one.keys() == two.keys()
     assert [key for key in one if one[key] != two[key]] == []
+
+
+@pytest.mark.slow
+def test_a_killed_command_is_resumed_at_once(tmp_path: Path) -> None:
+    """kill -9 of ``fedlora run`` alone: nothing else to do, and no other command takes the run meanwhile."""
+    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "run.name": "run", "rounds": 500})
+    config = tmp_path / "config.toml"
+    config.write_text(to_toml(flat), encoding="utf-8")
+    family, again = Family(), Family()
+    with started(family, "run", "-c", str(config)) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("round 2/") for line in process.stdout)
+        second = fedlora("run", "-c", config, "-c", "run.resume=true")
+        assert second.returncode == 2
+        assert f"is being written by process {process.pid}, since" in second.stdout
+        family.meet()
+        process.kill()
+        with started(again, "run", "-c", str(config), "-c", "run.resume=true") as resumed:
+            assert resumed.stdout is not None
+            output = ""
+            for line in resumed.stdout:
+                output += line
+                if line.startswith("round "):
+                    break
+            else:
+                pytest.fail(output)
+            assert family.left(within_s=30) == []
+            assert "resumed after round " in output
+            resumed.kill()
+            assert again.left(within_s=30) == []
 
 
 @pytest.mark.slow

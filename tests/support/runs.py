@@ -80,9 +80,12 @@ class Family:
                     continue
             time.sleep(0.1)
 
-    def left(self) -> list[str]:
-        """Return the commands of those that still run."""
-        return [" ".join(_command(process)) or str(process.pid) for process in self.meet()]
+    def left(self, within_s: float = 0.0) -> list[str]:
+        """Return the commands of those that still run after a time, or as soon as none does."""
+        end = time.monotonic() + within_s
+        while (running := self.meet()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return [" ".join(_command(process)) or str(process.pid) for process in running]
 
 
 def _alive(process: psutil.Process) -> bool:
