@@ -43,6 +43,7 @@ from fedlora.server.observers import (
     Progress,
     RoundEnd,
     ServerEvaluation,
+    Trackers,
     train_loss,
 )
 from fedlora.server.sites import Sites
@@ -181,16 +182,22 @@ class _Deployment:
         """Run the rounds that are left, and write what they came to."""
         config = self._plan.config
         completed = self._start()
-        observers = self._observers()
-        self._flower.start(
-            grid,
-            named_arrays(self._flower.state.tensors),
-            num_rounds=config.rounds,
-            timeout=config.federation.timeout,
-            on_round=lambda number, result: self._observe(observers, number, result),
-            completed=completed,
-        )
-        return self._finish()
+        trackers = Trackers(config, self._folder, self._lines)
+        observers = [*self._observers(), trackers]
+        outcome: dict[str, Any] | None = None
+        try:
+            self._flower.start(
+                grid,
+                named_arrays(self._flower.state.tensors),
+                num_rounds=config.rounds,
+                timeout=config.federation.timeout,
+                on_round=lambda number, result: self._observe(observers, number, result),
+                completed=completed,
+            )
+            outcome = self._finish()
+        finally:
+            trackers.close(outcome)
+        return outcome
 
     def _start(self) -> int:
         """Restore or make the server's state, say what will happen, and return the rounds behind it."""

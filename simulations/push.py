@@ -70,7 +70,7 @@ def checked_name(name: str) -> str:
         ValueError: The hub has no such names.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     reason = "it is not owner/name"
     if name.count("/") == 1 and all(name.split("/")):

@@ -73,8 +73,8 @@ def read_text(config: Config, texts: list[str]) -> str:
     if len(texts) != len(names):
         source = f"data.prompt-template = {template!r}" if template else "the run"
         raise ValueError(
-            f"{source} reads {len(names)} text(s) ({', '.join(names)}), and {len(texts)} were given; give each in quotes, "
-            "in this order."
+            f"{source} reads {len(names)} text(s) ({', '.join(names)}), and {len(texts)} were given; give each in "
+            "quotes, in this order."
         )
     if not any(text.strip() for text in texts):
         raise ValueError("the text is empty; give one in quotes.")

@@ -57,7 +57,7 @@ def generate(
     written: list[Tokens] = [np.zeros(0, dtype=np.int64)] * len(prompts)
     for length in np.unique(lengths):
         alike = np.flatnonzero(lengths == length)
-        cost = np.array([length + rooms[row] for row in alike], dtype=np.int64)
+        cost = np.array([length + rooms[int(row)] for row in alike], dtype=np.int64)
         for chosen in engine.micro_batches(cost):
             rows = alike[chosen]
             rows = rows[np.argsort(group[rows], kind="stable")]
