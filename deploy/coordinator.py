@@ -24,6 +24,7 @@ from deploy.records import SitesPrivacy
 from fedlora.config import Config, ConfigError
 from fedlora.data import FederatedData, load_corpus
 from fedlora.exchange import Tensors
+from fedlora.generated import Answer, drawn_rows, scores
 from fedlora.joining import JoinReport, JoinRequest
 from fedlora.methods import initial_tensors
 from fedlora.metrics import TRAFFIC
@@ -149,6 +150,10 @@ class OwnModel:
         """Return facts of each of these rows under the server's tensors, by name, [rows] each."""
         return self._worker.evaluate(tensors, split, list(rows))
 
+    def answers(self, tensors: Tensors, split: str, rows: Sequence[int]) -> list[Answer]:
+        """Return what the server's model writes for each of these rows."""
+        return self._worker.answers(tensors, split, list(rows))
+
     def export(
         self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int] = ()
     ) -> list[dict[str, bytes]]:
@@ -271,6 +276,9 @@ class _Deployment:
         own = ("test_", "personal_")
         outcome: dict[str, Any] = {"head": last["head"], "rounds": last["round"]}
         outcome |= {name: value for name, value in last.items() if name.startswith(own) and value is not None}
+        if config.eval.generate:
+            rows = drawn_rows(config, len(plan.data.corpus.test))
+            outcome |= scores(self._model.answers(tensors, "test", rows), "test")
         if plan.privacy is not None:
             outcome |= {**self._privacy.spent(), "delta": config.privacy.delta}
             outcome["guarantee"] = self._privacy.record["guarantee"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedlora.config import Config, ConfigError, require
 from fedlora.data import CORPORA, FederatedData, load_federated
+from fedlora.generated import check_generation
 from fedlora.methods import METHODS, Layer, build_method
 from fedlora.plugins import fingerprint, methods_of, read_config
 from fedlora.ranks import client_ranks
@@ -32,6 +33,7 @@ def resolve(flat: Mapping[str, Any]) -> Config:
     """
     config = _named(read_config(flat))
     check_trackers(config)
+    check_generation(config)
     sites = config.federation.site_names
     if sites:  # each is one client
         config = replace(config, federation=replace(config.federation, num_clients=len(sites)))

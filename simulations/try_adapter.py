@@ -150,10 +150,10 @@ class Adapted:
         """
         import torch
 
-        from fedlora.engine.generation import end_tokens, greedy
+        from fedlora.engine.generation import end_tokens, greedy, split_answer
 
         rows: Any = self.task.encode(Table((prompt,), (0,), ("a",)), self.tokenizer, 2**31)
-        ids = torch.from_numpy(rows.tokens[0][: int(rows.targets[0])])[None]
+        ids = torch.from_numpy(split_answer(rows, 0)[0])[None]
         config: Any = self.model.get_base_model().config.get_text_config()
         limit = int(getattr(config, "max_position_embeddings", 2**31))
         if ids.shape[1] >= limit:

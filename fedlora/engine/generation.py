@@ -94,6 +94,17 @@ def greedy(model: Any, prompts: Tensor, room: int, ends: Collection[int], pad_to
     return [np.array([*takewhile(lambda token: token not in ends, row)], dtype=np.int64) for row in new]
 
 
+def split_answer(rows: Any, row: int) -> tuple[Tokens, Tokens]:
+    """Return the tokens of a row's prompt, and those of its answer: of the last one, where a row has several turns."""
+    tokens, target = rows.tokens[row], np.asarray(rows.targets[row])
+    if target.ndim == 0:  # where the answer begins
+        start = int(target)
+    else:  # which tokens are learned
+        before = np.flatnonzero(~target)
+        start = int(before[-1]) + 1 if len(before) else 0
+    return tokens[:start], tokens[start:]
+
+
 def end_tokens(task: Task, tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
     """Return the tokens that end an answer: the tokenizer's, the model's own, and what the task writes after one.
 
@@ -104,7 +115,7 @@ def end_tokens(task: Task, tokenizer: Any, model: nn.Module) -> tuple[int, ...]:
     declared = settings.eos_token_id if settings is not None else None
     ends |= set(declared) if isinstance(declared, list | tuple) else {declared}
     rows: Any = task.encode(Table(("a", "a"), (0, 0), ("a", "b")), tokenizer, 2**31)
-    one, other = (tokens[start:][::-1] for tokens, start in zip(rows.tokens, rows.targets, strict=True))
+    one, other = (split_answer(rows, row)[1][::-1] for row in range(2))
     closing = [int(a) for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))][::-1]
     closing = [token for token in closing if token != tokenizer.unk_token_id]  # which answers of any words may have
     special = [token for token in closing if token in tokenizer.all_special_ids]

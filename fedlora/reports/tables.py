@@ -9,7 +9,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from fedlora.metrics import Metric, Population
+from fedlora.metrics import GENERATED, Metric, Population
 from fedlora.reports.format import human_bytes, human_time, number
 from fedlora.reports.run import Run
 from fedlora.runs.privacy import format_epsilon
@@ -78,6 +78,9 @@ def outcome(run: Run) -> dict[str, float | None]:
     own = Metric(name, Population.CLIENTS)
     if own.key in result:
         rows |= _over_clients(run, own)
+    for key in (Metric(one, population).key for population in Population for one in GENERATED):
+        if key in result:
+            rows[run.label(key)] = result[key]
     if result.get("zero_components"):
         rows["share of rank components that are zero"] = result["zero_components"]
         rows["effective rank of a layer, mean"] = result["effective_rank"]

@@ -30,7 +30,7 @@ class TensorBoardTracker(Tracker):
         folder = run.own / "tensorboard"
         known = folder.is_dir()
         after = max((int(line["round"]) for line in run.earlier), default=0) + 1
-        writer: Any = SummaryWriter(str(folder), purge_step=after if known else None)  # type: ignore[no-untyped-call]
+        writer: Any = SummaryWriter(str(folder), purge_step=after if known else None)
         tracker = cls(writer)
         if not known:
             rows = "\n".join(f"| {key} | `{value}` |" for key, value in run.config.items())

@@ -55,9 +55,9 @@ def language_flat(folder: Path, **changes: Any) -> dict[str, Any]:
     )
 
 
-def exported_run(folder: Path, flat: dict[str, Any], clients: int = 0, name: str = "run") -> Exported:
+def exported_run(folder: Path, flat: dict[str, Any], clients: int = 0, scale: float = 1.0) -> Exported:
     """Write a finished run with an adapter of random tensors, or one for each of some clients."""
-    config = resolve({**flat, "run.dir": str(folder / "runs"), "run.name": name})
+    config = resolve({**flat, "run.dir": str(folder / "runs"), "run.name": "run"})
     data = load_federated(config, 4)
     worker = Worker(lambda: Job(config.to_flat(), data, SiteLimits(str(folder / "sites"))), 1)
     worker.load()
@@ -74,7 +74,7 @@ def exported_run(folder: Path, flat: dict[str, Any], clients: int = 0, name: str
     for client in range(clients) if clients else [None]:
         generator = np.random.default_rng(client or 0)
         tensors = {
-            key: value + generator.standard_normal(value.shape).astype(value.dtype)
+            key: value + scale * generator.standard_normal(value.shape).astype(value.dtype)
             for key, value in worker.loaded.model.initial.items()
         }
         place = "adapter" if client is None else f"adapters/client-{client}"
