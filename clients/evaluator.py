@@ -9,12 +9,14 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from clients.answers import write_answers
 from clients.resident import LoadedModel
 from clients.site import Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer
 from fedlora.engine import evaluate
 from fedlora.exchange import ClientReport, Instruction
+from fedlora.generated import Answer
 from fedlora.privacy import PrivateRandom
 from fedlora.privacy.step import PrivateStep
 from fedlora.runs.export import adapter_files
@@ -39,6 +41,10 @@ class Evaluator:
     ) -> dict[str, NDArray[np.float64]]:
         """Return facts of each of these rows under the global model; ``tensors`` are what the server holds."""
         return evaluate(self.model.engine, {**self.model.initial, **tensors}, self.model.examples[split], rows)
+
+    def answers(self, tensors: Mapping[str, NDArray[np.floating]], split: str, rows: Sequence[int]) -> list[Answer]:
+        """Return what the global model writes for each of these rows."""
+        return write_answers(self.model, {**self.model.initial, **tensors}, split, rows)
 
     def export(self, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, bytes]:
         """Return the files of a PEFT adapter for the server's tensors, tried out in PEFT."""
@@ -94,6 +100,21 @@ class PersonalEvaluator:
             )
             for g, (client, held) in enumerate(zip(instruction.clients, rows, strict=True))
         ]
+
+    def answers(self, instruction: Instruction, counts: Sequence[int]) -> list[Answer]:
+        """Return what clients' own models write for the first rows that each holds out, so many of each client."""
+        common = self._start.common(instruction)
+        own = [self._start.personal_of(instruction, client, common) for client in instruction.clients]
+        held = [self._trainer.data.holdout[client] for client in instruction.clients]
+        rows = [rows[:count] for rows, count in zip(held, counts, strict=True)]
+        return write_answers(
+            self.model,
+            {name: value for name, value in common.items() if name not in own[0]},
+            "train",
+            np.concatenate(rows).tolist(),
+            own=own,
+            group=np.repeat(np.arange(len(rows)), [len(chosen) for chosen in rows]),
+        )
 
     def export(self, instruction: Instruction) -> list[dict[str, bytes]]:
         """Return, for each client, the files of a PEFT adapter of its own, tried out in PEFT."""

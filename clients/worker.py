@@ -28,6 +28,7 @@ from clients.trainer import Trainer, TrainPack
 from fedlora import plugins
 from fedlora.engine import train_pack
 from fedlora.exchange import ClientReport, Instruction, Update
+from fedlora.generated import Answer
 from fedlora.messages import first_line
 from fedlora.methods import tensors_digest
 
@@ -127,6 +128,14 @@ class Worker:
     ) -> dict[str, NDArray[np.float64]]:
         """Return facts of rows under the global model: :meth:`clients.evaluator.Evaluator.evaluate`."""
         return self.loaded.evaluator.evaluate(tensors, split, rows)
+
+    def answers(self, tensors: Mapping[str, NDArray[np.floating]], split: str, rows: Sequence[int]) -> list[Answer]:
+        """Return what the global model writes: :meth:`clients.evaluator.Evaluator.answers`."""
+        return self.loaded.evaluator.answers(tensors, split, rows)
+
+    def answers_personal(self, instruction: Instruction, counts: Sequence[int]) -> list[Answer]:
+        """Return what clients' own models write: :meth:`clients.evaluator.PersonalEvaluator.answers`."""
+        return self.loaded.personal.answers(instruction, counts)
 
     def export(self, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, bytes]:
         """Return a PEFT adapter's files: :meth:`clients.evaluator.Evaluator.export`."""

@@ -25,6 +25,7 @@ from deploy.records import SitesPrivacy
 from fedlora.config import Config, ConfigError
 from fedlora.data import FederatedData, load_corpus
 from fedlora.exchange import Tensors
+from fedlora.generated import Answer, drawn_rows, scores
 from fedlora.joining import JoinRequest
 from fedlora.metrics import TRAFFIC
 from fedlora.reports.card import model_card
@@ -42,6 +43,7 @@ from fedlora.server.observers import (
     Progress,
     RoundEnd,
     ServerEvaluation,
+    Trackers,
     train_loss,
 )
 from fedlora.server.sites import Sites
@@ -147,6 +149,10 @@ class OwnModel:
         """Return facts of each of these rows under the server's tensors, by name, [rows] each."""
         return self._worker.evaluate(tensors, split, list(rows))
 
+    def answers(self, tensors: Tensors, split: str, rows: Sequence[int]) -> list[Answer]:
+        """Return what the server's model writes for each of these rows."""
+        return self._worker.answers(tensors, split, list(rows))
+
     def export(
         self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int] = ()
     ) -> list[dict[str, bytes]]:
@@ -180,16 +186,22 @@ class _Deployment:
         """Run the rounds that are left, and write what they came to."""
         config = self._plan.config
         completed = self._start()
-        observers = self._observers()
-        self._flower.start(
-            grid,
-            named_arrays(self._flower.state.tensors),
-            num_rounds=config.rounds,
-            timeout=config.federation.timeout,
-            on_round=lambda number, result: self._observe(observers, number, result),
-            completed=completed,
-        )
-        return self._finish()
+        trackers = Trackers(config, self._folder, self._lines)
+        observers = [*self._observers(), trackers]
+        outcome: dict[str, Any] | None = None
+        try:
+            self._flower.start(
+                grid,
+                named_arrays(self._flower.state.tensors),
+                num_rounds=config.rounds,
+                timeout=config.federation.timeout,
+                on_round=lambda number, result: self._observe(observers, number, result),
+                completed=completed,
+            )
+            outcome = self._finish()
+        finally:
+            trackers.close(outcome)
+        return outcome
 
     def _start(self) -> int:
         """Restore or make the server's state, say what will happen, and return the rounds behind it."""
@@ -264,6 +276,9 @@ class _Deployment:
         own = ("test_", "personal_")
         outcome: dict[str, Any] = {"head": last["head"], "rounds": last["round"]}
         outcome |= {name: value for name, value in last.items() if name.startswith(own) and value is not None}
+        if config.eval.generate:
+            rows = drawn_rows(config, len(plan.data.corpus.test))
+            outcome |= scores(self._model.answers(tensors, "test", rows), "test")
         if plan.privacy is not None:
             outcome |= {**self._privacy.spent(), "delta": config.privacy.delta}
             outcome["guarantee"] = self._privacy.record["guarantee"]

@@ -66,6 +66,7 @@ class Population(Enum):
 _OVER_CLIENTS = (Population.CLIENTS, Population.ALONE_CLIENTS, Population.ALONE_TEST, Population.ALONE_DEV)
 _TRAINING = ("train_loss", "majority_share")
 _PERSONAL = ("clients",)  # how many of them were measured
+GENERATED = ("generated_exact_match", "generated_rouge_l", "generated_rows")  # of what a model really writes
 TRAFFIC = ("bytes_up", "bytes_down", "bytes_down_cached")  # of a round, the payload alone
 _SERVER = (
     *("round", "rounds", "head", "trained_parameters", "clients_ok", "clients_refused"),
@@ -130,6 +131,8 @@ def declared() -> Iterator[Metric]:
     yield from (Metric(name, Population.SERVER) for name in _SERVER)
     yield from (Metric(name, Population.TRAINING) for name in _TRAINING)
     yield from (Metric(name, Population.PERSONAL) for name in _PERSONAL)
+    for population in (Population.TEST, Population.DEV, Population.PERSONAL):
+        yield from (Metric(name, population) for name in GENERATED)
     for name in dict.fromkeys(name for task in TASKS for name in TASKS[task].metric_names):
         for population in Population:
             if not population.prefix:

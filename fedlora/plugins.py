@@ -1,4 +1,4 @@
-"""Plug-ins: methods, strategies, tasks and data sets registered from outside; and the schema of all that is registered.
+"""Plug-ins: methods, strategies, tasks, data sets, trackers registered from outside; the schema of all of them.
 
 A plug-in is a module that registers when it is imported (``METHODS.register("gamma", GammaOptions)(Gamma)``). Every
 process of a run imports those of installed packages, which name their modules as entry points of the group
@@ -26,11 +26,12 @@ from fedlora.methods import METHODS
 from fedlora.registry import Registry
 from fedlora.strategy import Strategy
 from fedlora.tasks import TASKS
+from fedlora.tracking import TRACKERS
 
 STRATEGIES: Registry[type[Strategy]] = Registry(
     "strategy.name"
 )  # filled by the package strategies, which stands above this one
-REGISTRIES: tuple[Registry[Any], ...] = (STRATEGIES, METHODS, TASKS, CORPORA)
+REGISTRIES: tuple[Registry[Any], ...] = (STRATEGIES, METHODS, TASKS, CORPORA, TRACKERS)
 GROUP = "fedlora.plugins"
 
 

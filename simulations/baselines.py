@@ -118,12 +118,12 @@ def _config(run: Federated, name: str, strategy: str) -> Config:
     return replace(
         config,
         rounds=run.rounds,
-        run=replace(config.run, dir=str(run.folder / "baselines"), name=name, resume=False),
+        run=replace(config.run, dir=str(run.folder / "baselines"), name=name, resume=False, trackers=""),
         strategy=replace(config.strategy, name=strategy),
         method=replace(config.method, head=head, ranks=config.method.ranks if strategy == "local" else ""),
         local=LocalConfig(),  # nobody else's tensors to be pulled to, and no mean for a server to take a step along
         server=ServerConfig(),
-        eval=replace(config.eval, baselines=False),
+        eval=replace(config.eval, baselines=False, generate=0),
         privacy=PrivacyConfig(),  # what privacy costs is seen beside what training comes to without it
     )
 

@@ -24,6 +24,7 @@ from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.runs.lock import held, refuse_held
 from fedlora.storage import StorageError, check_can_write, write_whole, writing
+from simulations import push, try_adapter
 from simulations.launch import end_abandoned, launch, run_side_by_side
 from simulations.options import absolute_paths, read_options, read_overrides
 from simulations.plan import Plan
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None, others: Mapping[str, str] | Non
     report = commands.add_parser("report", help="tables and plots of a run, or of several side by side")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     report.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no other file")
+    try_adapter.add_arguments(commands.add_parser("try", help="what a run's adapter answers to a text"))
+    push.add_arguments(commands.add_parser("push", help="a run's adapter and its card to the Hugging Face hub"))
     for name, text in (others or {}).items():
         commands.add_parser(name, help=text)
     options = parser.parse_args(arguments)
@@ -79,6 +82,10 @@ def main(arguments: Sequence[str] | None = None, others: Mapping[str, str] | Non
                 return _report(options.runs, options.html, console)
             case "sweep":
                 return _sweep(options, console)
+            case "try":
+                return try_adapter.run_try(options, console)
+            case "push":
+                return push.run_push(options, console)
             case _:
                 return _configured(options, console)
 

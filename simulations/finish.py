@@ -18,6 +18,7 @@ from fedlora.roles import Role
 from fedlora.runs.ranks import effective_ranks, read_strengths, zero_share
 from fedlora.server.evaluator import metrics
 from fedlora.storage import StorageError
+from simulations.generated import generated
 from simulations.run import Run
 from simulations.scores import score, summarise
 from simulations.trainers import describe
@@ -35,7 +36,7 @@ def finish(run: Run, baselines: Callable[[], Mapping[str, float]]) -> dict[str, 
     plan, console, last = run.plan, run.parts.console, run.lines[-1]
     if last["round"] < plan.config.rounds:
         console.print(f"stopped after round {last['round']} of {plan.config.rounds}: privacy budgets are spent")
-    outcome = _measured(run)
+    outcome = _measured(run) | generated(run)
     _export(run, outcome)
     strengths = read_strengths(run.parts.folder.path)
     ranks = effective_ranks(strengths)

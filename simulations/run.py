@@ -28,6 +28,7 @@ from fedlora.server.observers import (
     Progress,
     RoundEnd,
     ServerEvaluation,
+    Trackers,
     train_loss,
 )
 from fedlora.server.personal import Sums
@@ -85,6 +86,7 @@ class Run:
         self.before: dict[str, float] = {}
         self.sums: Mapping[int, Sums] = {}
         self.privacy = PrivacyFile(parts.plan, parts.folder, parts.accounts, parts.description.device)
+        self._trackers: Trackers | None = None
 
     @property
     def tensors(self) -> Mapping[str, Any]:
@@ -110,6 +112,11 @@ class Run:
         personal = self.flower.personal
         if personal is not None and not self.sums:
             self.sums = personal.sums  # of a run that was continued after its last round
+
+    def close(self, outcome: Mapping[str, Any] | None) -> None:
+        """Tell the trackers what the run came to; None: it failed."""
+        if self._trackers is not None:
+            self._trackers.close(outcome)
 
     # -- the start ----------------------------------------------------------------------------------------
 
@@ -189,11 +196,13 @@ class Run:
         metrics = MetricsFile(parts.folder, plan.strategy, self.task.metric_names, self.lines)
         beside = train_loss if plan.privacy is None else epsilon_spent(plan)
         notes = [] if parts.accounts is None else [SiteNotes(parts.accounts, parts.console, plan.federation.cohort)]
+        self._trackers = Trackers(plan.config, parts.folder, self.lines)
         measuring = PersonalMetrics(self.task, self._personal_sums) if personal else self._evaluation()
         return [
             measuring,
             self.privacy,
             metrics,
+            self._trackers,
             Checkpoints(parts.folder, self._checkpoint_facts),
             Progress(parts.console, plan.config.rounds, plan.measure, beside),
             *notes,

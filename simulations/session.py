@@ -94,8 +94,13 @@ class Session:
             evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.setting.ranks)
             accounts = Accounts(_limits(config), config) if config.privacy.mode == "dp" else None
             run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)
-            run.rounds(self.grid)
-            return finish(run, lambda: self._baselines(run))
+            outcome: dict[str, Any] | None = None
+            try:
+                run.rounds(self.grid)
+                outcome = finish(run, lambda: self._baselines(run))
+            finally:
+                run.close(outcome)
+            return outcome
 
     def _baselines(self, run: Run) -> dict[str, float]:
         """Run what a run is compared with, and return its numbers."""

@@ -9,11 +9,13 @@ from typing import Any
 
 from fedlora.config import Config, ConfigError, require
 from fedlora.data import CORPORA, FederatedData, load_federated
+from fedlora.generated import check_generation
 from fedlora.methods import METHODS, Layer, build_method
 from fedlora.plugins import fingerprint, methods_of, read_config
 from fedlora.ranks import client_ranks
 from fedlora.server import Federation
 from fedlora.tasks import TASKS, Task
+from fedlora.tracking import check_trackers
 from simulations.privacy import resolve_privacy
 from strategies import STRATEGIES
 from strategies.build import build_strategy
@@ -30,6 +32,8 @@ def resolve(flat: Mapping[str, Any]) -> Config:
         ConfigError: A value is of the wrong type, out of range or unknown, or values cannot work together.
     """
     config = _named(read_config(flat))
+    check_trackers(config)
+    check_generation(config)
     sites = config.federation.site_names
     if sites:  # each is one client
         config = replace(config, federation=replace(config.federation, num_clients=len(sites)))

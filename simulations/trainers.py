@@ -12,6 +12,7 @@ from clients.ray_site import TrainerPool
 from clients.shards import split_packs
 from clients.site import Speed
 from fedlora.exchange import Instruction, Tensors
+from fedlora.generated import Answer
 from fedlora.roles import Role
 from fedlora.server.personal import Sums
 from simulations.scores import sums_of
@@ -60,6 +61,29 @@ class TrainerEvaluator:
         items = [(self._instruction(tensors, roles, server_round, pack), split) for pack in packs]
         parts = self.pool.results(lambda worker, item: worker.evaluate_personal(*item), items)
         return {report.client: sums_of(report) for part in parts for report in part}
+
+    def answers(self, tensors: Tensors, split: str, rows: Sequence[int]) -> list[Answer]:
+        """Return what the server's model writes for each of these rows of a split."""
+        shares = [rows[first :: len(self.pool)] for first in range(min(len(self.pool), len(rows)))]
+        parts = self.pool.results(
+            lambda worker, item: worker.answers(*item), [(tensors, split, list(share)) for share in shares]
+        )
+        written: dict[int, Answer] = {}
+        for share, part in zip(shares, parts, strict=True):
+            written |= dict(zip(share, part, strict=True))
+        return [written[row] for row in rows]
+
+    def answers_personal(
+        self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, counts: Mapping[int, int]
+    ) -> list[Answer]:
+        """Return what clients' own models write for the first rows that each holds out, so many of each client."""
+        packs = split_packs(sorted(counts), self.pack, len(self.pool))
+        items = [
+            (self._instruction(tensors, roles, server_round, pack), [counts[client] for client in pack])
+            for pack in packs
+        ]
+        parts = self.pool.results(lambda worker, item: worker.answers_personal(*item), items)
+        return [answer for part in parts for answer in part]
 
     def export(
         self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int] = ()

@@ -40,8 +40,11 @@ class RunConfig:
     share: str = "1/1"
     """Which share of a sweep's groups this process runs (``fedlora sweep --workers`` sets it)."""
     plugins: str = ""
-    """Modules, or paths of ``.py`` files, with commas between, that register methods, strategies, tasks or data sets of
-    your own; every process of the run imports them."""
+    """Modules, or paths of ``.py`` files, with commas between, that register methods, strategies, tasks, data sets or
+    trackers of your own; every process of the run imports them."""
+    trackers: str = ""
+    """Where the run's numbers go beside its folder, with commas between: ``tensorboard``, ``mlflow``, ``wandb``. Each
+    needs its package, such as ``pip install 'fedlora[tensorboard]'``."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -59,6 +62,11 @@ class RunConfig:
             self.name,
             "must be a plain folder name; set run.dir for the path.",
         )
+
+    @property
+    def tracker_names(self) -> tuple[str, ...]:
+        """The names in ``trackers``."""
+        return tuple(filter(None, (name.strip() for name in self.trackers.split(","))))
 
 
 @final

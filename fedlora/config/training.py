@@ -167,6 +167,9 @@ class EvalConfig:
     """Whether the test rows are read at all; a search for hyper-parameters measures on ``data.dev-share`` only."""
     target: float = 0.0
     """What the measure has to reach for its rounds and bytes to be noted in ``result.json``; 0: nothing is noted."""
+    generate: int = 0
+    """Rows, drawn from the seed, for which a language model writes answers after the last round, greedily: ROUGE-L and
+    exact match of the text. 0: none. Needs ``pip install 'fedlora[rouge]'``."""
     baselines: bool = False
     """Whether to run what the curve is compared with: each client alone, and all data in one place. Costs about
     twice the run again."""
@@ -174,6 +177,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         """Check the fields."""
         at_least("eval.target", self.target, 0)
+        at_least("eval.generate", self.generate, 0)
 
 
 @final

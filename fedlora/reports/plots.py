@@ -34,7 +34,7 @@ def draw_curves(runs: list[Run]) -> Any:
     figure, axes = _figure()
     for run in runs:
         label = run.config.strategy.name if len(runs) == 1 else run.path.name
-        axes.plot(*run.curve(), marker="o", label=_plain(label))
+        axes.plot(*run.curve(), marker="o", label=_plain(textwrap.fill(label, 40)))
     if len(runs) == 1:
         styles = ("--", ":", "-.", (0, (1, 3)))
         for (name, value), style in zip(runs[0].references().items(), styles, strict=False):

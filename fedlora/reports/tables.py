@@ -9,7 +9,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from fedlora.metrics import Metric, Population
+from fedlora.metrics import GENERATED, Metric, Population
 from fedlora.reports.format import human_bytes, human_time, number
 from fedlora.reports.run import Run
 from fedlora.runs.privacy import format_epsilon
@@ -32,14 +32,23 @@ def clients_table(classes: list[str], counts: list[list[int]], limit: int = 20) 
 
 def metrics_table(run: Run) -> RichTable:
     """Return a table with a line a round."""
-    measure, loss = run.measure.key, run.loss.key
     table = RichTable(
         title=f"{run.path.name}: {run.config.strategy.name}, head {run.plan['roles'].get('head', 'none')}"
     )
-    for column in ("round", run.label(measure), "loss", "clients ok", "refused", "up", "down", "seconds"):
+    columns, rows = rounds_table(run)
+    for column in columns:
         table.add_column(column, justify="right")
-    for line in run.metrics:
-        table.add_row(
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def rounds_table(run: Run) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and rows of a table with a line a round."""
+    measure, loss = run.measure.key, run.loss.key
+    columns = ["round", run.label(measure), "loss", "clients ok", "refused", "up", "down", "seconds"]
+    rows = [
+        [
             str(line["round"]),
             number(line[measure]),
             number(line[loss]),
@@ -48,8 +57,10 @@ def metrics_table(run: Run) -> RichTable:
             human_bytes(line["bytes_up"]),
             human_bytes(line["bytes_down"]),
             f"{line['seconds']:.1f}",
-        )
-    return table
+        ]
+        for line in run.metrics
+    ]
+    return columns, rows
 
 
 def outcome_table(run: Run) -> RichTable:
@@ -78,6 +89,9 @@ def outcome(run: Run) -> dict[str, float | None]:
     own = Metric(name, Population.CLIENTS)
     if own.key in result:
         rows |= _over_clients(run, own)
+    for key in (Metric(one, population).key for population in Population for one in GENERATED[:2]):
+        if key in result:
+            rows[run.label(key)] = result[key]
     if result.get("zero_components"):
         rows["share of rank components that are zero"] = result["zero_components"]
         rows["effective rank of a layer, mean"] = result["effective_rank"]

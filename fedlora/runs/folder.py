@@ -33,7 +33,14 @@ _LIBRARIES = (
 
 CHECKPOINT_FORMAT = 4  # raise when what a checkpoint holds, or what it means, changes
 _MAY_DIFFER = (
-    *("run.resume", "rounds", "federation.timeout", "federation.failure-threshold", "federation.roster"),
+    *(
+        "run.resume",
+        "run.trackers",
+        "rounds",
+        "federation.timeout",
+        "federation.failure-threshold",
+        "federation.roster",
+    ),
     *("federation.min-replies", "federation.grace", "federation.wait", "federation.max-change"),
 )
 
@@ -113,7 +120,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file; numbers that are not finite become null, JSON has none."""
-        self.write_text(name, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+        self.write_text(name, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
     def write_lines(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Write a file of JSON lines whole."""
@@ -209,7 +216,7 @@ def _check_resume(config: Config, path: Path) -> None:
 
 def _line(record: Mapping[str, Any]) -> str:
     """Return a record as a line; numbers that are not finite become null, JSON has none."""
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
+    return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
 def _check_keys(value: Any) -> None:
@@ -223,12 +230,12 @@ def _check_keys(value: Any) -> None:
         _check_keys(one)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return a value with null for every number in it that is not finite."""
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
