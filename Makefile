@@ -56,6 +56,7 @@ config: setup
 tables: setup
 	$(BIN)/python -m tools.strategy_tables .
 	$(BIN)/python -m tools.comparison_tables .
+	$(BIN)/python -m tools.model_table .
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

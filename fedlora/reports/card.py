@@ -55,8 +55,11 @@ def model_card(
     options = f"num_labels={len(classes)}, " if task.has_head else ""
     options += f'problem_type="{task.problem_type}", ' if task.problem_type else ""
     options += f"dtype=torch.{config.engine.dtype}"
+    options += f', revision="{config.model.revision}"' if config.model.revision else ""
+    options += ", trust_remote_code=True" if config.model.trust_remote_code else ""
     if task.has_head:
-        options += ", pad_token_id=tokenizer.pad_token_id"
+        # The base may have a head of another number of classes; the adapter brings its own.
+        options += ", pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True"
         texts = "TEXTS, SECOND_TEXTS" if len(column_names(config.data.text_column)) > 1 else "TEXTS"
         use = (
             f"inputs = tokenizer({texts}, padding=True, truncation=True, max_length={config.train.max_length}, "
