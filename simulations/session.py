@@ -172,15 +172,15 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
                 "started in another checkout lends them its working directory. End that flower-superlink process and "
                 "start the run again from here."
             )
-        if (other.initial_digest, other.constants_digest) != (initial_digest, first.constants_digest):
-            raise ValueError(
-                "the trainers do not draw the same seeded tensors or indices as the server: seed and the method's keys "
-                "must be the same on every machine, and nothing may change what they give."
-            )
         if other.digest != first.digest:
             raise ValueError(
                 "the trainers do not hold the same base model and tokenizer: "
                 f"model.name = {config.model.name!r} must be the same files on every machine."
+            )
+        if (other.initial_digest, other.constants_digest) != (initial_digest, first.constants_digest):
+            raise ValueError(
+                "the trainers do not draw the same seeded tensors or indices as the server: seed and the method's keys "
+                "must be the same on every machine, and nothing may change what they give."
             )
     return first
 

@@ -197,9 +197,10 @@ def test_splitting_a_batch_changes_nothing() -> None:
 def test_copies_bound_the_rows_of_a_forward_pass() -> None:
     engine = engine_of("lora", "bert")
     lengths = np.full(50, 4, dtype=np.int64)
-    assert max(len(part) for part in engine.micro_batches(lengths)) == 50
-    assert max(len(part) for part in engine.micro_batches(lengths, copied=2**24)) == 4
-    assert max(len(part) for part in engine.micro_batches(lengths, copied=2**40)) == 1
+    group = np.arange(50)
+    assert max(len(part) for part in engine.micro_batches(lengths, group)) == 50
+    assert max(len(part) for part in engine.micro_batches(lengths, group, copied=2**24)) == 4
+    assert max(len(part) for part in engine.micro_batches(lengths, group, copied=2**40)) == 1
 
 
 def test_clip_bounds_every_row_and_drops_what_is_not_finite() -> None:

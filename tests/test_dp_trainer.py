@@ -21,7 +21,7 @@ from simulations.setup import resolve
 from tests.support.tiny import save_tiny_language_model
 from tests.support.trainers import (
     EQUAL_PARTS,
-    TokenMean,
+    BatchMean,
     ask,
     dp_config,
     dp_worker,
@@ -184,10 +184,10 @@ def test_a_language_model_under_dp(tmp_path: Path) -> None:
 def test_a_loss_that_couples_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedlora.tasks import TASKS
 
-    monkeypatch.setitem(TASKS._entries, "classification", TokenMean)
-    with pytest.raises(ValueError, match="a row's loss depends on the other rows of its batch"):
-        dp_worker(tmp_path).load()
-    assert ask(tiny_worker(tmp_path))[0].report.reason == "", "without DP it may be"
+    monkeypatch.setitem(TASKS._entries, "classification", BatchMean)
+    for worker in (dp_worker(tmp_path), tiny_worker(tmp_path)):
+        with pytest.raises(ValueError, match="a row's loss depends on the other rows of its batch"):
+            worker.load()
 
 
 @pytest.mark.parametrize(

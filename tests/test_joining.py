@@ -50,7 +50,17 @@ def test_both_sides_name_a_job_alike(flat: dict[str, Any]) -> None:
 
 SERVERS = {
     *(key for key in FLAT if key.startswith(("federation.", "eval.", "server."))),
-    *("rounds", "run.dir", "run.resume", "run.sweep", "run.share", "data.name", "data.path", "data.test-path"),
+    *(
+        "rounds",
+        "run.dir",
+        "run.resume",
+        "run.sweep",
+        "run.share",
+        "run.trackers",
+        "data.name",
+        "data.path",
+        "data.test-path",
+    ),
     *("data.subset", "data.train-split", "data.test-split", "data.text-column", "data.label-column"),
     *("data.answer-column", "data.header", "data.partition", "data.alpha", "data.shards-per-client"),
     *("data.partition-column", "data.min-size", "data.holdout", "data.dev-share"),

@@ -111,7 +111,7 @@ class Keep(Strategy):
 def test_own_keys_reach_the_strategy(tmp_path: Path) -> None:
     file = tmp_path / "keep.py"
     file.write_text(STRATEGY)
-    config = resolve({"run.plugins": str(file), "strategy.name": "keep", "keep.kind": "A"})
+    config = resolve({"run.plugins": str(file), "strategy.name": "keep", "keep.kind": "A", "method.rank": 2})
     specs = build_method(config, LAYERS, []).specs()
     assert build_strategy(config, specs).all_roles(1) == {"A": Role.PERSONAL, "B": Role.SHARED}
 

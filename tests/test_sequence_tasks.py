@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from fedlora.config import Config, MethodConfig, TrainConfig
 from fedlora.data import Table
-from fedlora.engine import ClientWork, Engine, check_rows_apart, evaluate, train_pack
+from fedlora.engine import ClientWork, Engine, evaluate, find_batching, train_pack
 from fedlora.engine.layers import Layout
 from fedlora.methods import build_method
 from fedlora.models import load_tokenizer, prepare_base
@@ -91,7 +91,7 @@ def test_packed_equals_alone(kind: str, family: str, private: bool) -> None:
     batches = [[np.array([0, 3, 1]), np.array([2])], [np.array([5])], [np.array([4]), np.array([1, 5])]]
     works = [ClientWork(k, rows[k], 6, own, start) for k, own in enumerate(batches)]
     train = TrainConfig(learning_rate=0.05)
-    check_rows_apart(engine, start)
+    find_batching(engine, start)
     step = private_step(3) if private else None
     for k, result in enumerate(train_pack(engine, works, {}, train, step)):
         alone = private_step(3) if private else None

@@ -49,11 +49,17 @@ def line(number: int) -> dict[str, Any]:
     return {"round": number, **measured, "bytes_up": 100, "head": "shared", "epsilon": float("inf")}
 
 
+def opened(config: Config) -> RunFolder:
+    """Return a new run's folder, which nobody else writes."""
+    with RunFolder.opened(config) as folder:
+        return folder
+
+
 def tracked(folder: Path, trackers: str, rounds: range, result: dict[str, Any] | None = RESULT, **flat: Any) -> Config:
     """Feed a run's lines to its trackers; after a first part it is a run that is continued."""
     config = read_config({"run.dir": str(folder), "run.name": "one", "run.trackers": trackers, **DP, **flat})
     first = not (folder / "one").exists()
-    written = RunFolder.create(config) if first else RunFolder(folder / "one")
+    written = opened(config) if first else RunFolder(folder / "one")
     watching = Trackers(config, written, [line(number) for number in range(1, rounds.start)])
     for number in rounds:
         anything: Any = None
@@ -168,7 +174,7 @@ def test_no_tracker_stops_or_slows_a_run(
     monkeypatch.setattr(observer, "_PATIENCE_S", 5.0 if name.startswith("hanging") else 60.0)
     config = read_config({"run.dir": str(tmp_path), "run.name": "one", "run.trackers": name, "run.plugins": PLUGIN})
     with caplog.at_level(logging.WARNING):
-        slowest = fed(Trackers(config, RunFolder.create(config), []), 3)
+        slowest = fed(Trackers(config, opened(config), []), 3)
     assert slowest < 2.0
     assert f"run.trackers: {message}" in the_warning(caplog)
 
@@ -179,7 +185,7 @@ def test_a_tracker_that_falls_behind_is_dropped(tmp_path: Path, caplog: pytest.L
         {"run.dir": str(tmp_path), "run.name": "one", "run.trackers": "hanging", "run.plugins": PLUGIN}
     )
     with caplog.at_level(logging.WARNING):
-        slowest = fed(Trackers(config, RunFolder.create(config), []), 5000)
+        slowest = fed(Trackers(config, opened(config), []), 5000)
     assert slowest < 2.0
     assert "run.trackers: hanging is 1000 lines behind" in the_warning(caplog)
 

@@ -56,7 +56,7 @@ def one_key() -> tuple[Engine, Arrays, Examples, str]:
     """Rows of two tokens: the answer is predicted from one position, whose attention has a single key."""
     engine = engine_of("lora", "llama-lm")
     rows = tuple(np.array([3 + n, 9 + n], dtype=np.int64) for n in range(3))
-    return engine, random_start(engine), Examples(rows, np.ones(3, dtype=np.int64)), "q_proj.lora_B"
+    return engine, random_start(engine), Examples(rows, (np.array([False, True]),) * 3), "q_proj.lora_B"
 
 
 def one_short_row() -> tuple[Engine, Arrays, Examples, str]:

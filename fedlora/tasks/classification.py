@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -27,10 +27,6 @@ class Classification(SequenceTask):
     def targets(self, table: Table) -> NDArray[Any]:
         """Return the class of each row, int64 [n]."""
         return np.asarray(table.labels, dtype=np.int64)
-
-    def made_up_targets(self, tokens: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
-        """Return class 1 for each."""
-        return np.ones(len(tokens), dtype=np.int64)
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of each row, [N], in float32 or wider."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from fedlora.config import to_toml
 from fedlora.runs.folder import read_lines
 from tests.support.exported import language_flat
 from tests.support.runs import Finished, fedlora, fedlora_run
@@ -51,3 +53,18 @@ def test_the_adapter_answers(run: Finished) -> None:
     done = fedlora("try", run.folder, "w1 w2 w3")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip()
+
+
+def test_each_cell_of_a_sweep_is_a_tracked_run(tmp_path: Path) -> None:
+    """Also where clients keep tensors: each then writes with its own, on rows that it holds out."""
+    keys = {"run.name": "s", "run.dir": str(tmp_path / "runs"), "run.trackers": "mlflow", "eval.generate": 6}
+    flat = language_flat(tmp_path, **{**keys, "rounds": 1})
+    file = tmp_path / "s.toml"
+    file.write_text(to_toml({**flat, "grid.strategy.name": ["fedavg", "fedsa-lora"]}))
+    done = fedlora("sweep", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with closing(sqlite3.connect(next((tmp_path / "runs").rglob("mlflow.db")))) as database:
+        found = database.execute("select status from runs").fetchall()
+        rows = dict(database.execute("select key, value from metrics where key like '%generated_rows'"))
+    assert found == [("FINISHED",), ("FINISHED",)]
+    assert rows == {"result/test_generated_rows": 6, "result/personal_generated_rows": 6}

@@ -61,7 +61,8 @@ def exported_run(folder: Path, flat: dict[str, Any], clients: int = 0, scale: fl
     data = load_federated(config, 4)
     worker = Worker(lambda: Job(config.to_flat(), data, SiteLimits(str(folder / "sites"))), 1)
     worker.load()
-    written = RunFolder.create(config)
+    with RunFolder.opened(config) as written:
+        pass  # nobody else writes it
     task, head = TASKS[config.task], {"head": Role.SHARED} if TASKS[config.task].has_head else {}
     measure = f"test_{task.measure.name}"
     classes = data.corpus.classes

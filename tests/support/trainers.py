@@ -105,3 +105,14 @@ class TokenMean(Classification):  # type: ignore[misc]
         losses = super().row_losses(model, batch)
         share = batch["attention_mask"].sum(1) / batch["attention_mask"].sum()
         return losses * share * len(losses)
+
+
+class BatchMean(Classification):  # type: ignore[misc]
+    """A planted bug: each row's loss has a part of the others', as a norm or a capacity over the batch makes it."""
+
+    def row_losses(self, model: Any, batch: Any) -> torch.Tensor:
+        losses = super().row_losses(model, batch)
+        return losses * (1 + losses.mean())
+
+    def row_metrics(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
+        return {**super().row_metrics(model, batch), "loss": self.row_losses(model, batch)}
