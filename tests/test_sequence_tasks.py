@@ -14,7 +14,7 @@ from peft import PeftModel
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 
-from fedlora.config import Config, MethodConfig, TrainConfig
+from fedlora.config import Config, MethodConfig, ModelConfig, TrainConfig
 from fedlora.data import Table
 from fedlora.engine import ClientWork, Engine, evaluate, find_batching, train_pack
 from fedlora.engine.layers import Layout
@@ -202,7 +202,7 @@ def test_correlations_of_rows_that_are_alike_are_zero_and_finite() -> None:
 
 
 def test_pairs_are_the_tokenizers_own(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(save_tiny_model(tmp_path))
+    tokenizer = load_tokenizer(ModelConfig(save_tiny_model(tmp_path)))
     one, two = ("w1 w2 w3 w4 w5 w6 w7", "w1"), ("w8 w9", "w2 [SEP] w3")
     rows = Classification(tokenizer.pad_token_id).encode(Table(one, (0, 1), seconds=two), tokenizer, 8)
     assert [tokenizer.convert_ids_to_tokens(row.tolist()) for row in rows.tokens] == [
@@ -217,7 +217,10 @@ def test_pairs_are_the_tokenizers_own(tmp_path: Path) -> None:
 
 
 def test_a_pair_needs_room_for_both_texts(tmp_path: Path) -> None:
-    tokenizer, pair = load_tokenizer(save_tiny_model(tmp_path)), Table(("w1 w2",), (0,), seconds=("w3 w4",))
+    tokenizer, pair = (
+        load_tokenizer(ModelConfig(save_tiny_model(tmp_path))),
+        Table(("w1 w2",), (0,), seconds=("w3 w4",)),
+    )
     task = Classification(tokenizer.pad_token_id)
     assert tokenizer.decode(task.encode(pair, tokenizer, 5).tokens[0]) == "[CLS] w1 [SEP] w3 [SEP]"
     with pytest.raises(ValueError, match=r"train.max-length = 4: a pair takes 5 tokens or more"):

@@ -9,6 +9,7 @@ import torch
 import transformers
 from peft import PeftModel
 
+from fedlora.config import ModelConfig
 from fedlora.data import Table
 from fedlora.engine.generation import end_tokens
 from fedlora.engine.layers import Layout
@@ -104,7 +105,7 @@ def test_a_chat_run_answers_a_chat(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_turn_ends_where_its_template_ends_it(tmp_path: Path) -> None:
     """Also by a token that is not the tokenizer's own end, as Llama's <|eot_id|>."""
-    tokenizer = load_tokenizer(language_flat(tmp_path)["model.name"])
+    tokenizer = load_tokenizer(ModelConfig(language_flat(tmp_path)["model.name"]))
     model = torch.nn.Linear(1, 1)
     assert end_tokens(CausalLM(0), tokenizer, model) == (tokenizer.eos_token_id,)
     tokenizer.chat_template = CHAT

@@ -17,12 +17,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from fedlora.engine.core import Batching, Engine, evaluate
 from fedlora.engine.layers import NoRowsError
 from fedlora.engine.work import Arrays
 from fedlora.seeded import Seeded
-from fedlora.tasks import Rows
+from fedlora.tasks import Batch, Rows
 
 _MODES = (
     Batching(),
@@ -110,4 +111,9 @@ def _of_equal_length(cost: NDArray[np.int64]) -> NDArray[np.int64]:
 def _losses(
     engine: Engine, rows: Rows, numbers: list[int], *own: Arrays, group: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
-    return evaluate(engine, {}, rows, numbers, own=own, group=group)["loss"]
+    """Return the loss of each of these rows, as training takes it."""
+
+    def facts_of(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": engine.task.row_losses(model, batch)}
+
+    return evaluate(engine, {}, rows, numbers, own=own, group=group, facts_of=facts_of)["loss"]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.engine.layers import GroupedModel, Layout
 from fedlora.engine.stack import common_shapes, pad
 from fedlora.engine.work import Arrays
 from fedlora.methods import Method
 from fedlora.models import Base
-from fedlora.tasks import Rows, Task
+from fedlora.tasks import Batch, Rows, Task
+
+FactsOf = Callable[[nn.Module, Batch], dict[str, Tensor]]
+"""Computes facts of a batch's rows, [N] each."""
 
 # What goes through the model at once, in units of the rows' cost (tokens, padding included). It bounds the memory of
 # activations; results change by rounding only. A CPU gains nothing from more, a GPU is filled by about this much.
@@ -160,6 +163,7 @@ def evaluate(
     *,
     own: Sequence[Arrays] = ({},),
     group: NDArray[np.int64] | None = None,
+    facts_of: FactsOf | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Return the task's facts of each row, by name, [n] each.
 
@@ -170,7 +174,9 @@ def evaluate(
         numbers: Which of them to evaluate.
         own: For each group (client) the tensors that only its rows are evaluated with; ranks may differ.
         group: For each of ``numbers`` its place in ``own``; None: all belong to the first.
+        facts_of: Returns other facts of a batch's rows; None: the task's metrics of rows.
     """
+    facts_of = facts_of or engine.task.row_metrics
     group = np.zeros(len(numbers), dtype=np.int64) if group is None else group
     fixed = {name: engine.tensor(array) for name, array in common.items()}
     owned = [{name: engine.tensor(array) for name, array in one.items()} for one in own]
@@ -186,6 +192,6 @@ def evaluate(
             layout = Layout.of(torch.from_numpy(slot).to(engine.device), len(present))
             batch = engine.task.collate(rows, [numbers[place] for place in places], engine.device)
             with engine.grouped.placed(factors, layout) as model:
-                for name, values in engine.task.row_metrics(model, batch).items():
+                for name, values in facts_of(model, batch).items():
                     facts.setdefault(name, np.zeros(len(numbers)))[places] = values.double().cpu().numpy()
     return facts

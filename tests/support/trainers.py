@@ -113,6 +113,3 @@ class BatchMean(Classification):  # type: ignore[misc]
     def row_losses(self, model: Any, batch: Any) -> torch.Tensor:
         losses = super().row_losses(model, batch)
         return losses * (1 + losses.mean())
-
-    def row_metrics(self, model: Any, batch: Any) -> dict[str, torch.Tensor]:
-        return {**super().row_metrics(model, batch), "loss": self.row_losses(model, batch)}
