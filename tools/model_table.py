@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,7 +117,7 @@ def families_table() -> list[str]:
     for family in FAMILIES:
         found = find(family)
         head = ", ".join(layer.name for layer in found.structure.head) or "-"
-        batches = {"": "any rows"}.get(found.batching, found.batching.split(" (")[0])
+        batches = re.sub(r" \([^)]*\)", "", found.batching) or "any rows"
         numbers = " | ".join(f"{number:.0e}" for number in (found.alone, found.by_row, found.dp, found.peft))
         name = f"{family}{' (float32)' if family in FLOAT32 else ''}"
         lines.append(f"| {name} | {', '.join(found.structure.targets)} | {head} | {batches} | {numbers} |")
