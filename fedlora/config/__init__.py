@@ -7,6 +7,7 @@ registered. The table ``[tool.flwr.app.config]`` in ``pyproject.toml`` is genera
 
 from __future__ import annotations
 
+from fedlora.config.data_section import DataConfig
 from fedlora.config.fields import (
     ConfigError,
     Options,
@@ -22,7 +23,6 @@ from fedlora.config.fields import (
 from fedlora.config.schema import Config, Schema
 from fedlora.config.sections import (
     SMALL_LLAMA,
-    DataConfig,
     FederationConfig,
     MethodConfig,
     ModelConfig,

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar, final, get_type_hints
 
+from fedlora.config.data_section import DataConfig
 from fedlora.config.fields import ConfigError, Options, Scalar, at_least, coerce, dotted, require
-from fedlora.config.sections import DataConfig, FederationConfig, MethodConfig, ModelConfig, RunConfig, StrategyConfig
+from fedlora.config.sections import FederationConfig, MethodConfig, ModelConfig, RunConfig, StrategyConfig
 from fedlora.config.training import EngineConfig, EvalConfig, LocalConfig, PrivacyConfig, ServerConfig, TrainConfig
 from fedlora.messages import closest
 

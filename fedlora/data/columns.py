@@ -13,7 +13,7 @@ import pandas as pd
 
 from fedlora.config import Config, DataConfig
 from fedlora.config.data_keys import as_option, table_suffix, write_names
-from fedlora.config.sections import column_names
+from fedlora.config.data_section import column_names
 from fedlora.data.cells import cell_text, check_printed_bytes
 from fedlora.data.chat import Shape, alpaca_prompts, read_chats, recognise
 from fedlora.data.labels import check_header_rows, check_scores, check_spellings, plain_name

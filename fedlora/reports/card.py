@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora import __version__
 from fedlora.config import Config
-from fedlora.config.sections import column_names
+from fedlora.config.data_section import column_names
 from fedlora.metrics import OUTSIDE, is_covered
 from fedlora.roles import Role, Roles
 from fedlora.runs.privacy import markdown

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config import Config
-from fedlora.config.sections import column_names
+from fedlora.config.data_section import column_names
 from fedlora.metrics import OUTSIDE
 from fedlora.privacy import Entry, Mechanism, certifier, epsilon, merged, statement
 from fedlora.privacy.mechanism import ADVERSARIES, NEIGHBOURS, SAMPLING
