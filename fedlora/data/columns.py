@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from fedlora.config import Config, DataConfig
-from fedlora.config.data_keys import as_option, table_suffix, write_names
+from fedlora.config.data_keys import table_suffix
 from fedlora.config.data_section import column_names
 from fedlora.data.cells import cell_text, check_printed_bytes
 from fedlora.data.chat import Shape, alpaca_prompts, read_chats, recognise
-from fedlora.data.labels import check_header_rows, check_scores, check_spellings, plain_name
-from fedlora.data.table import Corpus, Table, Turn
+from fedlora.data.labels import check_header_rows, check_scores, check_spellings
+from fedlora.data.table import Turn
 from fedlora.data.targets import (
     NUMBERED,
-    VALUE,
     MultiLabelOptions,
-    as_bits,
-    check_spread,
-    label_names,
     read_bits,
     read_lists,
     read_numbers,
 )
 from fedlora.messages import closest
-from fedlora.seeded import Seeded
 
-_TEST_SHARE = 0.2
-_FEW_CLASSES = 20  # that a table may have, however few its rows
+FEW_CLASSES = 20  # that a table may have, however few its rows
 _UNNAMED = "all"  # the one category of rows that have none
 
 
@@ -68,7 +60,9 @@ class Source:
 
 
 @dataclass
-class _Rows:
+class RowColumns:
+    """A table's rows as columns of one length; those that the task does not read are empty."""
+
     texts: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
@@ -78,132 +72,15 @@ class _Rows:
     sets: list[tuple[str, ...]] = field(default_factory=list)
     chats: list[tuple[Turn, ...]] = field(default_factory=list)
 
-    def take(self, rows: Sequence[int]) -> _Rows:
-        return _Rows(*([column[row] for row in rows] if column else [] for column in vars(self).values()))
+    def take(self, rows: Sequence[int]) -> RowColumns:
+        """Return these rows, in this order."""
+        return RowColumns(*([column[row] for row in rows] if column else [] for column in vars(self).values()))
 
 
-def build_corpus(train: Source, test: Source | None, config: Config, *, split: bool) -> Corpus:
-    """Return the corpus of a training table and a test table.
-
-    Without a test table a fifth is split off by the seed, or with ``split`` false there are no test rows. Class
-    numbers follow ``data.classes``, or the sorted names of the labels in training where it is not set.
-
-    Raises:
-        ValueError: A column is missing, a row is empty, or the labels of the two tables do not fit.
-    """
-    rows = _read(train, config)
-    if test is not None:
-        test_rows = _read(test, config)
-    elif not split:
-        test_rows = _Rows()
-    else:
-        if len(rows.texts) < 2:
-            raise ValueError(f"{train.place}: has one row, and a fifth of the rows is tested on; add rows.")
-        order = Seeded(config.seed).permutation("test-split", size=len(rows.texts))
-        cut = max(1, round(len(order) * _TEST_SHARE))
-        test_rows, rows = rows.take(np.sort(order[:cut]).tolist()), rows.take(np.sort(order[cut:]).tolist())
-    shape = _shape(train, config)
-    if config.task in NUMBERED:
-        return _numbered(train, rows, test_rows, config, shape)
-    classes = config.data.class_names or tuple(sorted(set(rows.labels), key=_natural))
-    if config.data.classes:
-        _check_declared(classes, rows.labels + test_rows.labels, config)
-    elif config.task == "classification":
-        _check_classes(classes, rows, test_rows, test, config)
-    else:
-        test_rows.labels = [label if label in classes else classes[0] for label in test_rows.labels]
-    number = {name: at for at, name in enumerate(classes)}
-
-    def table(part: _Rows) -> Table:
-        return _table(part, labels=tuple(number[label] for label in part.labels))
-
-    return Corpus(table(rows), table(test_rows), classes, shape=shape)
-
-
-def _table(part: _Rows, **more: Any) -> Table:
-    columns = ("texts", "answers", "owners", "seconds", "chats")
-    return Table(**{name: tuple(getattr(part, name)) for name in columns}, **more)
-
-
-def _numbered(train: Source, rows: _Rows, test_rows: _Rows, config: Config, shape: str) -> Corpus:
-    """Return the corpus of a task whose rows have numbers in place of one class."""
-    key = f"data.label-column = {config.data.label_column!r}"
-    if config.task == "regression":
-        check_spread(rows.values, key)
-        own, test = (_table(part, numbers=tuple((value,) for value in part.values)) for part in (rows, test_rows))
-        return Corpus(own, test, VALUE, shape=shape)
-    columns = _columns(train, config.data.label_column)
-    names = label_names(rows.sets, config.data.class_names, columns if len(columns) > 1 else (), key)
-    own = _table(rows, numbers=tuple(as_bits(rows.sets, names, f"{key}: training rows")))
-    test = _table(test_rows, numbers=tuple(as_bits(test_rows.sets, names, f"{key}: test rows")))
-    return Corpus(own, test, names, shape=shape)
-
-
-def _shape(source: Source, config: Config) -> str:
-    """Return how the columns are read, in words, where their keys alone do not say it."""
-    if config.task == "causal-lm":
-        shape = recognise(source.frame, config.data)
-        return shape.describe(source.frame.columns, config.data) if shape else ""
-    texts = _columns(source, config.data.text_column)
-    return f"sentence pairs ({', '.join(texts)}), by the tokenizer's own pair encoding" if len(texts) > 1 else ""
-
-
-def _check_declared(classes: Sequence[str], labels: Sequence[str], config: Config) -> None:
-    unknown = sorted(set(labels) - set(classes), key=_natural)
-    if not unknown:
-        return
-    plain = {plain_name(name): name for name in classes}
-    place = (
-        f"data.classes = {config.data.classes!r}: the label {unknown[0]!r} of data.label-column = "
-        f"{config.data.label_column!r} is none of them"
-    )
-    if other := plain.get(plain_name(unknown[0])):
-        raise ValueError(
-            f"{place}, and differs from {other!r} in case, spaces or the way to write a number alone; write them alike."
-        )
-    option = as_option("data.classes", write_names([*classes, *unknown]))
-    raise ValueError(f"{place}; remove its rows, or add it" + (f": {option}" if len(unknown) < 20 else "."))
-
-
-def _check_classes(classes: Sequence[str], rows: _Rows, test_rows: _Rows, test: Source | None, config: Config) -> None:
-    column = f"data.label-column = {config.data.label_column!r}"
-    if len(classes) < 2:
-        raise ValueError(
-            f"{column}: all {len(rows.labels)} training rows have the one label {write_names(classes)}; classification "
-            "needs two classes or more."
-        )
-    if len(classes) > max(_FEW_CLASSES, len(rows.labels) // 2):
-        raise ValueError(
-            f"{column}: {len(classes)} different labels in {len(rows.labels)} training rows; this is not the column of "
-            "the classes."
-        )
-    unknown = sorted(set(test_rows.labels) - set(classes), key=_natural)
-    if unknown:
-        source = test.key if test else "data.path, of which a fifth is split off for testing"
-        if other := {plain_name(name): name for name in classes}.get(plain_name(unknown[0])):
-            raise ValueError(
-                f"{source}: the label {unknown[0]!r} of the test rows and {other!r} of the training rows differ in "
-                "case, spaces or the way to write a number alone; write them alike."
-            )
-        raise ValueError(
-            f"{source}: the label {unknown[0]!r} of the test rows is not among the {len(classes)} training labels "
-            f"({write_names(classes[:10])}); it could never be predicted. Remove its rows, or add some to training."
-        )
-
-
-def _natural(label: str) -> tuple[int, float, str]:
-    """Sort numbers by value, before texts."""
-    try:
-        number = float(label)
-    except ValueError:
-        return (1, 0.0, label)
-    return (0, number, label) if math.isfinite(number) else (1, 0.0, label)  # "nan" is a language, too
-
-
-def _read(source: Source, config: Config) -> _Rows:
+def read_rows(source: Source, config: Config) -> RowColumns:
     """Return the rows of one table."""
     data, language = config.data, config.task == "causal-lm"
-    rows = _Rows()
+    rows = RowColumns()
     check_header_rows(source.frame, _header_groups(source, config), source.place, source.row)
     shape = recognise(source.frame, data) if language else None
     if shape is not None:
@@ -242,14 +119,14 @@ def _header_groups(source: Source, config: Config) -> list[dict[Any, str]]:
     ]
 
 
-def _columns(source: Source, wanted: str) -> tuple[str, ...]:
+def columns_of(source: Source, wanted: str) -> tuple[str, ...]:
     """Return the columns that a key names, with commas between; a column whose own name has commas is one."""
     return (wanted,) if wanted in source.frame.columns else column_names(wanted)
 
 
 def _text_columns(source: Source, data: DataConfig) -> tuple[str, ...]:
     """Return the column of texts, or the two of a sentence pair."""
-    columns = _columns(source, data.text_column)
+    columns = columns_of(source, data.text_column)
     if len(columns) > 2:
         raise ValueError(
             f"data.text-column = {data.text_column!r}: names {len(columns)} columns; a text is one, and a sentence "
@@ -260,7 +137,7 @@ def _text_columns(source: Source, data: DataConfig) -> tuple[str, ...]:
 
 def _refuse_pairs(source: Source, data: DataConfig) -> None:
     """Refuse several columns for the one prompt of a language model."""
-    names = _columns(source, data.text_column)
+    names = columns_of(source, data.text_column)
     if len(names) > 1:
         raise ValueError(
             f"data.text-column = {data.text_column!r}: a language model reads one prompt, not a sentence pair; write "
@@ -268,7 +145,7 @@ def _refuse_pairs(source: Source, data: DataConfig) -> None:
         )
 
 
-def _read_shape(rows: _Rows, source: Source, shape: Shape, data: DataConfig) -> None:
+def _read_shape(rows: RowColumns, source: Source, shape: Shape, data: DataConfig) -> None:
     """Read chat data."""
 
     def texts(column: str, *, empty: bool = False) -> list[str]:
@@ -285,10 +162,10 @@ def _read_shape(rows: _Rows, source: Source, shape: Shape, data: DataConfig) -> 
         rows.answers = _texts(source, "data.answer-column", "output")
 
 
-def _read_numbers(rows: _Rows, source: Source, config: Config) -> None:
+def _read_numbers(rows: RowColumns, source: Source, config: Config) -> None:
     """Read what a regression or a multi-label task predicts."""
     key, wanted = "data.label-column", config.data.label_column
-    columns = _columns(source, wanted)
+    columns = columns_of(source, wanted)
     place = f"{key} = {wanted!r}: {source.place}"
     cells = {name: source.frame[_column(source, key, name)] for name in columns}
     if source.frame.empty:
@@ -339,7 +216,7 @@ def _labels(source: Source, config: Config) -> list[str]:
     place = f"data.label-column = {column!r} of {source.place}"
     if config.task == "classification":
         check_scores(labels, place, source.row, data.class_names)
-        if len(set(labels)) > max(_FEW_CLASSES, 0.75 * len(labels)) and not data.classes:
+        if len(set(labels)) > max(FEW_CLASSES, 0.75 * len(labels)) and not data.classes:
             return labels  # texts, and no labels at all: refused when all rows are there
     check_spellings(labels, place, source.row, data.class_names)
     return [label.strip() for label in labels]

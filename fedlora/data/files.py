@@ -10,7 +10,8 @@ from pyarrow.parquet import read_schema
 
 from fedlora.config import Config
 from fedlora.config.data_keys import TABLE_SUFFIXES, table_suffix
-from fedlora.data.columns import Source, build_corpus
+from fedlora.data.columns import Source
+from fedlora.data.corpus import build_corpus
 from fedlora.data.table import Corpus, Table
 from fedlora.data.targets import VALUE
 from fedlora.data.text_files import check_kind, parse_json, parse_separated, read_text

@@ -14,7 +14,8 @@ from flwr_datasets.partitioner import IidPartitioner
 from huggingface_hub import HfApi
 
 from fedlora.config import Config, DataConfig
-from fedlora.data.columns import Source, build_corpus
+from fedlora.data.columns import Source
+from fedlora.data.corpus import build_corpus
 from fedlora.data.table import Corpus
 from fedlora.messages import closest, first_line
 
