@@ -108,7 +108,8 @@ def test_a_head_that_is_not_there_cannot_be_asked_for() -> None:
 
 @pytest.mark.parametrize("policy", ["auto", "fresh"])
 def test_a_trained_head_is_what_the_run_starts_with(policy: str, tmp_path: Path) -> None:
-    worker = tiny_worker(tmp_path, **{"method.head-start": policy})
+    base = save_tiny_model(tmp_path / "headed", head=True)
+    worker = tiny_worker(tmp_path, **{"method.head-start": policy, "model.name": base})
     worker.load()
     described, config = worker.describe(), worker.loaded.model.config
     saved = transformers.AutoModelForSequenceClassification.from_pretrained(config.model.name).classifier.weight

@@ -25,6 +25,7 @@ def flwr(environment: dict[str, str], cwd: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path: Path) -> None:
     """Three SuperNodes, one client each, personal heads: personal accuracy only, and bytes that agree."""
     flat = tiny_flat(

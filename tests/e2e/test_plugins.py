@@ -15,6 +15,7 @@ from tests.support.runs import fedlora
 pytestmark = pytest.mark.e2e
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     flat = tutorial_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "run.name": "run", "rounds": 2})
     (tmp_path / "tiny.toml").write_text(to_toml(flat), encoding="utf-8")

@@ -14,8 +14,8 @@ from tests.support.families import SIZES
 WORDS = [f"w{n}" for n in range(40)]
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> str:
-    """Save a BERT of 2 layers and 16 features with a word tokenizer; return the folder."""
+def save_tiny_model(folder: Path, seed: int = 0, *, head: bool = False) -> str:
+    """Save a BERT of 2 layers and 16 features with a word tokenizer, and a head for 2 classes; return the folder."""
     vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -40,7 +40,8 @@ def save_tiny_model(folder: Path, seed: int = 0) -> str:
         max_position_embeddings=64,
         pad_token_id=0,
     )
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    model = transformers.BertForSequenceClassification(config)
+    (model if head else model.bert).save_pretrained(folder)
     return str(folder)
 
 
