@@ -132,7 +132,9 @@ def _size(weights: Mapping[str, NDArray[Any]]) -> dict[str, float]:
 def _classifier(folder: Path) -> str:
     save_tiny_model(folder)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    return _drawn(model, folder)
+    _drawn(model, folder)
+    model.bert.save_pretrained(folder)  # without a head, which runs would start from
+    return str(folder)
 
 
 def _language_model(folder: Path) -> str:
