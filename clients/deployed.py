@@ -27,6 +27,7 @@ from fedlora import __version__, plugins
 from fedlora.codec import WireError
 from fedlora.config import Config, ConfigError, Scalar
 from fedlora.config.data_keys import read_names
+from fedlora.config.sections import is_pattern
 from fedlora.data import FederatedData
 from fedlora.data.files import load_own_rows
 from fedlora.data.partition import held_out
@@ -34,7 +35,6 @@ from fedlora.exchange import ClientReport, Instruction, Outcome, Update
 from fedlora.headers import HeaderReader
 from fedlora.joining import PROTOCOL, JoinReport, JoinRequest
 from fedlora.storage import write_whole
-from fedlora.targets import is_pattern
 from fedlora.tasks import TASKS
 
 _logger = logging.getLogger(__name__)

@@ -93,7 +93,8 @@ class Resident:
             ValueError: They cannot be loaded, or not work together; the message may quote a row.
         """
         task_class = TASKS[config.task]
-        base = self._base(config, len(corpus.classes) if task_class.has_head else 0)
+        outputs = len(corpus.classes) if task_class.has_head else 0
+        base = self._base(config, outputs)
         check_length(base.structure, config.train.max_length)
         method = build_method(config, base.structure.adapted, base.structure.head)
         task = task_class.build(base.tokenizer, config)
@@ -111,7 +112,7 @@ class Resident:
         initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype) | head_start
         return LoadedModel(
             config=config,
-            engine=replace(engine, batching=self._batching(engine, initial, config, len(corpus.classes))),
+            engine=replace(engine, batching=self._batching(engine, initial, config, outputs)),
             specs=specs,
             initial=initial,
             head_start=head_start,
@@ -120,18 +121,18 @@ class Resident:
         )
 
     @staticmethod
-    def _batching(engine: Engine, initial: dict[str, NDArray[np.floating]], config: Config, classes: int) -> Batching:
+    def _batching(engine: Engine, initial: dict[str, NDArray[np.floating]], config: Config, outputs: int) -> Batching:
         """Return which rows may go through the model together; of 16 bits, also what a rehearsal in float32 found."""
         found = find_batching(engine, initial)
-        base, task = engine.base, engine.task
+        base = engine.base
         if next(base.model.parameters()).dtype in (torch.float64, torch.float32):
             return found
-        tried = rehearse(config, base.structure, task, base.tokenizer, classes if task.has_head else 0)
+        tried = rehearse(config, base.structure, engine.task, base.tokenizer, outputs)
         return found if tried is None else found | tried.batching
 
-    def _base(self, config: Config, classes: int) -> Base:
+    def _base(self, config: Config, outputs: int) -> Base:
         """Return the base model: the resident one, or another in its place."""
-        key = (config.model, TASKS[config.task], classes, config.method.target_modules)
+        key = (config.model, TASKS[config.task], outputs, config.method.target_modules)
         if self._engine is not None and self._key == (*key, config.engine.dtype):
             return self._engine.base
         self._engine = None  # two base models might not fit

@@ -68,9 +68,6 @@ def _tried(
     for table in corpus.splits.values():
         task.encode(table.first(rows), tokenizer, config.train.max_length)
     engine = rehearse(config, structure, task, tokenizer, outputs)
-    if engine is not None:
-        return model_remarks(structure, labels, engine.batching, config, corpus.classes)
-    return (
-        *model_remarks(structure, labels, None, config, corpus.classes),
-        "note: whether rows can be kept apart in this model is found out when it is loaded",
-    )
+    remarks = model_remarks(structure, labels, engine.batching if engine else None, config, corpus.classes)
+    untried = "note: whether rows can be kept apart in this model is found out when it is loaded"
+    return remarks if engine else (*remarks, untried)

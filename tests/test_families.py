@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlora.engine import Batching, Engine, find_batching
+from fedlora.engine import Batching, Engine, evaluate, find_batching
 from fedlora.engine.apart import random_tensors
 from fedlora.engine.layers import NoRowsError
 from fedlora.methods import initial_tensors
@@ -63,8 +63,6 @@ def test_a_pack_on_shared_inputs_is_never_guessed() -> None:
     """Planted: the engine believes that any rows may go together."""
     engine = replace(engine_of("DeBERTa-v2", "query_proj")[0], batching=Batching())
     start = tensors_of(engine)
-    from fedlora.engine import evaluate
-
     with pytest.raises(NoRowsError, match="query_proj"):
         evaluate(engine, {}, engine.task.made_up_rows(), [0, 1], own=[start, start], group=torch.tensor([0, 1]).numpy())  # type: ignore[list-item]
 

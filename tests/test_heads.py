@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load
 
-from fedlora.config import Config, MethodConfig
 from fedlora.engine import evaluate
 from fedlora.engine.apart import random_tensors
 from fedlora.methods import initial_tensors
@@ -27,8 +25,6 @@ from fedlora.seeded import Seeded
 from tests.support.tiny import save_tiny_model
 from tests.support.trainers import tiny_worker
 from tools.model_table import engine_of
-
-_LORA = Config(method=MethodConfig("lora", rank=2))
 
 
 def exported(family: str) -> tuple[Any, Any, dict[str, bytes]]:
@@ -144,7 +140,7 @@ def test_the_cards_snippet_runs(classes: int, tmp_path: Path, monkeypatch: pytes
     with torch.no_grad():
         logits = adapted(**names["inputs"]).logits
     assert logits.shape == (2, 2)
-    engine = replace(model.engine)
+    engine = model.engine
     rows = engine.task.made_up_rows()
     ours = evaluate(engine, tensors, rows, range(len(rows)))["loss"]
     for row, loss in enumerate(ours):

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from fedlora.engine import plan_batches
 from fedlora.seeded import Seeded
-from simulations.plan import Plan
 from strategies import STRATEGIES
-from tests.support.plans import plan
-
-
-def shown(one: Plan) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    one.show(console)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+from tests.support.plans import plan, shown
 
 
 def test_clients_with_one_class_are_named(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
-from rich.console import Console
 
 from fedlora.config import ConfigError
 from fedlora.data import Corpus, load_corpus, load_federated
@@ -19,9 +17,8 @@ from fedlora.plugins import read_config
 from fedlora.reports.card import model_card
 from fedlora.roles import Role
 from fedlora.runs.privacy import without_privacy
-from simulations.plan import Plan
 from simulations.setup import resolve
-from tests.support.plans import plan
+from tests.support.plans import plan, shown
 from tests.support.tiny import WORDS
 from tests.support.trainers import dp_worker, instruction, tiny_worker
 
@@ -214,13 +211,6 @@ def test_a_regression_has_no_class_names() -> None:
     flat = {"task": "regression", "data.partition": "iid", "data.name": "file", "data.path": "x"}
     with pytest.raises(ConfigError, match=r"data.classes = 'a,b': is read by a task with classes"):
         resolve({**flat, "data.classes": "a,b"})
-
-
-def shown(one: Plan) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    one.show(console)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 def test_plans(tmp_path: Path) -> None:

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from typing import final
 
 from fedlora.config.fields import at_least, one_of, positive, require, share, unread
-from fedlora.targets import is_pattern
 
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 """What a deployed site may be called; the name is a folder's, a file's and a user's."""
+_PATTERN = re.compile(r"[\\*+?()\[\]^$|{}]")  # no module's name has any of these
 SMALL_LLAMA = "small-llama"  # the model that a machine trains for itself, see fedlora.models.small_llama
+
+
+def is_pattern(target_modules: str) -> bool:
+    """Return whether ``method.target-modules`` is a regular expression, which full module names must match whole."""
+    return _PATTERN.search(target_modules) is not None
 
 
 @final

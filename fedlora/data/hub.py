@@ -6,20 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
-import httpx
 from datasets import ClassLabel, Dataset, List, disable_progress_bars, load_from_disk
 from datasets.load import CachedDatasetModuleFactory
 from flwr_datasets import FederatedDataset
 from flwr_datasets.partitioner import IidPartitioner
-from huggingface_hub import HfApi
+from huggingface_hub import constants
 
 from fedlora.config import Config, DataConfig
 from fedlora.data.columns import Source
 from fedlora.data.corpus import build_corpus
 from fedlora.data.table import Corpus
+from fedlora.hub import hub_answers
 from fedlora.messages import closest, first_line
 
-_HUB_TIMEOUT_S = 5.0
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes beside the rows, for splits and for one
 
 
@@ -81,16 +80,13 @@ def _of_the_hub(path: Path, data: DataConfig) -> Callable[[str], Dataset]:
 
 
 def _within_reach(name: str) -> bool:
-    """Return whether a data set may be loaded; asked first, since the hub's client goes on trying for half a minute."""
-    try:
-        HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S)
-    except httpx.TransportError:
-        try:
-            CachedDatasetModuleFactory(name).get_module()
-        except Exception:  # whatever it misses
-            return False
-    except Exception:  # an answer, and what it means the loader says
+    """Return whether a data set may be loaded: from the hub, from its cache, or offline as the loader says."""
+    if constants.HF_HUB_OFFLINE or hub_answers():
         return True
+    try:
+        CachedDatasetModuleFactory(name).get_module()
+    except Exception:  # whatever it misses
+        return False
     return True
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 
 from fedlora.config import Options, require
+from fedlora.data.labels import plain_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,7 +213,7 @@ def label_names(rows: Sequence[Labels], declared: Sequence[str], columns: Sequen
         )
     alike: dict[str, str] = {}
     for name in names:
-        other = alike.setdefault(" ".join(name.split()).casefold(), name)
+        other = alike.setdefault(plain_name(name), name)
         if other != name:
             raise ValueError(
                 f"{key}: the labels {other!r} and {name!r} differ in case or spaces alone; write them alike."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -155,6 +156,32 @@ class Engine:
         return [order[part[order] == number] for number in range(int(part.max(initial=-1)) + 1)]
 
 
+@final
+class GroupTensors:
+    """The tensors of several groups on the engine's device, from which those of a batch's rows are taken.
+
+    Args:
+        engine: The engine.
+        common: Tensors that all rows have in common, without a group axis.
+        own: For each group (client) the tensors that only its rows have; ranks may differ.
+    """
+
+    def __init__(self, engine: Engine, common: Arrays, own: Sequence[Arrays]) -> None:
+        self._engine = engine
+        self._fixed = {name: engine.tensor(array) for name, array in common.items()}
+        owned = [{name: engine.tensor(array) for name, array in one.items()} for one in own]
+        shapes = common_shapes(engine.method.specs(), owned, self._fixed)
+        self._stacked = {name: torch.stack([pad(one[name], shape) for one in owned]) for name, shape in shapes.items()}
+
+    def placed(self, group: NDArray[np.int64]) -> AbstractContextManager[nn.Module]:
+        """Put the factors of a batch in place, for the time of a block, whose rows are of these groups."""
+        engine = self._engine
+        present, slot = np.unique(group, return_inverse=True)
+        here = torch.from_numpy(present).to(engine.device)
+        factors = engine.method.factors({**self._fixed, **{name: value[here] for name, value in self._stacked.items()}})
+        return engine.grouped.placed(factors, Layout.of(torch.from_numpy(slot).to(engine.device), len(present)))
+
+
 def evaluate(
     engine: Engine,
     common: Arrays,
@@ -178,20 +205,13 @@ def evaluate(
     """
     facts_of = facts_of or engine.task.row_metrics
     group = np.zeros(len(numbers), dtype=np.int64) if group is None else group
-    fixed = {name: engine.tensor(array) for name, array in common.items()}
-    owned = [{name: engine.tensor(array) for name, array in one.items()} for one in own]
-    shapes = common_shapes(engine.method.specs(), owned, fixed)
-    stacked = {name: torch.stack([pad(one[name], shape) for one in owned]) for name, shape in shapes.items()}
+    tensors = GroupTensors(engine, common, own)
     facts: dict[str, NDArray[np.float64]] = {}
     with torch.inference_mode():
         for chosen in engine.micro_batches(rows.cost[list(numbers)], group):
             places = chosen[np.argsort(group[chosen], kind="stable")]
-            present, slot = np.unique(group[places], return_inverse=True)
-            here = torch.from_numpy(present).to(engine.device)
-            factors = engine.method.factors({**fixed, **{name: value[here] for name, value in stacked.items()}})
-            layout = Layout.of(torch.from_numpy(slot).to(engine.device), len(present))
             batch = engine.task.collate(rows, [numbers[place] for place in places], engine.device)
-            with engine.grouped.placed(factors, layout) as model:
+            with tensors.placed(group[places]) as model:
                 for name, values in facts_of(model, batch).items():
                     facts.setdefault(name, np.zeros(len(numbers)))[places] = values.double().cpu().numpy()
     return facts

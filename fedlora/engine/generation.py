@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora.data import Table
-from fedlora.engine.core import Engine
-from fedlora.engine.layers import Layout
-from fedlora.engine.stack import common_shapes, pad
+from fedlora.engine.core import Engine, GroupTensors
 from fedlora.engine.work import Arrays
 from fedlora.models.quiet import quiet
 from fedlora.tasks import Task
@@ -49,10 +47,7 @@ def generate(
         group: For each prompt its place in ``own``; None: all belong to the first.
     """
     group = np.zeros(len(prompts), dtype=np.int64) if group is None else group
-    fixed = {name: engine.tensor(array) for name, array in common.items()}
-    owned = [{name: engine.tensor(array) for name, array in one.items()} for one in own]
-    shapes = common_shapes(engine.method.specs(), owned, fixed)
-    stacked = {name: torch.stack([pad(one[name], shape) for one in owned]) for name, shape in shapes.items()}
+    tensors = GroupTensors(engine, common, own)
     lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
     written: list[Tokens] = [np.zeros(0, dtype=np.int64)] * len(prompts)
     for length in np.unique(lengths):
@@ -61,15 +56,11 @@ def generate(
         for chosen in engine.micro_batches(cost, group[alike]):
             rows = alike[chosen]
             rows = rows[np.argsort(group[rows], kind="stable")]
-            present, slot = np.unique(group[rows], return_inverse=True)
-            here = torch.from_numpy(present).to(engine.device)
-            factors = engine.method.factors({**fixed, **{name: value[here] for name, value in stacked.items()}})
-            layout = Layout.of(torch.from_numpy(slot).to(engine.device), len(present))
             ids = torch.from_numpy(np.stack([prompts[row] for row in rows])).to(engine.device)
-            with engine.grouped.placed(factors, layout) as model:
+            with tensors.placed(group[rows]) as model:
                 new = greedy(model, ids, max(rooms[row] for row in rows), ends, engine.base.tokenizer.pad_token_id)
-            for row, tokens in zip(rows, new, strict=True):
-                written[row] = tokens[: rooms[row]]
+            for row, answer in zip(rows, new, strict=True):
+                written[row] = answer[: rooms[row]]
     return written
 
 

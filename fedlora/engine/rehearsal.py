@@ -41,8 +41,7 @@ def rehearse(config: Config, structure: Structure, task: Task, tokenizer: Any, n
     Raises:
         ValueError: Rows cannot be kept apart in this model, or a layer cannot be adapted.
     """
-    own, kind = load_config(config.model, num_labels), type(task)
-    own.pad_token_id = own.get_text_config().pad_token_id = tokenizer.pad_token_id
+    own, kind = load_config(config.model, num_labels, tokenizer), type(task)
     if structure.num_parameters > _MOST:
         return None
     if structure.num_parameters > _WHOLE:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import constants
 from safetensors import SafetensorError
 
 from fedlora.config import ModelConfig
+from fedlora.hub import hub_answers
 from fedlora.messages import first_line
 from fedlora.models.names import prepare_model
-
-_TIMEOUT_S = 4.0
 
 
 def options(model: ModelConfig) -> dict[str, Any]:
@@ -25,25 +22,13 @@ def options(model: ModelConfig) -> dict[str, Any]:
     return {
         "revision": model.revision or None,
         "trust_remote_code": model.trust_remote_code,
-        "local_files_only": local or not _hub_answers(),
+        "local_files_only": local or constants.HF_HUB_OFFLINE or not hub_answers(),
     }
 
 
 def place(model: ModelConfig) -> str:
     """Return the folder or hub name that ``model.name`` stands for; a model that this machine makes is made first."""
     return prepare_model(model.name)
-
-
-@cache
-def _hub_answers() -> bool:
-    """Return whether the hub can be reached. Without a network its client tries again for half a minute, each time."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        httpx.head(constants.ENDPOINT, timeout=_TIMEOUT_S)
-    except (httpx.HTTPError, OSError):
-        return False
-    return True
 
 
 @contextmanager

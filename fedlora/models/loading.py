@@ -50,15 +50,22 @@ def auto_model(task: type[Task]) -> Any:
     return getattr(transformers, task.auto_model)
 
 
-def load_config(model: ModelConfig, num_labels: int) -> Any:
+def load_config(model: ModelConfig, num_labels: int, tokenizer: Any = None) -> Any:
     """Return the model's configuration with ``num_labels`` outputs and every dropout set to zero.
 
     Dropout draws one mask for all rows of a pack, so a client's result would depend on its neighbours.
+
+    Args:
+        model: The model.
+        num_labels: Outputs of its head.
+        tokenizer: Whose padding token the model is to know; None: it stays the checkpoint's.
 
     Raises:
         ValueError: There is none, or its quantisation cannot be read on this machine.
     """
     config = own_config(model)
+    if tokenizer is not None:
+        config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
     with found(model), quiet():
         config.num_labels = num_labels
         quantised = getattr(config, "quantization_config", None)
@@ -119,9 +126,8 @@ def load_base(
     Raises:
         ValueError: The model is not there, or its checkpoint lacks weights other than the head's.
     """
-    config = load_config(model, num_labels)
     tokenizer = load_tokenizer(model)
-    config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    config = load_config(model, num_labels, tokenizer)
     with found(model), quiet():
         loaded, report = auto_model(task).from_pretrained(
             place(model),

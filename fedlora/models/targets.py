@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
 
+from fedlora.config.sections import is_pattern
 from fedlora.messages import first_line
 from fedlora.models.quiet import quiet
-from fedlora.targets import is_pattern
 
 AUTO = {
     "albert": ("query", "value"),

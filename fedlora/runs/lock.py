@@ -130,9 +130,12 @@ def _take(lock: FileLock, folder: Path) -> None:
             holder, waited = Holder.of(folder), time.monotonic() - started
             limit = _LEAVING_S if holder is not None and holder.abandoned else _SHORT_S
             if waited > limit:
-                who = "another process" if holder is None else str(holder)
-                raise ValueError(f"{folder} is being written by {who}.") from None
+                raise _taken(folder, holder) from None
             time.sleep(_PAUSE_S)
+
+
+def _taken(folder: Path, holder: Holder | None) -> ValueError:
+    return ValueError(f"{folder} is being written by {holder or 'another process'}.")
 
 
 def refuse_held(folder: Path) -> None:
@@ -147,7 +150,7 @@ def refuse_held(folder: Path) -> None:
         if holder is not None and holder.abandoned:
             return
         if time.monotonic() - started > _SHORT_S:
-            raise ValueError(f"{folder} is being written by {holder or 'another process'}.")
+            raise _taken(folder, holder)
         time.sleep(_PAUSE_S)
 
 

@@ -8,15 +8,13 @@ that is neither there nor predicted counts as 0 in it, as in scikit-learn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedlora.data import Table
 from fedlora.tasks.base import Batch, Measure
-from fedlora.tasks.text import SequenceTask, wide_logits
+from fedlora.tasks.text import NumbersTask, wide_logits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,22 +23,13 @@ _HIT, _FALSE, _MISSED = "true_positive.", "false_positive.", "false_negative."
 
 
 @final
-class MultiLabel(SequenceTask):
+class MultiLabel(NumbersTask):
     """Predicts which labels a text has."""
 
     measure = Measure("f1_micro", higher_is_better=True, most=1.0)
     metric_names = ("f1_micro", "f1_macro", "exact_match", "loss")
     has_classes = True
-    one_class = False
     problem_type = "multi_label_classification"
-
-    def targets(self, table: Table) -> NDArray[Any]:
-        """Return 1 for each label that a row has and 0 for the others, float64 [n, L]."""
-        return np.array(table.numbers, dtype=np.float64)
-
-    def made_up_targets(self, tokens: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
-        """Return one for each; one label stands for all."""
-        return np.ones((len(tokens), 1))
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean binary cross-entropy over the labels of each row, [N], in float32 or wider."""

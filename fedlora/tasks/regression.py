@@ -10,15 +10,14 @@ Spearman's is the mean over the clients, each among its own rows, weighted by th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.data import Table
 from fedlora.tasks.base import Batch, Measure
-from fedlora.tasks.text import SequenceTask, wide_logits
+from fedlora.tasks.text import NumbersTask, wide_logits
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,22 +26,13 @@ _ROUNDING = 1e-12  # a variance below this share of the mean square is rounding
 
 
 @final
-class Regression(SequenceTask):
+class Regression(NumbersTask):
     """Predicts a number from the model's pooled output."""
 
     measure = Measure("pearson", higher_is_better=True, most=1.0)
     metric_names = ("pearson", "spearman", "loss", "mae")
     has_classes = False
-    one_class = False
     problem_type = "regression"
-
-    def targets(self, table: Table) -> NDArray[Any]:
-        """Return the number of each row, float64 [n, 1]."""
-        return np.array(table.numbers, dtype=np.float64)
-
-    def made_up_targets(self, tokens: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
-        """Return one for each."""
-        return np.ones((len(tokens), 1))
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the squared error of each row, [N], in float32 or wider."""

@@ -163,6 +163,20 @@ class SequenceTask(TextTask):
         return to_device({**self.padded(rows, numbers), "labels": rows.targets[list(numbers)]}, device)
 
 
+class NumbersTask(SequenceTask):
+    """A sequence task whose rows have numbers in place of one class."""
+
+    one_class = False
+
+    def targets(self, table: Table) -> NDArray[Any]:
+        """Return the numbers of each row, float64 [n, L]."""
+        return np.array(table.numbers, dtype=np.float64)
+
+    def made_up_targets(self, tokens: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
+        """Return a 1 for each; one number stands for all of a row's."""
+        return np.ones((len(tokens), 1))
+
+
 _LENGTHS = (3, 17, 5, 29)
 _LONG = 1024
 

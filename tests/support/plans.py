@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from fedlora.data import load_federated
 from simulations.plan import Plan
@@ -28,3 +31,11 @@ def plan(folder: Path, **changes: Any) -> Plan:
         nodes=2,
         trainers=1,
     )
+
+
+def shown(one: Plan) -> str:
+    """Return what a plan prints."""
+    console = Console(file=io.StringIO(), width=200)
+    one.show(console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
