@@ -53,6 +53,8 @@ class Upstream:
         self.cut = False  # answers end before their length
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Its connections inherit this; left to itself, a kernel lets such a buffer grow to what it likes.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
         self.port = int(self._socket.getsockname()[1])
         options: dict[str, Any] = {"interface": "asgi3", "http": "h11", "ws": "none", "lifespan": "off"}
         options |= {"log_config": None, "access_log": False, "timeout_graceful_shutdown": 1}
@@ -177,6 +179,7 @@ def head(request: str, headers: dict[str, str], length: int | None = 0) -> bytes
 
 def connect(files: Path, gateway: Gateway) -> ssl.SSLSocket:
     plain = socket.create_connection(("127.0.0.1", gateway.port), timeout=10)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
     return authority(files / "ca.crt").wrap_socket(plain, server_hostname="localhost")
 
 
