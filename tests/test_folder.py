@@ -55,6 +55,16 @@ def test_what_cannot_be_resumed_is_refused(changes: dict[str, Any], message: str
         opened(tmp_path, **{"run.resume": True, **changes})
 
 
+def test_what_a_run_settles_is_no_other_configuration(tmp_path: Path) -> None:
+    """The planted bug: a command compared what it was given with what data and Flower had made of it."""
+    dp: dict[str, Any] = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-5}
+    opened(tmp_path, **dp, **{"privacy.client-size": 19})
+    RunFolder.check(config_of(tmp_path, **dp, **{"run.resume": True}))  # as it was first given, with the size left open
+    opened(tmp_path, **dp, **{"run.resume": True, "privacy.client-size": 19})
+    with pytest.raises(ValueError, match=r"privacy.client-size was 19 and is 0"):
+        opened(tmp_path, **dp, **{"run.resume": True})
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_more_rounds_than_a_schedule_was_laid_out_for(schedule: str, tmp_path: Path) -> None:
     """With a constant rate a run may be made longer; with a schedule its past rounds would have been others."""

@@ -76,7 +76,8 @@ class RunFolder:
         """Make a run's folder, or continue the run in it, and keep every other process from writing it meanwhile.
 
         Raises:
-            ValueError: Another process writes it, or as for :meth:`check`.
+            ValueError: Another process writes it, or as for :meth:`check`; or ``run.resume`` finds a run that is
+                finished or of another configuration.
             StorageError: It cannot be made or written.
         """
         cls.check(config)  # a folder is not made for what cannot be
@@ -85,6 +86,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         with held(path):
             _check_start(config, path)
+            if config.run.resume:
+                _check_same(config, path)
             for partial in path.rglob("*.partial"):  # of a process that was killed while it wrote
                 partial.unlink(missing_ok=True)
             if config.run.resume:
@@ -95,11 +98,11 @@ class RunFolder:
 
     @staticmethod
     def check(config: Config) -> None:
-        """Refuse what :meth:`opened` would refuse, and change nothing.
+        """Refuse what :meth:`opened` would refuse whatever Flower and the data settle, and change nothing.
 
         Raises:
-            ValueError: Another process writes the folder, it holds a run already, or none that ``run.resume`` can
-                continue with this configuration.
+            ValueError: Another process writes the folder, it holds a run already, or none that ``run.resume`` could
+                continue.
             StorageError: It cannot be made or written.
         """
         path = run_path(config)
@@ -177,9 +180,10 @@ class RunFolder:
 
 
 def _check_start(config: Config, path: Path) -> None:
-    """Refuse a new run where one is, and to continue one that is not there, finished, or of another configuration."""
+    """Refuse a new run where one is, and to continue one that is not there."""
     if config.run.resume:
-        _check_resume(config, path)
+        if not (path / "config.toml").is_file():
+            raise ValueError(f"run.resume = true: {path} holds no run to continue; start it without run.resume.")
         return
     own = [one for one in path.iterdir() if one.name not in LOCK_FILES] if path.is_dir() else []
     # An empty one is what a run leaves that is killed right here.
@@ -190,10 +194,9 @@ def _check_start(config: Config, path: Path) -> None:
         )
 
 
-def _check_resume(config: Config, path: Path) -> None:
+def _check_same(config: Config, path: Path) -> None:
+    """Refuse to continue a run that is finished, or of another settled configuration."""
     file = path / "config.toml"
-    if not file.is_file():
-        raise ValueError(f"run.resume = true: {path} holds no run to continue; start it without run.resume.")
     # Keys that are newer than the run had their defaults; whether its checkpoint can be read is checked later.
     before, now = {**schema().defaults(), **from_toml(file.read_text(encoding="utf-8"))}, config.to_flat()
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _MAY_DIFFER]
