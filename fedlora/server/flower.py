@@ -11,25 +11,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import final
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 from flwr.serverapp.strategy import Strategy as FlowerBase
 
-from fedlora.exchange import Instruction, Tensors
-from fedlora.fingerprint import code_fingerprint
-from fedlora.methods import proximal_step
 from fedlora.server.cohort import Federation
+from fedlora.server.core import Core
 from fedlora.server.loop import Observe, run_rounds
 from fedlora.server.mail import Mail
 from fedlora.server.nodes import Nodes, SimulationNodes
 from fedlora.server.personal import PersonalEvaluation
 from fedlora.server.replies import Replies
-from fedlora.server.traffic import ACCUMULATED, Payloads
-from fedlora.shapes import cut
+from fedlora.server.traffic import Payloads
 from fedlora.state import ServerState
 from fedlora.strategy import Strategy
 from fedlora.wire import from_named_arrays, message_bytes, named_arrays, write_instruction
@@ -50,7 +46,7 @@ class FlowerStrategy(FlowerBase):
         nodes: Which SuperNode stands for whom; None: any of a simulation's.
 
     Attributes:
-        state: What the server holds.
+        core: The strategy between two rounds, with the server's state.
         replies: The last round's; None before the first.
         personal: The last evaluation by clients of their own models; None before the first.
     """
@@ -67,10 +63,19 @@ class FlowerStrategy(FlowerBase):
         self._ttl: float | None = None
         self._mail: Mail | None = None
         self.federation = federation
-        self.state = ServerState({}) if state is None else state
+        self.core = Core(strategy, federation, ServerState({}) if state is None else state)
         self.replies: Replies | None = None
         self.personal: PersonalEvaluation | None = None
         self.payloads = Payloads(strategy, federation.dtype)
+
+    @property
+    def state(self) -> ServerState:
+        """What the server holds."""
+        return self.core.state
+
+    @state.setter
+    def state(self, state: ServerState) -> None:
+        self.core.state = state
 
     @property
     def arrays(self) -> ArrayRecord:
@@ -93,7 +98,7 @@ class FlowerStrategy(FlowerBase):
         able = [client for client in cohort if client not in self.state.clients.spent]
         nodes = self.nodes.assign(grid, able, server_round)
         sent = (
-            {clients[0]: self._sent(server_round, clients) for clients in nodes.values()}
+            {clients[0]: self.core.sent(server_round, clients) for clients in nodes.values()}
             if federation.max_change
             else {}
         )
@@ -116,13 +121,14 @@ class FlowerStrategy(FlowerBase):
                 own.accept(message)
             own.end()
         finally:  # what was seen of clients stays seen, however the round ends
-            self._remember(ledger_heads={**clients.ledger_heads, **own.ledger_heads}, spent=clients.spent | own.spent)
+            self.core.remember(
+                ledger_heads={**clients.ledger_heads, **own.ledger_heads}, spent=clients.spent | own.spent
+            )
         federation.check_budgets(server_round, self.state.clients.spent)
         federation.check_failures(
             server_round, own.reports, own.refused, self.state.clients.spent, good=own.total.count
         )
-        self._apply(server_round, own)
-        self._remember(trained=clients.trained | own.used)
+        self.core.apply(server_round, own.total, own.used)
         late = self._mail.late if self._mail is not None and federation.deployed else None
         return self.arrays, own.metrics(late)
 
@@ -225,29 +231,6 @@ class FlowerStrategy(FlowerBase):
         least = self.federation.min_replies
         return least > 0 and self.replies is not None and self.replies.total.count >= least
 
-    def _apply(self, server_round: int, own: Replies) -> None:
-        """Turn the round's updates into the server's new state, in the dtype of its tensors."""
-        dtype, strategy = self.federation.dtype, self.strategy
-        reduced = own.total.reduced()
-        reduced = replace(reduced, mean={name: value.astype(dtype) for name, value in reduced.mean.items()})
-        ranks = self._ranks()
-        state = strategy.apply(self.state, reduced, server_round)
-        # A mean of sparse tensors is dense where only one of the clients is not zero.
-        rate = self.federation.learning_rate * strategy.local(server_round).learning_rate
-        shrunk = proximal_step(state.tensors, strategy.expected(server_round), rate)
-        tensors = {name: value.astype(dtype) for name, value in {**state.tensors, **shrunk}.items()}
-        self.state = replace(state, tensors=tensors)
-        if strategy.accumulated(1):
-            history = np.array([*ranks, ranks[-1] + strategy.added_rank(own.used)], dtype=np.float64)
-            self.state = replace(self.state, extra={**self.state.extra, ACCUMULATED: history})
-
-    def _ranks(self) -> list[int]:
-        """Return the ranks that have been added until the end of each round, of a strategy whose tensors accumulate."""
-        return [int(rank) for rank in self.state.extra.get(ACCUMULATED, np.zeros(1))]
-
-    def _remember(self, **changes: Any) -> None:
-        self.state = replace(self.state, clients=replace(self.state.clients, **changes))
-
     def _take(self, arrays: ArrayRecord, server_round: int) -> None:
         """Hold what the loop passes on.
 
@@ -255,7 +238,7 @@ class FlowerStrategy(FlowerBase):
             ValueError: It lacks something that the round sends.
         """
         self.state = replace(self.state, tensors=from_named_arrays(arrays))
-        sent = {*self.strategy.sent(server_round), *self.strategy.accumulated(self._ranks()[-1])}
+        sent = {*self.strategy.sent(server_round), *self.strategy.accumulated(self.core.ranks[-1])}
         for lacks, held, wanted in (
             ("arrays lack", self.state.tensors, sent),
             ("state lacks", self.state.extra, set(self.strategy.extra(server_round))),
@@ -270,7 +253,7 @@ class FlowerStrategy(FlowerBase):
     def _count_down(self, nodes: Mapping[int, tuple[int, ...]], server_round: int, payload: Payload) -> None:
         """Count what clients are sent for a round, and what of it they would lack if they kept what they were sent."""
         received = dict(self.state.clients.received)
-        ranks, counted = self._ranks(), dict[tuple[int, int | None], tuple[int, int]]()
+        ranks, counted = self.core.ranks, dict[tuple[int, int | None], tuple[int, int]]()
         for client in (client for clients in nodes.values() for client in clients):
             key = received.get(client, -1), self.strategy.setting.rank(client)
             if key not in counted:
@@ -279,43 +262,18 @@ class FlowerStrategy(FlowerBase):
                 self.replies.traffic.bytes_down += counted[key][0]
                 self.replies.traffic.bytes_down_cached += counted[key][1]
             received[client] = server_round - 1
-        self._remember(received=received)
+        self.core.remember(received=received)
 
     def _messages(
         self, message_type: str, server_round: int, nodes: Mapping[int, tuple[int, ...]]
     ) -> Iterator[Message]:
         """Yield one message a node, made when it is asked for."""
-        federation, ranks, heads = self.federation, self.strategy.setting.ranks, self.state.clients.ledger_heads
-        exchanged = self.strategy.extra(server_round) if message_type == MessageType.TRAIN else {}
-        extra = {name: self.state.extra[name] for name in exchanged}
+        train = message_type == MessageType.TRAIN
         for node, clients in nodes.items():
-            content = write_instruction(
-                Instruction(
-                    round=server_round,
-                    clients=clients,
-                    roles=self.strategy.all_roles(server_round),
-                    tensors=self._sent(server_round, clients),
-                    weights=federation.weights,
-                    reduction=self.strategy.reduction(server_round),
-                    local=self.strategy.local(server_round),
-                    extra=extra,
-                    ranks=tuple(ranks[client] for client in clients) if ranks else (),
-                    fingerprint=federation.fingerprint or code_fingerprint()[0],
-                    pack=federation.pack,
-                    ledger_heads=tuple(heads.get(client, "") for client in clients) if federation.dp else (),
-                    job=self.nodes.job(clients),
-                )
-            )
+            told = self.core.instruction(server_round, clients, train=train, job=self.nodes.job(clients))
+            content = write_instruction(told)
             if self.replies is not None:
                 self.replies.traffic.message_bytes_down += message_bytes(content)
             yield Message(
                 content, dst_node_id=node, message_type=message_type, ttl=self._ttl, group_id=str(server_round)
             )
-
-    def _sent(self, server_round: int, clients: tuple[int, ...]) -> Tensors:
-        """Return the tensors that a node is sent: as much of each as the client with the largest rank holds."""
-        ranks = self.strategy.setting.ranks
-        widest = max(clients, key=lambda client: ranks[client]) if ranks else None
-        accumulated = {name: self.state.tensors[name] for name in self.strategy.accumulated(self._ranks()[-1])}
-        sent = self.strategy.sent(server_round, widest)
-        return {**{name: cut(self.state.tensors[name], spec.shape) for name, spec in sent.items()}, **accumulated}

@@ -1,0 +1,105 @@
+"""A strategy at the server between two rounds, whatever carries its messages: instructions out, updates in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, final
+
+import numpy as np
+
+from fedlora.exchange import Instruction, Tensors
+from fedlora.fingerprint import code_fingerprint
+from fedlora.methods import proximal_step
+from fedlora.reduce import Reduction
+from fedlora.server.cohort import Federation
+from fedlora.server.traffic import ACCUMULATED
+from fedlora.shapes import cut
+from fedlora.state import ServerState
+from fedlora.strategy import Strategy
+
+
+@final
+class Core:
+    """What the server makes of a strategy in a round.
+
+    Args:
+        strategy: The strategy.
+        federation: Its clients.
+        state: What the server holds before the first round, ``strategy.initial(...)``, or held after the last one.
+
+    Attributes:
+        state: What the server holds.
+    """
+
+    def __init__(self, strategy: Strategy, federation: Federation, state: ServerState) -> None:
+        self.strategy, self.federation, self.state = strategy, federation, state
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that have been added until the end of each round, of a strategy whose tensors accumulate."""
+        return [int(rank) for rank in self.state.extra.get(ACCUMULATED, np.zeros(1))]
+
+    def sent(self, server_round: int, clients: Sequence[int]) -> Tensors:
+        """Return the tensors that clients are sent together: as much of each as the one with the largest rank holds."""
+        ranks = self.strategy.setting.ranks
+        widest = max(clients, key=lambda client: ranks[client]) if ranks else None
+        accumulated = {name: self.state.tensors[name] for name in self.strategy.accumulated(self.ranks[-1])}
+        sent = self.strategy.sent(server_round, widest)
+        return {**{name: cut(self.state.tensors[name], spec.shape) for name, spec in sent.items()}, **accumulated}
+
+    def instruction(
+        self, server_round: int, clients: Sequence[int], *, train: bool = True, job: str = ""
+    ) -> Instruction:
+        """Return what clients are told together.
+
+        Args:
+            server_round: The round that they train, or would start next where they are only measured.
+            clients: The clients, ascending.
+            train: Whether they train; else they need none of what is exchanged beside the tensors.
+            job: Digest of the job that they have joined; empty in a simulation.
+        """
+        strategy, federation = self.strategy, self.federation
+        ranks, heads = strategy.setting.ranks, self.state.clients.ledger_heads
+        return Instruction(
+            round=server_round,
+            clients=tuple(clients),
+            roles=strategy.all_roles(server_round),
+            tensors=self.sent(server_round, clients),
+            weights=federation.weights,
+            reduction=strategy.reduction(server_round),
+            local=strategy.local(server_round),
+            extra={name: self.state.extra[name] for name in (strategy.extra(server_round) if train else ())},
+            ranks=tuple(ranks[client] for client in clients) if ranks else (),
+            fingerprint=federation.fingerprint or code_fingerprint()[0],
+            pack=federation.pack,
+            ledger_heads=tuple(heads.get(client, "") for client in clients) if federation.dp else (),
+            job=job,
+        )
+
+    def apply(self, server_round: int, total: Reduction, used: Collection[int]) -> None:
+        """Turn a round's updates into the new state, in the dtype of its tensors.
+
+        Args:
+            server_round: The round.
+            total: The updates, reduced.
+            used: The clients that they are of.
+        """
+        dtype, strategy = self.federation.dtype, self.strategy
+        reduced = total.reduced()
+        reduced = replace(reduced, mean={name: value.astype(dtype) for name, value in reduced.mean.items()})
+        ranks = self.ranks
+        state = strategy.apply(self.state, reduced, server_round)
+        # A mean of sparse tensors is dense where only one of the clients is not zero.
+        rate = self.federation.learning_rate * strategy.local(server_round).learning_rate
+        shrunk = proximal_step(state.tensors, strategy.expected(server_round), rate)
+        tensors = {name: value.astype(dtype) for name, value in {**state.tensors, **shrunk}.items()}
+        self.state = replace(state, tensors=tensors)
+        if strategy.accumulated(1):
+            history = np.array([*ranks, ranks[-1] + strategy.added_rank(used)], dtype=np.float64)
+            self.state = replace(self.state, extra={**self.state.extra, ACCUMULATED: history})
+        self.remember(trained=self.state.clients.trained | set(used))
+
+    def remember(self, **changes: Any) -> None:
+        """Change what is remembered of the clients."""
+        self.state = replace(self.state, clients=replace(self.state.clients, **changes))
