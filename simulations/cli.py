@@ -27,7 +27,7 @@ from fedlora.storage import StorageError, check_can_write, write_whole, writing
 from simulations import push, try_adapter
 from simulations.launch import end_abandoned, launch, run_side_by_side
 from simulations.options import absolute_paths, read_options, read_overrides
-from simulations.plan import Plan
+from simulations.plan import Plan, trained_in_a_round
 from simulations.setup import resolve, settle
 from strategies import STRATEGIES
 from strategies.build import build_strategy
@@ -226,7 +226,7 @@ def _trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:
             strategy = build_strategy(config, specs)
         except ValueError:
             continue  # the settings do not fit this method, rank or model; the run's own strategy does
-        trained[name] = replace(plan, config=config, strategy=strategy).trained_in_a_round()
+        trained[name] = trained_in_a_round(strategy)
     return trained
 
 

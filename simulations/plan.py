@@ -62,7 +62,7 @@ class Plan:
     @cached_property
     def privacy(self) -> PrivacyPlan | None:
         """What its privacy comes to; None where it has none."""
-        return PrivacyPlan(self.config, self.trained_in_a_round()) if self.config.privacy.mode == "dp" else None
+        return PrivacyPlan(self.config, trained_in_a_round(self.strategy)) if self.config.privacy.mode == "dp" else None
 
     @property
     def sampled(self) -> int:
@@ -156,14 +156,6 @@ class Plan:
             "trainers": self.trainers,
             **({"privacy": self.privacy.record()} if self.privacy is not None else {}),
         }
-
-    def trained_in_a_round(self) -> int:
-        """Return the most numbers that a client trains in one round."""
-        turns = range(1, self.strategy.period + 1)
-        return max(count_parameters(self._trained(number)) for number in turns)
-
-    def _trained(self, server_round: int) -> Mapping[str, TensorSpec]:
-        return self.strategy.with_role(server_round, *TRAINED)
 
     def trained_parameters(self) -> int:
         """Return the numbers that a client trains, over the rounds of a cycle."""
@@ -275,6 +267,12 @@ class Plan:
                 f"go by privacy.client-size = {declared}"
             )
         return remarks
+
+
+def trained_in_a_round(strategy: Strategy) -> int:
+    """Return the most numbers that a client trains in one round."""
+    turns = range(1, strategy.period + 1)
+    return max(count_parameters(strategy.with_role(number, *TRAINED)) for number in turns)
 
 
 def _in_turn(roles: Sequence[Role]) -> str:
