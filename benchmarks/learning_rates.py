@@ -50,8 +50,8 @@ PAIRS = (
 RATES = {
     ("adamw", "none"): (0.0003, 0.001, 0.003, 0.01, 0.03),
     ("sgd", "none"): (0.03, 0.1, 0.3, 1.0, 3.0),
-    ("adamw", "dp"): (0.0003, 0.001, 0.003, 0.01),
-    ("sgd", "dp"): (0.3, 1.0, 3.0, 10.0),
+    ("adamw", "dp"): (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+    ("sgd", "dp"): (0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0),
 }
 COMMON = {
     "data.dev-share": 0.1,
@@ -69,7 +69,7 @@ COMMON = {
 TASKS: dict[str, dict[str, Any]] = {
     "sst2": {"data.header": False, "data.text-column": "0", "data.label-column": "1", "data.classes": "0,1"},
     "docstrings": {},
-    "language": {"task": "causal-lm", "model.name": "small-llama", "train.max-length": 64},
+    "language": {"task": "causal-lm", "model.name": "small-llama", "train.max-length": 64, "method.rank": 4},
 }
 DISTINGUISHED = {
     "data": "data",
@@ -107,8 +107,16 @@ def rates(path: str) -> Iterator[dict[str, Any]]:
                     flat = COMMON | own | ({"data.path": path} if task == "sst2" else {})
                     flat |= {"method.name": method, "strategy.name": strategy, "train.optimizer": optimizer}
                     if privacy == "dp":
-                        flat |= {"privacy.mode": "dp", "privacy.epsilon": 8.0, "train.batch-size": 64}
-                        flat |= {"s2.sparsity": 0.0, "privacy.seed": 1}
+                        flat |= {
+                            "privacy.mode": "dp",
+                            "privacy.epsilon": 8.0,
+                            "train.batch-size": 64,
+                            "privacy.seed": 1,
+                        }
+                    if (
+                        privacy == "dp" or optimizer == "sgd"
+                    ):  # whose rates are so large that s2.sparsity leaves nothing
+                        flat |= {"s2.sparsity": 0.0}
                     yield flat | {"train.learning-rate": rate, "data": task}
 
 
@@ -116,7 +124,7 @@ def noise(path: str) -> Iterator[dict[str, Any]]:
     """Yield the configurations that show how much noise still lets a run learn."""
     for rounds, steps, batch, clients, epsilon in SCHEDULES:
         for method, strategy in (("lora", "fedavg"), ("lora", "ffa-lora"), ("s2-lora", "s2-lora")):
-            for optimizer, values in (("sgd", (0.3, 1.0, 3.0, 10.0)), ("adamw", (0.001, 0.003))):
+            for optimizer, values in (("sgd", (0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0)), ("adamw", (0.001, 0.003))):
                 for rate in values:
                     yield COMMON | TASKS["sst2"] | {
                         "data.path": path, "data": "sst2", "data.holdout": 0.0, "s2.sparsity": 0.0,
