@@ -108,7 +108,12 @@ def test_labels(suffix: str, labels: Rows, changes: dict[str, Any], tmp_path: Pa
     ("labels", "changes", "message"),
     [
         (["a,b", "b", "a"], {}, r"no row holds the separator '\|', and 'a,b' holds ','; set multi-label.separator"),
-        (["a|b", "A", "b"], {}, r"the labels 'A' and 'a' differ in case or spaces alone"),
+        (
+            ["a|b", "A|a", "b"],
+            {},
+            r"labels 'a' \(row 0 .*, row 1 .*\) and 'A' \(row 1 \(from 0\)\) differ in case, spa",
+        ),
+        (["a", "b", "A"], {"data.classes": "a,A,b"}, r"labels 'A' \(row 2 .*\) and 'a' \(row 0 .*\) differ in case"),
         (["a|a", "b", "b"], {}, r"row 0 .*names the label 'a' twice"),
         ([[0, 0, 1], [1, 0, 0], [0, 1, 1]], {}, r"names the label '.' twice. \(Lists of 0 and 1 are not read"),
         ([["a", None], ["b"], ["b"]], {}, r"row 0 .*its list holds"),
@@ -138,6 +143,30 @@ def test_bits_that_are_refused(cells: list[Any], changes: dict[str, Any], messag
     columns = {"text": texts(3), "a": [0, 1, 0], "b": cells}
     with pytest.raises(ValueError, match=message):
         corpus(tmp_path / "a.parquet", "multi-label", columns, **{"data.label-column": "a,b", **changes})
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "message"),
+    [
+        ("regression", {"label": ["1", "2", "x"]}, r"the first is row 2 \(line 4\) with 'x'"),
+        (
+            "multi-label",
+            {"label": ["a|b", "a|b", "A"]},
+            r"'a' \(row 0 \(line 2\), row 1 \(line 3\)\) and 'A' \(row 2 \(line 4\)\) differ",
+        ),
+        ("multi-label", {"label": ["a|b", "b|b", "a"]}, r"row 1 \(line 3\): names the label 'b' twice"),
+        ("multi-label", {"label": ["a|b", "b", "['a', 'b']"]}, r"row 2 \(line 4\): holds a written list"),
+        (
+            "multi-label",
+            {"a": [0, 1, 2], "b": [0, 1, 1], "label": [0] * 3},
+            r"'a' .*the first is row 2 \(line 4\) with",
+        ),
+    ],
+)
+def test_rows_are_named_with_their_lines(task: str, columns: Rows, message: str, tmp_path: Path) -> None:
+    changes = {"data.label-column": "a,b"} if "a" in columns else {}
+    with pytest.raises(ValueError, match=message):
+        corpus(tmp_path / "a.csv", task, {"text": texts(3), **columns}, **changes)
 
 
 def test_names_that_a_hub_data_set_declares(tmp_path: Path) -> None:

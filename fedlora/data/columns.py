@@ -14,7 +14,7 @@ from fedlora.config.data_keys import table_suffix
 from fedlora.config.data_section import column_names
 from fedlora.data.cells import cell_text, check_printed_bytes
 from fedlora.data.chat import Shape, alpaca_prompts, read_chats, recognise
-from fedlora.data.labels import check_header_rows, check_scores, check_spellings
+from fedlora.data.labels import check_header_rows, check_owners, check_scores, check_spellings
 from fedlora.data.table import Turn
 from fedlora.data.targets import (
     NUMBERED,
@@ -103,6 +103,8 @@ def read_rows(source: Source, config: Config) -> RowColumns:
         rows.labels = [_UNNAMED] * len(rows.texts)
     if data.partition_column:
         rows.owners = _texts(source, "data.partition-column", data.partition_column)
+        place = f"data.partition-column = {data.partition_column!r} of {source.place}"
+        check_owners(rows.owners, place, source.row)
     return rows
 
 
@@ -172,14 +174,14 @@ def _read_numbers(rows: RowColumns, source: Source, config: Config) -> None:
         raise ValueError(f"{source.place}: there are no rows.")
     if config.task == "multi-label":
         if len(columns) > 1:
-            rows.sets = read_bits(cells, place)
+            rows.sets = read_bits(cells, place, source.row)
         else:
             separator = config.options(MultiLabelOptions).separator
-            rows.sets = read_lists(cells[columns[0]], separator, place, source.class_names)
+            rows.sets = read_lists(cells[columns[0]], separator, place, source.row, source.class_names)
     elif len(columns) > 1:
         raise ValueError(f"{key} = {wanted!r}: names {len(columns)} columns; task = 'regression' predicts one number.")
     else:
-        rows.values = read_numbers(cells[columns[0]], place)
+        rows.values = read_numbers(cells[columns[0]], place, source.row)
 
 
 def _prompts(source: Source, template: str) -> list[str]:
@@ -218,7 +220,8 @@ def _labels(source: Source, config: Config) -> list[str]:
         check_scores(labels, place, source.row, data.class_names)
         if len(set(labels)) > max(FEW_CLASSES, 0.75 * len(labels)) and not data.classes:
             return labels  # texts, and no labels at all: refused when all rows are there
-    check_spellings(labels, place, source.row, data.class_names)
+    cure = "write them alike, or, if they are two classes, name both in data.classes"
+    check_spellings(labels, place, source.row, what="labels", cure=cure, declared=data.class_names)
     return [label.strip() for label in labels]
 
 
