@@ -256,6 +256,18 @@ def test_plans(tmp_path: Path) -> None:
     assert "note: the numbers to learn have mean" in shown(plan(tmp_path, **flat))
 
 
+def test_a_plan_says_what_an_adapter_reads_and_puts_out(tmp_path: Path) -> None:
+    for kind, texts, outputs in (
+        ("regression", ["text"], ["value"]),
+        ("multi-label", ["text"], ["a", "b"]),
+        ("pairs", ["text", "second"], ["x", "y"]),
+    ):
+        folder = tmp_path / kind
+        folder.mkdir()
+        record = plan(folder, **keys(folder, kind)).record()
+        assert (record["texts"], record["outputs"]) == (texts, outputs)
+
+
 def test_cards(tmp_path: Path) -> None:
     for kind, parts in (
         ("regression", ["num_labels=1", 'problem_type="regression"', "tokenizer(TEXTS, padding"]),

@@ -127,6 +127,11 @@ class SequenceTask(TextTask):
     def targets(self, table: Table) -> NDArray[Any]:
         """Return what is predicted of each row, [n, ...]."""
 
+    @staticmethod
+    @abstractmethod
+    def predictions(logits: Tensor) -> Tensor:
+        """Return what logits [N, L] say: the probability of each class or label, or the number itself."""
+
     def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
         """Tokenize texts, or pairs of them, of which the longer is cut first where both do not fit.
 
@@ -192,18 +197,23 @@ def _made_up_texts(tokenizer: Any, longest: int) -> list[str]:
     return [" ".join(words[(7 * at + start) % len(words)] for at in range(n)) for start, n in enumerate(lengths)]
 
 
-def wide_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the model's logits for a batch, in float32 or wider.
+def model_inputs(model: nn.Module, batch: Batch) -> Batch:
+    """Return what a model reads of a batch.
 
     A model without token types, or with one type alone (RoBERTa's), is not given the tokenizer's.
     """
-    import torch
-
     names = ["input_ids", "attention_mask"]
     if "token_type_ids" in batch and "token_type_ids" in signature(model.forward).parameters:
         config: Any = model.config
         names += ["token_type_ids"] if getattr(config, "type_vocab_size", 2) > 1 else []
-    logits: Tensor = model(**{name: batch[name] for name in names}).logits
+    return {name: batch[name] for name in names}
+
+
+def wide_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the model's logits for a batch, in float32 or wider."""
+    import torch
+
+    logits: Tensor = model(**model_inputs(model, batch)).logits
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
