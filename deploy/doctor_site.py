@@ -19,6 +19,7 @@ from fedlora.config.data_keys import read_names
 from fedlora.messages import first_line
 
 _SOCKET_PATH = 107  # bytes that Linux takes
+_GUESSED = ("classification", "multi-label", "regression", "causal-lm")  # the first two where there are classes
 _GET_AGAIN = "get tls/ca.crt from the coordinator again"
 
 
@@ -47,7 +48,8 @@ def examine_site(
         findings.append(Finding("SuperNode", Grade.WARNING, "the file has no [supernode]", cure))
     else:
         findings += _supernode(site, site.supernode, others or [daemon])
-    findings += [checks.disk(site.state), checks.gpu(), _data(site), *_models(site, load=load_models)]
+    data, task = _data(site)
+    findings += [checks.disk(site.state), checks.gpu(), data, *_models(site, task, load=load_models)]
     return findings
 
 
@@ -129,41 +131,41 @@ def _key_kind(path: Path) -> Iterator[Finding]:
         yield Finding("SuperNode's key", Grade.FAILED, f"{path} is no key that Flower takes", cure)
 
 
-def _data(site: SiteFile) -> Finding:
-    """Check that the data can be read, with their columns and classes."""
+def _data(site: SiteFile) -> tuple[Finding, str]:
+    """Check that the data can be read for their task; return the task, too.
+
+    Where the site's file names no task, the first that its columns can be read for is taken, and said.
+    """
     from fedlora.data.files import load_own_rows
     from fedlora.plugins import read_config
+    from fedlora.tasks import TASKS
 
-    data, classes = site.data, site.public.classes
-    flat = {
-        "task": "classification" if classes else "causal-lm",
-        "data.name": "file",
-        "data.path": data.path,
-        "data.text-column": data.text_column,
-        "data.label-column": data.label_column,
-        "data.answer-column": data.answer_column,
-        "data.header": data.header,
-        "data.partition": "iid",
-        "data.classes": classes,
-    }
-    try:
-        corpus = load_own_rows(read_config(flat))
-    except (ValueError, OSError) as error:
-        return Finding(
-            "data",
-            Grade.FAILED,
-            first_line(error),
-            "put the file in its place, and set [data] and [public] classes to what it has",
-        )
-    rows = len(corpus.train)
-    found = f"{rows} rows, {len(corpus.classes)} classes" if classes else f"{rows} rows with answers"
+    data, refused = site.data, dict[str, str]()
+    for task in (data.task,) if data.task else _GUESSED if site.public.classes else _GUESSED[2:]:
+        try:
+            named = TASKS[task].has_head and TASKS[task].has_classes
+            classes = site.public.classes if named else ""
+            corpus = load_own_rows(read_config({**data.flat, "task": task, "data.classes": classes}))
+            break
+        except (ValueError, OSError) as error:
+            refused[task] = first_line(error)
+    else:
+        found = refused.get(data.task) or "; ".join(f"as {one}: {why}" for one, why in refused.items())
+        cure = "put the file in its place, and set [data] with its task, and [public] classes, to what it has"
+        return Finding("data", Grade.FAILED, found, cure), next(iter(refused))
+    rows, names = len(corpus.train), len(corpus.classes)
+    kinds = {"classification": f", {names} classes", "multi-label": f", {names} labels", "regression": " with numbers"}
+    found = f"{rows} rows{kinds.get(task, ' with answers' if corpus.train.answers else '')}"
     if not rows / 2 <= site.public.rows <= rows * 2:
         cure = "set rows to a round number near it; under privacy it sets the sample rate"
-        return Finding("data", Grade.WARNING, f"{found}, and [public] rows = {site.public.rows}", cure)
-    return Finding("data", Grade.OK, found)
+        return Finding("data", Grade.WARNING, f"{found}, and [public] rows = {site.public.rows}", cure), task
+    if not data.task:
+        found += f", read for {task}; {site.path.name} does not say what they are for"
+        return Finding("data", Grade.WARNING, found, f"say it: task = '{task}', or another, under [data]"), task
+    return Finding("data", Grade.OK, found), task
 
 
-def _models(site: SiteFile, *, load: bool) -> Iterator[Finding]:
+def _models(site: SiteFile, task: str, *, load: bool) -> Iterator[Finding]:
     """Check that the models are there; with ``load`` that they load, and their digests."""
     from fedlora.models import model_path
 
@@ -171,7 +173,7 @@ def _models(site: SiteFile, *, load: bool) -> Iterator[Finding]:
         what = f"model {name}"
         try:
             if load:
-                digest = _digest(site, place)
+                digest = _digest(site, place, task)
                 wanted = site.limits.model_digests
                 if wanted and digest not in wanted:
                     cure = "get the model that was agreed on, or change model-digests if this is the one"
@@ -190,15 +192,13 @@ def _models(site: SiteFile, *, load: bool) -> Iterator[Finding]:
             )
 
 
-def _digest(site: SiteFile, place: str) -> str:
+def _digest(site: SiteFile, place: str, task: str) -> str:
     import torch
 
     from fedlora.config import ModelConfig
     from fedlora.models import load_base
     from fedlora.tasks import TASKS
 
-    classes = read_names(site.public.classes)
-    task = TASKS["classification" if classes else "causal-lm"]
-    return load_base(
-        ModelConfig(place), task, max(2, len(classes)), "auto", dtype=torch.float32, device=torch.device("cpu")
-    ).digest
+    outputs = max(2, len(read_names(site.public.classes)))
+    kind, device = TASKS[task], torch.device("cpu")
+    return load_base(ModelConfig(place), kind, outputs, "auto", dtype=torch.float32, device=device).digest
