@@ -385,14 +385,8 @@ def test_rows_are_read_for_their_task(task: str, federation: Path) -> None:
 def test_rows_of_another_task_than_the_file_says(task: str, federation: Path) -> None:
     other = "regression" if task != "regression" else "classification"
     rows_for(federation, task, other)
-    text = (
-        "no such column"
-        if task == "causal-lm"
-        else "have no finite number"
-        if other == "regression"
-        else "numbers with decimals, such as 1.5"
-    )
-    only(site_findings(federation), "data", Grade.FAILED, text)
+    texts = {"causal-lm": "no such column", "regression": "numbers with decimals, such as 1.5"}
+    only(site_findings(federation), "data", Grade.FAILED, texts.get(task, "have no finite number"))
 
 
 @pytest.mark.parametrize("task", TASKS)
