@@ -138,10 +138,17 @@ class SequenceTask(TextTask):
         A text that spells a special token, such as ``[PAD]``, is read as plain text.
 
         Raises:
-            ValueError: A text has no token, or holds the padding token; or there is no room for both texts of a pair.
+            ValueError: A text has no token, or holds the padding token; or there is no room for both texts of a pair,
+                or the tokenizer puts nothing between them.
         """
         if not table.texts:
             return Examples((), np.zeros(0, dtype=np.int64))
+        if table.seconds and not _marks_pairs(tokenizer):
+            raise ValueError(
+                "data.text-column names a sentence pair: this model's tokenizer puts nothing between two texts (as "
+                "GPT-2's), so the model could not tell where the second begins; write both into one column of the "
+                "file, with a mark such as a line's end between them, or choose a model whose tokenizer marks pairs."
+            )
         texts = [list(table.texts), *([list(table.seconds)] if table.seconds else [])]
         least = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1) + len(texts)
         if max_length < least:
@@ -180,6 +187,13 @@ class NumbersTask(SequenceTask):
     def made_up_targets(self, tokens: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
         """Return a 1 for each; one number stands for all of a row's."""
         return np.ones((len(tokens), 1))
+
+
+def _marks_pairs(tokenizer: Any) -> bool:
+    """Return whether a tokenizer puts a token of its own between two texts."""
+    special = np.array(tokenizer("a", "a", return_special_tokens_mask=True)["special_tokens_mask"], dtype=np.bool_)
+    text = np.flatnonzero(~special)
+    return len(text) > 0 and bool(special[text[0] : text[-1]].any())
 
 
 _LENGTHS = (3, 17, 5, 29)
