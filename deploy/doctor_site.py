@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from clients.site_file import SiteFile, SuperNodeTable
-from deploy import checks
+from deploy import checks, permissions
 from deploy.checks import Finding, Grade
 from fedlora.config.data_keys import read_names
 from fedlora.messages import first_line
@@ -60,16 +60,16 @@ def _others(site: SiteFile, daemon: int) -> list[int]:
         ValueError: There is no such user.
     """
     ids, own = site.access.ids, os.getuid()
-    if not {str(own), checks.user_name(own)} & set(site.access.users):
+    if not {str(own), permissions.user_name(own)} & set(site.access.users):
         ids -= {own}  # whoever runs this
     return sorted(ids - {daemon})
 
 
 def _users(daemon: int, others: list[int]) -> Finding:
     """Check that what the coordinator sends does not run as the user who owns the data."""
-    own = checks.user_name(daemon)
+    own = permissions.user_name(daemon)
     if others:
-        names = ", ".join(map(checks.user_name, others))
+        names = ", ".join(map(permissions.user_name, others))
         return Finding("users", Grade.OK, f"the daemon is {own}; {names} may connect to it")
     found = f"nobody but the daemon's user, {own}, may connect to it: what the coordinator sends can read the data"
     cure = "run the SuperNode as another user, and name that one in [access] users"
@@ -78,20 +78,20 @@ def _users(daemon: int, others: list[int]) -> Finding:
 
 def _places(site: SiteFile, daemon: int, others: list[int]) -> Iterator[Finding]:
     """Check who gets at state, data and socket."""
-    yield checks.private_folder(site.state, "state folder")
+    yield permissions.private_folder(site.state, "state folder")
     data, folder, socket = Path(site.data.path), site.socket.parent, str(site.socket)
     quoted = shlex.quote(str(data))
-    if os.path.exists(data) and not checks.may(daemon, data, os.R_OK):
-        found = f"{checks.user_name(daemon)}, the daemon's user, cannot read {data}"
-        yield Finding("data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {quoted}")
+    if os.path.exists(data) and not permissions.may(daemon, data, os.R_OK):
+        found = f"{permissions.user_name(daemon)}, the daemon's user, cannot read {data}"
+        yield Finding("data wall", Grade.FAILED, found, f"chown {permissions.user_name(daemon)} {quoted}")
     for user in others:
-        if os.path.exists(data) and checks.may(user, data, os.R_OK):
-            found = f"{checks.user_name(user)} can read {data}, and so can what the coordinator sends"
+        if os.path.exists(data) and permissions.may(user, data, os.R_OK):
+            found = f"{permissions.user_name(user)} can read {data}, and so can what the coordinator sends"
             yield Finding(
-                "data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {quoted}; chmod 600 {quoted}"
+                "data wall", Grade.FAILED, found, f"chown {permissions.user_name(daemon)} {quoted}; chmod 600 {quoted}"
             )
-        if folder.is_dir() and not checks.may(user, folder, os.X_OK):
-            found = f"{checks.user_name(user)} does not get into {folder}, where the socket is"
+        if folder.is_dir() and not permissions.may(user, folder, os.X_OK):
+            found = f"{permissions.user_name(user)} does not get into {folder}, where the socket is"
             cure = f"chmod 711 {shlex.quote(str(folder))} and the folders above it"
             yield Finding("socket", Grade.FAILED, found, cure)
     if len(os.fsencode(socket)) > _SOCKET_PATH:
@@ -101,9 +101,10 @@ def _places(site: SiteFile, daemon: int, others: list[int]) -> Iterator[Finding]
         is_socket = stat.S_ISSOCK(site.socket.stat().st_mode)
         grade, cure = (Grade.OK, "") if is_socket else (Grade.FAILED, f"remove {socket}")
         yield Finding("socket", grade, f"{socket} is {'there' if is_socket else 'no socket'}", cure)
-    elif folder.is_dir() and not checks.may(daemon, folder, os.W_OK | os.X_OK):
-        found = f"{checks.user_name(daemon)} cannot write in {folder}"
-        yield Finding("socket", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {shlex.quote(str(folder))}")
+    elif folder.is_dir() and not permissions.may(daemon, folder, os.W_OK | os.X_OK):
+        found = f"{permissions.user_name(daemon)} cannot write in {folder}"
+        cure = f"chown {permissions.user_name(daemon)} {shlex.quote(str(folder))}"
+        yield Finding("socket", Grade.FAILED, found, cure)
     else:
         yield Finding("socket", Grade.OK, f"{socket} is made when the daemon starts")
 
@@ -113,7 +114,7 @@ def _supernode(site: SiteFile, supernode: SuperNodeTable, users: list[int]) -> I
     ca = site.beside(supernode.ca)
     yield checks.certificate(ca, "authority's certificate", _GET_AGAIN)
     key = site.beside(supernode.key)
-    yield checks.secret(key, "SuperNode's key", users)
+    yield permissions.secret(key, "SuperNode's key", users)
     if os.access(key, os.R_OK):
         yield from _key_kind(key)
     yield from checks.coordinator_at(supernode.superlink, ca)
