@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
@@ -56,8 +57,7 @@ def read_numbers(column: pd.Series, place: str, where: Callable[[int], str]) -> 
     """
     import pandas as pd
 
-    plain = column.map(lambda cell: cell if isinstance(cell, str | int | float | np.number) else None)
-    plain = plain.where(~column.map(lambda cell: isinstance(cell, bool | np.bool_)), None)
+    plain = column.astype(object).map(_plain_number)
     numbers = pd.to_numeric(plain, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     bad = np.flatnonzero(~np.isfinite(numbers))
     if len(bad):
@@ -67,6 +67,13 @@ def read_numbers(column: pd.Series, place: str, where: Callable[[int], str]) -> 
             "write decimals with a point."
         )
     return [float(number) for number in numbers]
+
+
+def _plain_number(cell: Any) -> Any:
+    """Return a cell that is a number, or may be one as text; None for anything else."""
+    if isinstance(cell, bool | np.bool_) or not isinstance(cell, str | int | float | np.number | Decimal):
+        return None
+    return float(cell) if isinstance(cell, Decimal) else cell
 
 
 def check_spread(numbers: Sequence[float], key: str) -> None:
