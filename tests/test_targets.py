@@ -202,6 +202,7 @@ def test_bits_that_are_refused(cells: list[Any], changes: dict[str, Any], messag
             {"label": ["a|b", "a|b", "A"]},
             r"'a' \(row 0 \(line 2\), row 1 \(line 3\)\) and 'A' \(row 2 \(line 4\)\) differ",
         ),
+        ("multi-label", {"label": ["a|b", "b", "c"], "data.classes": "a,b"}, r"\(the first is row 2 \(line 4\)\)"),
         ("multi-label", {"label": ["a|b", "b|b", "a"]}, r"row 1 \(line 3\): names the label 'b' twice"),
         ("multi-label", {"label": ["a|b", "b", "['a', 'b']"]}, r"row 2 \(line 4\): holds a written list"),
         (
@@ -213,6 +214,8 @@ def test_bits_that_are_refused(cells: list[Any], changes: dict[str, Any], messag
 )
 def test_rows_are_named_with_their_lines(task: str, columns: Rows, message: str, tmp_path: Path) -> None:
     changes = {"data.label-column": "a,b"} if "a" in columns else {}
+    changes |= {name: value for name, value in columns.items() if name.startswith("data.")}
+    columns = {name: cells for name, cells in columns.items() if name not in changes}
     with pytest.raises(ValueError, match=message):
         corpus(tmp_path / "a.csv", task, {"text": texts(3), **columns}, **changes)
 

@@ -61,7 +61,7 @@ class Source:
 
 @dataclass
 class RowColumns:
-    """A table's rows as columns of one length; those that the task does not read are empty."""
+    """A table's rows as columns of one length, ``numbers`` their places in it; what the task does not read is empty."""
 
     texts: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -71,6 +71,7 @@ class RowColumns:
     values: list[float] = field(default_factory=list)
     sets: list[tuple[str, ...]] = field(default_factory=list)
     chats: list[tuple[Turn, ...]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     def take(self, rows: Sequence[int]) -> RowColumns:
         """Return these rows, in this order."""
@@ -80,7 +81,7 @@ class RowColumns:
 def read_rows(source: Source, config: Config) -> RowColumns:
     """Return the rows of one table."""
     data, language = config.data, config.task == "causal-lm"
-    rows = RowColumns()
+    rows = RowColumns(numbers=list(range(len(source.frame))))
     check_header_rows(source.frame, _header_groups(source, config), source.place, source.row)
     shape = recognise(source.frame, data) if language else None
     if shape is not None:

@@ -234,21 +234,25 @@ def label_names(rows: Sequence[Labels], declared: Sequence[str], columns: Sequen
     return names
 
 
-def as_bits(rows: Sequence[Labels], names: Collection[str], where: str) -> list[tuple[float, ...]]:
+def as_bits(
+    rows: Sequence[Labels], names: Collection[str], place: str, where: Callable[[int], str]
+) -> list[tuple[float, ...]]:
     """Return for each row 1 for each label that it has and 0 for the others.
 
     Args:
         rows: The labels of each row.
         names: All labels.
-        where: What rows these are and whose names those, for errors.
+        place: What rows these are and whose names those, for errors.
+        where: Returns how an error calls a row.
 
     Raises:
         ValueError: A row has a label that is not among the names.
     """
     unknown = sorted({label for one in rows for label in one} - set(names))
     if unknown:
+        first = next(at for at, one in enumerate(rows) if unknown[0] in one)
         raise ValueError(
-            f"{where}: the label {unknown[0]!r} is none of the {len(names)} labels ({', '.join(list(names)[:10])}); it "
-            "could never be predicted. Add it to data.classes, or remove its rows."
+            f"{place}: the label {unknown[0]!r} is none of the {len(names)} labels ({', '.join(list(names)[:10])}); it "
+            f"could never be predicted. Add it to data.classes, or remove its rows (the first is {where(first)})."
         )
     return [tuple(float(name in one) for name in names) for one in rows]
