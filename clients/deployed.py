@@ -25,7 +25,7 @@ from clients.site import Job, LoadedSite, Site
 from clients.site_file import SiteFile
 from fedlora import __version__, plugins
 from fedlora.codec import WireError
-from fedlora.config import Config, ConfigError, Scalar
+from fedlora.config import Config, ConfigError
 from fedlora.config.data_keys import read_names
 from fedlora.config.sections import is_pattern
 from fedlora.data import FederatedData
@@ -174,21 +174,13 @@ def own_job(file: SiteFile, request: JoinRequest) -> Job:
         raise RefusedError("the job has model.trust-remote-code; code comes from the site's operator only")
     if is_pattern(str(request.flat.get("method.target-modules", ""))):  # which may be made to match for ever
         raise RefusedError("the job's method.target-modules is a regular expression; a site takes names")
-    own: dict[str, Scalar] = {
-        "data.name": "file",
-        "data.path": file.data.path,
-        "data.text-column": file.data.text_column,
-        "data.label-column": file.data.label_column,
-        "data.answer-column": file.data.answer_column,
-        "data.header": file.data.header,
-        "data.partition": "iid",
-        "data.holdout": file.data.holdout,
-    }
     try:
-        asked = plugins.read_config({**request.flat, **own}, foreign=True)
+        asked = plugins.read_config({**request.flat, **file.data.flat}, foreign=True)
     except ConfigError as error:  # of the server's own values: the site's were checked when its file was read
         raise RefusedError(f"the job's configuration cannot be used: {error}") from error
     file.limits.check(asked)
+    if file.data.task not in ("", asked.task):
+        raise RefusedError(f"the job has task = {asked.task!r}, and this site's rows are for {file.data.task!r}")
     task = TASKS[asked.task]
     if task.has_head and task.has_classes and asked.data.class_names != read_names(file.public.classes):
         raise RefusedError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from clients.limits import SiteLimits
+from fedlora.config import Scalar
 from fedlora.config.data_keys import read_names
 from fedlora.config.sections import SITE_NAME
 from fedlora.config.tables import read_table, read_tables
@@ -27,11 +28,30 @@ class DataTable:
     header: bool = True
     holdout: float = 0.0
     """Share of the rows that the site never trains on, and measures the model with."""
+    task: str = ""
+    """What the rows are for, as a job's ``task`` must say; empty: any that a job names."""
+    label_separator: str = ""
+    """What stands between the labels of a row in one column of text, in place of a job's ``multi-label.separator``."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout = {self.holdout!r}: must be at least 0 and below 1.")
+
+    @property
+    def flat(self) -> dict[str, Scalar]:
+        """The rows as a run's configuration names them: what a job says of these keys is never used."""
+        return {
+            "data.name": "file",
+            "data.path": self.path,
+            "data.text-column": self.text_column,
+            "data.label-column": self.label_column,
+            "data.answer-column": self.answer_column,
+            "data.header": self.header,
+            "data.partition": "iid",
+            "data.holdout": self.holdout,
+            **({"multi-label.separator": self.label_separator} if self.label_separator else {}),
+        }
 
 
 @final

@@ -11,7 +11,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from deploy import checks, pki
+from deploy import checks, permissions, pki
 from deploy.checks import Finding, Grade
 from deploy.coordinator_file import CoordinatorFile
 from fedlora.config import from_toml
@@ -58,8 +58,8 @@ def _signature(file: CoordinatorFile) -> Iterator[Finding]:
 
 def _coordinator_keys(file: CoordinatorFile) -> Iterator[Finding]:
     owner = [file.path.parent.stat().st_uid]
-    yield checks.secret(file.key, "server's key", owner)
-    yield checks.secret(file.signing_key, "signing key", owner)
+    yield permissions.secret(file.key, "server's key", owner)
+    yield permissions.secret(file.signing_key, "signing key", owner)
     left = file.path.parent.parent / "ca" / "ca.key"
     if os.access(left, os.F_OK):
         found = f"{left} is on this machine: whoever takes it can be the coordinator"

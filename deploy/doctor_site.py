@@ -13,12 +13,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from clients.site_file import SiteFile, SuperNodeTable
-from deploy import checks
+from deploy import checks, permissions
 from deploy.checks import Finding, Grade
 from fedlora.config.data_keys import read_names
 from fedlora.messages import first_line
 
 _SOCKET_PATH = 107  # bytes that Linux takes
+_GUESSED = ("classification", "multi-label", "regression", "causal-lm")  # the first two where there are classes
 _GET_AGAIN = "get tls/ca.crt from the coordinator again"
 
 
@@ -47,7 +48,8 @@ def examine_site(
         findings.append(Finding("SuperNode", Grade.WARNING, "the file has no [supernode]", cure))
     else:
         findings += _supernode(site, site.supernode, others or [daemon])
-    findings += [checks.disk(site.state), checks.gpu(), _data(site), *_models(site, load=load_models)]
+    data, task = _data(site)
+    findings += [checks.disk(site.state), checks.gpu(), data, *_models(site, task, load=load_models)]
     return findings
 
 
@@ -58,16 +60,16 @@ def _others(site: SiteFile, daemon: int) -> list[int]:
         ValueError: There is no such user.
     """
     ids, own = site.access.ids, os.getuid()
-    if not {str(own), checks.user_name(own)} & set(site.access.users):
+    if not {str(own), permissions.user_name(own)} & set(site.access.users):
         ids -= {own}  # whoever runs this
     return sorted(ids - {daemon})
 
 
 def _users(daemon: int, others: list[int]) -> Finding:
     """Check that what the coordinator sends does not run as the user who owns the data."""
-    own = checks.user_name(daemon)
+    own = permissions.user_name(daemon)
     if others:
-        names = ", ".join(map(checks.user_name, others))
+        names = ", ".join(map(permissions.user_name, others))
         return Finding("users", Grade.OK, f"the daemon is {own}; {names} may connect to it")
     found = f"nobody but the daemon's user, {own}, may connect to it: what the coordinator sends can read the data"
     cure = "run the SuperNode as another user, and name that one in [access] users"
@@ -76,20 +78,20 @@ def _users(daemon: int, others: list[int]) -> Finding:
 
 def _places(site: SiteFile, daemon: int, others: list[int]) -> Iterator[Finding]:
     """Check who gets at state, data and socket."""
-    yield checks.private_folder(site.state, "state folder")
+    yield permissions.private_folder(site.state, "state folder")
     data, folder, socket = Path(site.data.path), site.socket.parent, str(site.socket)
     quoted = shlex.quote(str(data))
-    if os.path.exists(data) and not checks.may(daemon, data, os.R_OK):
-        found = f"{checks.user_name(daemon)}, the daemon's user, cannot read {data}"
-        yield Finding("data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {quoted}")
+    if os.path.exists(data) and not permissions.may(daemon, data, os.R_OK):
+        found = f"{permissions.user_name(daemon)}, the daemon's user, cannot read {data}"
+        yield Finding("data wall", Grade.FAILED, found, f"chown {permissions.user_name(daemon)} {quoted}")
     for user in others:
-        if os.path.exists(data) and checks.may(user, data, os.R_OK):
-            found = f"{checks.user_name(user)} can read {data}, and so can what the coordinator sends"
+        if os.path.exists(data) and permissions.may(user, data, os.R_OK):
+            found = f"{permissions.user_name(user)} can read {data}, and so can what the coordinator sends"
             yield Finding(
-                "data wall", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {quoted}; chmod 600 {quoted}"
+                "data wall", Grade.FAILED, found, f"chown {permissions.user_name(daemon)} {quoted}; chmod 600 {quoted}"
             )
-        if folder.is_dir() and not checks.may(user, folder, os.X_OK):
-            found = f"{checks.user_name(user)} does not get into {folder}, where the socket is"
+        if folder.is_dir() and not permissions.may(user, folder, os.X_OK):
+            found = f"{permissions.user_name(user)} does not get into {folder}, where the socket is"
             cure = f"chmod 711 {shlex.quote(str(folder))} and the folders above it"
             yield Finding("socket", Grade.FAILED, found, cure)
     if len(os.fsencode(socket)) > _SOCKET_PATH:
@@ -99,9 +101,10 @@ def _places(site: SiteFile, daemon: int, others: list[int]) -> Iterator[Finding]
         is_socket = stat.S_ISSOCK(site.socket.stat().st_mode)
         grade, cure = (Grade.OK, "") if is_socket else (Grade.FAILED, f"remove {socket}")
         yield Finding("socket", grade, f"{socket} is {'there' if is_socket else 'no socket'}", cure)
-    elif folder.is_dir() and not checks.may(daemon, folder, os.W_OK | os.X_OK):
-        found = f"{checks.user_name(daemon)} cannot write in {folder}"
-        yield Finding("socket", Grade.FAILED, found, f"chown {checks.user_name(daemon)} {shlex.quote(str(folder))}")
+    elif folder.is_dir() and not permissions.may(daemon, folder, os.W_OK | os.X_OK):
+        found = f"{permissions.user_name(daemon)} cannot write in {folder}"
+        cure = f"chown {permissions.user_name(daemon)} {shlex.quote(str(folder))}"
+        yield Finding("socket", Grade.FAILED, found, cure)
     else:
         yield Finding("socket", Grade.OK, f"{socket} is made when the daemon starts")
 
@@ -111,7 +114,7 @@ def _supernode(site: SiteFile, supernode: SuperNodeTable, users: list[int]) -> I
     ca = site.beside(supernode.ca)
     yield checks.certificate(ca, "authority's certificate", _GET_AGAIN)
     key = site.beside(supernode.key)
-    yield checks.secret(key, "SuperNode's key", users)
+    yield permissions.secret(key, "SuperNode's key", users)
     if os.access(key, os.R_OK):
         yield from _key_kind(key)
     yield from checks.coordinator_at(supernode.superlink, ca)
@@ -129,41 +132,41 @@ def _key_kind(path: Path) -> Iterator[Finding]:
         yield Finding("SuperNode's key", Grade.FAILED, f"{path} is no key that Flower takes", cure)
 
 
-def _data(site: SiteFile) -> Finding:
-    """Check that the data can be read, with their columns and classes."""
+def _data(site: SiteFile) -> tuple[Finding, str]:
+    """Check that the data can be read for their task; return the task, too.
+
+    Where the site's file names no task, the first that its columns can be read for is taken, and said.
+    """
     from fedlora.data.files import load_own_rows
     from fedlora.plugins import read_config
+    from fedlora.tasks import TASKS
 
-    data, classes = site.data, site.public.classes
-    flat = {
-        "task": "classification" if classes else "causal-lm",
-        "data.name": "file",
-        "data.path": data.path,
-        "data.text-column": data.text_column,
-        "data.label-column": data.label_column,
-        "data.answer-column": data.answer_column,
-        "data.header": data.header,
-        "data.partition": "iid",
-        "data.classes": classes,
-    }
-    try:
-        corpus = load_own_rows(read_config(flat))
-    except (ValueError, OSError) as error:
-        return Finding(
-            "data",
-            Grade.FAILED,
-            first_line(error),
-            "put the file in its place, and set [data] and [public] classes to what it has",
-        )
-    rows = len(corpus.train)
-    found = f"{rows} rows, {len(corpus.classes)} classes" if classes else f"{rows} rows with answers"
+    data, refused = site.data, dict[str, str]()
+    for task in (data.task,) if data.task else _GUESSED if site.public.classes else _GUESSED[2:]:
+        try:
+            named = TASKS[task].has_head and TASKS[task].has_classes
+            classes = site.public.classes if named else ""
+            corpus = load_own_rows(read_config({**data.flat, "task": task, "data.classes": classes}))
+            break
+        except (ValueError, OSError) as error:
+            refused[task] = first_line(error)
+    else:
+        found = refused.get(data.task) or "; ".join(f"as {one}: {why}" for one, why in refused.items())
+        cure = "put the file in its place, and set [data] with its task, and [public] classes, to what it has"
+        return Finding("data", Grade.FAILED, found, cure), next(iter(refused))
+    rows, names = len(corpus.train), len(corpus.classes)
+    kinds = {"classification": f", {names} classes", "multi-label": f", {names} labels", "regression": " with numbers"}
+    found = f"{rows} rows{kinds.get(task, ' with answers' if corpus.train.answers else '')}"
     if not rows / 2 <= site.public.rows <= rows * 2:
         cure = "set rows to a round number near it; under privacy it sets the sample rate"
-        return Finding("data", Grade.WARNING, f"{found}, and [public] rows = {site.public.rows}", cure)
-    return Finding("data", Grade.OK, found)
+        return Finding("data", Grade.WARNING, f"{found}, and [public] rows = {site.public.rows}", cure), task
+    if not data.task:
+        found += f", read for {task}; {site.path.name} does not say what they are for"
+        return Finding("data", Grade.WARNING, found, f"say it: task = '{task}', or another, under [data]"), task
+    return Finding("data", Grade.OK, found), task
 
 
-def _models(site: SiteFile, *, load: bool) -> Iterator[Finding]:
+def _models(site: SiteFile, task: str, *, load: bool) -> Iterator[Finding]:
     """Check that the models are there; with ``load`` that they load, and their digests."""
     from fedlora.models import model_path
 
@@ -171,7 +174,7 @@ def _models(site: SiteFile, *, load: bool) -> Iterator[Finding]:
         what = f"model {name}"
         try:
             if load:
-                digest = _digest(site, place)
+                digest = _digest(site, place, task)
                 wanted = site.limits.model_digests
                 if wanted and digest not in wanted:
                     cure = "get the model that was agreed on, or change model-digests if this is the one"
@@ -190,15 +193,13 @@ def _models(site: SiteFile, *, load: bool) -> Iterator[Finding]:
             )
 
 
-def _digest(site: SiteFile, place: str) -> str:
+def _digest(site: SiteFile, place: str, task: str) -> str:
     import torch
 
     from fedlora.config import ModelConfig
     from fedlora.models import load_base
     from fedlora.tasks import TASKS
 
-    classes = read_names(site.public.classes)
-    task = TASKS["classification" if classes else "causal-lm"]
-    return load_base(
-        ModelConfig(place), task, max(2, len(classes)), "auto", dtype=torch.float32, device=torch.device("cpu")
-    ).digest
+    outputs = max(2, len(read_names(site.public.classes)))
+    kind, device = TASKS[task], torch.device("cpu")
+    return load_base(ModelConfig(place), kind, outputs, "auto", dtype=torch.float32, device=device).digest

@@ -22,7 +22,7 @@ from typing import final
 
 from rich.console import Console
 
-from deploy import pki
+from deploy import new_files, pki
 from fedlora.config import DataConfig, ModelConfig, to_toml
 from fedlora.config.sections import SITE_NAME
 
@@ -245,7 +245,7 @@ def _listed(text: str) -> tuple[str, ...]:
 def _write_keys(made: Path, setup: Setup) -> None:
     """Write certificates and keys, each where it is used."""
     for name in _PRIVATE:
-        pki.make_folder(made / name)
+        new_files.make_folder(made / name)
     pki.create_authority(made / _CA_KEY, made / _CA)
     pki.create_server_certificate(
         made / _SERVER_KEY,
@@ -257,25 +257,25 @@ def _write_keys(made: Path, setup: Setup) -> None:
     )
     signing = made / "coordinator/signing/adapter.pub"
     pki.create_signing_key(signing.with_suffix(".key"), signing)
-    pki.make_folder(made / "coordinator/keys", 0o755)
+    new_files.make_folder(made / "coordinator/keys", 0o755)
     ca = (made / _CA).read_bytes()
-    pki.write_new(made / "coordinator/tls/ca.crt", ca)
+    new_files.write_new(made / "coordinator/tls/ca.crt", ca)
     for name in setup.sites:
         site = made / "sites" / name
         for part, mode in (("", 0o755), ("tls", 0o755), ("signing", 0o755), ("keys", 0o700), ("state", 0o700)):
-            pki.make_folder(site / part, mode)
-        pki.make_folder(site / "run", 0o755)
+            new_files.make_folder(site / part, mode)
+        new_files.make_folder(site / "run", 0o755)
         public = pki.create_supernode_key(site / "keys/supernode", name)
-        pki.write_new(made / f"coordinator/keys/{name}.pub", public.read_bytes())
-        pki.write_new(site / "tls/ca.crt", ca)
-        pki.write_new(site / "signing/adapter.pub", signing.read_bytes())
+        new_files.write_new(made / f"coordinator/keys/{name}.pub", public.read_bytes())
+        new_files.write_new(site / "tls/ca.crt", ca)
+        new_files.write_new(site / "signing/adapter.pub", signing.read_bytes())
 
 
 def _write_texts(made: Path, folder: Path, setup: Setup) -> None:
     """Write what is made from templates; paths in it are those of the final folder."""
     coordinator = folder / "coordinator"
     for name in ("flwr", "state", "runs"):
-        pki.make_folder(made / "coordinator" / name)
+        new_files.make_folder(made / "coordinator" / name)
     quoted = {
         "model": _toml(setup.model),
         "classes": _toml(setup.classes),
@@ -303,14 +303,14 @@ def _write_texts(made: Path, folder: Path, setup: Setup) -> None:
         program = "/opt/fedlora/.venv/bin/fedlora"
     places = {"coordinator": coordinator, "site": SITE_FOLDER, "program": program, "port": setup.port}
     for kind, files in (("systemd", _SYSTEMD), ("docker", _DOCKER)):
-        pki.make_folder(made / kind, 0o755)
+        new_files.make_folder(made / kind, 0o755)
         for name in files:
             _write(made / kind / name, name, places)
 
 
 def _write(path: Path, template: str, values: Mapping[str, object]) -> None:
     text = resources.files("deploy").joinpath("templates", template).read_text(encoding="utf-8")
-    pki.write_new(path, Template(text).substitute(values).encode())
+    new_files.write_new(path, Template(text).substitute(values).encode())
 
 
 def _toml(value: str) -> str:

@@ -1,14 +1,12 @@
 """Certificates and keys of a deployment.
 
 A certificate authority of the federation's own, the coordinator's server certificate, the SuperNodes' keys as Flower
-reads them, and the key that signs adapters. Private keys are never readable by anybody else, not even for the moment
-in which they are written, and nothing here overwrites a file.
+reads them, and the key that signs adapters.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -21,49 +19,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from deploy.new_files import refuse_existing, write_new, write_secret
+
 _AUTHORITY_DAYS = 3650
 _BACKDATED = timedelta(hours=1)  # for clocks that are behind
 _LOOPBACK = ("localhost", "127.0.0.1")
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
-
-
-# -- files ----------------------------------------------------------------------------------------------------
-
-
-def make_folder(path: Path, mode: int = 0o700) -> None:
-    """Make a folder with exactly these permissions, whatever the process's mask.
-
-    Raises:
-        FileExistsError: It is there.
-    """
-    path.mkdir(mode=mode, parents=True)
-    path.chmod(mode)
-
-
-def write_new(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file that is not there yet, to the disk; it never has wider permissions than ``mode``.
-
-    Raises:
-        ValueError: It is there already.
-    """
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError:
-        raise ValueError(f"{path}: is there already, and is not overwritten; move it away first.") from None
-    with os.fdopen(handle, "wb") as file:
-        os.fchmod(handle, mode)
-        file.write(data)
-        file.flush()
-        os.fsync(handle)
-
-
-def write_secret(path: Path, data: bytes) -> None:
-    """Write a new file that only its owner can read.
-
-    Raises:
-        ValueError: It is there already.
-    """
-    write_new(path, data, 0o600)
 
 
 # -- the certificate authority and the server's certificate ---------------------------------------------------
@@ -82,7 +43,7 @@ def create_authority(key: Path, certificate: Path, name: str = "fedlora federati
     Raises:
         ValueError: A file is there already.
     """
-    _refuse_existing(key, certificate)
+    refuse_existing(key, certificate)
     private = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     built = (
@@ -117,7 +78,7 @@ def create_server_certificate(
     Raises:
         ValueError: A file is there already, a name is none, or the authority's files do not fit.
     """
-    _refuse_existing(key, certificate)
+    refuse_existing(key, certificate)
     if days < 1:
         raise ValueError(f"days = {days}: must be at least 1.")
     ca = read_certificate(authority)
@@ -228,7 +189,7 @@ def create_supernode_key(key: Path, comment: str) -> Path:
         ValueError: A file is there already.
     """
     public = key.with_name(f"{key.name}.pub")
-    _refuse_existing(key, public)
+    refuse_existing(key, public)
     private = ec.generate_private_key(ec.SECP384R1())
     write_secret(key, private.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     line = private.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
@@ -242,7 +203,7 @@ def create_signing_key(key: Path, public: Path) -> None:
     Raises:
         ValueError: A file is there already.
     """
-    _refuse_existing(key, public)
+    refuse_existing(key, public)
     private = ed25519.Ed25519PrivateKey.generate()
     write_secret(key, _pem(private))
     write_new(public, private.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
@@ -279,13 +240,6 @@ def read_verifying_key(path: Path) -> ed25519.Ed25519PublicKey:
 
 
 # -- parts ----------------------------------------------------------------------------------------------------
-
-
-def _refuse_existing(*paths: Path) -> None:
-    """Refuse before anything is written, so that no half of a pair is left."""
-    for path in paths:
-        if path.exists() or path.is_symlink():
-            raise ValueError(f"{path}: is there already, and is not overwritten; move it away first.")
 
 
 def _pem(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> bytes:

@@ -144,8 +144,9 @@ def _export(run: Run, outcome: Mapping[str, Any]) -> None:
     whose: list[tuple[int, ...]] = [(client,) for client in clients] or [()]
     for one, files in zip(whose, exported, strict=True):
         name = f"adapters/client-{one[0]}" if one else "adapter"
-        last, classes = run.lines[-1]["round"], plan.data.corpus.classes
-        card = model_card(plan.config, classes, outcome, roles, run.privacy.record, last, one)
+        last, corpus = run.lines[-1]["round"], plan.data.corpus
+        texts = corpus.text_names(plan.config.data.text_column)
+        card = model_card(plan.config, corpus.classes, outcome, roles, run.privacy.record, last, one, texts)
         for file, content in {**files, "README.md": card.encode()}.items():
             folder.write_bytes(f"{name}/{file}", content)
     folder.write_json("trainers.json", describe(run.parts.evaluator.pool))

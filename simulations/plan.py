@@ -146,6 +146,8 @@ class Plan:
             "trained_parameters": self.trained_parameters(),
             "base_parameters": self.num_parameters,
             "model": list(self.remarks),
+            "texts": list(self.data.corpus.text_names(self.config.data.text_column)),
+            "outputs": list(self.data.corpus.classes),
             "bytes_up_per_client": up,
             "bytes_down_per_client": down,
             "bytes_down_cached_per_client": cached,

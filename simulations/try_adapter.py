@@ -7,21 +7,21 @@ tokens as it did in training, with the run's own prompt template or chat templat
 from __future__ import annotations
 
 import argparse
+import itertools
 import string
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from fedlora import plugins
-from fedlora.config import Config
 from fedlora.data import Table
 from fedlora.messages import first_line
 from fedlora.reports.adapters import adapter_of
 from fedlora.reports.run import Run
-from fedlora.tasks import TASKS, CausalLM, Classification, Task
+from fedlora.tasks import TASKS, CausalLM, MultiLabel, SequenceTask, Task
 
 NOTHING = "(nothing: the model ends its answer at once)"
 
@@ -29,7 +29,12 @@ NOTHING = "(nothing: the model ends its answer at once)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``fedlora try``."""
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="the text; one a column, where the prompt has several")
+    parser.add_argument(
+        "texts",
+        nargs="+",
+        metavar="TEXT",
+        help="the text; both of a sentence pair, or one a column of a prompt",
+    )
     parser.add_argument(
         "--client", type=int, metavar="N", help="by the adapter of this client, where they have own ones"
     )
@@ -47,38 +52,60 @@ def run_try(options: argparse.Namespace, console: Console) -> int:
     run = Run.read(options.run.expanduser().resolve())
     plugins.load(run.config.run.plugins)
     folder = adapter_of(run, options.client)
-    task = TASKS[run.config.task]
-    if not issubclass(task, CausalLM | Classification):
+    if not issubclass(TASKS[run.config.task], SequenceTask | CausalLM):
         raise ValueError(
-            f"task = {run.config.task!r}: fedlora try answers for 'classification' and 'causal-lm'; load {folder} with "
-            "PEFT as its README.md shows."
+            f"task = {run.config.task!r}: fedlora try answers for tasks on texts; load {folder} with PEFT as its "
+            "README.md shows."
         )
-    text = read_text(run.config, options.texts)
+    row = read_row(run, options.texts)
     adapted = Adapted.load(run, folder)
-    if task.has_head:
-        console.print(_ranking(adapted.classify(text)))
+    if not isinstance(adapted.task, SequenceTask):
+        console.print(adapted.write(row, options.tokens) or NOTHING, markup=False)
+    elif adapted.task.has_classes:
+        console.print(_ranking(adapted.predict(row), one_class=adapted.task.one_class))
     else:
-        console.print(adapted.write(text, options.tokens) or NOTHING, markup=False)
+        console.print(", ".join(f"{one.value:.6g}" for one in adapted.predict(row)), markup=False)
     return 0
 
 
-def read_text(config: Config, texts: list[str]) -> str:
-    """Return what the model reads: a text as it is, or the run's prompt template with a text in each column's place.
+def read_row(run: Run, texts: list[str]) -> Table:
+    """Return the row that the model reads: a text, a pair of them, or the run's prompt template filled with them.
 
     Raises:
         ValueError: There are more texts than columns, or fewer, or one is empty.
     """
-    template = config.data.prompt_template
-    names = list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name)) or ["text"]
+    data, template = run.config.data, run.config.data.prompt_template
+    if TASKS[run.config.task].has_head:
+        source, names = f"data.text-column = {data.text_column!r}", run.texts
+    elif template:
+        source = f"data.prompt-template = {template!r}"
+        names = tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
+    else:
+        source, names = "the run", ("text",)
     if len(texts) != len(names):
-        source = f"data.prompt-template = {template!r}" if template else "the run"
         raise ValueError(
             f"{source} reads {len(names)} text(s) ({', '.join(names)}), and {len(texts)} were given; give each in "
             "quotes, in this order."
         )
-    if not any(text.strip() for text in texts):
+    if not any(text.strip() for text in texts) or (not template and not all(text.strip() for text in texts)):
         raise ValueError("the text is empty; give one in quotes.")
-    return template.format(**dict(zip(names, texts, strict=True))) if template else texts[0]
+    if template:
+        return Table((template.format(**dict(zip(names, texts, strict=True))),), (0,), ("a",))
+    return Table((texts[0],), (0,), ("a",), seconds=tuple(texts[1:]), numbers=((0.0,),))
+
+
+class Prediction(NamedTuple):
+    """What a model with a head says of a text.
+
+    Attributes:
+        name: Of the class or label.
+        value: Its probability, or a regression's number.
+        said: Whether it is what the model predicts.
+    """
+
+    name: str
+    value: float
+    said: bool
 
 
 @final
@@ -118,8 +145,8 @@ class Adapted:
             with quiet():
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
                 if kind.has_head:  # a checkpoint's head of another number of classes is replaced by the adapter's
-                    classes, padding = len(run.partition["classes"]), tokenizer.pad_token_id
-                    options |= {"num_labels": classes, "pad_token_id": padding, "ignore_mismatched_sizes": True}
+                    outputs, padding = len(run.outputs), tokenizer.pad_token_id
+                    options |= {"num_labels": outputs, "pad_token_id": padding, "ignore_mismatched_sizes": True}
                 base = getattr(transformers, kind.auto_model).from_pretrained(hub.place(config.model), **options)
                 model = PeftModel.from_pretrained(base, str(folder)).eval()
         except Exception as error:  # libraries raise whatever a file makes of them
@@ -129,19 +156,26 @@ class Adapted:
             ) from error
         return cls(run, kind.build(tokenizer, config), tokenizer, model)
 
-    def classify(self, text: str) -> dict[str, float]:
-        """Return each class with its probability, the likeliest first."""
+    def predict(self, row: Table) -> list[Prediction]:
+        """Return what the model says of each class or label of a row, the likeliest first, or its number."""
         import torch
 
-        rows = self.task.encode(Table((text,), (0,)), self.tokenizer, self.run.config.train.max_length)
-        batch = self.task.collate(rows, [0], torch.device("cpu"))
-        with torch.no_grad():
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[0]
-        found = dict(zip(self.run.partition["classes"], logits.double().softmax(-1).tolist(), strict=True))
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        from fedlora.tasks.text import model_inputs
 
-    def write(self, prompt: str, tokens: int) -> str:
-        """Return what the model writes after a prompt, greedily, until it ends its answer.
+        task = self.task
+        assert isinstance(task, SequenceTask), "a task with a head of its own"
+        batch = task.collate(
+            task.encode(row, self.tokenizer, self.run.config.train.max_length), [0], torch.device("cpu")
+        )
+        with torch.no_grad():
+            logits = self.model(**model_inputs(self.model.get_base_model(), batch)).logits.double()
+        values = task.predictions(logits)
+        said = task.said(logits) if isinstance(task, MultiLabel) else values == values.amax(-1, keepdim=True)
+        found = zip(self.run.outputs, values[0].tolist(), said[0].tolist(), strict=True)
+        return sorted(itertools.starmap(Prediction, found), key=lambda one: -one.value)
+
+    def write(self, row: Table, tokens: int) -> str:
+        """Return what the model writes after a row's prompt, greedily, until it ends its answer.
 
         Raises:
             ValueError: The prompt is longer than the model takes.
@@ -150,7 +184,7 @@ class Adapted:
 
         from fedlora.engine.generation import end_tokens, greedy, split_answer
 
-        rows: Any = self.task.encode(Table((prompt,), (0,), ("a",)), self.tokenizer, 2**31)
+        rows: Any = self.task.encode(row, self.tokenizer, 2**31)
         ids = torch.from_numpy(split_answer(rows, 0)[0])[None]
         config: Any = self.model.get_base_model().config.get_text_config()
         limit = int(getattr(config, "max_position_embeddings", 2**31))
@@ -161,13 +195,15 @@ class Adapted:
         return str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
-def _ranking(found: dict[str, float]) -> RichTable:
-    """Return a table of the classes."""
+def _ranking(found: list[Prediction], *, one_class: bool) -> RichTable:
+    """Return a table of the classes, or of the labels with those marked that the model predicts."""
     from rich.markup import escape
 
     table = RichTable(show_edge=False)
-    table.add_column("class")
+    for name in ("class",) if one_class else ("label", "predicted"):
+        table.add_column(name)
     table.add_column("probability", justify="right")
-    for name, probability in found.items():
-        table.add_row(escape(name), f"{probability:.4f}")
+    for one in found:
+        mark = () if one_class else ("yes" if one.said else "no",)
+        table.add_row(escape(one.name), *mark, f"{one.value:.4f}")
     return table

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from fedlora.config import Config, ConfigError
 from fedlora.data import Corpus, Table, Turn, load_corpus
@@ -113,20 +113,27 @@ def test_a_slow_tokenizer_gives_the_same(tokenizer: Any, monkeypatch: pytest.Mon
     assert learned(tokenizer, TALK, ONLY_LAST) == expected
 
 
-def test_a_token_across_the_border_is_not_learned(tokenizer: Any) -> None:
-    """Prompt and answer joined to one word: the prompt's part of it is never learned."""
+JOINING = "{% for m in messages %}{{ m['content'] }}{% if m['role'] != 'user' %} <end>{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "slow"])
+def test_a_token_across_the_border_is_tokenised_apart(
+    fast: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt and answer that would be joined to one word: each has the tokens that it has alone."""
     tokenizer.add_tokens(["w3w4"])
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% if m['role'] != 'user' %} <end>{% endif %}{% endfor %}"
-    )
-    assert learned(tokenizer, (Turn("user", "w1 w3"), Turn("assistant", "w4", learned=True))) == [". . <end>"]
+    tokenizer.chat_template = JOINING
+    monkeypatch.setattr(type(tokenizer), "is_fast", fast)
+    assert learned(tokenizer, (Turn("user", "w1 w3"), Turn("assistant", "w4", learned=True))) == [". . w4 <end>"]
 
 
-def test_bytes_and_joined_newlines(tmp_path: Path) -> None:
-    """A byte-level tokenizer, letters of several bytes, and an answer whose first newline joins the prompt's last."""
+def byte_tokenizer(*, prefix: bool = False, trimmed: bool = False) -> Any:
+    """A byte-level tokenizer that joins line ends, and a space to the word after it."""
     model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     model.decoder = decoders.ByteLevel()
+    if trimmed:
+        model.post_processor = processors.ByteLevel(trim_offsets=True)
     special = ["<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
@@ -139,15 +146,52 @@ def test_bytes_and_joined_newlines(tmp_path: Path) -> None:
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    for answer, read in (("one naïve 日本 two", "one naïve 日本 two"), ("\n\nb one", "\nb one")):
+    return tokenizer
+
+
+SPACE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("trimmed", [False, True], ids=["", "trimmed"])
+@pytest.mark.parametrize("template", ["", SPACE], ids=["lines", "space"])
+def test_joined_characters_against_a_loop_over_tokens(template: str, trimmed: bool) -> None:
+    """A byte-level tokenizer, letters of several bytes, and answers whose first characters join the prompt's last.
+
+    The slow reference: the tokens that are there when the answer is generated, and then the answer's own, one by one.
+    """
+    tokenizer = byte_tokenizer(trimmed=trimmed)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    joined = 0
+    for answer in ("one naïve 日本 two", "\n\nb one", " two", "\n", "one\n\n"):
         turns = (Turn("user", "två"), Turn("assistant", answer, learned=True)) * 2
-        (row,) = CausalLM(0).encode(table(turns), tokenizer, 400).tokens
-        (mask,) = CausalLM(0).encode(table(turns), tokenizer, 400).targets
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        last = (*turns[:1], turns[1]._replace(learned=False), *turns[2:])
+        (one, every) = (CausalLM(0).encode(table(chat), tokenizer, 400) for chat in (last, turns))
+        asked = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        expected = [(token, False) for token in asked]
+        for token in tokenizer(text[len(prompt) :], add_special_tokens=False)["input_ids"]:
+            expected.append((token, True))
+        assert list(zip(one.tokens[0].tolist(), one.targets[0].tolist(), strict=True)) == expected
+        joined += asked != tokenizer(text)["input_ids"][: len(asked)]
+        (row,), (mask,) = every.tokens, every.targets
         parts = np.split(row, np.flatnonzero(np.diff(mask)) + 1)
-        assert [tokenizer.decode(part) for part in parts[1::2]] == [f"{read}<|im_end|>\n"] * 2
-        assert tokenizer.decode(row) == tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns], tokenize=False
-        )
+        assert [tokenizer.decode(part) for part in parts[1::2]] == [f"{answer}<|im_end|>\n"] * 2
+        assert tokenizer.decode(row) == text
+    assert joined, "control: some would have been joined"
+
+
+def test_a_space_before_each_text_cannot_be_told_apart() -> None:
+    tokenizer = byte_tokenizer(prefix=True)
+    turns = (Turn("user", "one"), Turn("assistant", "two", learned=True))
+    assert len(CausalLM(0).encode(table(turns), tokenizer, 400)) == 1
+    tokenizer.chat_template = SPACE
+    with pytest.raises(ValueError, match=r"joins the end of a prompt and .* as in 'user: one<.*puts a space"):
+        CausalLM(0).encode(table(turns), tokenizer, 400)
 
 
 def test_truncation_never_cuts_a_prompt(tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from rich.console import Console
@@ -32,6 +33,10 @@ from deploy.doctor_coordinator import examine_coordinator
 from deploy.doctor_site import examine_site
 from deploy.gateway import Gateway
 from deploy.init import Setup, initialise
+from fedlora.config import ModelConfig
+from fedlora.models import load_base
+from fedlora.tasks import TASKS as FEDLORA_TASKS
+from tests.support.tiny import save_tiny_language_model
 
 NOBODY = next((entry.pw_uid for entry in pwd.getpwall() if entry.pw_name == "nobody"), 65534)
 
@@ -347,6 +352,70 @@ def test_a_file_in_the_sockets_place(federation: Path) -> None:
 def test_data_that_do_not_fit(planted: Callable[[Path], object], grade: Grade, text: str, federation: Path) -> None:
     planted(federation / "sites/a")
     only(site_findings(federation), "data", grade, text)
+
+
+TASKS: dict[str, tuple[str, str, str]] = {
+    "classification": ("text,label\ngood,pos\nbad,neg\n", "", "6 rows, 2 classes"),
+    "multi-label": ("text,label\ngood,pos;neg\nbad,\n", 'label-separator = ";"', "6 rows, 2 labels"),
+    "regression": ("text,label\ngood,1.5\nbad,-2\n", "", "6 rows with numbers"),
+    "causal-lm": ("text,answer\ngood,1\nbad,2\n", "", "6 rows with answers"),
+}
+
+
+def rows_for(federation: Path, task: str, said: str | None = None) -> Path:
+    """Give site a rows of a task; its file says this one, another, or with '' none."""
+    rows, more, _ = TASKS[task]
+    header, _, rest = rows.partition("\n")
+    site = federation / "sites/a"
+    (site / "data.csv").write_text(f"{header}\n{rest * 3}")
+    name = task if said is None else said
+    edit(site / "site.toml", 'task = "classification"', f'task = "{name}"\n{more}' if name else more)
+    return site
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_are_read_for_their_task(task: str, federation: Path) -> None:
+    rows_for(federation, task)
+    findings = site_findings(federation)
+    assert not of(findings, "data"), of(findings, "data")
+    assert TASKS[task][2] in {one.found for one in findings}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_of_another_task_than_the_file_says(task: str, federation: Path) -> None:
+    other = "regression" if task != "regression" else "classification"
+    rows_for(federation, task, other)
+    texts = {"causal-lm": "no such column", "regression": "numbers with decimals, such as 1.5"}
+    only(site_findings(federation), "data", Grade.FAILED, texts.get(task, "have no finite number"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_file_that_does_not_say_its_task(task: str, federation: Path) -> None:
+    """What was tried is said, and is a warning: it may not be what the rows are for."""
+    site = rows_for(federation, task, "")
+    only(site_findings(federation), "data", Grade.WARNING, f"{TASKS[task][2]}, read for {task}; site.toml does not say")
+    (site / "data.csv").write_text("x,y\n1,2\n")
+    only(site_findings(federation), "data", Grade.FAILED, "as multi-label: data.text-column = 'text': no such column")
+
+
+def test_a_digest_is_that_of_the_task(federation: Path) -> None:
+    """A language model's base has an output layer that a classifier's lacks."""
+    save_tiny_language_model(federation / "sites/a/lm")
+    edit(federation / "sites/a/site.toml", '"minilm" = "minilm"', '"tiny" = "lm"')
+    digests = {}
+    for task in ("regression", "causal-lm"):
+        file = federation / "sites/a/site.toml"
+        text = file.read_text()
+        rows_for(federation, task)
+        found = {one.what: one.found for one in site_findings(federation, load_models=True)}["model tiny"]
+        loaded = load_base(
+            ModelConfig(str(federation / "sites/a/lm")), FEDLORA_TASKS[task], 1, "auto", dtype=torch.float32,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        assert found == f"digest {loaded.digest}"
+        digests[task] = found
+        file.write_text(text)
+    assert digests["regression"] != digests["causal-lm"], "control"
 
 
 def test_a_models_digest_is_what_a_run_compares(federation: Path) -> None:

@@ -120,10 +120,25 @@ def test_spellings_between_training_and_test_rows(tmp_path: Path) -> None:
     pd.DataFrame({"text": TEXTS, "label": ["Good", "bad"] * 4}).to_csv(test, index=False)
     with pytest.raises(
         ValueError, match=r"data.test-path: the label 'Good' of the test rows and 'good' of the training"
-    ):
+    ) as caught:
         classes_of(tmp_path / "a.csv", test_path=str(test))
+    assert f"row 0 (line 2) of data.test-path = {str(test)!r}" in str(caught.value)
     with pytest.raises(ValueError, match=r"the label 'Good' .* none of them, and differs from 'good' in case, spaces"):
         classes_of(tmp_path / "a.csv", test_path=str(test), classes="good,bad")
+
+
+def test_a_label_that_is_none_of_the_classes_is_shown_with_its_line(tmp_path: Path) -> None:
+    """The file's own, also where a fifth of it was split off before."""
+    path, labels = tmp_path / "a.csv", [*LABELS[:6], "fair", "bad"]
+    for test_path in ("", str(path)):
+        with pytest.raises(ValueError, match=r"the label 'fair' .* in row 6 \(line 8\) of data.path = .* none of them"):
+            classes_of(path, labels=labels, test_path=test_path, classes="good,bad")
+    test = tmp_path / "test.csv"
+    pd.DataFrame({"text": TEXTS, "label": labels}).to_csv(test, index=False)
+    with pytest.raises(
+        ValueError, match=r"'fair' of the test rows is not .* \(the first is row 6 \(line 8\) of data.test"
+    ):
+        classes_of(path, test_path=str(test))
 
 
 def test_declared_spellings_are_classes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,8 @@ HOSPITALS = [(f"text {n}", "good" if n % 3 else "bad", f"h{n % 7}") for n in ran
 
 
 def owned(path: Path, rows: Any = HOSPITALS, **changes: Any) -> Config:
-    pd.DataFrame(rows, columns=["review", "verdict", "hospital"]).to_parquet(path)
+    frame = pd.DataFrame(rows, columns=["review", "verdict", "hospital"])
+    frame.to_csv(path, index=False) if path.suffix == ".csv" else frame.to_parquet(path)
     return config(str(path), **{"partition": "natural", "partition_column": "hospital", **changes})
 
 
@@ -146,11 +148,33 @@ def test_rows_of_one_owner_are_never_on_two_clients(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     with pytest.raises(ValueError, match=r"rows of 'h\d' are on clients \d and \d with data.partition = 'iid'; use"):
         load_federated(owned(path, partition="iid"), 3)
-    alike = [*HOSPITALS, ("text", "good", " H1")]
-    with pytest.raises(ValueError, match=r"'(h1|H1)' and ' ?(H1|h1)' differ in case or spaces alone"):
-        load_federated(owned(path, alike, test_path=str(path)), 0)
     nobody = [*HOSPITALS, ("text", "good", None)]
     with pytest.raises(ValueError, match=r"1 rows have no owner \(column 'hospital'\)"):
         load_federated(owned(path, nobody), 0)
     with pytest.raises(ValueError, match=r"data.partition-column = '': must name the column"):
         DataConfig(partition="natural")
+
+
+@pytest.mark.parametrize("other", ["H1", " h1", "h1\u00a0", "\uff481", "h\u200b1"])
+def test_two_spellings_of_one_owner_are_refused_with_their_lines(other: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    rows = [("a", "good", "h1"), ("two\nlines", "bad", "h1"), ("c", "good", "h2"), ("d", "bad", other)]
+    said = (
+        r"data.partition-column = 'hospital' of data.path = .*: the owners 'h1' \(row 0 \(line 2\), row 1 \(line 3\)\)"
+    )
+    for partition_by in ("natural", "iid"):
+        with pytest.raises(
+            ValueError, match=rf"{said} and .* differ in case, spaces .* on two clients; write"
+        ) as caught:
+            load_federated(owned(path, rows, partition=partition_by), 2)
+        assert f"{other!r} (row 3 (line 6))" in str(caught.value)
+    load_federated(owned(path, [*rows[:3], ("d", "bad", "h1")], test_path=str(path)), 2)
+
+
+def test_owners_of_any_corpus_are_checked() -> None:
+    table = replace(some_corpus(6).train, owners=("a", "b", "b", "B", "a", "a"))
+    config = DataConfig(partition="natural", partition_column="owner")
+    with pytest.raises(
+        ValueError, match=r"the owners 'b' \(training row 1, training row 2\) and 'B' \(training row 3\)"
+    ):
+        partition(Corpus(table, table, ("a", "b", "c")), config, num_clients=0, seed=0)

@@ -18,7 +18,7 @@ from flwr.common.args import try_obtain_root_certificates, try_obtain_server_cer
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 
-from deploy import pki
+from deploy import new_files, pki
 
 
 def mode(path: Path) -> int:
@@ -147,7 +147,7 @@ def test_private_files_are_private_whatever_the_mask(tmp_path: Path) -> None:
         server(tmp_path)
         pki.create_supernode_key(tmp_path / "supernode", "a")
         pki.create_signing_key(tmp_path / "adapter.key", tmp_path / "adapter.pub")
-        pki.make_folder(tmp_path / "keys")
+        new_files.make_folder(tmp_path / "keys")
     finally:
         os.umask(previous)
     private = ("ca.key", "server.key", "supernode", "adapter.key")
@@ -159,7 +159,8 @@ def test_private_files_are_private_whatever_the_mask(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_a_secret_is_opened_with_its_mode(tmp_path: Path) -> None:
     """From the first byte: the file is made with O_EXCL and 0600, and not narrowed afterwards."""
-    code = f"from deploy import pki; from pathlib import Path; pki.write_secret(Path({str(tmp_path / 'x')!r}), b'1')"
+    load = "from pathlib import Path; from deploy import new_files"
+    code = f"{load}; new_files.write_secret(Path({str(tmp_path / 'x')!r}), b'1')"
     command = ["strace", "-f", "-e", "trace=openat", sys.executable, "-c", code]
     traced = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     if not (tmp_path / "x").exists():

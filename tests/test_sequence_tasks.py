@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fedlora.config import Config, MethodConfig, ModelConfig, TrainConfig
 from fedlora.data import Table
@@ -225,6 +227,43 @@ def test_a_pair_needs_room_for_both_texts(tmp_path: Path) -> None:
     assert tokenizer.decode(task.encode(pair, tokenizer, 5).tokens[0]) == "[CLS] w1 [SEP] w3 [SEP]"
     with pytest.raises(ValueError, match=r"train.max-length = 4: a pair takes 5 tokens or more"):
         task.encode(pair, tokenizer, 4)
+
+
+BEGIN, END, CLOSE = ("<s>", 0), ("</s>", 1), ("[SEP]", 3)
+MARKS: dict[str, tuple[Any, bool]] = {
+    "gpt-2": (processors.ByteLevel(trim_offsets=False), False),
+    "qwen": (None, False),
+    "a begin alone": (
+        processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B:1", special_tokens=[BEGIN]), False
+    ),
+    "llama": (processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[BEGIN]), True),
+    "t5": (processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[END]), True),
+    "roberta": (processors.RobertaProcessing(END, BEGIN), True),
+    "bert": (processors.BertProcessing(CLOSE, BEGIN), True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MARKS)
+def test_two_texts_with_nothing_between_are_refused(family: str) -> None:
+    """By the post-processors of real families on a byte-level tokenizer, whose texts are as long as they look."""
+    processor, marked = MARKS[family]
+    letters = ["<s>", "</s>", "[UNK]", "[SEP]", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    model = Tokenizer(models.BPE(vocab={letter: at for at, letter in enumerate(letters)}, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if processor is not None:
+        model.post_processor = processor
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model, unk_token="[UNK]", pad_token="[UNK]")
+    pair, task = Table(("ab",), (0,), seconds=("cd",)), Classification(2)
+    alone = Table(("abcd",), (0,))
+    if marked:
+        (row,) = task.encode(pair, tokenizer, 20).tokens
+        text = tokenizer.convert_ids_to_tokens(row.tolist())
+        assert text[text.index("b") + 1] in ("<s>", "</s>", "[SEP]")
+    else:
+        assert tokenizer("ab", "cd")["input_ids"] == tokenizer("abcd")["input_ids"], "control: silently one text"
+        with pytest.raises(ValueError, match=r"sentence pair: .* puts nothing between two texts .* into one column"):
+            task.encode(pair, tokenizer, 20)
+    assert len(task.encode(alone, tokenizer, 20)) == 1
 
 
 def test_a_model_with_one_token_type_is_given_none() -> None:

@@ -62,7 +62,7 @@ def test_the_file_that_deploy_init_writes(tmp_path: Path) -> None:
         state=folder / "state",
         socket=folder / "run/site.sock",
         plugins="",
-        data=DataTable(str(folder / "data.csv")),
+        data=DataTable(str(folder / "data.csv"), task="classification"),
         public=PublicTable(500, "bad,good"),
         models={"minilm": "minilm"},
         limits=SiteLimits(
@@ -95,6 +95,8 @@ def test_every_key_has_its_value(tmp_path: Path) -> None:
         text-column = "question"
         label-column = "kind"
         answer-column = "reply"
+        label-separator = ";"
+        task = "multi-label"
         header = false
         holdout = 0.25
         [public]
@@ -136,7 +138,7 @@ def test_every_key_has_its_value(tmp_path: Path) -> None:
         state=folder / "books",
         socket=folder / "s.sock",
         plugins="mine.py",
-        data=DataTable(str(folder / "rows.jsonl"), "question", "kind", "reply", header=False, holdout=0.25),
+        data=DataTable(str(folder / "rows.jsonl"), "question", "kind", "reply", False, 0.25, "multi-label", ";"),
         public=PublicTable(7, "x,y"),
         models={"one": str(folder / "model"), "other": "org/hub-name"},
         limits=SiteLimits(

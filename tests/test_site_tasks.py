@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from clients.deployed import own_job
+from clients.errors import RefusedError
 from fedlora.data import load_corpus
 from fedlora.exchange import Outcome
 from tests.support.sites import RAW, ROWS, Deployment, coordinators_worker, request_of, server_config, site_file
@@ -39,6 +40,18 @@ def test_a_site_trains(task: str, private: bool, tmp_path: Path) -> None:
     measured = {"regression": "spearman", "multi-label": "true_positive.0", "classification": "accuracy"}[task]
     assert (measured in report.metrics) is not private, "under DP nothing of its rows leaves"
     assert load_corpus(config).classes == (("value",) if task == "regression" else ("bad", "good"))
+
+
+def test_a_site_says_what_its_rows_are_for(tmp_path: Path) -> None:
+    """And how their labels are written, which a server cannot know."""
+    file = site_file(tmp_path, RAW, data='task = "multi-label"\nlabel-separator = ";"')
+    rows = [f"{WORDS[n]},{'bad;good' if n % 2 else ''}" for n in range(ROWS)]
+    (tmp_path / "data.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    raw = {"privacy.mode": "none"}
+    job = own_job(file, request_of(server_config(task="multi-label", **raw)))
+    assert job.data.corpus.train.numbers[:2] == ((0, 0), (1, 1))
+    with pytest.raises(RefusedError, match=r"job has task = 'classification', and this site's rows are for 'multi-la"):
+        own_job(file, request_of(server_config(**raw)))
 
 
 @pytest.mark.parametrize("learn", ["last", "all"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,53 @@ def test_numbers(suffix: str, tmp_path: Path) -> None:
     assert (read.classes, read.train.labels) == (("value",), ())
 
 
+def number_files(folder: Path, numbers: list[float]) -> dict[str, Path]:
+    """Write numbers with their texts as each kind of file does, at full length."""
+    words = texts(len(numbers))
+    rows = [{"text": word, "label": number} for word, number in zip(words, numbers, strict=True)]
+    lines = [f"{word};{number!r}" for word, number in zip(words, numbers, strict=True)]
+    written = {
+        "lines.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "array.json": json.dumps(rows),
+        "columns.json": json.dumps({"text": words, "label": numbers}),
+        "pandas.json": pd.DataFrame(rows).to_json(double_precision=15),
+        "a.csv": "\n".join(["text,label", *(line.replace(";", ",") for line in lines)]),
+        "a.tsv": "\n".join(["text\tlabel", *(line.replace(";", "\t") for line in lines)]),
+    }
+    for name, text in written.items():
+        (folder / name).write_text(text)
+    pd.DataFrame(rows).to_parquet(folder / "a.parquet")
+    pd.DataFrame({"text": words, "label": [Decimal(repr(number)) for number in numbers]}).to_parquet(
+        folder / "d.parquet"
+    )
+    return {path.name: path for path in sorted(folder.iterdir())}
+
+
+def test_numbers_are_read_to_the_last_bit(tmp_path: Path) -> None:
+    """By our own readers; and in a folder of the hub's format by datasets', but of JSON arrays, which it rounds."""
+    drawn = np.random.default_rng(0).uniform(-3, 3, 300).tolist()
+    numbers = [-0.3, 0.1 + 0.2, 1 / 3, 5e-12, 2.5, *drawn, *(round(number, 3) for number in drawn)]
+    short = [round(number, 12) for number in numbers]  # what pandas' own 15 digits hold
+    for name, path in number_files(tmp_path, short).items():
+        flat = {"task": "regression", "data.path": str(path), "data.test-path": str(path), "data.partition": "iid"}
+        assert [number for (number,) in load_corpus(read_config(flat)).train.numbers] == short, name
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for name in ("lines.jsonl", "array.json", "columns.json", "a.csv", "a.tsv", "a.parquet"):
+        path = number_files(whole, numbers)[name]
+        flat = {"task": "regression", "data.path": str(path), "data.test-path": str(path), "data.partition": "iid"}
+        assert [number for (number,) in load_corpus(read_config(flat)).train.numbers] == numbers, name
+        if name not in ("lines.jsonl", "array.json", "a.parquet"):
+            continue  # datasets' reader of csv leaves files open, and reads columns as one row of lists
+        hub = tmp_path / f"hub-{name}"
+        hub.mkdir()
+        path.rename(hub / f"train{path.suffix}")
+        flat = {"task": "regression", "data.path": str(hub), "data.test-split": "train", "data.partition": "iid"}
+        read = np.array([number for (number,) in load_corpus(read_config(flat)).train.numbers])
+        off = float(np.abs(read - np.array(numbers)).max())
+        assert off == 0 if path.suffix != ".json" else off < 1e-10, name
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -108,7 +156,12 @@ def test_labels(suffix: str, labels: Rows, changes: dict[str, Any], tmp_path: Pa
     ("labels", "changes", "message"),
     [
         (["a,b", "b", "a"], {}, r"no row holds the separator '\|', and 'a,b' holds ','; set multi-label.separator"),
-        (["a|b", "A", "b"], {}, r"the labels 'A' and 'a' differ in case or spaces alone"),
+        (
+            ["a|b", "A|a", "b"],
+            {},
+            r"labels 'a' \(row 0 .*, row 1 .*\) and 'A' \(row 1 \(from 0\)\) differ in case, spa",
+        ),
+        (["a", "b", "A"], {"data.classes": "a,A,b"}, r"labels 'A' \(row 2 .*\) and 'a' \(row 0 .*\) differ in case"),
         (["a|a", "b", "b"], {}, r"row 0 .*names the label 'a' twice"),
         ([[0, 0, 1], [1, 0, 0], [0, 1, 1]], {}, r"names the label '.' twice. \(Lists of 0 and 1 are not read"),
         ([["a", None], ["b"], ["b"]], {}, r"row 0 .*its list holds"),
@@ -138,6 +191,33 @@ def test_bits_that_are_refused(cells: list[Any], changes: dict[str, Any], messag
     columns = {"text": texts(3), "a": [0, 1, 0], "b": cells}
     with pytest.raises(ValueError, match=message):
         corpus(tmp_path / "a.parquet", "multi-label", columns, **{"data.label-column": "a,b", **changes})
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "message"),
+    [
+        ("regression", {"label": ["1", "2", "x"]}, r"the first is row 2 \(line 4\) with 'x'"),
+        (
+            "multi-label",
+            {"label": ["a|b", "a|b", "A"]},
+            r"'a' \(row 0 \(line 2\), row 1 \(line 3\)\) and 'A' \(row 2 \(line 4\)\) differ",
+        ),
+        ("multi-label", {"label": ["a|b", "b", "c"], "data.classes": "a,b"}, r"\(the first is row 2 \(line 4\)\)"),
+        ("multi-label", {"label": ["a|b", "b|b", "a"]}, r"row 1 \(line 3\): names the label 'b' twice"),
+        ("multi-label", {"label": ["a|b", "b", "['a', 'b']"]}, r"row 2 \(line 4\): holds a written list"),
+        (
+            "multi-label",
+            {"a": [0, 1, 2], "b": [0, 1, 1], "label": [0] * 3},
+            r"'a' .*the first is row 2 \(line 4\) with",
+        ),
+    ],
+)
+def test_rows_are_named_with_their_lines(task: str, columns: Rows, message: str, tmp_path: Path) -> None:
+    changes = {"data.label-column": "a,b"} if "a" in columns else {}
+    changes |= {name: value for name, value in columns.items() if name.startswith("data.")}
+    columns = {name: cells for name, cells in columns.items() if name not in changes}
+    with pytest.raises(ValueError, match=message):
+        corpus(tmp_path / "a.csv", task, {"text": texts(3), **columns}, **changes)
 
 
 def test_names_that_a_hub_data_set_declares(tmp_path: Path) -> None:
@@ -225,6 +305,18 @@ def test_plans(tmp_path: Path) -> None:
     wide = {"text": texts(60), "label": [float(n) for n in range(60)]}
     flat = {"task": "regression", "data.path": save(tmp_path / "wide.csv", wide), "data.partition": "iid"}
     assert "note: the numbers to learn have mean" in shown(plan(tmp_path, **flat))
+
+
+def test_a_plan_says_what_an_adapter_reads_and_puts_out(tmp_path: Path) -> None:
+    for kind, texts, outputs in (
+        ("regression", ["text"], ["value"]),
+        ("multi-label", ["text"], ["a", "b"]),
+        ("pairs", ["text", "second"], ["x", "y"]),
+    ):
+        folder = tmp_path / kind
+        folder.mkdir()
+        record = plan(folder, **keys(folder, kind)).record()
+        assert (record["texts"], record["outputs"]) == (texts, outputs)
 
 
 def test_cards(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from peft import PeftModel
 
 from fedlora.config import ModelConfig
 from fedlora.data import Table
+from fedlora.engine import evaluate
 from fedlora.engine.generation import end_tokens
 from fedlora.engine.layers import Layout
 from fedlora.models import load_tokenizer
@@ -35,7 +38,7 @@ def engine_logits(run: Exported, text: str) -> torch.Tensor:
     """The engine's own logits of a text under the exported tensors."""
     model = run.worker.loaded.model
     engine, task = model.engine, model.engine.task
-    rows = task.encode(Table((text,), (0,)), engine.base.tokenizer, run.config.train.max_length)
+    rows = task.encode(Table((text,), (0,), numbers=((0.0,),)), engine.base.tokenizer, run.config.train.max_length)
     batch = task.collate(rows, [0], torch.device("cpu"))
     factors = engine.method.factors({name: engine.tensor(value) for name, value in run.tensors.items()})
     with torch.no_grad(), engine.grouped.placed(factors, Layout(1, 1, None)) as grouped:
@@ -54,6 +57,104 @@ def test_classes_with_their_probabilities(tmp_path: Path, capsys: pytest.Capture
         }
         assert shown == pytest.approx(dict(zip(("bad", "good"), expected, strict=True)), abs=1e-4)
         assert list(shown.values()) == sorted(shown.values(), reverse=True)
+
+
+SEQUENCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "pairs": ("a,b,label\n{0} {1},{2},yes\n{1},{0},no\n{2},{2} {0},maybe\n", {"data.text-column": "a,b"}),
+    "multi-label": ("text,label\n{0},joy|fear\n{1},awe\n{2} {0},\n", {"task": "multi-label"}),
+    "columns": ("text,joy,awe\n{0},1,0\n{1},1,1\n{2},0,0\n", {"task": "multi-label", "data.label-column": "joy,awe"}),
+    "regression": ("text,score\n{0},0.5\n{1},-2\n{2} {0},1.25\n",
+                   {"task": "regression", "data.label-column": "score"}),
+    "pairs with a number": ("a,b,score\n{0},{1},0.5\n{1},{2},-2\n{2},{0},1\n",
+                            {"task": "regression", "data.label-column": "score", "data.text-column": "a,b"}),
+    "a comma": ('"Review, in full",label\n{0} {1},yes\n{1} {2},no\n', {"data.text-column": "Review, in full"}),
+}  # fmt: skip
+
+
+def sequence_run(tmp_path: Path, kind: str) -> Exported:
+    """A finished run of a task on texts or pairs, with an adapter that is far from its start."""
+    rows, changes = SEQUENCES[kind]
+    file = tmp_path / "rows.csv"
+    header, _, rest = rows.partition("\n")
+    file.write_text(header + "\n" + "".join(rest.format(f"w{n}", f"w{n + 9}", f"w{n + 20}") for n in range(15)))
+    flat = tiny_flat(tmp_path, **{"data.partition": "iid", "data.path": str(file), **changes})
+    return exported_run(tmp_path, flat, scale=3.0)
+
+
+def evaluated(run: Exported, table: Table) -> dict[str, float]:
+    """What the engine's own evaluation finds of a row."""
+    engine, length = run.worker.loaded.model.engine, run.config.train.max_length
+    facts = evaluate(engine, run.tensors, engine.task.encode(table, engine.base.tokenizer, length), [0])
+    return {name: float(values[0]) for name, values in facts.items()}
+
+
+def shown_values(output: str) -> dict[str, list[str]]:
+    """The lines of a table by their first word."""
+    return {words[0]: words[1:] for line in output.splitlines()[2:] if (words := line.replace("│", " ").split())}
+
+
+def test_a_pair_takes_two_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = sequence_run(tmp_path, "pairs")
+    names = ("maybe", "no", "yes")
+    answers = {}
+    for first, second in (("w1 w2", "w30"), ("w30", "w1 w2"), (" ".join(["w7"] * 90), "w9 w8")):
+        code, output = tried(capsys, run.path, first, second)
+        assert code == 0, output
+        answers[first] = {name: float(words[-1]) for name, words in shown_values(output).items()}
+        losses = [evaluated(run, Table((first,), (label,), seconds=(second,)))["loss"] for label in range(3)]
+        expected = {name: math.exp(-loss) for name, loss in zip(names, losses, strict=True)}
+        assert answers[first] == pytest.approx(expected, abs=1e-4)
+        assert list(answers[first].values()) == sorted(answers[first].values(), reverse=True)
+    assert answers["w1 w2"] != answers["w30"], "control: the order of a pair matters"
+    for texts in (["w1"], ["w1", "w2", "w3"]):
+        code, output = tried(capsys, run.path, *texts)
+        assert (code, output.count("\n")) == (2, 1), output
+        assert f"data.text-column = 'a,b' reads 2 text(s) (a, b), and {len(texts)} were given" in output
+    code, output = tried(capsys, run.path, "w1", " ")
+    assert (code, output.count("\n")) == (2, 1), output
+    assert "the text is empty" in output
+
+
+def test_a_column_with_a_comma_in_its_name_is_one_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = sequence_run(tmp_path, "a comma")
+    code, output = tried(capsys, run.path, "w1 w2")
+    assert code == 0, output
+    assert set(shown_values(output)) == {"yes", "no"}
+    assert "tokenizer(TEXTS, padding" in (run.path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "columns"])
+def test_labels_with_their_probabilities(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is said where the engine's own evaluation takes it for there."""
+    run = sequence_run(tmp_path, kind)
+    names = ("awe", "fear", "joy") if kind == "multi-label" else ("joy", "awe")
+    said = set()
+    for text in ("w1 w2 w3", "w30 w31", "w9", "w12 w5"):
+        code, output = tried(capsys, run.path, text)
+        assert code == 0, output
+        shown = shown_values(output)
+        facts = evaluated(run, Table((text,), numbers=((1.0,) * len(names),)))
+        hits = {name: facts[f"true_positive.{at}"] == 1 for at, name in enumerate(names)}
+        assert {name: words[0] == "yes" for name, words in shown.items()} == hits
+        expected = dict(zip(names, engine_logits(run, text).sigmoid().tolist(), strict=True))
+        assert {name: float(words[-1]) for name, words in shown.items()} == pytest.approx(expected, abs=1e-4)
+        assert all((float(words[-1]) > 0.5) == hits[name] for name, words in shown.items())
+        said |= set(hits.values())
+    assert said == {True, False}, "control: some are said and some are not"
+
+
+@pytest.mark.parametrize("kind", ["regression", "pairs with a number"])
+def test_a_regression_answers_with_its_number(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = sequence_run(tmp_path, kind)
+    numbers = set()
+    for text in ("w1 w2 w3", "w30 w31", "w9"):
+        more = ("w4 w11",) if kind != "regression" else ()
+        code, output = tried(capsys, run.path, text, *more)
+        assert code == 0, output
+        expected = evaluated(run, Table((text,), seconds=more, numbers=((0.0,),)))["prediction"]
+        assert float(output) == pytest.approx(expected, rel=1e-5)
+        numbers.add(output)
+    assert len(numbers) == 3, "control: the text matters"
 
 
 def plain(run: Exported, prompt: str, tokens: int) -> str:

@@ -14,7 +14,7 @@ from fedlora.config.data_keys import table_suffix
 from fedlora.config.data_section import column_names
 from fedlora.data.cells import cell_text, check_printed_bytes
 from fedlora.data.chat import Shape, alpaca_prompts, read_chats, recognise
-from fedlora.data.labels import check_header_rows, check_scores, check_spellings
+from fedlora.data.labels import check_header_rows, check_owners, check_scores, check_spellings
 from fedlora.data.table import Turn
 from fedlora.data.targets import (
     NUMBERED,
@@ -61,7 +61,7 @@ class Source:
 
 @dataclass
 class RowColumns:
-    """A table's rows as columns of one length; those that the task does not read are empty."""
+    """A table's rows as columns of one length, ``numbers`` their places in it; what the task does not read is empty."""
 
     texts: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
@@ -71,6 +71,7 @@ class RowColumns:
     values: list[float] = field(default_factory=list)
     sets: list[tuple[str, ...]] = field(default_factory=list)
     chats: list[tuple[Turn, ...]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
 
     def take(self, rows: Sequence[int]) -> RowColumns:
         """Return these rows, in this order."""
@@ -80,7 +81,7 @@ class RowColumns:
 def read_rows(source: Source, config: Config) -> RowColumns:
     """Return the rows of one table."""
     data, language = config.data, config.task == "causal-lm"
-    rows = RowColumns()
+    rows = RowColumns(numbers=list(range(len(source.frame))))
     check_header_rows(source.frame, _header_groups(source, config), source.place, source.row)
     shape = recognise(source.frame, data) if language else None
     if shape is not None:
@@ -103,6 +104,8 @@ def read_rows(source: Source, config: Config) -> RowColumns:
         rows.labels = [_UNNAMED] * len(rows.texts)
     if data.partition_column:
         rows.owners = _texts(source, "data.partition-column", data.partition_column)
+        place = f"data.partition-column = {data.partition_column!r} of {source.place}"
+        check_owners(rows.owners, place, source.row)
     return rows
 
 
@@ -172,14 +175,14 @@ def _read_numbers(rows: RowColumns, source: Source, config: Config) -> None:
         raise ValueError(f"{source.place}: there are no rows.")
     if config.task == "multi-label":
         if len(columns) > 1:
-            rows.sets = read_bits(cells, place)
+            rows.sets = read_bits(cells, place, source.row)
         else:
             separator = config.options(MultiLabelOptions).separator
-            rows.sets = read_lists(cells[columns[0]], separator, place, source.class_names)
+            rows.sets = read_lists(cells[columns[0]], separator, place, source.row, source.class_names)
     elif len(columns) > 1:
         raise ValueError(f"{key} = {wanted!r}: names {len(columns)} columns; task = 'regression' predicts one number.")
     else:
-        rows.values = read_numbers(cells[columns[0]], place)
+        rows.values = read_numbers(cells[columns[0]], place, source.row)
 
 
 def _prompts(source: Source, template: str) -> list[str]:
@@ -218,7 +221,8 @@ def _labels(source: Source, config: Config) -> list[str]:
         check_scores(labels, place, source.row, data.class_names)
         if len(set(labels)) > max(FEW_CLASSES, 0.75 * len(labels)) and not data.classes:
             return labels  # texts, and no labels at all: refused when all rows are there
-    check_spellings(labels, place, source.row, data.class_names)
+    cure = "write them alike, or, if they are two classes, name both in data.classes"
+    check_spellings(labels, place, source.row, what="labels", cure=cure, declared=data.class_names)
     return [label.strip() for label in labels]
 
 

@@ -25,6 +25,9 @@ from fedlora.seeded import Seeded
 
 _TEST_SHARE = 0.2
 
+Part = tuple[RowColumns, Source]
+"""Rows, and the table that they are from."""
+
 
 def build_corpus(train: Source, test: Source | None, config: Config, *, split: bool) -> Corpus:
     """Return the corpus of a training table and a test table.
@@ -47,13 +50,14 @@ def build_corpus(train: Source, test: Source | None, config: Config, *, split: b
         cut = max(1, round(len(order) * _TEST_SHARE))
         test_rows, rows = rows.take(np.sort(order[:cut]).tolist()), rows.take(np.sort(order[cut:]).tolist())
     shape = _shape(train, config)
+    parts = ((rows, train), (test_rows, test or train))
     if config.task in NUMBERED:
-        return _numbered(train, rows, test_rows, config, shape)
+        return _numbered(parts, config, shape)
     classes = config.data.class_names or tuple(sorted(set(rows.labels), key=_natural))
     if config.data.classes:
-        _check_declared(classes, rows.labels + test_rows.labels, config)
+        _check_declared(classes, parts, config)
     elif config.task == "classification":
-        _check_classes(classes, rows, test_rows, test, config)
+        _check_classes(classes, parts, config)
     else:
         test_rows.labels = [label if label in classes else classes[0] for label in test_rows.labels]
     number = {name: at for at, name in enumerate(classes)}
@@ -69,8 +73,9 @@ def _table(part: RowColumns, **more: Any) -> Table:
     return Table(**{name: tuple(getattr(part, name)) for name in columns}, **more)
 
 
-def _numbered(train: Source, rows: RowColumns, test_rows: RowColumns, config: Config, shape: str) -> Corpus:
+def _numbered(parts: Sequence[Part], config: Config, shape: str) -> Corpus:
     """Return the corpus of a task whose rows have numbers in place of one class."""
+    (rows, train), (test_rows, test_source) = parts
     key = f"data.label-column = {config.data.label_column!r}"
     if config.task == "regression":
         check_spread(rows.values, key)
@@ -78,8 +83,9 @@ def _numbered(train: Source, rows: RowColumns, test_rows: RowColumns, config: Co
         return Corpus(own, test, VALUE, shape=shape)
     columns = columns_of(train, config.data.label_column)
     names = label_names(rows.sets, config.data.class_names, columns if len(columns) > 1 else (), key)
-    own = _table(rows, numbers=tuple(as_bits(rows.sets, names, f"{key}: training rows")))
-    test = _table(test_rows, numbers=tuple(as_bits(test_rows.sets, names, f"{key}: test rows")))
+    own_bits = as_bits(rows.sets, names, f"{key}: training rows", lambda at: train.row(rows.numbers[at]))
+    bits = as_bits(test_rows.sets, names, f"{key}: test rows", lambda at: test_source.row(test_rows.numbers[at]))
+    own, test = _table(rows, numbers=tuple(own_bits)), _table(test_rows, numbers=tuple(bits))
     return Corpus(own, test, names, shape=shape)
 
 
@@ -92,14 +98,20 @@ def _shape(source: Source, config: Config) -> str:
     return f"sentence pairs ({', '.join(texts)}), by the tokenizer's own pair encoding" if len(texts) > 1 else ""
 
 
-def _check_declared(classes: Sequence[str], labels: Sequence[str], config: Config) -> None:
-    unknown = sorted(set(labels) - set(classes), key=_natural)
+def _first_row(label: str, parts: Sequence[Part]) -> str:
+    """Return the first row with a label, for an error."""
+    part, source = next((part, source) for part, source in parts if label in part.labels)
+    return f"{source.row(part.numbers[part.labels.index(label)])} of {source.place}"
+
+
+def _check_declared(classes: Sequence[str], parts: Sequence[Part], config: Config) -> None:
+    unknown = sorted({label for part, _ in parts for label in part.labels} - set(classes), key=_natural)
     if not unknown:
         return
     plain = {plain_name(name): name for name in classes}
     place = (
         f"data.classes = {config.data.classes!r}: the label {unknown[0]!r} of data.label-column = "
-        f"{config.data.label_column!r} is none of them"
+        f"{config.data.label_column!r} in {_first_row(unknown[0], parts)} is none of them"
     )
     if other := plain.get(plain_name(unknown[0])):
         raise ValueError(
@@ -109,9 +121,8 @@ def _check_declared(classes: Sequence[str], labels: Sequence[str], config: Confi
     raise ValueError(f"{place}; remove its rows, or add it" + (f": {option}" if len(unknown) < 20 else "."))
 
 
-def _check_classes(
-    classes: Sequence[str], rows: RowColumns, test_rows: RowColumns, test: Source | None, config: Config
-) -> None:
+def _check_classes(classes: Sequence[str], parts: Sequence[Part], config: Config) -> None:
+    (rows, train), (test_rows, test) = parts
     column = f"data.label-column = {config.data.label_column!r}"
     if len(classes) < 2:
         raise ValueError(
@@ -125,15 +136,17 @@ def _check_classes(
         )
     unknown = sorted(set(test_rows.labels) - set(classes), key=_natural)
     if unknown:
-        source = test.key if test else "data.path, of which a fifth is split off for testing"
+        source = test.key if test is not train else "data.path, of which a fifth is split off for testing"
+        first = f"the first is {_first_row(unknown[0], parts)}"
         if other := {plain_name(name): name for name in classes}.get(plain_name(unknown[0])):
             raise ValueError(
                 f"{source}: the label {unknown[0]!r} of the test rows and {other!r} of the training rows differ in "
-                "case, spaces or the way to write a number alone; write them alike."
+                f"case, spaces or the way to write a number alone ({first}); write them alike."
             )
         raise ValueError(
             f"{source}: the label {unknown[0]!r} of the test rows is not among the {len(classes)} training labels "
-            f"({write_names(classes[:10])}); it could never be predicted. Remove its rows, or add some to training."
+            f"({write_names(classes[:10])}); it could never be predicted. Remove its rows ({first}), or add some to "
+            "training."
         )
 
 

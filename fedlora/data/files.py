@@ -12,9 +12,10 @@ from fedlora.config import Config
 from fedlora.config.data_keys import TABLE_SUFFIXES, table_suffix
 from fedlora.data.columns import Source
 from fedlora.data.corpus import build_corpus
+from fedlora.data.decoding import check_kind, read_text
 from fedlora.data.table import Corpus, Table
 from fedlora.data.targets import VALUE
-from fedlora.data.text_files import check_kind, parse_json, parse_separated, read_text
+from fedlora.data.text_files import parse_json, parse_separated
 from fedlora.messages import first_line
 
 

@@ -1,4 +1,4 @@
-"""Labels that are certainly mistakes: two spellings of one name, scores, a header line among the rows."""
+"""Labels and owners that are certainly mistakes: two spellings of one name, scores, a header line among the rows."""
 
 from __future__ import annotations
 
@@ -27,28 +27,46 @@ def plain_name(name: str) -> str:
     return whole[1] if whole else text
 
 
-def check_spellings(labels: Sequence[str], place: str, where: Callable[[int], str], declared: Sequence[str]) -> None:
-    """Refuse two labels that are one name in two spellings, unless both are declared as classes.
+def check_spellings(
+    names: Sequence[str], place: str, where: Callable[[int], str], *, what: str, cure: str, declared: Sequence[str] = ()
+) -> None:
+    """Refuse two names that are one in two spellings, unless both are declared.
 
     Args:
-        labels: The label of each row.
+        names: The names in the table's order.
         place: What names the column in an error.
-        where: Returns how an error calls a row.
-        declared: The names in ``data.classes``.
+        where: Returns how an error calls the row of a name, by its place among them.
+        what: What is named.
+        cure: What to do about it.
+        declared: Names that are meant as they are.
 
     Raises:
-        ValueError: There are such labels; it names both, and their rows.
+        ValueError: There are such names; it says both, and their rows.
     """
-    counts = Counter(labels)
+    counts = Counter(names)
     spelled: dict[str, str] = {}
-    for label in sorted(counts, key=lambda one: (-counts[one], one)):  # the commoner one is the right one, most likely
-        other = spelled.setdefault(plain_name(label), label)
-        if other != label and not {label, other} <= set(declared):
+    for name in sorted(counts, key=lambda one: (-counts[one], one)):  # the commoner one is the right one, most likely
+        other = spelled.setdefault(plain_name(name), name)
+        if other != name and not {name, other} <= set(declared):
             raise ValueError(
-                f"{place}: the labels {other!r} ({_rows(labels, other, where)}) and {label!r} "
-                f"({_rows(labels, label, where)}) differ in case, spaces or the way to write a number alone; write "
-                "them alike, or, if they are two classes, name both in data.classes."
+                f"{place}: the {what} {other!r} ({_rows(names, other, where)}) and {name!r} "
+                f"({_rows(names, name, where)}) differ in case, spaces or the way to write a number alone; {cure}."
             )
+
+
+def check_owners(owners: Sequence[str], place: str, where: Callable[[int], str]) -> None:
+    """Refuse owners of rows that are one in two spellings: a partition would part the rows of one owner.
+
+    Args:
+        owners: The owner of each row.
+        place: What names the column in an error.
+        where: Returns how an error calls a row.
+
+    Raises:
+        ValueError: There are such owners; it names both, and their rows.
+    """
+    cure = "if they are one, their rows would be on two clients; write them alike, or make them differ"
+    check_spellings(owners, place, where, what="owners", cure=cure)
 
 
 def check_header_rows(
@@ -107,8 +125,8 @@ def _is_number(label: str) -> bool:
     return bool(_DECIMAL.fullmatch(label) or re.fullmatch(r"[+-]?\d+\.?", label))
 
 
-def _rows(labels: Sequence[str], label: str, where: Callable[[int], str]) -> str:
-    """Return the first rows with a label, for an error."""
-    rows = [row for row, one in enumerate(labels) if one == label]
+def _rows(names: Sequence[str], name: str, where: Callable[[int], str]) -> str:
+    """Return the first rows with a name, for an error."""
+    rows = [row for row, one in enumerate(names) if one == name]
     more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
     return ", ".join(map(where, rows[:_SHOWN])) + more

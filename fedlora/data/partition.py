@@ -13,7 +13,7 @@ from flwr_datasets.partitioner import DirichletPartitioner
 from numpy.typing import NDArray
 
 from fedlora.config import DataConfig
-from fedlora.data.labels import plain_name
+from fedlora.data.labels import check_owners
 from fedlora.data.table import Corpus, FederatedData
 from fedlora.messages import first_line
 from fedlora.seeded import Seeded
@@ -219,16 +219,9 @@ def _check_sizes(clients: Sequence[Rows], holdout: Sequence[Rows], names: Sequen
 
 
 def _check_owners(owners: Sequence[str], clients: Sequence[Rows], config: DataConfig) -> None:
-    """Refuse owners whose rows are on two clients, or that differ in case or spaces alone."""
+    """Refuse owners whose rows are on two clients, or two spellings of one (of a corpus that no table was read for)."""
     key = f"data.partition-column = {config.partition_column!r}"
-    plain: dict[str, str] = {}
-    for owner in dict.fromkeys(owners):
-        other = plain.setdefault(plain_name(owner), owner)
-        if other != owner:
-            raise ValueError(
-                f"{key}: {other!r} and {owner!r} differ in case or spaces alone; if they are one, their rows would be "
-                "on two clients. Write them alike, or make them differ."
-            )
+    check_owners(owners, key, lambda row: f"training row {row}")
     holder: dict[str, int] = {}
     for client, rows in enumerate(clients):
         for row in rows:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.config.data_section import column_names
+
 
 class Turn(NamedTuple):
     """A message of a conversation.
@@ -86,6 +88,11 @@ class Corpus:
     def splits(self) -> dict[str, Table]:
         """The tables that are not empty, by name."""
         return {name: table for name in ("train", "dev", "test") if len(table := getattr(self, name))}
+
+    def text_names(self, wanted: str) -> tuple[str, ...]:
+        """Return the columns that ``data.text-column`` names, by what was read: one may have commas in its name."""
+        read = next((table for table in (self.train, self.test) if len(table)), None)
+        return (wanted,) if read is not None and not read.seconds else column_names(wanted)
 
     def majority_share(self, measured: Table) -> float:
         """Return the accuracy on ``measured`` of always answering the commonest training class."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 
 from fedlora.config import Options, require
-from fedlora.data.labels import plain_name
+from fedlora.data.labels import check_spellings, plain_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,29 +44,36 @@ class MultiLabelOptions(Options):
 # -- regression -----------------------------------------------------------------------------------------------
 
 
-def read_numbers(column: pd.Series, place: str) -> list[float]:
+def read_numbers(column: pd.Series, place: str, where: Callable[[int], str]) -> list[float]:
     """Return a column of numbers.
 
     Args:
         column: The cells.
         place: Source and column, for errors.
+        where: Returns how an error calls a row.
 
     Raises:
         ValueError: A cell is no finite number.
     """
     import pandas as pd
 
-    plain = column.map(lambda cell: cell if isinstance(cell, str | int | float | np.number) else None)
-    plain = plain.where(~column.map(lambda cell: isinstance(cell, bool | np.bool_)), None)
+    plain = column.astype(object).map(_plain_number)
     numbers = pd.to_numeric(plain, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     bad = np.flatnonzero(~np.isfinite(numbers))
     if len(bad):
         raise ValueError(
-            f"{place}: {len(bad)} rows have no finite number there, the first is row {bad[0]} (from 0, without the "
-            f"header) with {str(column.iloc[bad[0]])[:40]!r}; task = 'regression' predicts a number. Remove or "
-            "complete them, and write decimals with a point."
+            f"{place}: {len(bad)} rows have no finite number there, the first is {where(bad[0])} with "
+            f"{str(column.iloc[bad[0]])[:40]!r}; task = 'regression' predicts a number. Remove or complete them, and "
+            "write decimals with a point."
         )
     return [float(number) for number in numbers]
+
+
+def _plain_number(cell: Any) -> Any:
+    """Return a cell that is a number, or may be one as text; None for anything else."""
+    if isinstance(cell, bool | np.bool_) or not isinstance(cell, str | int | float | np.number | Decimal):
+        return None
+    return float(cell) if isinstance(cell, Decimal) else cell
 
 
 def check_spread(numbers: Sequence[float], key: str) -> None:
@@ -104,7 +112,7 @@ def spread_note(numbers: Sequence[float]) -> str:
 # -- multi-label ----------------------------------------------------------------------------------------------
 
 
-def read_bits(columns: Mapping[str, pd.Series], place: str) -> list[Labels]:
+def read_bits(columns: Mapping[str, pd.Series], place: str, where: Callable[[int], str]) -> list[Labels]:
     """Return each row's labels from columns of 0 and 1, one a label.
 
     Raises:
@@ -116,28 +124,31 @@ def read_bits(columns: Mapping[str, pd.Series], place: str) -> list[Labels]:
         bad = np.flatnonzero(bits.isna())
         if len(bad):
             raise ValueError(
-                f"{place}: {len(bad)} rows of the column {name!r} hold neither 0 nor 1, the first is row {bad[0]} "
-                f"(from 0, without the header) with {str(cells.iloc[bad[0]])[:40]!r}; with several label columns each "
-                "is one label, 1 where a row has it."
+                f"{place}: {len(bad)} rows of the column {name!r} hold neither 0 nor 1, the first is {where(bad[0])} "
+                f"with {str(cells.iloc[bad[0]])[:40]!r}; with several label columns each is one label, 1 where a row "
+                "has it."
             )
         for row in np.flatnonzero(bits.to_numpy(dtype=np.float64)):
             labels[row].append(name)
     return [tuple(one) for one in labels]
 
 
-def read_lists(column: pd.Series, separator: str, place: str, names: Sequence[str] = ()) -> list[Labels]:
+def read_lists(
+    column: pd.Series, separator: str, place: str, where: Callable[[int], str], names: Sequence[str] = ()
+) -> list[Labels]:
     """Return each row's labels from a column of lists, or of text with a separator; a row may have none.
 
     Args:
         column: The cells.
         separator: What stands between labels in text.
         place: Source and column, for errors.
+        where: Returns how an error calls a row.
         names: Names of the labels' numbers, where the data set declares them.
 
     Raises:
-        ValueError: A cell is neither, or holds a label twice.
+        ValueError: A cell is neither, or holds a label twice; or two labels are one in two spellings.
     """
-    rows = [_labels_of(cell, separator, f"{place}, row {row}") for row, cell in enumerate(column)]
+    rows = [_labels_of(cell, separator, f"{place}, {where(row)}") for row, cell in enumerate(column)]
     if all(isinstance(cell, str) for cell in column) and max(map(len, rows)) < 2:
         for mark in (",", ";", "|", "/"):
             if mark != separator and (sample := next((one[0] for one in rows if one and mark in one[0]), None)):
@@ -149,10 +160,14 @@ def read_lists(column: pd.Series, separator: str, place: str, names: Sequence[st
     for row, one in enumerate(rows):
         if len(set(one)) < len(one):
             raise ValueError(
-                f"{place}, row {row} (from 0, without the header): names the label "
-                f"{Counter(one).most_common(1)[0][0]!r} twice. (Lists of 0 and 1 are not read; give each label a "
-                "column of its own and name them in data.label-column, with commas between.)"
+                f"{place}, {where(row)}: names the label {Counter(one).most_common(1)[0][0]!r} twice. (Lists of 0 and "
+                "1 are not read; give each label a column of its own and name them in data.label-column, with commas "
+                "between.)"
             )
+    said = [(row, label) for row, one in enumerate(rows) for label in one]
+    check_spellings(
+        [label for _, label in said], place, lambda at: where(said[at][0]), what="labels", cure="write them alike"
+    )
     if names:
         number = {str(at): name for at, name in enumerate(names)}
         hidden = next((label for one in rows for label in one if label not in number), None)
@@ -167,20 +182,18 @@ def _labels_of(cell: Any, separator: str, place: str) -> Labels:
         text = cell.strip()
         if text.startswith("[") and text.endswith("]"):
             raise ValueError(
-                f"{place} (from 0, without the header): holds a written list, {text[:40]!r}; use jsonl or parquet for "
-                f"lists, or write labels with {separator!r} between."
+                f"{place}: holds a written list, {text[:40]!r}; use jsonl or parquet for lists, or write labels with "
+                f"{separator!r} between."
             )
         return tuple(part.strip() for part in text.split(separator) if part.strip())
     if isinstance(cell, list | tuple | np.ndarray):
         parts = list(cell)
         if all(isinstance(part, str | int | np.integer) and not isinstance(part, bool) for part in parts):
             return tuple(str(part).strip() for part in parts)
-        raise ValueError(
-            f"{place} (from 0, without the header): its list holds {str(parts)[:60]}, not names of labels."
-        )
+        raise ValueError(f"{place}: its list holds {str(parts)[:60]}, not names of labels.")
     raise ValueError(
-        f"{place} (from 0, without the header): holds {str(cell)[:40]!r} ({type(cell).__name__}), neither a list of "
-        "labels nor text; a row without labels has an empty list or text."
+        f"{place}: holds {str(cell)[:40]!r} ({type(cell).__name__}), neither a list of labels nor text; a row without "
+        "labels has an empty list or text."
     )
 
 
@@ -221,21 +234,25 @@ def label_names(rows: Sequence[Labels], declared: Sequence[str], columns: Sequen
     return names
 
 
-def as_bits(rows: Sequence[Labels], names: Collection[str], where: str) -> list[tuple[float, ...]]:
+def as_bits(
+    rows: Sequence[Labels], names: Collection[str], place: str, where: Callable[[int], str]
+) -> list[tuple[float, ...]]:
     """Return for each row 1 for each label that it has and 0 for the others.
 
     Args:
         rows: The labels of each row.
         names: All labels.
-        where: What rows these are and whose names those, for errors.
+        place: What rows these are and whose names those, for errors.
+        where: Returns how an error calls a row.
 
     Raises:
         ValueError: A row has a label that is not among the names.
     """
     unknown = sorted({label for one in rows for label in one} - set(names))
     if unknown:
+        first = next(at for at, one in enumerate(rows) if unknown[0] in one)
         raise ValueError(
-            f"{where}: the label {unknown[0]!r} is none of the {len(names)} labels ({', '.join(list(names)[:10])}); it "
-            "could never be predicted. Add it to data.classes, or remove its rows."
+            f"{place}: the label {unknown[0]!r} is none of the {len(names)} labels ({', '.join(list(names)[:10])}); it "
+            f"could never be predicted. Add it to data.classes, or remove its rows (the first is {where(first)})."
         )
     return [tuple(float(name in one) for name in names) for one in rows]

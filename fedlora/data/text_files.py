@@ -1,4 +1,4 @@
-"""Tables in text files: csv, tsv and JSON, decoded and parsed strictly, each row with the line where it begins.
+"""Tables in text: csv, tsv and JSON, parsed strictly, each row with the line where it begins.
 
 A reader that mends what is broken (takes a field for an index, fills a short row, swallows lines up to the next quote)
 trains a model on something else than the user sees, so what does not fit is an error with its line. Errors say nothing
@@ -7,39 +7,16 @@ of what stands in a line.
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
 import io
 import itertools
 import json
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-_HEAD = 64  # bytes by which a kind of file is known
-_KNOWN_BY = (
-    (b"version https://git-lfs", "it is a Git LFS pointer in place of the file; run git lfs pull"),
-    (b"<!doctype html", "it is a web page; download the file itself"),
-    (b"<html", "it is a web page; download the file itself"),
-)
-_BINARY = (
-    (b"PK\x03\x04", "it is a zip archive or an Excel workbook; unpack it, or save it as csv"),
-    (b"\xd0\xcf\x11\xe0", "it is an Excel workbook; save it as csv"),
-    (b"\x1f\x8b", "it is packed by gzip; let its name end in .gz, such as data.csv.gz"),
-    (b"PAR1", "it is a parquet file; let its name end in .parquet"),
-)
-_MARKS = (  # the longer first: that of UTF-32 begins with that of UTF-16
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _OPENED = re.compile(r'(?:\A|[\t\r\n])"')
 _TOLD = re.compile(r"(sep=(.))[\r\n]")
@@ -61,59 +38,6 @@ class Parsed:
     columns: Sequence[str] | Sequence[int]
     rows: Sequence[Sequence[Any]]
     lines: Sequence[int]
-
-
-def check_kind(head: bytes, *, binary: bool) -> None:
-    """Refuse what is another kind of file than its name says, by its first bytes.
-
-    Args:
-        head: The first bytes.
-        binary: Whether the name promises a file that is no text.
-
-    Raises:
-        ValueError: It is another kind.
-    """
-    start = head[:_HEAD].lstrip().lower()
-    for begins, what in _KNOWN_BY:
-        if start.startswith(begins):
-            raise ValueError(what)
-    for begins, what in () if binary else _BINARY:
-        if head.startswith(begins):
-            raise ValueError(what)
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file in UTF-8, or in what its byte-order mark says; ``.gz`` is unpacked.
-
-    Raises:
-        ValueError: It is empty, is no text, or is in another encoding.
-        OSError: It cannot be opened.
-    """
-    raw = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError("gzip has not packed it, or it is cut short; write it again") from error
-    check_kind(raw[:_HEAD], binary=False)
-    mark, encoding = next(((mark, name) for mark, name in _MARKS if raw.startswith(mark)), (b"", "utf-8"))
-    raw = raw[len(mark) :]
-    if not raw.strip():
-        raise ValueError("it is empty")
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"line {line} is not in {encoding.upper()} (byte 0x{raw[error.start]:02x}); save the file in UTF-8, such "
-            "as by: iconv -f WINDOWS-1252 -t UTF-8 old > new, with the encoding that it has"
-        ) from error
-    if (at := text.find("\0")) >= 0:
-        raise ValueError(
-            f"line {text.count(chr(10), 0, at) + 1} holds a NUL character: this is no text, or UTF-16 without its "
-            "byte-order mark; save the file in UTF-8"
-        )
-    return text
 
 
 # -- csv and tsv ----------------------------------------------------------------------------------------------

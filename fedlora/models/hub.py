@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
-from safetensors import SafetensorError
 
 from fedlora.config import ModelConfig
 from fedlora.hub import hub_answers
@@ -40,7 +39,7 @@ def found(model: ModelConfig) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of transformers and of every reader behind it
         text = f"{type(error).__name__} {error}".lower()
         cure = (
             "Either set model.name to a local folder that holds config.json, the weights and the tokenizer, or connect "
@@ -55,6 +54,8 @@ def found(model: ModelConfig) -> Iterator[None]:
 
 _CURES = {
     "trust_remote_code": "It runs code of its own; set model.trust-remote-code = true if you trust its authors.",
+    "error parsing line": "Its SentencePiece file is broken, or the package does not fit that of protobuf (then: pip "
+    "install 'fedlora[sentencepiece]').",
     "sentencepiece": "Its tokenizer needs SentencePiece: pip install 'fedlora[sentencepiece]'.",
     "tiktoken": "Its tokenizer needs SentencePiece: pip install 'fedlora[sentencepiece]'.",
     "quantiz": "It is quantised, which needs that package and often a GPU; choose the checkpoint in full precision.",

@@ -23,6 +23,7 @@ def model_card(
     privacy: Mapping[str, Any],
     rounds: int,
     clients: Sequence[int] = (),
+    texts: Sequence[str] = (),
 ) -> str:
     """Return the adapter's README: what it is, how it was made, how to load it.
 
@@ -34,6 +35,7 @@ def model_card(
         privacy: The run's privacy record.
         rounds: Rounds that it was trained for.
         clients: The client whose own adapter this is; empty: the server's.
+        texts: Names of the columns of texts; empty: what ``data.text-column`` says.
     """
     task = TASKS[config.task]
     head = {
@@ -60,9 +62,9 @@ def model_card(
     if task.has_head:
         # The base may have a head of another number of classes; the adapter brings its own.
         options += ", pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True"
-        texts = "TEXTS, SECOND_TEXTS" if len(column_names(config.data.text_column)) > 1 else "TEXTS"
+        read = "TEXTS, SECOND_TEXTS" if len(texts or column_names(config.data.text_column)) > 1 else "TEXTS"
         use = (
-            f"inputs = tokenizer({texts}, padding=True, truncation=True, max_length={config.train.max_length}, "
+            f"inputs = tokenizer({read}, padding=True, truncation=True, max_length={config.train.max_length}, "
             'return_tensors="pt")'
         )
     else:

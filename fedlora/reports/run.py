@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, ConfigError, from_toml
+from fedlora.config.data_section import column_names
 from fedlora.metrics import OUTSIDE, Metric, Population, is_covered
 from fedlora.plugins import schema
 from fedlora.runs.folder import read_lines
@@ -78,6 +79,16 @@ class Run:
     def measure(self) -> Metric:
         """The number that this run reports each round, such as ``test_accuracy``."""
         return Metric.parse(str(self.plan["measure"]))
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Names of the columns of texts, of which a sentence pair has two."""
+        return tuple(self.plan.get("texts", column_names(self.config.data.text_column)))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what a head's outputs stand for: the classes, the labels, or a regression's one number."""
+        return tuple(self.plan.get("outputs", self.partition["classes"]))
 
     @property
     def loss(self) -> Metric:

@@ -28,6 +28,11 @@ class Classification(SequenceTask):
         """Return the class of each row, int64 [n]."""
         return np.asarray(table.labels, dtype=np.int64)
 
+    @staticmethod
+    def predictions(logits: Tensor) -> Tensor:
+        """Return the probability of each class, [N, L]."""
+        return logits.softmax(-1)
+
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropy of each row, [N], in float32 or wider."""
         from torch.nn import functional

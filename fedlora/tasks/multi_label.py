@@ -31,6 +31,16 @@ class MultiLabel(NumbersTask):
     has_classes = True
     problem_type = "multi_label_classification"
 
+    @staticmethod
+    def predictions(logits: Tensor) -> Tensor:
+        """Return the probability of each label, [N, L]."""
+        return logits.sigmoid()
+
+    @staticmethod
+    def said(logits: Tensor) -> Tensor:
+        """Return which labels are predicted, bool [N, L]."""
+        return logits > 0
+
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean binary cross-entropy over the labels of each row, [N], in float32 or wider."""
         return _losses(wide_logits(model, batch), batch)
@@ -38,7 +48,7 @@ class MultiLabel(NumbersTask):
     def row_metrics(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss``, ``exact_match`` (all labels right) and, by label, what was hit, false and missed."""
         logits = wide_logits(model, batch)
-        there, said = batch["labels"] > 0, logits > 0
+        there, said = batch["labels"] > 0, self.said(logits)
         facts = {"loss": _losses(logits, batch), "exact_match": (there == said).all(1).to(logits.dtype)}
         for name, counted in ((_HIT, there & said), (_FALSE, said & ~there), (_MISSED, there & ~said)):
             facts |= {f"{name}{label}": counted[:, label].to(logits.dtype) for label in range(counted.shape[1])}

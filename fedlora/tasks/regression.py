@@ -34,6 +34,11 @@ class Regression(NumbersTask):
     has_classes = False
     problem_type = "regression"
 
+    @staticmethod
+    def predictions(logits: Tensor) -> Tensor:
+        """Return the number, in the unit of the targets, [N, 1]."""
+        return logits
+
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the squared error of each row, [N], in float32 or wider."""
         logits = wide_logits(model, batch)

@@ -127,16 +127,28 @@ class SequenceTask(TextTask):
     def targets(self, table: Table) -> NDArray[Any]:
         """Return what is predicted of each row, [n, ...]."""
 
+    @staticmethod
+    @abstractmethod
+    def predictions(logits: Tensor) -> Tensor:
+        """Return what logits [N, L] say: the probability of each class or label, or the number itself."""
+
     def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
         """Tokenize texts, or pairs of them, of which the longer is cut first where both do not fit.
 
         A text that spells a special token, such as ``[PAD]``, is read as plain text.
 
         Raises:
-            ValueError: A text has no token, or holds the padding token; or there is no room for both texts of a pair.
+            ValueError: A text has no token, or holds the padding token; or there is no room for both texts of a pair,
+                or the tokenizer puts nothing between them.
         """
         if not table.texts:
             return Examples((), np.zeros(0, dtype=np.int64))
+        if table.seconds and not _marks_pairs(tokenizer):
+            raise ValueError(
+                "data.text-column names a sentence pair: this model's tokenizer puts nothing between two texts (as "
+                "GPT-2's), so the model could not tell where the second begins; write both into one column of the "
+                "file, with a mark such as a line's end between them, or choose a model whose tokenizer marks pairs."
+            )
         texts = [list(table.texts), *([list(table.seconds)] if table.seconds else [])]
         least = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1) + len(texts)
         if max_length < least:
@@ -177,6 +189,13 @@ class NumbersTask(SequenceTask):
         return np.ones((len(tokens), 1))
 
 
+def _marks_pairs(tokenizer: Any) -> bool:
+    """Return whether a tokenizer puts a token of its own between two texts."""
+    special = np.array(tokenizer("a", "a", return_special_tokens_mask=True)["special_tokens_mask"], dtype=np.bool_)
+    text = np.flatnonzero(~special)
+    return len(text) > 0 and bool(special[text[0] : text[-1]].any())
+
+
 _LENGTHS = (3, 17, 5, 29)
 _LONG = 1024
 
@@ -192,18 +211,23 @@ def _made_up_texts(tokenizer: Any, longest: int) -> list[str]:
     return [" ".join(words[(7 * at + start) % len(words)] for at in range(n)) for start, n in enumerate(lengths)]
 
 
-def wide_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the model's logits for a batch, in float32 or wider.
+def model_inputs(model: nn.Module, batch: Batch) -> Batch:
+    """Return what a model reads of a batch.
 
     A model without token types, or with one type alone (RoBERTa's), is not given the tokenizer's.
     """
-    import torch
-
     names = ["input_ids", "attention_mask"]
     if "token_type_ids" in batch and "token_type_ids" in signature(model.forward).parameters:
         config: Any = model.config
         names += ["token_type_ids"] if getattr(config, "type_vocab_size", 2) > 1 else []
-    logits: Tensor = model(**{name: batch[name] for name in names}).logits
+    return {name: batch[name] for name in names}
+
+
+def wide_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the model's logits for a batch, in float32 or wider."""
+    import torch
+
+    logits: Tensor = model(**model_inputs(model, batch)).logits
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -66,8 +66,11 @@ def exported_run(folder: Path, flat: dict[str, Any], clients: int = 0, scale: fl
     task, head = TASKS[config.task], {"head": Role.SHARED} if TASKS[config.task].has_head else {}
     measure = f"test_{task.measure.name}"
     classes = data.corpus.classes
-    written.write_json("partition.json", {"classes": list(classes), "counts": [], "names": []})
-    written.write_json("plan.json", {"measure": measure, "higher_is_better": True, "roles": {"A": "shared"}})
+    written.write_json("partition.json", {"classes": list(data.categories), "counts": [], "names": []})
+    texts = data.corpus.text_names(config.data.text_column)
+    plan: dict[str, Any] = {"measure": measure, "higher_is_better": True, "roles": {"A": "shared"}}
+    plan |= {"texts": list(texts), "outputs": list(classes)}
+    written.write_json("plan.json", plan)
     written.write_json("privacy.json", {"guarantee": "none", "released": []})
     written.append("metrics.jsonl", {"round": 1, measure: 0.5, "secret": 1})
     result = {measure: 0.5, "rounds": 1}
@@ -79,7 +82,8 @@ def exported_run(folder: Path, flat: dict[str, Any], clients: int = 0, scale: fl
             for key, value in worker.loaded.model.initial.items()
         }
         place = "adapter" if client is None else f"adapters/client-{client}"
-        card = model_card(config, classes, result, {"A": Role.SHARED, **head}, {"guarantee": "none", "released": []}, 1)
+        roles, privacy = {"A": Role.SHARED, **head}, {"guarantee": "none", "released": []}
+        card = model_card(config, classes, result, roles, privacy, 1, texts=texts)
         for file, content in {**worker.export(tensors), "README.md": card.encode()}.items():
             written.write_bytes(f"{place}/{file}", content)
     for private in (
