@@ -56,6 +56,7 @@ config: setup
 tables: setup
 	$(BIN)/python -m tools.strategy_tables .
 	$(BIN)/python -m tools.comparison_tables .
+	$(BIN)/python -m tools.learning_rates .
 	$(BIN)/python -m tools.model_table .
 
 clean:

@@ -92,6 +92,8 @@ class Resident:
         Raises:
             ValueError: They cannot be loaded, or not work together; the message may quote a row.
         """
+        if not config.train.learning_rate:
+            raise ValueError("train.learning-rate = 0: whoever starts the run has to say which; nothing would train.")
         task_class = TASKS[config.task]
         outputs = len(corpus.classes) if task_class.has_head else 0
         base = self._base(config, outputs)

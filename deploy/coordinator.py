@@ -52,6 +52,7 @@ from fedlora.tasks import TASKS
 from fedlora.wire import named_arrays
 from simulations.plan import Plan
 from simulations.privacy import settle_privacy
+from simulations.rates import settle_rate
 from simulations.researcher import epsilon_spent
 from simulations.setup import federation_of
 from strategies.build import build_strategy
@@ -75,7 +76,7 @@ def run(grid: Grid, config: Config, console: Console) -> dict[str, Any]:
     started = time.monotonic()
     names = config.federation.site_names
     roster = read_roster(config)
-    config = settle_privacy(config, [config.privacy.client_size] * len(names))
+    config = settle_rate(settle_privacy(config, [config.privacy.client_size] * len(names)))
     corpus = load_corpus(config)
     nobody = tuple(np.zeros(0, dtype=np.int64) for _ in names)
     data = FederatedData(corpus, nobody, nobody, names)

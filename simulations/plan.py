@@ -23,6 +23,7 @@ from fedlora.server import Federation, Payloads, assigned
 from fedlora.strategy import Strategy
 from fedlora.tasks import TASKS
 from simulations.privacy import PrivacyPlan
+from simulations.rates import rate_line
 from strategies.server_optimizers import learning_rate
 
 
@@ -146,6 +147,7 @@ class Plan:
             "trained_parameters": self.trained_parameters(),
             "base_parameters": self.num_parameters,
             "model": list(self.remarks),
+            "learning_rate": rate_line(self.config),
             "texts": list(self.data.corpus.text_names(self.config.data.text_column)),
             "outputs": list(self.data.corpus.classes),
             "bytes_up_per_client": up,
@@ -201,6 +203,7 @@ class Plan:
             f"rounds: {config.rounds} of {self.sampled} of {config.federation.num_clients} clients, in {self.packs()} "
             f"pack(s) on {self.trainers} trainer(s); {min(steps)} to {max(steps)} local steps of "
             f"{config.train.batch_size} examples",
+            rate_line(config),
             *([f"data: {self.data.corpus.shape}"] if self.data.corpus.shape else []),
             f"reported: {self.measure.replace('_', ' ')}"
             + (" (each client on the rows it holds out)" if self.strategy.has_personal else ""),

@@ -17,6 +17,7 @@ from fedlora.server import Federation
 from fedlora.tasks import TASKS, Task
 from fedlora.tracking import check_trackers
 from simulations.privacy import resolve_privacy
+from simulations.rates import settle_rate
 from strategies import STRATEGIES
 from strategies.build import build_strategy
 
@@ -57,8 +58,8 @@ def resolve(flat: Mapping[str, Any]) -> Config:
 def settle(config: Config, nodes: int, data: FederatedData | None = None) -> tuple[Config, FederatedData]:
     """Return a resolved configuration with what depends on nodes and data filled in, and the data.
 
-    That is the number of clients, the chat template where rows are conversations, and under DP declared size, delta and
-    noise multiplier.
+    That is the number of clients, the chat template where rows are conversations, the learning rate, and under DP
+    declared size, delta and noise multiplier.
 
     Args:
         config: What :func:`resolve` returned.
@@ -76,7 +77,7 @@ def settle(config: Config, nodes: int, data: FederatedData | None = None) -> tup
     # Checks federation.clients-per-round against the number of owners, too.
     config = replace(config, federation=replace(config.federation, num_clients=len(data.clients)))
     client_ranks(config, len(data.clients))
-    return resolve_privacy(config, data), data
+    return settle_rate(resolve_privacy(config, data)), data
 
 
 def _named(config: Config) -> Config:

@@ -22,8 +22,8 @@ class TrainConfig:
     """Optimizer steps a round; 0: by epochs."""
     local_epochs: int = 1
     """Passes over the client's examples a round, where local-steps is 0."""
-    learning_rate: float = 0.01
-    """Peak learning rate."""
+    learning_rate: float = 0.0
+    """Peak learning rate; 0: what was found for the strategy, method, optimizer and kind of task."""
     optimizer: str = "adamw"
     """``adamw`` or ``sgd``."""
     weight_decay: float = 0.0
@@ -53,7 +53,7 @@ class TrainConfig:
             self.local_epochs,
             f"is only read with train.local-steps = 0, not {self.local_steps}; set one of the two.",
         )
-        positive("train.learning-rate", self.learning_rate)
+        at_least("train.learning-rate", self.learning_rate, 0)
         one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
         at_least("train.weight-decay", self.weight_decay, 0)
         share("train.momentum", self.momentum)

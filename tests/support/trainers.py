@@ -34,6 +34,7 @@ def tiny_flat(folder: Path, **changes: Any) -> dict[str, Any]:
         "engine.dtype": "float64",
         "train.batch-size": 4,
         "train.local-steps": 3,
+        "train.learning-rate": 0.01,
         "rounds": 2,
         "method.rank": 2,
         "mos.budget": 2,

@@ -1,0 +1,95 @@
+"""The learning rate of a run that names none: what was found for its strategy, method, optimizer and kind of task.
+
+The rates are those of :mod:`simulations.found`, measured in 12 rounds of 10 steps on small models
+(``docs/learning_rates.md``). Two rules carry them over to other runs. AdamW moves each number by about the rate, so on
+a wider model the rate is smaller by the ratio of widths (as in muP, Yang et al., 2022, for hidden layers). A step of
+plain SGD under DP is at most rate x ``privacy.max-grad-norm`` long, so what is kept is the length of all steps
+together: with half as many steps each is twice as long.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from fedlora.config import Config
+from fedlora.privacy import Mechanism
+from fedlora.tasks import TASKS
+from simulations.found import RATES
+
+if TYPE_CHECKING:
+    from fedlora.config import ModelConfig
+
+_STEPS = 120  # of a client in the runs that rates were found in
+_WIDTHS = {"classes": 384, "language": 128, "dp": 384}  # of their models
+_ALIKE = {  # a pair that trains and averages the same tensors as another
+    ("lora", "zero-padding"): ("lora", "fedavg"),
+    ("mos", "fedavg"): ("mos", "mos"),
+    ("s2-lora", "fedavg"): ("s2-lora", "s2-lora"),
+}
+_MAIN = {"lora": "fedavg", "mos": "mos", "s2-lora": "s2-lora"}  # the strategy of a method's own, for any other
+
+
+@dataclass(frozen=True)
+class Found:
+    """A rate that was found.
+
+    Attributes:
+        rate: The rate.
+        words: What it was found for.
+    """
+
+    rate: float
+    words: str
+
+
+def settle_rate(config: Config) -> Config:
+    """Return a configuration, whose privacy is settled, with a learning rate: its own, or the one that was found."""
+    if config.train.learning_rate:
+        return config
+    return replace(config, train=replace(config.train, learning_rate=found_rate(config).rate))
+
+
+def found_rate(config: Config) -> Found:
+    """Return the rate that was found for a configuration whose privacy is settled.
+
+    Raises:
+        ValueError: The base model is not there.
+    """
+    train, dp = config.train, config.privacy.mode == "dp"
+    kind = "dp" if dp else "classes" if TASKS[config.task].has_head else "language"
+    pair = _pair(config.method.name, config.strategy.name, train.optimizer, kind)
+    rate, method, strategy = RATES[*pair, train.optimizer, kind], *pair
+    where = {"classes": "tasks with a head", "language": "language models", "dp": "runs under DP"}[kind]
+    words = f"found for {strategy} on {method} by {train.optimizer} in {where}"
+    if train.optimizer == "adamw":
+        width = _width(config.model)
+        if width and width != _WIDTHS[kind]:
+            rate *= _WIDTHS[kind] / width
+            words += f" of width {_WIDTHS[kind]}, times {_WIDTHS[kind]}/{width}"
+    elif dp:
+        steps = config.rounds * Mechanism.of(config).steps
+        rate *= _STEPS / (steps * config.privacy.max_grad_norm)
+        words += f" of {_STEPS} steps and clip 1, times {_STEPS}/({steps} x {config.privacy.max_grad_norm:g})"
+    return Found(float(f"{rate:.2g}"), words)
+
+
+def rate_line(config: Config) -> str:
+    """Return what is to be said of a settled configuration's learning rate."""
+    rate, found = config.train.learning_rate, found_rate(config)
+    own = rate != found.rate
+    return f"learning rate: {rate:g}, " + (f"as given; {found.rate:g} was {found.words}" if own else found.words)
+
+
+def _pair(method: str, strategy: str, optimizer: str, kind: str) -> tuple[str, str]:
+    """Return the method and strategy, as near as may be, for which a rate was found."""
+    own = _ALIKE.get((method, strategy), (method, strategy))
+    near = [own, (method, _MAIN.get(method, "")), ("lora", strategy), ("lora", "fedavg")]
+    return next(pair for pair in near if (*pair, optimizer, kind) in RATES)
+
+
+def _width(model: ModelConfig) -> int | None:
+    """Return the width of a base model's layers; None where its configuration does not say."""
+    from fedlora.models import own_config  # transformers takes seconds, and a run that names a rate needs none of it
+
+    return getattr(own_config(model).get_text_config(), "hidden_size", None)
