@@ -18,9 +18,6 @@ from rich.console import Console
 
 from fedlora.config import Config, ConfigError
 from fedlora.methods import build_method
-from fedlora.reports.run import Run
-from fedlora.reports.summary import write_report
-from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.runs.lock import held, refuse_held
 from fedlora.storage import StorageError, check_can_write, write_whole, writing
@@ -234,6 +231,9 @@ def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
     """Print a run's tables, or a comparison of several, and write plots, summaries and the page."""
     from fedlora.reports.comparison import comparison_table
     from fedlora.reports.html import html_page
+    from fedlora.reports.run import Run
+    from fedlora.reports.summary import write_report
+    from fedlora.reports.tables import metrics_table, outcome_table
 
     runs = [Run.read(path.resolve()) for path in paths]
     if len(runs) > 1:
