@@ -25,6 +25,7 @@ from simulations import push, try_adapter
 from simulations.launch import end_abandoned, launch, run_side_by_side
 from simulations.options import absolute_paths, read_options, read_overrides
 from simulations.plan import Plan
+from simulations.preflight import Preflight, preflight
 from simulations.setup import resolve, settle
 from strategies import STRATEGIES
 from strategies.build import build_strategy
@@ -125,20 +126,14 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         return _audit(config, console)
     end_abandoned(run_path(config))
     RunFolder.check(config)
-    _prepare(config)
-    return launch(app, overrides, options.federation_config, console)
-
-
-def _prepare(config: Config) -> None:
-    """Find what is wrong with data and model before Flower starts, and make what it should not wait for."""
-    from simulations.preflight import preflight
-
     preflight(config, _NODES, rows=_TRIED)
+    return launch(app, overrides, options.federation_config, console)
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Check every cell, then run them under Flower; start again where the process died, with the next cell."""
     from simulations.sweeps.cells import Share
+    from simulations.sweeps.check import check_cells
     from simulations.sweeps.file import Sweep
     from simulations.sweeps.tables import finish
 
@@ -153,7 +148,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         return _run_share(sweep, Share.read(options.share), app, file, options.federation_config, console)
     refuse_held(sweep.folder)
     check_can_write(sweep.folder)
-    _prepare(sweep.first)
+    check_cells(sweep, Preflight(_NODES, rows=_TRIED), console)
     console.print(f"{sweep.size()} cells in {sweep.folder}", markup=False)
     with writing(sweep.folder):
         sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -202,8 +197,6 @@ def _audit(config: Config, console: Console) -> int:
 
 def _plan(config: Config, console: Console) -> int:
     """Print what a run would do and send."""
-    from simulations.preflight import preflight
-
     plan, structure = preflight(config, _NODES)
     plan.show(console)
     if plan.privacy is not None:

@@ -123,8 +123,8 @@ class Preflight:
 
         outputs, length = _outputs(config, corpus), config.train.max_length
         tokenizer = self._once("tokenizer", config.model, make=lambda: load_tokenizer(config.model))
-        task: Any = TASKS[config.task].build(tokenizer, config)
         inputs = (config.model, config.task, config.data.chat_template, config.plugin_options, length)
+        task: Any = self._once("task", *inputs, make=lambda: TASKS[config.task].build(tokenizer, config))
 
         def encode() -> None:
             for table in corpus.splits.values():

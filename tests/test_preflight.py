@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedlora.config import ModelConfig
+from fedlora.config import ModelConfig, to_toml
 from fedlora.hub import check_model
+from fedlora.plugins import schema
+from simulations.cli import main
+from simulations.preflight import Preflight, preflight
+from simulations.setup import resolve
+from simulations.sweeps.file import Sweep
 from tests.support.tiny import save_tiny_model
+from tests.support.trainers import tiny_flat
 
 ROOT = Path(__file__).parents[1]
 SLOW = ("torch", "transformers", "peft", "opacus", "ray", "datasets", "flwr_datasets", "matplotlib", "scipy")
@@ -80,3 +90,99 @@ def test_a_model_that_is_not_there_is_refused_by_its_files(tmp_path: Path, monke
     ):
         with pytest.raises(ValueError, match=rf"cannot be loaded \({reason}.*local folder.*connect to the network"):
             check_model(ModelConfig(name))
+
+
+def swept(folder: Path, capsys: pytest.CaptureFixture[str], **flat: Any) -> tuple[int, str]:
+    """Exit code and output of ``fedlora sweep`` on the tiny model, which must not start."""
+    file = folder / "sweep.toml"
+    file.write_text(to_toml({**tiny_flat(folder), "run.dir": str(folder / "runs"), **flat}))
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", str(file), str(ROOT)])
+    assert isinstance(end.value.code, int)
+    return end.value.code, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("method.target-modules", ["query", "query,value", "qery"], "'qery'"),
+        ("method.rank", [1, 2, 100_000], "method.rank = 100000: the adapted layers have 16 features at most"),
+        ("model.name", ["MODEL", "minilm", "no/such-model"], "model.name = 'no/such-model': cannot be loaded"),
+        ("strategy.name", ["fedavg", "ffa-lora", "fedvg"], "strategy.name: unknown name 'fedvg'"),
+        ("train.max-length", [8, 48, 4096], "train.max-length = 4096: the model takes 64 tokens at most"),
+        ("federation.num-clients", [2, 4, 5000], "federation.num-clients = 5000: 96 training rows"),
+        ("data.label-column", ["label", "text", "lable"], "no such column"),
+        ("seed", [0, 1, -1], "seed = -1"),
+    ],
+)
+def test_each_cell_of_a_sweep_is_tried_before_the_first_runs(
+    key: str, values: list[Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if key == "model.name":
+        values = [save_tiny_model(tmp_path / "other"), *values[1:]]
+    if key == "data.label-column":
+        values = ["label", values[-1]]
+    code, said = swept(tmp_path, capsys, **{f"grid.{key}": values, "grid.rounds": [1, 2]})
+    assert code == 2, "1 is that of a sweep that was started"
+    assert message in said
+    assert str(values[-1]) in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_cell_that_cannot_work_is_named_and_finished_ones_stay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second value is tried for every seed, and the one that is finished is not tried again."""
+    grid = {"grid.method.rank": [2, 90], "grid.seed": [0, 1]}
+    flat = {**tiny_flat(tmp_path), "run.dir": str(tmp_path / "runs"), "run.name": "sweep"}
+    (tmp_path / "sweep.toml").write_text(to_toml({**flat, **grid}))
+    done = Sweep.read(str(tmp_path / "sweep.toml"), schema().defaults()).finals({"method.rank": 2}, {})[0]
+    done.folder.mkdir(parents=True)
+    (done.folder / "result.json").write_text('{"test_accuracy": 0.5}')
+    code, said = swept(tmp_path, capsys, **grid)
+    assert code == 2
+    assert "cell method.rank=90 seed=0: method.rank = 90: the adapted layers have 16 features at most" in said
+    assert f"Finished already, and kept: 1 of 4 cells in {tmp_path / 'runs' / 'sweep'}." in said
+    assert [file.name for file in done.folder.iterdir()] == ["result.json"]
+
+
+def test_what_cells_have_in_common_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan is what it would be by itself, and a grid of forty costs little more than its different parts."""
+    counts = Counter[str]()
+    for place, name in (
+        ("simulations.preflight", "load_corpus"),
+        ("fedlora.models", "inspect_by_name"),
+        ("fedlora.models", "load_tokenizer"),
+        ("fedlora.engine.rehearsal", "rehearse"),
+    ):
+        real = getattr(importlib.import_module(place), name)
+
+        def counted(*arguments: Any, name: str = name, real: Any = real) -> Any:
+            counts[name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(f"{place}.{name}", counted)
+    flat = {**tiny_flat(tmp_path), "strategy.name": "fedavg", "run.name": "run"}
+    grid = itertools.product((1, 2), ("query", "query,value"), (2, 4), (0.1, 0.2), (0, 1))
+    configs = [
+        resolve(
+            {
+                **flat,
+                "method.rank": rank,
+                "method.target-modules": targets,
+                "federation.num-clients": clients,
+                "train.learning-rate": rate,
+                "seed": seed,
+            }
+        )
+        for rank, targets, clients, rate, seed in grid
+    ]
+    configs.append(resolve({**flat, "privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.unit": "record"}))
+    shared = Preflight(2)
+    plans = [shared.plan(config) for config in sorted(configs, key=lambda one: one.seed)]
+    assert counts == {"load_corpus": 2, "inspect_by_name": 3, "load_tokenizer": 1, "rehearse": 3}
+    for (plan, structure), config in zip(plans, sorted(configs, key=lambda one: one.seed), strict=True):
+        alone, own = preflight(config, 2)
+        assert structure == own
+        assert plan.record() == alone.record()
+        assert plan.config == alone.config
