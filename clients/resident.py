@@ -85,6 +85,7 @@ class Resident:
         self._key: tuple[Any, ...] = ()
         self._engine: Engine | None = None
         self._examples: dict[str, tuple[tuple[Any, ...], Rows]] = {}
+        self._batchings: dict[tuple[Any, ...], Batching] = {}  # of the resident base model
 
     def load(self, config: Config, corpus: Corpus) -> LoadedModel:
         """Load the base model and tokenize the rows, but for what is resident already.
@@ -112,9 +113,13 @@ class Resident:
         specs = method.specs()
         head_start = _head_start(base, config, corpus.classes)
         initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype) | head_start
+        # Of the base model, the method and the task, with the rows that it makes up: nothing else is tried.
+        tried = (config.method, config.plugin_options, *own, config.train.max_length)
+        if tried not in self._batchings:
+            self._batchings[tried] = self._batching(engine, initial, config, outputs)
         return LoadedModel(
             config=config,
-            engine=replace(engine, batching=self._batching(engine, initial, config, outputs)),
+            engine=replace(engine, batching=self._batchings[tried]),
             specs=specs,
             initial=initial,
             head_start=head_start,
@@ -137,7 +142,7 @@ class Resident:
         key = (config.model, TASKS[config.task], outputs, config.method.target_modules)
         if self._engine is not None and self._key == (*key, config.engine.dtype):
             return self._engine.base
-        self._engine = None  # two base models might not fit
+        self._engine, self._batchings = None, {}  # two base models might not fit
         base = load_base(
             *key,
             dtype=getattr(torch, config.engine.dtype),

@@ -1,13 +1,21 @@
-"""The Hugging Face hub: whether it can be reached, asked once, before its client tries again and again."""
+"""Whether a base model is there: in a local folder, in the hub's cache, or at a Hugging Face hub within reach."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import httpx
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+from fedlora.config import BUNDLED, SMALL_LLAMA, ModelConfig
+from fedlora.messages import first_line
 
 _TIMEOUT_S = 4.0
+_CONFIG = "config.json"  # every checkpoint that transformers loads has one
+_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @cache
@@ -18,3 +26,61 @@ def hub_answers() -> bool:
     except (httpx.HTTPError, OSError):
         return False
     return True
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse a model that is nowhere to be had, without what takes seconds to import.
+
+    Raises:
+        ValueError: Its folder holds none, or, of a name of the hub, neither the cache nor the hub has it.
+    """
+    if model.name in (BUNDLED, SMALL_LLAMA):
+        return
+    folder = Path(model.name)
+    with found(model):
+        if folder.is_dir():
+            if not (folder / _CONFIG).is_file():
+                raise FileNotFoundError(f"the folder has no {_CONFIG}")
+            if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+                raise FileNotFoundError(f"the folder has no weights, {' or '.join(_WEIGHTS)}")
+        elif folder.is_absolute() or model.name.startswith((".", "~")) or model.name.count("/") > 1:
+            raise FileNotFoundError("there is no such folder")
+        elif not isinstance(try_to_load_from_cache(model.name, _CONFIG, revision=model.revision or None), str):
+            if constants.HF_HUB_OFFLINE or not hub_answers():
+                why = "is switched off" if constants.HF_HUB_OFFLINE else "cannot be reached"
+                raise FileNotFoundError(f"it is no folder, it is not in the hub's cache, and the hub {why}")
+            hf_hub_download(model.name, _CONFIG, revision=model.revision or None)
+
+
+@contextmanager
+def found(model: ModelConfig) -> Iterator[None]:
+    """Turn the many errors of a model that is not there, or cannot be loaded, into one that names the cure.
+
+    Raises:
+        ValueError: For any of them.
+    """
+    try:
+        yield
+    except Exception as error:  # of transformers and of every reader behind it
+        text = f"{type(error).__name__} {error}".lower()
+        cure = (
+            "Either set model.name to a local folder that holds config.json, the weights and the tokenizer, or connect "
+            "to the network once so that the hub model is cached. The bundled model.name = 'minilm' needs neither."
+        )
+        for sign, better in _CURES.items():
+            if sign in text:
+                cure = better
+                break
+        raise ValueError(f"model.name = {model.name!r}: cannot be loaded ({first_line(error)}). {cure}") from error
+
+
+_CURES = {
+    "trust_remote_code": "It runs code of its own; set model.trust-remote-code = true if you trust its authors.",
+    "error parsing line": "Its SentencePiece file is broken, or the package does not fit that of protobuf (then: pip "
+    "install 'fedlora[sentencepiece]').",
+    "sentencepiece": "Its tokenizer needs SentencePiece: pip install 'fedlora[sentencepiece]'.",
+    "tiktoken": "Its tokenizer needs SentencePiece: pip install 'fedlora[sentencepiece]'.",
+    "quantiz": "It is quantised, which needs that package and often a GPU; choose the checkpoint in full precision.",
+    "unrecognized configuration class": "transformers has no model of this family for the task; choose another model.",
+}
+"""Cures by what an error's text has in it."""

@@ -18,9 +18,6 @@ from rich.console import Console
 
 from fedlora.config import Config, ConfigError
 from fedlora.methods import build_method
-from fedlora.reports.run import Run
-from fedlora.reports.summary import write_report
-from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.runs.lock import held, refuse_held
 from fedlora.storage import StorageError, check_can_write, write_whole, writing
@@ -28,6 +25,7 @@ from simulations import push, try_adapter
 from simulations.launch import end_abandoned, launch, run_side_by_side
 from simulations.options import absolute_paths, read_options, read_overrides
 from simulations.plan import Plan, trained_in_a_round
+from simulations.preflight import Preflight, preflight
 from simulations.setup import resolve, settle
 from strategies import STRATEGIES
 from strategies.build import build_strategy
@@ -128,20 +126,14 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         return _audit(config, console)
     end_abandoned(run_path(config))
     RunFolder.check(config)
-    _prepare(config)
-    return launch(app, overrides, options.federation_config, console)
-
-
-def _prepare(config: Config) -> None:
-    """Find what is wrong with data and model before Flower starts, and make what it should not wait for."""
-    from simulations.preflight import preflight
-
     preflight(config, _NODES, rows=_TRIED)
+    return launch(app, overrides, options.federation_config, console)
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Check every cell, then run them under Flower; start again where the process died, with the next cell."""
     from simulations.sweeps.cells import Share
+    from simulations.sweeps.check import check_cells
     from simulations.sweeps.file import Sweep
     from simulations.sweeps.tables import finish
 
@@ -156,7 +148,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         return _run_share(sweep, Share.read(options.share), app, file, options.federation_config, console)
     refuse_held(sweep.folder)
     check_can_write(sweep.folder)
-    _prepare(sweep.first)
+    check_cells(sweep, Preflight(_NODES, rows=_TRIED), console)
     console.print(f"{sweep.size()} cells in {sweep.folder}", markup=False)
     with writing(sweep.folder):
         sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -205,8 +197,6 @@ def _audit(config: Config, console: Console) -> int:
 
 def _plan(config: Config, console: Console) -> int:
     """Print what a run would do and send."""
-    from simulations.preflight import preflight
-
     plan, structure = preflight(config, _NODES)
     plan.show(console)
     if plan.privacy is not None:
@@ -234,6 +224,9 @@ def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
     """Print a run's tables, or a comparison of several, and write plots, summaries and the page."""
     from fedlora.reports.comparison import comparison_table
     from fedlora.reports.html import html_page
+    from fedlora.reports.run import Run
+    from fedlora.reports.summary import write_report
+    from fedlora.reports.tables import metrics_table, outcome_table
 
     runs = [Run.read(path.resolve()) for path in paths]
     if len(runs) > 1:

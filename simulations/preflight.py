@@ -1,29 +1,29 @@
 """The check before a run: data, model, method and rows tried together, before Flower, Ray or a trainer start.
 
-What it lets pass, the run itself must not refuse.
+What it lets pass, the run itself must not refuse. What is quick to be wrong comes first: that a model is not there, or
+that there are more clients than rows, is found before torch and transformers are imported, which takes seconds.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
-from clients.resident import model_remarks
 from fedlora.config import Config
-from fedlora.data import Corpus
-from fedlora.engine.rehearsal import rehearse
+from fedlora.data import Corpus, load_corpus, partitioned
+from fedlora.data.partition import check_enough
+from fedlora.hub import check_model
 from fedlora.methods import build_method
-from fedlora.models import (
-    Structure,
-    check_length,
-    inspect_by_name,
-    load_tokenizer,
-    own_config,
-    trained_labels,
-)
 from fedlora.tasks import TASKS
 from simulations.plan import Plan
-from simulations.setup import federation_of, settle
+from simulations.setup import asked_clients, federation_of, settle
 from strategies.build import build_strategy
+
+if TYPE_CHECKING:
+    from fedlora.engine import Batching
+    from fedlora.models import Structure
+
+T = TypeVar("T")
 
 
 def preflight(config: Config, nodes: int, *, rows: int | None = None) -> tuple[Plan, Structure]:
@@ -37,37 +37,110 @@ def preflight(config: Config, nodes: int, *, rows: int | None = None) -> tuple[P
     Raises:
         ValueError: Data, model, method or strategy cannot work, or not together.
     """
-    labels = trained_labels(own_config(config.model), TASKS[config.task])  # first: it is the quickest to be wrong
-    config, data = settle(config, nodes)
-    task_class = TASKS[config.task]
-    outputs = len(data.corpus.classes) if task_class.has_head else 0
-    structure = inspect_by_name(config.model, task_class, outputs, config.method.target_modules)
-    check_length(structure, config.train.max_length)
-    specs = build_method(config, structure.adapted, structure.head).specs()
-    plan = Plan(
-        config=config,
-        data=data,
-        strategy=build_strategy(config, specs),
-        federation=federation_of(config),
-        family=structure.family,
-        num_parameters=structure.num_parameters,
-        num_layers=len(structure.adapted),
-        nodes=nodes,
-        trainers=config.engine.trainers or 1,
-        remarks=_tried(config, structure, data.corpus, labels, outputs, rows),
-    )
-    return plan, structure
+    return Preflight(nodes, rows=rows).plan(config)
 
 
-def _tried(
-    config: Config, structure: Structure, corpus: Corpus, labels: tuple[str, ...], outputs: int, rows: int | None
-) -> tuple[str, ...]:
-    """Tokenize the rows and rehearse the model; return what may surprise."""
-    tokenizer = load_tokenizer(config.model)
-    task: Any = TASKS[config.task].build(tokenizer, config)
-    for table in corpus.splits.values():
-        task.encode(table.first(rows), tokenizer, config.train.max_length)
-    engine = rehearse(config, structure, task, tokenizer, outputs)
-    remarks = model_remarks(structure, labels, engine.batching if engine else None, config, corpus.classes)
-    untried = "note: whether rows can be kept apart in this model is found out when it is loaded"
-    return remarks if engine else (*remarks, untried)
+def what_is_read(config: Config) -> tuple[object, ...]:
+    """Return the parts of a configuration that decide which rows there are."""
+    return config.task, config.seed, config.data, config.eval.test, config.plugin_options
+
+
+@final
+class Preflight:
+    """Tries one configuration after another, and what several of them have in common only once.
+
+    Args:
+        nodes: SuperNodes that the runs will have.
+        rows: Rows of each split that are tokenized; None: all.
+    """
+
+    def __init__(self, nodes: int, *, rows: int | None = None) -> None:
+        self._nodes, self._rows = nodes, rows
+        self._made: dict[tuple[object, ...], Any] = {}
+        self._read: tuple[object, ...] = ()
+        self._data: dict[int | None, Any] = {}  # the corpus that was read last, and how it was partitioned
+
+    def plan(self, config: Config) -> tuple[Plan, Structure]:
+        """Return the plan of a run and the structure of its model, as :func:`preflight` does."""
+        self._once("there", config.model, make=lambda: check_model(config.model))
+        corpus, clients = self._corpus(config), asked_clients(config, self._nodes)
+        check_enough(corpus, config.data, clients)
+        structure, labels = self._model(config, corpus)
+        specs = build_method(config, structure.adapted, structure.head).specs()
+        if clients not in self._data:
+            self._data[clients] = partitioned(corpus, config, clients)
+        config, data = settle(config, self._nodes, self._data[clients])
+        plan = Plan(
+            config=config,
+            data=data,
+            strategy=build_strategy(config, specs),
+            federation=federation_of(config),
+            family=structure.family,
+            num_parameters=structure.num_parameters,
+            num_layers=len(structure.adapted),
+            nodes=self._nodes,
+            trainers=config.engine.trainers or 1,
+            remarks=self._tried(config, structure, corpus, labels),
+        )
+        return plan, structure
+
+    def _once(self, *key: object, make: Callable[[], T]) -> T:
+        """Return what was made of equal parts of a configuration before, or make it now."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: T = self._made[key]
+        return made
+
+    def _corpus(self, config: Config) -> Corpus:
+        """Return the rows, of which there may be many: those of one configuration are kept, and no others."""
+        read = what_is_read(config)
+        if self._read != read:
+            self._read, self._data = (), {}
+            self._data[None] = load_corpus(config)
+            self._read = read
+        corpus: Corpus = self._data[None]
+        return corpus
+
+    def _model(self, config: Config, corpus: Corpus) -> tuple[Structure, tuple[str, ...]]:
+        """Return the structure of the model, and the class names of the head that its checkpoint has."""
+        from fedlora.models import check_length, inspect_by_name, own_config, trained_labels
+
+        task, targets = TASKS[config.task], config.method.target_modules
+        outputs = _outputs(config, corpus)
+        labels = self._once("labels", config.model, task, make=lambda: trained_labels(own_config(config.model), task))
+        structure = self._once(
+            *("structure", config.model, task, outputs, targets),
+            make=lambda: inspect_by_name(config.model, task, outputs, targets),
+        )
+        check_length(structure, config.train.max_length)
+        return structure, labels
+
+    def _tried(self, config: Config, structure: Structure, corpus: Corpus, labels: tuple[str, ...]) -> tuple[str, ...]:
+        """Tokenize the rows and rehearse the model; return what may surprise."""
+        from clients.resident import model_remarks
+        from fedlora.engine.rehearsal import rehearse
+        from fedlora.models import load_tokenizer
+
+        outputs, length = _outputs(config, corpus), config.train.max_length
+        tokenizer = self._once("tokenizer", config.model, make=lambda: load_tokenizer(config.model))
+        inputs = (config.model, config.task, config.data.chat_template, config.plugin_options, length)
+        task: Any = self._once("task", *inputs, make=lambda: TASKS[config.task].build(tokenizer, config))
+
+        def encode() -> None:
+            for table in corpus.splits.values():
+                task.encode(table.first(self._rows), tokenizer, length)
+
+        def batching() -> Batching | None:
+            engine = rehearse(config, structure, task, tokenizer, outputs)
+            return engine.batching if engine else None
+
+        self._once("rows", *inputs, self._read, make=encode)
+        found = self._once("batching", *inputs, outputs, config.method.target_modules, make=batching)
+        remarks = model_remarks(structure, labels, found, config, corpus.classes)
+        untried = "note: whether rows can be kept apart in this model is found out when it is loaded"
+        return remarks if found is not None else (*remarks, untried)
+
+
+def _outputs(config: Config, corpus: Corpus) -> int:
+    """Return the outputs of the head that the task adds to the model; 0 where it adds none."""
+    return len(corpus.classes) if TASKS[config.task].has_head else 0

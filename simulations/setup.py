@@ -70,14 +70,18 @@ def settle(config: Config, nodes: int, data: FederatedData | None = None) -> tup
         ValueError: The data cannot be read or partitioned, or the configuration does not fit them.
     """
     if data is None:
-        natural = config.data.partition == "natural"
-        data = load_federated(config, config.federation.num_clients or (0 if natural else nodes))
+        data = load_federated(config, asked_clients(config, nodes))
     if any(table.chats for table in data.corpus.splits.values()):  # they go through it, whatever the key says
         config = replace(config, data=replace(config.data, chat_template=True))
     # Checks federation.clients-per-round against the number of owners, too.
     config = replace(config, federation=replace(config.federation, num_clients=len(data.clients)))
     client_ranks(config, len(data.clients))
     return settle_rate(resolve_privacy(config, data)), data
+
+
+def asked_clients(config: Config, nodes: int) -> int:
+    """Return the number of clients that rows are to be partitioned among; 0: one for each owner of rows."""
+    return config.federation.num_clients or (0 if config.data.partition == "natural" else nodes)
 
 
 def _named(config: Config) -> Config:

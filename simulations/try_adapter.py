@@ -136,18 +136,18 @@ class Adapted:
         import transformers
         from peft import PeftModel
 
-        from fedlora.models import hub
+        from fedlora.models import names
         from fedlora.models.quiet import quiet
 
         config, kind = run.config, TASKS[run.config.task]
-        options: dict[str, Any] = {"dtype": getattr(torch, config.engine.dtype), **hub.options(config.model)}
+        options: dict[str, Any] = {"dtype": getattr(torch, config.engine.dtype), **names.options(config.model)}
         try:
             with quiet():
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
                 if kind.has_head:  # a checkpoint's head of another number of classes is replaced by the adapter's
                     outputs, padding = len(run.outputs), tokenizer.pad_token_id
                     options |= {"num_labels": outputs, "pad_token_id": padding, "ignore_mismatched_sizes": True}
-                base = getattr(transformers, kind.auto_model).from_pretrained(hub.place(config.model), **options)
+                base = getattr(transformers, kind.auto_model).from_pretrained(names.place(config.model), **options)
                 model = PeftModel.from_pretrained(base, str(folder)).eval()
         except Exception as error:  # libraries raise whatever a file makes of them
             raise ValueError(

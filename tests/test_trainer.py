@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from clients import resident
 from clients.personal import PersonalStore
 from clients.shards import plan_shards, split_packs
 from clients.worker import Worker
+from fedlora.data import load_corpus
+from fedlora.engine import Batching, Engine
 from fedlora.exchange import Instruction, Outcome
 from fedlora.plugins import read_config
 from fedlora.reduce import Reduced
@@ -33,6 +37,42 @@ def test_the_base_is_loaded_once(tmp_path: Path) -> None:
     worker.train(instruction(worker, (0, 1)))
     worker.evaluate(worker.loaded.model.initial, "test", [0, 1, 2])
     assert worker.describe().base_loads == 1
+
+
+def test_rows_are_tried_again_for_another_model_method_or_task_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sweep the check that rows stand apart costs half a second a cell."""
+    tried, flat = [], tiny_flat(tmp_path)
+
+    def counted(engine: Engine, tensors: Any) -> Batching:
+        tried.append(engine)
+        return Batching(one_group=len(tried) > 1)
+
+    monkeypatch.setattr(resident, "find_batching", counted)
+    trainer = resident.Resident(1)
+
+    def load(**changes: Any) -> tuple[int, Batching]:
+        config = resolve({**flat, **changes})
+        engine = trainer.load(config, load_corpus(config)).engine
+        return len(tried), engine.batching
+
+    assert load() == (1, Batching())
+    for same in ({"train.learning-rate": 0.5}, {"seed": 7}, {"strategy.name": "fedavg"}, {"federation.num-clients": 2}):
+        assert load(**same) == (1, Batching())
+    others = (
+        {"method.rank": 3},
+        {"method.alpha": 2.0},
+        {"strategy.name": "mos"},
+        {"strategy.name": "mos", "mos.dissociation": False},
+        {"train.max-length": 9},
+        {"task": "multi-label", "data.partition": "iid"},
+        {"method.target-modules": "query"},
+        {"model.name": save_tiny_model(tmp_path / "other", 1)},
+    )
+    for number, other in enumerate(others, 2):
+        assert load(**other) == (number, Batching(one_group=True)), other
+    assert load() == (10, Batching(one_group=True)), "of the base model that was loaded anew"
 
 
 def test_only_shared_tensors_leave(tmp_path: Path) -> None:

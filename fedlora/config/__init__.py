@@ -22,6 +22,7 @@ from fedlora.config.fields import (
 )
 from fedlora.config.schema import Config, Schema
 from fedlora.config.sections import (
+    BUNDLED,
     SMALL_LLAMA,
     FederationConfig,
     MethodConfig,
@@ -32,6 +33,7 @@ from fedlora.config.sections import (
 from fedlora.config.training import EngineConfig, EvalConfig, LocalConfig, PrivacyConfig, ServerConfig, TrainConfig
 
 __all__ = [
+    "BUNDLED",
     "SMALL_LLAMA",
     "Config",
     "ConfigError",

@@ -15,6 +15,7 @@ from fedlora.config.fields import at_least, one_of, positive, require, share, un
 SITE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 """What a deployed site may be called; the name is a folder's, a file's and a user's."""
 _PATTERN = re.compile(r"[\\*+?()\[\]^$|{}]")  # no module's name has any of these
+BUNDLED = "minilm"  # the model that comes in a package of its own
 SMALL_LLAMA = "small-llama"  # the model that a machine trains for itself, see fedlora.models.small_llama
 
 
@@ -73,7 +74,7 @@ class RunConfig:
 class ModelConfig:
     """The frozen base model."""
 
-    name: str = "minilm"
+    name: str = BUNDLED
     """``minilm`` (bundled, offline), ``small-llama`` (a small language model that this machine trains once, on
     docstrings), a local folder, or a Hugging Face hub name."""
     revision: str = ""

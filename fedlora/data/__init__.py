@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedlora.config import Config
+from fedlora.data import partition
 from fedlora.data.docstrings import load_docstrings
 from fedlora.data.table import Corpus, FederatedData, Table, Turn
 from fedlora.data.targets import NUMBERED
@@ -69,10 +70,21 @@ def load_federated(config: Config, num_clients: int) -> FederatedData:
     Raises:
         ValueError: The data cannot be read or partitioned; the message names the key.
     """
-    from fedlora.data.partition import partition
-
-    corpus = load_corpus(config)
-    return partition(corpus, config.data, num_clients=num_clients, seed=config.seed, final=config.eval.test)
+    return partitioned(load_corpus(config), config, num_clients)
 
 
-__all__ = ["CORPORA", "Corpus", "FederatedData", "Table", "Turn", "load_corpus", "load_federated"]
+def partitioned(corpus: Corpus, config: Config, num_clients: int) -> FederatedData:
+    """Partition a corpus among clients as the configuration says, as :func:`load_federated` does."""
+    return partition.partition(corpus, config.data, num_clients=num_clients, seed=config.seed, final=config.eval.test)
+
+
+__all__ = [
+    "CORPORA",
+    "Corpus",
+    "FederatedData",
+    "Table",
+    "Turn",
+    "load_corpus",
+    "load_federated",
+    "partitioned",
+]

@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from datasets import Dataset
-from flwr_datasets.partitioner import DirichletPartitioner
 from numpy.typing import NDArray
 
 from fedlora.config import DataConfig
@@ -44,7 +42,7 @@ def partition(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int
         clients, names = _natural(corpus, num_clients)
         num_clients = len(clients)
     else:
-        _check_enough(corpus, config, num_clients)
+        check_enough(corpus, config, num_clients)
         clients = _by_rule(corpus, config, num_clients, seed)
     dealt = np.sort(np.concatenate(clients))
     assert np.array_equal(dealt, np.arange(len(corpus.train))), "every row is dealt to one client"
@@ -119,6 +117,10 @@ def _dirichlet(labels: Rows, config: DataConfig, num_clients: int, seed: int) ->
     Raises:
         ValueError: A client has too few in every draw.
     """
+    # They take seconds to import, and most of what is wrong with a run is found before they are needed.
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner
+
     rows = Dataset.from_dict({"place": np.arange(len(labels)), "label": labels})
     seeds = [seed, *(int(bits) for bits in Seeded(seed).bits("dirichlet", size=_REDRAWS) >> np.uint64(33))]
     reason = ""
@@ -184,7 +186,14 @@ def _fewest(config: DataConfig) -> int:
     return config.min_size + (1 if config.holdout else 0)
 
 
-def _check_enough(corpus: Corpus, config: DataConfig, num_clients: int) -> None:
+def check_enough(corpus: Corpus, config: DataConfig, num_clients: int) -> None:
+    """Refuse more clients than there are rows for, and none where the partition does not find them itself.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if config.partition == "natural":
+        return
     if num_clients < 1:
         raise ValueError(
             f"federation.num-clients = {num_clients}: data.partition = {config.partition!r} needs a number of clients; "

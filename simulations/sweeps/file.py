@@ -112,10 +112,7 @@ class Sweep:
             )
         if not self.grid and not self.tune:
             raise ConfigError("the sweep has neither [grid] nor [tune]: it is a single run, for fedlora run.")
-        for cell in self.tuning():  # every combination of values, whether or not it will be chosen
-            assert cell.config
-        for varied in combinations(self.grid):
-            self._cell("final", {**varied, **{key: values[0] for key, values in self.tune.items()}})
+        assert self.expected()
 
     def groups(self, share: Share | None = None) -> list[Values]:
         """Return the combinations of the grid but for the seed, of a share or all."""
@@ -157,6 +154,17 @@ class Sweep:
         higher = TASKS[scored[0][1].config.task].measure.higher_is_better
         best = (max if higher else min)(scored, key=lambda pair: pair[0])[1]
         return {key: best.varied[key] for key in self.tune}
+
+    def expected(self) -> list[Cell]:
+        """Return all cells: each combination that may be chosen, and the final ones with what is, or with the first."""
+        cells = []
+        for group in self.groups():
+            try:
+                chosen = self.choose(group)
+            except ValueError:  # nothing has run yet
+                chosen = {key: values[0] for key, values in self.tune.items()}
+            cells += [*self.tuning(group), *self.finals(group, chosen)]
+        return cells
 
     # -- its cells so far ---------------------------------------------------------------------------------
 
