@@ -22,6 +22,7 @@ from fedlora.exchange import ClientReport, Instruction, Outcome, Update
 from fedlora.privacy.step import PrivateStep
 from fedlora.seeded import Seeded
 
+_TRIED_WITH = TrainConfig(learning_rate=0.01)  # made-up rows: any rate that moves a tensor
 TrainPack = Callable[..., list[ClientResult]]
 """What trains a pack: :func:`fedlora.engine.train_pack`, or what an audit puts around it."""
 
@@ -195,7 +196,7 @@ class Trainer:
         start = {name: value for name, value in tensors.items() if name in trained}
         common = {name: value for name, value in tensors.items() if name not in trained}
         work = ClientWork(0, examples, len(examples), [np.arange(len(examples))] * 2, start)
-        error = self._train_pack(self.model.engine, [work], common, TrainConfig())[0].error
+        error = self._train_pack(self.model.engine, [work], common, _TRIED_WITH)[0].error
         if error:
             raise RefusedError(error)
         self.trainable.add(trained)

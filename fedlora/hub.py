@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ from fedlora.messages import first_line
 
 _TIMEOUT_S = 4.0
 _CONFIG = "config.json"  # every checkpoint that transformers loads has one
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -50,6 +52,28 @@ def check_model(model: ModelConfig) -> None:
                 why = "is switched off" if constants.HF_HUB_OFFLINE else "cannot be reached"
                 raise FileNotFoundError(f"it is no folder, it is not in the hub's cache, and the hub {why}")
             hf_hub_download(model.name, _CONFIG, revision=model.revision or None)
+
+
+def layer_width(model: ModelConfig) -> int | None:
+    """Return the width of a model's layers as its ``config.json`` says, without what takes seconds to import.
+
+    Args:
+        model: A folder, or a name of the hub.
+
+    Returns:
+        The width; None where the file does not say, or is not within reach.
+    """
+    file = Path(model.name) / _CONFIG
+    try:
+        if not file.is_file():
+            away = constants.HF_HUB_OFFLINE or not hub_answers()
+            revision = model.revision or None
+            file = Path(hf_hub_download(model.name, _CONFIG, revision=revision, local_files_only=away))
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # what is wrong with it is said when it is loaded
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config  # beside other parts
+    return next((int(text[key]) for key in _WIDTHS if isinstance(text.get(key), int)), None)
 
 
 @contextmanager

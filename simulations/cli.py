@@ -22,8 +22,9 @@ from fedlora.runs.folder import RunFolder, run_path
 from fedlora.runs.lock import held, refuse_held
 from fedlora.storage import StorageError, check_can_write, write_whole, writing
 from simulations import push, try_adapter
+from simulations.advice import check_can_suggest, suggest
 from simulations.launch import end_abandoned, launch, run_side_by_side
-from simulations.options import absolute_paths, read_options, read_overrides
+from simulations.options import absolute_paths, for_tuning, read_options, read_overrides
 from simulations.plan import Plan, trained_in_a_round
 from simulations.preflight import Preflight, preflight
 from simulations.setup import resolve, settle
@@ -51,9 +52,12 @@ def main(arguments: Sequence[str] | None = None, others: Mapping[str, str] | Non
     run = commands.add_parser("run", help="like `flwr run --stream`, with a truthful exit code and no process left")
     plan = commands.add_parser("plan", help="what a run would do and send, without training")
     audit = commands.add_parser("audit", help="whether training does what its epsilon assumes, on the run's own model")
-    for command in (run, plan, audit):
+    tune = commands.add_parser("tune", help="looks for the learning rate, on dev rows, within a stated time")
+    tune.add_argument("--minutes", type=float, default=10.0, metavar="N", help="the most that it takes (default: 10)")
+    for command in (run, plan, audit, tune):
         command.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
         command.add_argument("-c", "--run-config", action="append", default=[], help='"key=value ..." or a .toml file')
+    plan.add_argument("--suggest", action="store_true", help="under DP: rounds, batch, steps and rate that would learn")
     run.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
     run.add_argument("superlink", nargs="?", help=argparse.SUPPRESS)
     run.add_argument("--federation", help=argparse.SUPPRESS)
@@ -114,16 +118,18 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
     overrides = absolute_paths(read_overrides(app, options.run_config))
     if options.command == "audit" and overrides["privacy.mode"] == "none":
         overrides |= {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0}
-    config = resolve(overrides)
+    config = resolve(for_tuning(overrides) if options.command == "tune" else overrides)
     if config.federation.sites:
         raise ConfigError(
             f"federation.sites = {config.federation.sites!r}: the sites of a deployment are asked by its coordinator; "
             "use `fedlora deploy run coordinator.toml`."
         )
     if options.command == "plan":
-        return _plan(config, console)
+        return _plan(config, options, console)
     if options.command == "audit":
         return _audit(config, console)
+    if options.command == "tune":
+        return _tune(config, options, console)
     end_abandoned(run_path(config))
     RunFolder.check(config)
     preflight(config, _NODES, rows=_TRIED)
@@ -195,13 +201,33 @@ def _audit(config: Config, console: Console) -> int:
     return 1 if failed else 0
 
 
-def _plan(config: Config, console: Console) -> int:
-    """Print what a run would do and send."""
+def _plan(config: Config, options: argparse.Namespace, console: Console) -> int:
+    """Print what a run would do and send; on request schedules under DP that would learn."""
+    if options.suggest:
+        check_can_suggest(config)
     plan, structure = preflight(config, _NODES)
     plan.show(console)
     if plan.privacy is not None:
-        plan.privacy.show(console, _trained_by_strategy(plan, structure))
+        trained = _trained_by_strategy(plan, structure)
+        plan.privacy.show(console, trained)
+        if options.suggest:
+            suggest(plan.privacy, trained, _asked(options), console)
     return 0
+
+
+def _tune(config: Config, options: argparse.Namespace, console: Console) -> int:
+    """Look for the learning rate of a run."""
+    from simulations.tune import tune
+
+    RunFolder.check(config)
+    plan, _ = preflight(config, _NODES, rows=_TRIED)
+    return tune(plan, options.minutes, shlex.join(_asked(options)), console)
+
+
+def _asked(options: argparse.Namespace) -> list[str]:
+    """Return the command that runs what was planned, word by word."""
+    app = [] if options.app == "." else [options.app]
+    return ["fedlora", "run", *app, *(word for one in options.run_config for word in ("-c", one))]
 
 
 def _trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flwr.common.config import get_fused_config_from_dir, parse_config_args
 from fedlora.config import ConfigError, Scalar
 from fedlora.config.data_keys import corpus_of
 
+DEV_SHARE = 0.1  # of the training rows, for choices, where the configuration does not say
 _PAIR = re.compile(r"""\S+?=('[^']*'|"[^"]*"|\S+)""")  # what Flower finds in an option; the rest it drops
 
 
@@ -56,6 +58,14 @@ def read_options(run_config: Sequence[str]) -> dict[str, Any]:
             )
         overrides |= found
     return overrides
+
+
+def for_tuning(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration, by dotted key, as ``fedlora tune`` tries it: on dev rows, without the test rows."""
+    own = {"eval.test": False, "eval.baselines": False, "eval.generate": 0, "run.trackers": ""}
+    share = float(flat.get("data.dev-share") or DEV_SHARE)
+    name = str(flat.get("run.name") or f"{time.strftime('%Y%m%d-%H%M%S')}-tune")
+    return {**flat, **own, "data.dev-share": share, "run.name": name}
 
 
 def absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from fedlora.roles import TRAINED, UP, Role
 from fedlora.server import Federation, Payloads, assigned
 from fedlora.strategy import Strategy
 from fedlora.tasks import TASKS
+from simulations.advice import learns_from, verdict
 from simulations.privacy import PrivacyPlan
 from simulations.rates import rate_line
 from strategies.server_optimizers import learning_rate
@@ -158,8 +159,12 @@ class Plan:
             "packs": self.packs(),
             "nodes": self.nodes,
             "trainers": self.trainers,
-            **({"privacy": self.privacy.record()} if self.privacy is not None else {}),
+            **({"privacy": self._privacy_record(self.privacy)} if self.privacy is not None else {}),
         }
+
+    @staticmethod
+    def _privacy_record(privacy: PrivacyPlan) -> dict[str, Any]:
+        return {**privacy.record(), "learns_from": learns_from(privacy.config), "verdict": verdict(privacy)}
 
     def trained_parameters(self) -> int:
         """Return the numbers that a client trains, over the rounds of a cycle."""
@@ -216,7 +221,7 @@ class Plan:
             lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")
         lines.append(f"server mean of updates: {exact[self.strategy.exact]}")
         lines += self._terms()
-        lines += ["privacy: none"] if self.privacy is None else self.privacy.lines()
+        lines += ["privacy: none"] if self.privacy is None else [*self.privacy.lines(), *verdict(self.privacy)]
         lines += self._remarks()
         return lines
 

@@ -57,17 +57,18 @@ def settle_privacy(config: Config, rows: Sequence[int]) -> Config:
             "one of its rows would satisfy it otherwise."
         )
     config = replace(config, privacy=replace(privacy, client_size=size, delta=delta))
-    if privacy.noise_multiplier == 0:
-        settled = replace(config.privacy, noise_multiplier=_noise(config, int(participations(config)[-1].max())))
-        config = replace(config, privacy=settled)
-    return config
+    return config if privacy.noise_multiplier else fit_noise(config)
 
 
-def _noise(config: Config, rounds: int) -> float:
-    """Return the least noise multiplier with which so many rounds keep to the budget."""
-    use = Mechanism.of(config).use(rounds)
+def fit_noise(config: Config) -> Config:
+    """Return a configuration with the least noise multiplier with which its rounds keep to the budget.
+
+    Raises:
+        ConfigError: None does.
+    """
+    use = Mechanism.of(config).use(int(participations(config)[-1].max()))
     try:
-        return least_noise_multiplier(
+        noise = least_noise_multiplier(
             target_epsilon=config.privacy.epsilon,
             target_delta=config.privacy.delta,
             sample_rate=use.sample_rate,
@@ -76,6 +77,7 @@ def _noise(config: Config, rounds: int) -> float:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return replace(config, privacy=replace(config.privacy, noise_multiplier=noise))
 
 
 def participations(config: Config) -> NDArray[np.int64]:
@@ -223,10 +225,11 @@ class PrivacyPlan:
             size, count = config.train.batch_size * batch, int(config.rounds * rounds)
             if size > config.privacy.client_size or count == 0:
                 continue
-            other = replace(config, rounds=count, train=replace(config.train, batch_size=size))
-            noise = _noise(other, replace(self, config=other).rounds[1])
-            plan = replace(self, config=replace(other, privacy=replace(other.privacy, noise_multiplier=noise)))
-            table.add_row(str(size), str(count), str(plan.steps), f"{noise:.4g}", *plan._ratios(plan.steps))
+            plan = replace(
+                self, config=fit_noise(replace(config, rounds=count, train=replace(config.train, batch_size=size)))
+            )
+            noise = f"{plan.mechanism.noise_multiplier:.4g}"
+            table.add_row(str(size), str(count), str(plan.steps), noise, *plan._ratios(plan.steps))
         return table
 
     def _by_strategy(self, others: Mapping[str, int]) -> RichTable:

@@ -4,24 +4,23 @@ The rates are those of :mod:`simulations.found`, measured in 12 rounds of 10 ste
 (``docs/learning_rates.md``). Two rules carry them over to other runs. AdamW moves each number by about the rate, so on
 a wider model the rate is smaller by the ratio of widths (as in muP, Yang et al., 2022, for hidden layers). A step of
 plain SGD under DP is at most rate x ``privacy.max-grad-norm`` long, so what is kept is the length of all steps
-together: with half as many steps each is twice as long.
+together: with half as many steps each is twice as long, up to the longest that were seen to learn.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from fedlora.config import Config
+from fedlora.config import BUNDLED, SMALL_LLAMA, Config, ModelConfig
+from fedlora.hub import layer_width
 from fedlora.privacy import Mechanism
 from fedlora.tasks import TASKS
 from simulations.found import RATES
 
-if TYPE_CHECKING:
-    from fedlora.config import ModelConfig
-
 _STEPS = 120  # of a client in the runs that rates were found in
-_WIDTHS = {"classes": 384, "language": 128, "dp": 384}  # of their models
+_LONGEST = 3.0  # step of SGD under DP with which runs of few steps learned
+_BUNDLED_WIDTHS = {BUNDLED: 384, SMALL_LLAMA: 128}
+_WIDTHS = {"classes": 384, "dp": 384, "language": 128}  # of the models in those runs
 _ALIKE = {  # a pair that trains and averages the same tensors as another
     ("lora", "zero-padding"): ("lora", "fedavg"),
     ("mos", "fedavg"): ("mos", "mos"),
@@ -51,11 +50,7 @@ def settle_rate(config: Config) -> Config:
 
 
 def found_rate(config: Config) -> Found:
-    """Return the rate that was found for a configuration whose privacy is settled.
-
-    Raises:
-        ValueError: The base model is not there.
-    """
+    """Return the rate that was found for a configuration whose privacy is settled."""
     train, dp = config.train, config.privacy.mode == "dp"
     kind = "dp" if dp else "classes" if TASKS[config.task].has_head else "language"
     pair = _pair(config.method.name, config.strategy.name, train.optimizer, kind)
@@ -68,9 +63,9 @@ def found_rate(config: Config) -> Found:
             rate *= _WIDTHS[kind] / width
             words += f" of width {_WIDTHS[kind]}, times {_WIDTHS[kind]}/{width}"
     elif dp:
-        steps = config.rounds * Mechanism.of(config).steps
-        rate *= _STEPS / (steps * config.privacy.max_grad_norm)
-        words += f" of {_STEPS} steps and clip 1, times {_STEPS}/({steps} x {config.privacy.max_grad_norm:g})"
+        steps, clip = config.rounds * Mechanism.of(config).steps, config.privacy.max_grad_norm
+        rate = min(rate * _STEPS / steps, max(rate, _LONGEST)) / clip
+        words += f" of {_STEPS} steps and clip 1, carried over to {steps} steps and clip {clip:g}"
     return Found(float(f"{rate:.2g}"), words)
 
 
@@ -90,6 +85,4 @@ def _pair(method: str, strategy: str, optimizer: str, kind: str) -> tuple[str, s
 
 def _width(model: ModelConfig) -> int | None:
     """Return the width of a base model's layers; None where its configuration does not say."""
-    from fedlora.models import own_config  # transformers takes seconds, and a run that names a rate needs none of it
-
-    return getattr(own_config(model).get_text_config(), "hidden_size", None)
+    return _BUNDLED_WIDTHS.get(model.name) or layer_width(model)

@@ -106,6 +106,7 @@ def _loss_distribution(noise_multiplier: float, sample_rate: float, steps: int, 
     return _loss_distribution(noise_multiplier, sample_rate, 1, grid).self_compose(steps)
 
 
+@lru_cache(maxsize=1024)
 def least_noise_multiplier(
     *, target_epsilon: float, target_delta: float, sample_rate: float, steps: int, accountant: Accountant = "pld"
 ) -> float:

@@ -18,10 +18,9 @@ from typing import Any, final
 from fedlora.config import Config, ConfigError, from_toml, to_toml
 from fedlora.messages import first_line
 from fedlora.tasks import TASKS
+from simulations.options import DEV_SHARE
 from simulations.setup import resolve
 from simulations.sweeps.cells import Cell, Share, Values, check_values, combinations, describe
-
-_DEV_SHARE = 0.1  # of the training rows that choices are made on, where the file does not say
 
 
 @final
@@ -72,7 +71,7 @@ class Sweep:
         }
         base["run.name"] = base["run.name"] or path.stem
         if parts["tune"]:
-            base["data.dev-share"] = base["data.dev-share"] or _DEV_SHARE
+            base["data.dev-share"] = base["data.dev-share"] or DEV_SHARE
         sweep = cls(base, parts["grid"], parts["tune"])
         sweep._check()
         return sweep

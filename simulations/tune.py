@@ -1,0 +1,226 @@
+"""``fedlora tune``: the learning rate that does best on dev rows, looked for in one process within a stated time.
+
+A search along rates that are half a decade apart: from the one that would be taken, to the side that is better, until
+both neighbours are worse; then between. Each rate gets as many rounds as the time allows, all of them the same number.
+Test rows are not read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import final
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from fedlora.config import Config, ConfigError
+from fedlora.data import FederatedData
+from fedlora.messages import first_line
+from fedlora.reports.format import human_time
+from fedlora.runs.folder import RunFolder
+from fedlora.server import FederationError
+from fedlora.tasks import TASKS
+from simulations.in_process import InProcess, Resident
+from simulations.plan import Plan
+
+_STEP = 10**0.5  # from one rate to the next
+_TRIALS = 5  # that the time should allow for: a rate, its neighbours, and two between
+FILE = "tune.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A rate that was tried.
+
+    Attributes:
+        rate: The rate.
+        rounds: Rounds that it trained.
+        value: The measure on dev rows, or on the rows that clients hold out; None: it did not train.
+        loss: The loss on them.
+        seconds: How long it took.
+        error: Why it did not train.
+    """
+
+    rate: float
+    rounds: int
+    value: float | None
+    loss: float | None
+    seconds: float
+    error: str = ""
+
+
+def next_exponent(scores: Mapping[float, float]) -> float | None:
+    """Return the next exponent of the rate to try, or None when both neighbours of the best are worse, half steps too.
+
+    Args:
+        scores: What exponents came to that were tried, larger is better; of a rate that failed minus infinity.
+    """
+    if not scores:
+        return 0.0
+    best: float = max(scores, key=lambda exponent: (scores[exponent], -abs(exponent)))
+    if math.isinf(scores[best]):
+        least = min(scores)  # nothing trains: the rates are too large
+        return least - 2 if least > -4 else None
+    steps: tuple[float, ...] = (1.0,) if best == round(best) else ()
+    for step in (*steps, 0.5):
+        for side in (-step, step):
+            if best + side not in scores:
+                return best + side
+    return None
+
+
+@final
+class Search:
+    """The search of one configuration.
+
+    Args:
+        plan: The plan of the run, on dev rows.
+        minutes: The time that it may take.
+        console: Where progress goes.
+        clock: Returns seconds.
+    """
+
+    def __init__(
+        self, plan: Plan, minutes: float, console: Console, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.plan, self.console, self.clock = plan, console, clock
+        self.task = TASKS[plan.config.task]
+        self.trials: dict[float, Trial] = {}
+        self.rounds = 0
+        """Rounds of each trial; 0: not known yet."""
+        self._started = clock()
+        self._end = self._started + 60 * minutes
+        self._resident = Resident(os.cpu_count() or 1)
+
+    @property
+    def best(self) -> float | None:
+        """The exponent of the best rate; None where none trained."""
+        sign = 1 if self.task.measure.higher_is_better else -1
+        done = {key: one for key, one in self.trials.items() if one.value is not None}
+        rank = {key: (sign * (one.value or 0.0), -(one.loss or 0.0)) for key, one in done.items()}
+        return max(rank, key=rank.__getitem__, default=None)
+
+    def run(self) -> bool:
+        """Try rates; return whether the search came to its end before the time did."""
+        sign = 1 if self.task.measure.higher_is_better else -1
+        while True:
+            values = {key: one.value for key, one in self.trials.items()}
+            scores = {key: -math.inf if value is None else sign * value for key, value in values.items()}
+            exponent = next_exponent(scores)
+            if exponent is None:
+                return True
+            longest = max((one.seconds for one in self.trials.values()), default=0.0)
+            if self.clock() + longest > self._end:
+                return False
+            self.trials[exponent] = self._try(float(f"{self.plan.config.train.learning_rate * _STEP**exponent:.2g}"))
+
+    def _try(self, rate: float) -> Trial:
+        config = self.plan.config
+        config = replace(config, train=replace(config.train, learning_rate=rate))
+        started, done, error = self.clock(), 0, ""
+        metrics: dict[str, float] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            federation = self._resident.federation(config, self.plan.data, folder)
+            try:
+                done = self._train(federation, config)
+                metrics = federation.measure(done)
+            except FederationError as failed:
+                error = first_line(failed)
+        value, loss = metrics.get(self.task.measure.name), metrics.get("loss")
+        finite = value is not None and math.isfinite(value)
+        trial = Trial(rate, done, value if finite else None, loss, self.clock() - started, error)
+        shown = f"{self.plan.measure.replace('_', ' ')} {value:.4f}" if finite else f"does not train: {error}"
+        self.console.print(
+            f"rate {rate:g}  {shown}  after {done} round(s)  {human_time(trial.seconds)}, "
+            f"{human_time(max(0.0, self._end - self.clock()))} left",
+            markup=False,
+        )
+        return trial
+
+    def _train(self, federation: InProcess, config: Config) -> int:
+        """Train the rounds of a trial; the first trial finds out how many the time allows for."""
+        number = 0
+        while number < (self.rounds or config.rounds):
+            number += 1
+            before = self.clock()
+            federation.train(number)
+            if not self.rounds:
+                share = (self._end - before) / _TRIALS
+                self.rounds = max(1, min(config.rounds, int(share / max(1e-9, self.clock() - before))))
+                if self.rounds < config.rounds:
+                    self.console.print(
+                        f"each rate is tried for {self.rounds} of {config.rounds} rounds, as many as the time allows; "
+                        "--minutes gives them more",
+                        markup=False,
+                    )
+        return number
+
+
+def tune(plan: Plan, minutes: float, asked: str, console: Console) -> int:
+    """Search, fill the folder, and print what was found with the command that takes it.
+
+    Args:
+        plan: The plan of the run, of a configuration from :func:`simulations.options.for_tuning`.
+        minutes: The time that it may take.
+        asked: The command of the run that it is for, without the learning rate.
+        console: Where to.
+
+    Returns:
+        0; 1 where no rate trained.
+
+    Raises:
+        ConfigError: The time is none.
+    """
+    if not minutes > 0:
+        raise ConfigError(f"--minutes {minutes:g}: must be above 0.")
+    config, data = plan.config, plan.data
+    console.print(f"looking for train.learning-rate for at most {minutes:g} minute(s), on {_measured(plan, data)}")
+    with RunFolder.opened(config) as folder:
+        search = Search(plan, minutes, console)
+        finished = search.run()
+        best = search.best
+        folder.write_json(
+            FILE,
+            {
+                "measure": plan.measure,
+                "default": config.train.learning_rate,
+                "best": None if best is None else search.trials[best].rate,
+                "finished": finished,
+                "trials": [asdict(search.trials[key]) for key in sorted(search.trials)],
+            },
+        )
+    console.print(_table(search, best))
+    if config.privacy.mode == "dp":
+        console.print("note: a rate chosen on rows costs privacy that no epsilon of the run holds")
+    if best is None:
+        console.print("no rate trained; the lines above say why")
+        return 1
+    if best in (min(search.trials), max(search.trials)) or not finished:
+        console.print("note: the time was over before both neighbours of the best had been tried; --minutes gives more")
+    console.print(f"tune folder: {folder.path}", markup=False)
+    console.print(f"next: {asked} -c train.learning-rate={search.trials[best].rate:g}", markup=False)
+    return 0
+
+
+def _measured(plan: Plan, data: FederatedData) -> str:
+    if plan.strategy.has_personal:
+        return f"the {sum(map(len, data.holdout)):,} rows that clients hold out"
+    return f"{len(data.corpus.splits['dev']):,} dev rows"
+
+
+def _table(search: Search, best: float | None) -> RichTable:
+    """Return the rates that were tried, the best of them marked."""
+    table = RichTable(title=f"learning rates of {search.plan.config.strategy.name} by {search.plan.measure}")
+    for column in ("rate", search.plan.measure.replace("_", " "), "loss", "rounds", "seconds", ""):
+        table.add_column(column, justify="right")
+    for key in sorted(search.trials):
+        one = search.trials[key]
+        value, loss = ("-" if number is None else f"{number:.4f}" for number in (one.value, one.loss))
+        mark = "best" if key == best else "as by default" if key == 0 else ""
+        table.add_row(f"{one.rate:g}", value, loss, str(one.rounds), f"{one.seconds:.1f}", mark)
+    return table

@@ -1,0 +1,82 @@
+"""A federation in one process gives what a run under Flower gives, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Message, RecordDict
+
+from clients.worker import Worker
+from fedlora.config import Config
+from fedlora.data import FederatedData
+from fedlora.reduce import fold
+from fedlora.server import FederationError, FlowerStrategy
+from fedlora.wire import Reply, read_instruction
+from simulations.in_process import Resident
+from simulations.setup import federation_of, resolve, settle
+from strategies.build import build_strategy
+from tests.support.loop import LoopGrid
+from tests.support.trainers import tiny_flat, tiny_job
+
+CASES: dict[str, dict[str, Any]] = {
+    "ranks that differ": {"strategy.name": "zero-padding", "method.ranks": "1,2,2,1"},
+    "accumulated": {"strategy.name": "flora"},
+    "a proximal step at the server": {"strategy.name": "s2-lora"},
+    "personal": {"strategy.name": "fedsa-lora", "data.holdout": 0.2},
+    "control variates": {"strategy.name": "fedavg", "local.term": "scaffold", "train.optimizer": "sgd"},
+    "a part of the clients, under DP": {
+        **{"strategy.name": "ffa-lora", "privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3},
+        **{"federation.clients-per-round": 2, "data.partition": "iid", "train.optimizer": "sgd"},
+    },
+}
+
+
+def settled(folder: Path, **changes: Any) -> tuple[Config, FederatedData]:
+    return settle(resolve(tiny_flat(folder, **changes)), 4)
+
+
+def under_flower(config: Config, data: FederatedData, folder: Path) -> FlowerStrategy:
+    """Run a configuration under our Flower strategy, on one node whose worker is real."""
+    job = tiny_job(config, folder)
+    worker = Worker(lambda: job, 1)
+    model = worker.loaded.model
+    strategy = build_strategy(config, model.specs)
+    server = FlowerStrategy(strategy, federation_of(config), strategy.initial(model.initial))
+
+    def node(message: Message) -> RecordDict:
+        told = read_instruction(message.content)
+        if message.metadata.message_type == "evaluate":
+            return Reply(worker.report(told)).to_content()
+        return Reply(*fold(told, worker.train(told))).to_content()
+
+    server.start(LoopGrid({1: node}), server.arrays, num_rounds=config.rounds)
+    return server
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_as_under_flower(tmp_path: Path, case: str) -> None:
+    config, data = settled(tmp_path, **CASES[case])
+    expected = under_flower(config, data, tmp_path / "flower")
+    federation = Resident(1).federation(config, data, str(tmp_path / "here"))
+    for number in range(1, config.rounds + 1):
+        federation.train(number)
+    there, here = expected.state.arrays(), federation.core.state.arrays()
+    assert here.keys() == there.keys()
+    assert all(np.array_equal(here[name], value) for name, value in there.items())
+    assert federation.core.state.clients.trained == expected.state.clients.trained
+    measured = federation.measure(config.rounds)
+    if expected.personal is not None and config.privacy.mode == "none":
+        sums = expected.personal.sums.values()
+        mean = sum(one["loss"] for one in sums) / sum(one["examples"] for one in sums)
+        assert measured["loss"] == pytest.approx(mean, rel=1e-12)
+    assert 0 <= measured["accuracy"] <= 1
+
+
+def test_clients_that_fail_end_it_with_the_reason(tmp_path: Path) -> None:
+    config, data = settled(tmp_path, **{"strategy.name": "s2-lora", "s2.sparsity": 10.0, "train.optimizer": "sgd"})
+    federation = Resident(1).federation(config, data, str(tmp_path / "here"))
+    with pytest.raises(FederationError, match="the proximal step set all of"):
+        federation.train(1)
