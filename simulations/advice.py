@@ -24,8 +24,8 @@ from simulations.privacy import PrivacyPlan, fit_noise
 from simulations.rates import found_rate
 from strategies import STRATEGIES
 
-_SAFETY = 1.25  # of the signal to noise of a proposal, over that at which runs began to learn
-_SCHEDULES = ((10, 4), (20, 4), (12, 10), (24, 10))  # rounds and steps: of the runs that learned, and one longer
+_SAFETY = 1.75  # of the signal to noise of a proposal, over that at which runs began to learn
+_SCHEDULES = ((20, 4), (12, 10), (24, 10))  # rounds and steps: of the runs that learned best, and one longer
 _MOST_EPSILON = 64.0
 
 
@@ -98,11 +98,11 @@ def proposals(plan: PrivacyPlan) -> list[Proposal]:
 
 
 def enough_epsilon(plan: PrivacyPlan) -> float | None:
-    """Return a budget with which some schedule is clear of the noise, by doubling; None below 64 there is none."""
-    epsilon = plan.config.privacy.epsilon
+    """Return a budget with which steps of all rows are clear of the noise, by doubling; None: none up to 64 is."""
+    size, epsilon = plan.config.privacy.client_size, plan.config.privacy.epsilon
     while (epsilon := 2 * epsilon) <= _MOST_EPSILON:
         more = replace(plan, config=replace(plan.config, privacy=replace(plan.config.privacy, epsilon=epsilon)))
-        if proposals(more)[0].learns:
+        if any(_proposal(more, rounds, steps, size).learns for rounds, steps in _SCHEDULES):
             return epsilon
     return None
 

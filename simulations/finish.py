@@ -159,9 +159,8 @@ def _next(run: Run) -> list[list[str]]:
     commands = [["fedlora", "report", str(folder)]]
     if run.plan.privacy is not None:  # another strategy would need its privacy keys, more rounds another budget
         return [*commands, ["fedlora", "audit", "-c", file]]
-    # A smaller rate than FFA-LoRA's: with both factors trained a step moves the product by more.
-    other = {"ffa-lora": '"fedavg" train.learning-rate=0.005'}.get(config.strategy.name, '"ffa-lora"')
-    commands.append(["fedlora", "run", "-c", f"strategy.name={other}"])
+    other = "fedavg" if config.strategy.name == "ffa-lora" else "ffa-lora"
+    commands.append(["fedlora", "run", "-c", f'strategy.name="{other}"'])
     if config.train.round_schedule == "constant":
         more = f"run.resume=true rounds={2 * config.rounds}"
         commands.append(["fedlora", "run", "-c", file, "-c", more])

@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from fedlora.config import Config, ConfigError
-from fedlora.data import FederatedData
 from fedlora.messages import first_line
 from fedlora.reports.format import human_time
 from fedlora.runs.folder import RunFolder
@@ -29,6 +28,8 @@ from simulations.in_process import InProcess, Resident
 from simulations.plan import Plan
 
 _STEP = 10**0.5  # from one rate to the next
+_FARTHEST = 10  # exponent, up and down
+_LEARNED = 0.99  # of the loss before training
 _TRIALS = 5  # that the time should allow for: a rate, its neighbours, and two between
 FILE = "tune.json"
 
@@ -43,6 +44,7 @@ class Trial:
         value: The measure on dev rows, or on the rows that clients hold out; None: it did not train.
         loss: The loss on them.
         seconds: How long it took.
+        learned: Whether it took at least a hundredth off the loss before training.
         error: Why it did not train.
     """
 
@@ -51,25 +53,48 @@ class Trial:
     value: float | None
     loss: float | None
     seconds: float
+    learned: bool = True
     error: str = ""
 
 
-def next_exponent(scores: Mapping[float, float]) -> float | None:
-    """Return the next exponent of the rate to try, or None when both neighbours of the best are worse, half steps too.
+def best_of(trials: Mapping[float, Trial], higher_is_better: bool, rows: int) -> float | None:
+    """Return the exponent of the best rate; None where none learned.
+
+    What lies within a standard error of the best share of rows is told apart by the loss, which is less a matter of
+    chance on few rows.
 
     Args:
-        scores: What exponents came to that were tried, larger is better; of a rate that failed minus infinity.
+        trials: What was tried, by exponent.
+        higher_is_better: Whether the measure is to be large, as a share of rows is.
+        rows: Rows that it is measured on.
     """
-    if not scores:
+    sign = 1 if higher_is_better else -1
+    values = {key: sign * one.value for key, one in trials.items() if one.value is not None and one.learned}
+    if not values:
+        return None
+    most = max(values.values())
+    error = math.sqrt(most * (1 - most) / rows) if higher_is_better and 0 <= most <= 1 else 0.0
+    near = [key for key, value in values.items() if value >= most - error]
+    return min(near, key=lambda key: (math.inf if trials[key].loss is None else trials[key].loss, abs(key)))
+
+
+def next_exponent(trials: Mapping[float, Trial], best: float | None) -> float | None:
+    """Return the next exponent of the rate to try; None when those beside the best are tried, in half steps too.
+
+    Args:
+        trials: What was tried, by exponent.
+        best: The best of them; None where none learned.
+    """
+    if not trials:
         return 0.0
-    best: float = max(scores, key=lambda exponent: (scores[exponent], -abs(exponent)))
-    if math.isinf(scores[best]):
-        least = min(scores)  # nothing trains: the rates are too large
-        return least - 2 if least > -4 else None
+    if best is None:
+        small = [key for key, one in trials.items() if one.value is not None]  # trained, and did not learn
+        following = max(small) + 1 if small else min(trials) - 2
+        return following if following not in trials and abs(following) <= _FARTHEST else None
     steps: tuple[float, ...] = (1.0,) if best == round(best) else ()
     for step in (*steps, 0.5):
         for side in (-step, step):
-            if best + side not in scores:
+            if best + side not in trials:
                 return best + side
     return None
 
@@ -91,6 +116,8 @@ class Search:
         self.plan, self.console, self.clock = plan, console, clock
         self.task = TASKS[plan.config.task]
         self.trials: dict[float, Trial] = {}
+        self.before: float | None = None
+        """The loss before training; None where only those are measured that have trained."""
         self.rounds = 0
         """Rounds of each trial; 0: not known yet."""
         self._started = clock()
@@ -100,24 +127,16 @@ class Search:
     @property
     def best(self) -> float | None:
         """The exponent of the best rate; None where none trained."""
-        sign = 1 if self.task.measure.higher_is_better else -1
-        done = {key: one for key, one in self.trials.items() if one.value is not None}
-        rank = {key: (sign * (one.value or 0.0), -(one.loss or 0.0)) for key, one in done.items()}
-        return max(rank, key=rank.__getitem__, default=None)
+        return best_of(self.trials, self.task.measure.higher_is_better, measured_rows(self.plan))
 
     def run(self) -> bool:
         """Try rates; return whether the search came to its end before the time did."""
-        sign = 1 if self.task.measure.higher_is_better else -1
-        while True:
-            values = {key: one.value for key, one in self.trials.items()}
-            scores = {key: -math.inf if value is None else sign * value for key, value in values.items()}
-            exponent = next_exponent(scores)
-            if exponent is None:
-                return True
+        while (exponent := next_exponent(self.trials, self.best)) is not None:
             longest = max((one.seconds for one in self.trials.values()), default=0.0)
             if self.clock() + longest > self._end:
                 return False
             self.trials[exponent] = self._try(float(f"{self.plan.config.train.learning_rate * _STEP**exponent:.2g}"))
+        return True
 
     def _try(self, rate: float) -> Trial:
         config = self.plan.config
@@ -126,6 +145,8 @@ class Search:
         metrics: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as folder:
             federation = self._resident.federation(config, self.plan.data, folder)
+            if not self.trials and not self.plan.strategy.has_personal:
+                self.before = federation.measure(0)["loss"]
             try:
                 done = self._train(federation, config)
                 metrics = federation.measure(done)
@@ -133,8 +154,10 @@ class Search:
                 error = first_line(failed)
         value, loss = metrics.get(self.task.measure.name), metrics.get("loss")
         finite = value is not None and math.isfinite(value)
-        trial = Trial(rate, done, value if finite else None, loss, self.clock() - started, error)
+        learned = self.before is None or loss is None or loss < _LEARNED * self.before
+        trial = Trial(rate, done, value if finite else None, loss, self.clock() - started, finite and learned, error)
         shown = f"{self.plan.measure.replace('_', ' ')} {value:.4f}" if finite else f"does not train: {error}"
+        shown += "" if learned or not finite else ", hardly learned"
         self.console.print(
             f"rate {rate:g}  {shown}  after {done} round(s)  {human_time(trial.seconds)}, "
             f"{human_time(max(0.0, self._end - self.clock()))} left",
@@ -171,15 +194,18 @@ def tune(plan: Plan, minutes: float, asked: str, console: Console) -> int:
         console: Where to.
 
     Returns:
-        0; 1 where no rate trained.
+        0; 1 where no rate learned.
 
     Raises:
         ConfigError: The time is none.
     """
     if not minutes > 0:
         raise ConfigError(f"--minutes {minutes:g}: must be above 0.")
-    config, data = plan.config, plan.data
-    console.print(f"looking for train.learning-rate for at most {minutes:g} minute(s), on {_measured(plan, data)}")
+    config = plan.config
+    kind = "rows that clients hold out" if plan.strategy.has_personal else "dev rows"
+    console.print(
+        f"looking for train.learning-rate for at most {minutes:g} minute(s), on {measured_rows(plan):,} {kind}"
+    )
     with RunFolder.opened(config) as folder:
         search = Search(plan, minutes, console)
         finished = search.run()
@@ -198,7 +224,7 @@ def tune(plan: Plan, minutes: float, asked: str, console: Console) -> int:
     if config.privacy.mode == "dp":
         console.print("note: a rate chosen on rows costs privacy that no epsilon of the run holds")
     if best is None:
-        console.print("no rate trained; the lines above say why")
+        console.print("no rate learned; the lines above say why")
         return 1
     if best in (min(search.trials), max(search.trials)) or not finished:
         console.print("note: the time was over before both neighbours of the best had been tried; --minutes gives more")
@@ -207,10 +233,9 @@ def tune(plan: Plan, minutes: float, asked: str, console: Console) -> int:
     return 0
 
 
-def _measured(plan: Plan, data: FederatedData) -> str:
-    if plan.strategy.has_personal:
-        return f"the {sum(map(len, data.holdout)):,} rows that clients hold out"
-    return f"{len(data.corpus.splits['dev']):,} dev rows"
+def measured_rows(plan: Plan) -> int:
+    """Return the number of rows that a rate is measured on: those that clients hold out, or dev rows."""
+    return sum(map(len, plan.data.holdout)) if plan.strategy.has_personal else len(plan.data.corpus.splits["dev"])
 
 
 def _table(search: Search, best: float | None) -> RichTable:
