@@ -12,6 +12,7 @@ from pathlib import Path
 _CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that this user may write to"),
+    errno.ENOENT: "its folder is gone, or none can be made there",
     errno.ENOTDIR: "a part of its path is a file, not a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
@@ -88,7 +89,9 @@ def append_whole(path: Path, data: bytes) -> None:
 
 
 def check_can_write(folder: Path) -> None:
-    """Refuse a folder that is not there and cannot be made, or in which nothing can be written; change nothing.
+    """Refuse a folder that is not there and cannot be made, or in which nothing can be written; leave all as it is.
+
+    It is tried: of /proc, or a file system without room for another folder, permissions say nothing.
 
     Raises:
         StorageError: It is one.
@@ -102,3 +105,7 @@ def check_can_write(folder: Path) -> None:
         if not os.access(place, os.W_OK | os.X_OK):
             reason = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
             raise OSError(reason, os.strerror(reason))
+        if place == folder:
+            tempfile.NamedTemporaryFile(dir=place, suffix=".partial").close()
+        else:
+            Path(tempfile.mkdtemp(dir=place)).rmdir()
