@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 _CURES = {
@@ -78,14 +79,23 @@ def append_whole(path: Path, data: bytes) -> None:
         StorageError: It cannot be written.
     """
     with writing(path), path.open("ab", buffering=0) as file:
-        before, left = file.tell(), memoryview(data)
-        try:
-            while left:
-                left = left[file.write(left) :]
-        except OSError:
-            with suppress(OSError):  # the first one says what is wrong
-                file.truncate(before)
-            raise
+        append_to(file, data)
+
+
+def append_to(file: FileIO, data: bytes) -> None:
+    """Append all of something to a file that is open for it, unbuffered, or nothing.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    before, left = file.seek(0, os.SEEK_END), memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError:
+        with suppress(OSError):  # the first one says what is wrong
+            file.truncate(before)
+        raise
 
 
 def check_can_write(folder: Path) -> None:
