@@ -1,15 +1,18 @@
 """How a command ends: with a code, and with one line where its user did what cannot work, or interrupted it.
 
-It imports next to nothing: all else is imported under :func:`exit_with`, so that Ctrl-C is one line then, too.
+It imports little: all else is imported under :func:`exit_with`, so that Ctrl-C is one line then, too.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 
 from rich.console import Console
+
+from fedlora.runs.lock import COMMAND
 
 
 def exit_with(command: Callable[[Console], int]) -> None:
@@ -23,6 +26,7 @@ def exit_with(command: Callable[[Console], int]) -> None:
         code = 2
     except KeyboardInterrupt:
         with suppress(OSError):
-            console.print("fedlora: interrupted; nothing was left running", markup=False)
+            if COMMAND not in os.environ:  # else it is one of several processes of a command, which says so itself
+                console.print("fedlora: interrupted; nothing was left running", markup=False)
         code = 130
     sys.exit(code)
