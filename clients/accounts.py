@@ -8,6 +8,7 @@ clipped) goes into a file beside the ledger, for the site to read.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from fedlora.exchange import Outcome
 from fedlora.privacy import Entry, Ledger, LedgerError, Mechanism, PrivateRandom, certifier, epsilon
 from fedlora.privacy.mechanism import SEEDED
 from fedlora.runs.folder import read_lines
-from fedlora.storage import append_whole, writing
+from fedlora.storage import StorageError, append_whole, writing
+
+_logger = logging.getLogger(__name__)
 
 
 @final
@@ -70,7 +73,6 @@ class Accounts:
 
         Raises:
             RefusedError: The client must not train. What the error says leaves; the rest is noted at the site.
-            StorageError: The ledger cannot be written.
         """
         try:
             entry = self.ledger(client).charge(
@@ -84,6 +86,10 @@ class Accounts:
         except LedgerError as error:
             self.note(client, round_number, {"error": str(error)})
             raise RefusedError("its privacy ledger cannot be trusted; its own diagnostics.jsonl says why") from error
+        except StorageError as error:  # of the disk it says what it says whatever the rows; where files are, stays here
+            _logger.error("client %d does not train: %s", client, error)
+            why = f"its privacy ledger cannot be written: {os.strerror(error.errno or 0)}"
+            raise RefusedError(why if self.limits.name else str(error)) from error
         return entry.hash
 
     @property
@@ -104,11 +110,17 @@ class Accounts:
                 raise RefusedError(why, Outcome.BUDGET_SPENT)
 
     def note(self, client: int, round_number: int, facts: dict[str, float | str]) -> None:
-        """Write down what only the site may read: it is not covered by the guarantee, and never sent."""
+        """Write down what only the site may read: it is not covered by the guarantee, and never sent.
+
+        Where the disk is full it is lost, and the round goes on: whether it fits depends on the rows.
+        """
         file = self._diagnostics(client)
-        with writing(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            append_whole(file, (json.dumps({"round": round_number, **facts}) + "\n").encode())
+        try:
+            with writing(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                append_whole(file, (json.dumps({"round": round_number, **facts}) + "\n").encode())
+        except StorageError as error:
+            _logger.error("of client %d's round %d nothing is noted: %s", client, round_number, error)
 
     def noted(self, client: int, round_number: int) -> list[dict[str, Any]]:
         """Return what was noted of a client's round."""

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-_QUIET = {
+RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray advises, instead of warning about it at each start
+    "RAY_raylet_start_wait_time_s": "120",  # for which it waits for its own processes; 30 are too few on a busy machine
 }
+"""What a Ray that is started here has in its environment."""
 
 _PREFIX = "fl-ray-"
 _LOOPBACK = "127.0.0.2"  # Ray takes 127.0.0.1 for the machine's address on the network
@@ -37,7 +39,7 @@ def own_ray(remember: Path, address: str = "", threads: int = 0) -> Iterator[Map
     """
     # Ray reads the token once, when it is imported.
     assert "ray" not in sys.modules or address, "this process has imported Ray already"
-    os.environ.update(_QUIET)
+    os.environ.update(RAY_ENVIRONMENT)
     if not address:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ.pop("RAY_ADDRESS", None)

@@ -23,7 +23,8 @@ from cryptography import x509
 from packaging.requirements import Requirement
 
 from deploy import pki
-from deploy.gateway import HEALTH, VERSIONS
+from deploy.admission import HEALTH
+from deploy.gateway import VERSIONS
 from fedlora.messages import first_line
 
 _SHOWN = ("fedlora", "flwr", "torch", "transformers", "peft", "ray")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from simulations import cli as simulations
+from simulations.exits import exit_with
 
 _COMMANDS = {
     "deploy": "a federation on several machines: init, superlink, run, renew, demo",
@@ -22,10 +22,15 @@ _COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand and exit: 0 when all went well, 1 when a run failed, 2 when the input cannot work."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] not in _COMMANDS:
-        simulations.main(given, others=_COMMANDS)
-        return
-    simulations.exit_with(lambda console: _command(given, console))
+    exit_with(lambda console: _chosen(given, console))
+
+
+def _chosen(given: Sequence[str], console: Console) -> int:
+    if given and given[0] in _COMMANDS:
+        return _command(given, console)
+    from simulations import cli
+
+    return cli.run(given, console, others=_COMMANDS)
 
 
 def _command(given: Sequence[str], console: Console) -> int:

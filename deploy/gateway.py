@@ -15,53 +15,27 @@ import logging
 import socket
 import threading
 import time
-from base64 import b64decode
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, suppress
-from datetime import datetime
 from typing import Any, final
 
 import httpx
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.date import now
-from flwr.supercore.error import ApiErrorCode
-from flwr.supercore.primitives.asymmetric import verify_signature
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from deploy.admission import ACTIVATE, HEALTH, MAX_HEAD, NotPassedError, checked, site_of
 from deploy.coordinator_file import CoordinatorFile
 from deploy.trust import authority, keys_of, server_tls
 
 _logger = logging.getLogger(__name__)
 
-HEALTH = "/health"
-"""Open to everybody: it says that a SuperLink is there and, by its date, what its clock says."""
-
 VERSIONS = "fedlora-versions"
 """Header of the answer to :data:`HEALTH`: what the coordinator runs, for a site's doctor to compare."""
 
 _VERSIONS = f"fedlora={importlib.metadata.version('fedlora')} flwr={importlib.metadata.version('flwr')}"
-_ACTIVATE = "/v1/fleet/activate-node"
-_CALLS = (
-    *("deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "get-run", "get-fab"),
-    *("push-object", "pull-object", "confirm-message-received"),
-)
-ALLOWED: Mapping[bytes, tuple[str, str]] = {
-    path.encode(): (method, path)
-    for method, path in (("GET", HEALTH), ("POST", _ACTIVATE), *(("POST", f"/v1/fleet/{call}") for call in _CALLS))
-}
-"""Method and path of all that is passed on, by the target as it stands in a request: nothing is decoded."""
-
-MAX_BODY = 64 * 2**20
-"""Bytes of one request. Flower cuts tensors into chunks of 5 MiB; its lists of a message's chunks are the longest."""
-
-MAX_HEAD = 16 * 2**10
-"""Bytes of a request's headers."""
-
 MAX_CONNECTIONS = 1024
 """From all addresses; more are cut without an answer."""
 
@@ -80,23 +54,6 @@ _LINGER_S = 2.0  # for reading on after a refusal, so that it arrives
 _GRACE_S = 5
 _HEADERS = ("content-type", "content-length", "accept")
 _PREFIX = "flwr-"
-
-
-@final
-class _RefusedError(Exception):
-    """A request is not passed on.
-
-    Args:
-        status: Of the answer. A SuperNode tries again after 502, 503 and 504 only, and ends itself after 401.
-        why: For the log, and for whoever asked.
-        code: Flower's own number of the error; 0: it has none.
-    """
-
-    def __init__(self, status: int, why: str, code: int = 0) -> None:
-        super().__init__(why)
-        self.status = status
-        self.why = why
-        self.code = code
 
 
 @final
@@ -183,9 +140,9 @@ class _Proxy:
         who = scope["client"][0] if scope["client"] else "unknown"
         answer = _Answer(send)
         try:
-            method, path, headers = _checked(scope)
+            method, path, headers = checked(scope)
             if path != HEALTH:
-                who = f"{who} (site {self._site(path, headers)})"
+                who = f"{who} (site {site_of(self._keys, path, headers)})"
             content = _body(receive) if method == "POST" else None
             request = self._client.build_request(method, path, headers=_passed(headers), content=content)
             response = await self._client.send(request, stream=True)
@@ -197,37 +154,11 @@ class _Proxy:
             if response.is_error:
                 _log_answer(who, path, response.status_code)
             await answer.write(b"", last=True)
-        except (httpx.HTTPError, _RefusedError) as error:
-            refused = error if isinstance(error, _RefusedError) else _unreachable(error)
+        except (httpx.HTTPError, NotPassedError) as error:
+            refused = error if isinstance(error, NotPassedError) else _unreachable(error)
             _log_refusal(who, scope, refused)
             if not answer.started:  # else the server closes the connection, as the answer is not whole
                 await answer.refuse(refused, receive)
-
-    def _site(self, path: str, headers: Mapping[str, str]) -> str:
-        """Return the site whose signature a request has.
-
-        Raises:
-            _RefusedError: It has none that is known, or the site's clock is wrong.
-        """
-        try:
-            name, key = self._keys[b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER])]
-        except (KeyError, ValueError):
-            why = "not signed with the key of a site in the coordinator's file"
-            if path == _ACTIVATE:  # as the SuperLink answers: the SuperNode then prints why it ends
-                raise _RefusedError(412, why, ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED) from None
-            raise _RefusedError(401, why) from None
-        try:
-            stamp = headers[TIMESTAMP_HEADER]
-            age = (now() - datetime.fromisoformat(stamp)).total_seconds()
-            valid = verify_signature(key, stamp.encode("ascii"), b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER]))
-        except (KeyError, ValueError, TypeError):  # TypeError: a time without a zone
-            valid, age = False, 0.0
-        if not valid:
-            raise _RefusedError(401, f"the signature is not site {name}'s")
-        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
-            side = "behind" if age > 0 else "ahead"
-            raise _RefusedError(401, f"the clock of site {name} is {abs(age):.0f} s {side} of the coordinator's")
-        return name
 
 
 @final
@@ -248,9 +179,9 @@ class _Answer:
             async with asyncio.timeout(STALL_S):
                 await self._send({"type": "http.response.body", "body": part, "more_body": not last})
         except TimeoutError:
-            raise _RefusedError(408, f"took nothing of its answer for {STALL_S:.0f} s") from None
+            raise NotPassedError(408, f"took nothing of its answer for {STALL_S:.0f} s") from None
 
-    async def refuse(self, refused: _RefusedError, receive: Receive) -> None:
+    async def refuse(self, refused: NotPassedError, receive: Receive) -> None:
         content: dict[str, Any] = {"detail": refused.why} | ({"code": refused.code} if refused.code else {})
         text = json.dumps(content).encode()
         headers = {"content-type": "application/json", "content-length": str(len(text)), "connection": "close"}
@@ -310,35 +241,12 @@ class _Connection(H11Protocol):
 
 async def _too_many(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer on a connection that is one too many for its address; a SuperNode tries again after a while."""
-    refused = _RefusedError(503, f"more than {MAX_CONNECTIONS_OF_ADDRESS} connections from one address")
+    refused = NotPassedError(503, f"more than {MAX_CONNECTIONS_OF_ADDRESS} connections from one address")
     _log_refusal(scope["client"][0], scope, refused)
     await _Answer(send).refuse(refused, receive)
 
 
 # -- requests -------------------------------------------------------------------------------------------------
-
-
-def _checked(scope: Scope) -> tuple[str, str, dict[str, str]]:
-    """Return method, path and headers of a request that is among those that are passed on.
-
-    Raises:
-        _RefusedError: It is not.
-    """
-    method, path = ALLOWED.get(scope["raw_path"], ("", ""))
-    if scope["method"] != method or scope["query_string"]:
-        raise _RefusedError(404, "not among what a SuperNode needs")
-    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD:
-        raise _RefusedError(431, f"headers of more than {MAX_HEAD} bytes")
-    if len(headers) < len(scope["headers"]):
-        raise _RefusedError(400, "a header is given twice")
-    length = headers.get("content-length", "0" if method == "GET" else "")
-    if "transfer-encoding" in headers or not length.isdecimal():
-        raise _RefusedError(411, "the length of the body is not given")
-    limit = MAX_BODY if method == "POST" else 0
-    if int(length) > limit:
-        raise _RefusedError(413, f"a body of {int(length)} bytes: more than {limit}")
-    return method, path, headers
 
 
 async def _body(receive: Receive) -> AsyncIterator[bytes]:
@@ -349,9 +257,9 @@ async def _body(receive: Receive) -> AsyncIterator[bytes]:
             async with asyncio.timeout(STALL_S):
                 event = await receive()
         except TimeoutError:
-            raise _RefusedError(408, f"sent nothing of its body for {STALL_S:.0f} s") from None
+            raise NotPassedError(408, f"sent nothing of its body for {STALL_S:.0f} s") from None
         if event["type"] != "http.request":
-            raise _RefusedError(400, "went away within its body")
+            raise NotPassedError(400, "went away within its body")
         more = event["more_body"]
         yield event["body"]
 
@@ -361,21 +269,21 @@ def _passed(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name in _HEADERS or name.startswith(_PREFIX)}
 
 
-def _unreachable(error: httpx.HTTPError) -> _RefusedError:
+def _unreachable(error: httpx.HTTPError) -> NotPassedError:
     kind = type(error).__name__
     if isinstance(error, httpx.TimeoutException):
-        return _RefusedError(504, f"the SuperLink does not answer ({kind})")
-    return _RefusedError(502, f"the SuperLink cannot be reached ({kind})")
+        return NotPassedError(504, f"the SuperLink does not answer ({kind})")
+    return NotPassedError(502, f"the SuperLink cannot be reached ({kind})")
 
 
-def _log_refusal(who: str, scope: Scope, refused: _RefusedError) -> None:
+def _log_refusal(who: str, scope: Scope, refused: NotPassedError) -> None:
     target = scope["raw_path"][:200].decode("latin-1")
     _logger.warning("refused %s: %s %r: %d, %s", who, scope["method"], target, refused.status, refused.why)
 
 
 def _log_answer(who: str, path: str, status: int) -> None:
     hint = ""
-    if path == _ACTIVATE:
+    if path == ACTIVATE:
         hint = "; is its key in use by another SuperNode, or was its SuperNode killed less than a minute ago?"
     level = logging.INFO if status == 403 else logging.WARNING  # 403: of a run that has ended
     _logger.log(level, "the SuperLink refused %s: %s: %d%s", who, path, status, hint)

@@ -27,8 +27,9 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.error import FlowerError
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from deploy.admission import HEALTH
 from deploy.coordinator_file import SIGNING_KEY, CoordinatorFile
-from deploy.gateway import HEALTH, Gateway
+from deploy.gateway import Gateway
 from deploy.trust import authority, read_public_keys
 from fedlora.storage import write_whole
 from simulations.keeper import end_processes

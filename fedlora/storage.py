@@ -7,11 +7,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 _CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that this user may write to"),
+    errno.ENOENT: "its folder is gone, or none can be made there",
     errno.ENOTDIR: "a part of its path is a file, not a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
@@ -77,18 +79,29 @@ def append_whole(path: Path, data: bytes) -> None:
         StorageError: It cannot be written.
     """
     with writing(path), path.open("ab", buffering=0) as file:
-        before, left = file.tell(), memoryview(data)
-        try:
-            while left:
-                left = left[file.write(left) :]
-        except OSError:
-            with suppress(OSError):  # the first one says what is wrong
-                file.truncate(before)
-            raise
+        append_to(file, data)
+
+
+def append_to(file: FileIO, data: bytes) -> None:
+    """Append all of something to a file that is open for it, unbuffered, or nothing.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    before, left = file.seek(0, os.SEEK_END), memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError:
+        with suppress(OSError):  # the first one says what is wrong
+            file.truncate(before)
+        raise
 
 
 def check_can_write(folder: Path) -> None:
-    """Refuse a folder that is not there and cannot be made, or in which nothing can be written; change nothing.
+    """Refuse a folder that is not there and cannot be made, or in which nothing can be written; leave all as it is.
+
+    It is tried: of /proc, or a file system without room for another folder, permissions say nothing.
 
     Raises:
         StorageError: It is one.
@@ -102,3 +115,7 @@ def check_can_write(folder: Path) -> None:
         if not os.access(place, os.W_OK | os.X_OK):
             reason = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
             raise OSError(reason, os.strerror(reason))
+        if place == folder:
+            tempfile.NamedTemporaryFile(dir=place, suffix=".partial").close()
+        else:
+            Path(tempfile.mkdtemp(dir=place)).rmdir()

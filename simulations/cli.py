@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from fedlora.runs.lock import held, refuse_held
 from fedlora.storage import StorageError, check_can_write, write_whole, writing
 from simulations import push, try_adapter
 from simulations.advice import check_can_suggest, suggest
+from simulations.exits import exit_with
 from simulations.launch import end_abandoned, launch, run_side_by_side
 from simulations.options import absolute_paths, for_tuning, read_options, read_overrides
 from simulations.plan import Plan, trained_in_a_round
@@ -40,28 +40,34 @@ _NODES = 2  # SuperNodes that Flower starts by default
 _TRIED = 5000  # rows of a split that are tokenized before a run; a plan tokenizes all
 
 
-def main(arguments: Sequence[str] | None = None, others: Mapping[str, str] | None = None) -> None:
-    """Run a subcommand and exit: 0 when all went well, 1 when a run failed, 2 when the input cannot work.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a subcommand and exit: 0 when all went well, 1 when a run failed, 2 when the input cannot work."""
+    exit_with(lambda console: run(arguments, console))
+
+
+def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, str] | None = None) -> int:
+    """Run a subcommand and return its exit code.
 
     Args:
         arguments: The command line.
+        console: Where its words go.
         others: Subcommands that stand elsewhere, with what they are for.
     """
     parser = argparse.ArgumentParser(prog="fedlora", description="Federated fine-tuning of low-rank adapters.")
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="like `flwr run --stream`, with a truthful exit code and no process left")
+    start = commands.add_parser("run", help="like `flwr run --stream`, with a truthful exit code and no process left")
     plan = commands.add_parser("plan", help="what a run would do and send, without training")
     audit = commands.add_parser("audit", help="whether training does what its epsilon assumes, on the run's own model")
     tune = commands.add_parser("tune", help="looks for the learning rate, on dev rows, within a stated time")
     tune.add_argument("--minutes", type=float, default=10.0, metavar="N", help="the most that it takes (default: 10)")
-    for command in (run, plan, audit, tune):
+    for command in (start, plan, audit, tune):
         command.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
         command.add_argument("-c", "--run-config", action="append", default=[], help='"key=value ..." or a .toml file')
     plan.add_argument("--suggest", action="store_true", help="under DP: rounds, batch, steps and rate that would learn")
-    run.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
-    run.add_argument("superlink", nargs="?", help=argparse.SUPPRESS)
-    run.add_argument("--federation", help=argparse.SUPPRESS)
-    run.add_argument("--stream", action="store_true", help="accepted as for `flwr run`; always on")
+    start.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
+    start.add_argument("superlink", nargs="?", help=argparse.SUPPRESS)
+    start.add_argument("--federation", help=argparse.SUPPRESS)
+    start.add_argument("--stream", action="store_true", help="accepted as for `flwr run`; always on")
     sweep = commands.add_parser("sweep", help="a grid of runs in one process, with one table at the end")
     sweep.add_argument("file", type=Path, help="a run configuration with the tables [grid] and [tune]")
     sweep.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
@@ -77,35 +83,17 @@ def main(arguments: Sequence[str] | None = None, others: Mapping[str, str] | Non
     for name, text in (others or {}).items():
         commands.add_parser(name, help=text)
     options = parser.parse_args(arguments)
-
-    def chosen(console: Console) -> int:
-        match options.command:
-            case "report":
-                return _report(options.runs, options.html, console)
-            case "sweep":
-                return _sweep(options, console)
-            case "try":
-                return try_adapter.run_try(options, console)
-            case "push":
-                return push.run_push(options, console)
-            case _:
-                return _configured(options, console)
-
-    exit_with(chosen)
-
-
-def exit_with(command: Callable[[Console], int]) -> None:
-    """Exit with a command's code; what its user did wrong is one line and code 2."""
-    console = Console(width=100, highlight=False, soft_wrap=True)
-    try:
-        code = command(console)
-    except (ValueError, OSError) as error:  # the latter: a file or folder that the system refuses
-        console.print(f"fedlora: error: {error}", markup=False, style="bold red")
-        code = 2
-    except KeyboardInterrupt:
-        console.print("fedlora: interrupted; nothing was left running", markup=False)
-        code = 130
-    sys.exit(code)
+    match options.command:
+        case "report":
+            return _report(options.runs, options.html, console)
+        case "sweep":
+            return _sweep(options, console)
+        case "try":
+            return try_adapter.run_try(options, console)
+        case "push":
+            return push.run_push(options, console)
+        case _:
+            return _configured(options, console)
 
 
 def _configured(options: argparse.Namespace, console: Console) -> int:

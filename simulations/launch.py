@@ -55,9 +55,9 @@ def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[
         command = [flower_command(), "run", str(copy), "--stream", "--run-config", str(file)]
         for option in federation_config:
             command += ["--federation-config", option]
-        started = subprocess.run(command, env=link.environment, cwd=app, check=False)
+        started = _flower(command, link, app)
         run = _run(link)
-        if run is None and started.returncode != 0 and link.process.poll() is None:
+        if run is None and started != 0 and link.process.poll() is None:
             said = f"fedlora: the run could not be started; Flower says why above{keep_log(home)}"
             console.print(said, markup=False)
             return 1
@@ -133,13 +133,20 @@ def run_side_by_side(app: Path, sweep: Path, workers: int, federation_config: Se
             child.wait()
 
 
+def _flower(command: Sequence[str], link: SuperLink, folder: Path | None = None) -> int:
+    """Run a command of Flower's that prints what the user sees; Ctrl-C is for the one that waits for it alone."""
+    return subprocess.run(command, env=link.environment, cwd=folder, check=False, start_new_session=True).returncode
+
+
 def _run(link: SuperLink) -> dict[str, Any] | None:
     """Return what Flower says of the one run of this home; None where it does not answer, or has none."""
     command = [flower_command(), "ls", "--format", "json"]
     for _ in range(_ASKS):
         if link.process.poll() is not None:
             break
-        answer = subprocess.run(command, env=link.environment, capture_output=True, text=True, check=False)
+        answer = subprocess.run(
+            command, env=link.environment, capture_output=True, text=True, check=False, start_new_session=True
+        )
         try:
             runs = json.loads(answer.stdout)["runs"]
             return dict(runs[0]) if runs else None
@@ -156,7 +163,7 @@ def _followed(run: dict[str, Any] | None, link: SuperLink) -> dict[str, Any] | N
         if follows < _FOLLOWS:
             follows += 1
             command = [flower_command(), "log", str(run["run-id"]), "--stream"]
-            subprocess.run(command, env=link.environment, check=False)
+            _flower(command, link)
         run = _run(link)
     return run
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import psutil
 
+from clients.own_ray import RAY_ENVIRONMENT
 from fedlora.runs.lock import COMMAND, this_command
 from simulations.keeper import end_processes
 
@@ -29,8 +30,7 @@ FLOWER_ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray advises, instead of warning about it at each start
+    **RAY_ENVIRONMENT,
     "PYTHONUNBUFFERED": "1",
 }
 _TRIES = 3

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from clients.accounts import Accounts
-from clients.errors import WITHHELD, RefusedError
+from clients.errors import RefusedError
 from clients.limits import SiteLimits
 from clients.worker import Worker
 from fedlora.exchange import Instruction, Outcome
 from fedlora.privacy import Mechanism, Use, epsilon
+from tests.support.runs import small_disk
 from tests.support.trainers import ask, dp_config, dp_worker, ledger, noted, tiny_job
 
 UNTRUSTED = "its privacy ledger cannot be trusted; its own diagnostics.jsonl says why"
@@ -77,13 +83,49 @@ def test_an_edited_ledger_refuses_to_train(tmp_path: Path) -> None:
     assert "the file was changed" in noted(tmp_path, 0)
 
 
-def test_where_the_ledger_cannot_be_written_nothing_leaves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "site-a"])
+def test_where_the_ledger_cannot_be_written_nothing_leaves_but_why(name: str, tmp_path: Path) -> None:
+    """A researcher's own disk is named; of a site's own, the path stays there."""
+
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    job = tiny_job(dp_config(tmp_path), tmp_path)
+    own = {"name": name} if name else {}
+    job = tiny_job(dp_config(tmp_path), tmp_path, **own)
     (update,) = ask(Worker(lambda: job, 1, sync=full), (0,))
-    assert (update.report.reason, update.tensors) == (WITHHELD, {})
+    path = tmp_path / "sites" / "client-0" / "ledger.jsonl"
+    why = "its privacy ledger cannot be written: No space left on device"
+    assert update.report.reason == (
+        why if name else f"{path} cannot be written: No space left on device; make room there"
+    )
+    assert update.tensors == {}
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("mount"), reason="only root mounts")
+def test_a_full_disk_leaves_the_ledger_whole(tmp_path: Path) -> None:
+    """A disk filled for real, in the middle of an entry: the ledger ends with the entry before, and goes on from it."""
+    folder = tmp_path / "disk"
+    with small_disk(folder, "64k"):
+        accounts = Accounts(SiteLimits(str(folder)), dp_config(tmp_path))
+        head, number = accounts.charge(0, 1, ""), 1
+        with (folder / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        refused = ""
+        while not refused:
+            number += 1
+            try:
+                head = accounts.charge(0, number, head)
+            except RefusedError as error:
+                refused = str(error)
+        assert refused.endswith("ledger.jsonl cannot be written: No space left on device; make room there")
+        accounts.note(0, number, {"error": "x" * 5000})  # is lost, and ends nothing
+        own = accounts.ledger(0)
+        assert own.path.read_bytes().endswith(b"}\n")
+        assert [entry.round for entry in own.entries()] == list(range(1, number))
+        (folder / "filler").unlink()
+        accounts.charge(0, number, head)
+        assert len(own.entries()) == number
 
 
 def test_side_by_side_no_more_is_spent_than_the_budget(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,24 @@ def test_a_folder_that_is_no_run_is_refused(capsys: pytest.CaptureFixture[str]) 
         main(["report", str(ROOT)])
     assert exit_code.value.code == 2
     assert "is not a run folder" in capsys.readouterr().out
+
+
+def test_an_interrupted_import_is_one_line() -> None:
+    """A real SIGINT in the middle of what a command imports before it does anything."""
+    program = """
+import os, signal, sys
+class Interrupter:
+    def find_spec(self, name, path, target=None):
+        if name == "simulations.preflight":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupter())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from deploy.cli import main
+main(["plan"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert done.stdout == "fedlora: interrupted; nothing was left running\n"
 
 
 def test_repeated_options_all_count() -> None:

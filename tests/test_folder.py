@@ -55,6 +55,13 @@ def test_what_cannot_be_resumed_is_refused(changes: dict[str, Any], message: str
         opened(tmp_path, **{"run.resume": True, **changes})
 
 
+def test_a_finished_run_is_known_before_anything_starts(tmp_path: Path) -> None:
+    finished(tmp_path)
+    with pytest.raises(ValueError, match=r"is finished; raise rounds to go on with it"):
+        RunFolder.check(config_of(tmp_path, **{"run.resume": True}))
+    RunFolder.check(config_of(tmp_path, **{"run.resume": True, "rounds": 5}))
+
+
 def test_what_a_run_settles_is_no_other_configuration(tmp_path: Path) -> None:
     """The planted bug: a command compared what it was given with what data and Flower had made of it."""
     dp: dict[str, Any] = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "privacy.delta": 1e-5}

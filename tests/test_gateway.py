@@ -26,9 +26,11 @@ from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from starlette.types import Receive, Scope, Send
 
+from deploy import admission
 from deploy import gateway as module
+from deploy.admission import ALLOWED
 from deploy.coordinator_file import CoordinatorFile
-from deploy.gateway import ALLOWED, Gateway
+from deploy.gateway import Gateway
 from deploy.pki import create_authority, create_server_certificate, create_supernode_key
 from deploy.trust import authority
 
@@ -358,7 +360,7 @@ def test_two_values_of_a_header_are_refused(files: Path, upstream: Upstream, gat
 def test_a_body_that_is_too_long_or_of_unknown_length(
     files: Path, upstream: Upstream, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_BODY", MIB)
+    monkeypatch.setattr(admission, "MAX_BODY", MIB)
     assert client.post(PUSH, headers=signed(files), content=bytes(MIB)).text == str(MIB)
     answer = client.post(PUSH, headers=signed(files), content=bytes(MIB + 1))
     assert answer.status_code == 413

@@ -89,6 +89,18 @@ def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_a_place_where_no_folder_can_be_made(tmp_path: Path) -> None:
+    """Nobody's permissions say so of /proc; and what is tried leaves nothing, in a run's folder neither."""
+    for place in ("/proc/runs/run", "/sys/runs/run"):
+        if Path(place).parents[1].is_dir():
+            with pytest.raises(StorageError, match=rf"^{place} cannot be written: "):
+                check_can_write(Path(place))
+    (tmp_path / "run").mkdir()
+    check_can_write(tmp_path / "run")
+    check_can_write(tmp_path / "other" / "run")
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"]
+
+
 def test_a_folder_of_somebody_else(tmp_path: Path) -> None:
     for folder in (tmp_path, *tmp_path.parents):
         if folder.owner() == tmp_path.owner() and folder != Path("/"):

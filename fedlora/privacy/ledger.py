@@ -23,7 +23,7 @@ from typing import Any, final
 from filelock import FileLock
 
 from fedlora.privacy.accounting import Use
-from fedlora.storage import writing
+from fedlora.storage import append_to, writing
 
 _FORMAT = 1
 
@@ -164,11 +164,9 @@ class Ledger:
         }
         digest = _hash(record)
         lines += _line({**record, "hash": digest})
-        with self.path.open("ab") as file:
+        with self.path.open("ab", buffering=0) as file:
             file.truncate(whole)  # of what a killed process left
-            file.seek(0, os.SEEK_END)
-            file.write(lines)
-            file.flush()
+            append_to(file, lines)
             self._sync(file.fileno())
         if not entries:
             self._sync_folder(self.path.parent)

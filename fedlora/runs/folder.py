@@ -80,14 +80,15 @@ class RunFolder:
                 finished or of another configuration.
             StorageError: It cannot be made or written.
         """
-        cls.check(config)  # a folder is not made for what cannot be
         path = run_path(config)
+        _check_place(config, path)  # a folder is not made for what cannot be
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         with held(path):
             _check_start(config, path)
             if config.run.resume:
                 _check_same(config, path)
+                _check_rounds(config, path)
             for partial in path.rglob("*.partial"):  # of a process that was killed while it wrote
                 partial.unlink(missing_ok=True)
             if config.run.resume:
@@ -106,9 +107,9 @@ class RunFolder:
             StorageError: It cannot be made or written.
         """
         path = run_path(config)
-        refuse_held(path)
-        _check_start(config, path)
-        check_can_write(path)
+        _check_place(config, path)
+        if config.run.resume:
+            _check_rounds(config, path)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole, or leave what was there."""
@@ -179,6 +180,13 @@ class RunFolder:
         return Checkpoint(state["round"], load_file(self.path / "checkpoint" / state["tensors"]), state)
 
 
+def _check_place(config: Config, path: Path) -> None:
+    """Refuse a folder that another process writes, that cannot be written, or that holds the wrong thing."""
+    refuse_held(path)
+    _check_start(config, path)
+    check_can_write(path)
+
+
 def _check_start(config: Config, path: Path) -> None:
     """Refuse a new run where one is, and to continue one that is not there."""
     if config.run.resume:
@@ -194,11 +202,27 @@ def _check_start(config: Config, path: Path) -> None:
         )
 
 
+def _settled(path: Path) -> dict[str, Any]:
+    """Return a run's settled configuration; keys that are newer than the run have their defaults."""
+    return {**schema().defaults(), **from_toml((path / "config.toml").read_text(encoding="utf-8"))}
+
+
+def _check_rounds(config: Config, path: Path) -> None:
+    """Refuse to continue a run that is finished, or for more rounds than its learning rates were laid out for."""
+    before, rounds, schedule = _settled(path)["rounds"], config.rounds, config.train.round_schedule
+    if before != rounds and schedule != "constant":
+        raise ValueError(
+            f"run.resume = true: rounds was {before} and is {rounds}, but train.round-schedule = {schedule!r} was laid "
+            f"out for {before} rounds: another number would have given every round another learning rate. Continue "
+            f"with rounds = {before}, or start a new run."
+        )
+    if (path / "result.json").is_file() and before == rounds:
+        raise ValueError(f"run.resume = true: the run in {path} is finished; raise rounds to go on with it.")
+
+
 def _check_same(config: Config, path: Path) -> None:
-    """Refuse to continue a run that is finished, or of another settled configuration."""
-    file = path / "config.toml"
-    # Keys that are newer than the run had their defaults; whether its checkpoint can be read is checked later.
-    before, now = {**schema().defaults(), **from_toml(file.read_text(encoding="utf-8"))}, config.to_flat()
+    """Refuse to continue a run of another settled configuration; whether its checkpoint can be read is seen later."""
+    before, now = _settled(path), config.to_flat()
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in _MAY_DIFFER]
     if differing:
         shown = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing[:5])
@@ -206,15 +230,6 @@ def _check_same(config: Config, path: Path) -> None:
             f"run.resume = true: the run in {path} has another configuration: {shown}. Continue it with its own "
             "config.toml (only rounds may change), or start a new run."
         )
-    schedule = now["train.round-schedule"]
-    if before["rounds"] != now["rounds"] and schedule != "constant":
-        raise ValueError(
-            f"run.resume = true: rounds was {before['rounds']} and is {now['rounds']}, but train.round-schedule = "
-            f"{schedule!r} was laid out for {before['rounds']} rounds: another number would have given every round "
-            f"another learning rate. Continue with rounds = {before['rounds']}, or start a new run."
-        )
-    if (path / "result.json").is_file() and before["rounds"] == now["rounds"]:
-        raise ValueError(f"run.resume = true: the run in {path} is finished; raise rounds to go on with it.")
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -10,8 +10,6 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ from fedlora.runs.folder import read_lines
 from simulations import superlink
 from simulations.keeper import kept
 from simulations.superlink import StartError, make_home, start_superlink
-from tests.support.runs import BIN, ROOT, Family, environment, fedlora, started
+from tests.support.runs import BIN, ROOT, Family, environment, fedlora, small_disk, started
 from tests.support.trainers import tiny_flat
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
@@ -51,18 +49,6 @@ def test_the_log_of_a_superlink_that_does_not_start_is_kept() -> None:
     log = Path(str(error.value).partition("is kept in ")[2].partition(", the end")[0])
     assert "unable to open database file" in log.read_text()
     log.unlink()
-
-
-@contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A disk of a size at a folder."""
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=False).returncode:
-        pytest.skip("nothing may be mounted here")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("mount"), reason="only root mounts")

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import psutil
+import pytest
 from safetensors.numpy import load_file
 
 from fedlora.config import to_toml
@@ -167,6 +169,18 @@ def fedlora_run(
                 family.kill()
                 break
     return Finished(process.returncode, "".join(lines), folder / "runs" / "run", family.left())
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A disk of a size at a folder."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def kill_a_trainer(family: Family) -> None:
