@@ -26,6 +26,8 @@ from strategies import STRATEGIES
 
 _SAFETY = 1.75  # of the signal to noise of a proposal, over that at which runs began to learn
 _SCHEDULES = ((20, 4), (12, 10), (24, 10))  # rounds and steps: of the runs that learned best, and one longer
+_HARDLY = 0.8  # of the signal to noise at which runs began to learn: below, a run is said to hardly learn
+_CURE = "`fedlora plan --suggest` looks for a schedule within the budget that does (docs/learning_rates.md)"
 _MOST_EPSILON = 64.0
 
 
@@ -41,21 +43,23 @@ def verdict(plan: PrivacyPlan) -> list[str]:
     """Return what is to be said of whether a run will learn, plainly where it will hardly."""
     config, steps = plan.config, plan.config.rounds * plan.mechanism.steps
     ratio, bound = plan.signal_to_noise(plan.steps), learns_from(config)
-    reasons = []
+    where = f"the signal to noise of a client's steps together is {ratio:.2g}, and on SST-2 runs began to learn at "
+    where += f"{bound:g}"
+    personal = STRATEGIES[config.strategy.name].personal and config.method.name != "s2-lora"
+    lines = []
+    if personal or ratio < _HARDLY * bound:
+        own = "what clients keep to themselves no average rids of noise, and at epsilon 8 none learned on SST-2"
+        lines.append(f"note: this run will hardly learn: {own if personal else where}. {_CURE}")
+    elif ratio < bound:
+        lines.append(f"note: this run is at the edge of what learned: {where}. {_CURE}")
     if steps < FEW_STEPS:
-        reasons.append(f"{steps} steps in all are few: with less than {FEW_STEPS} none learned")
-    if ratio < bound:
-        reasons.append(
-            f"the signal to noise of a client's steps together is {ratio:.2g}, and runs began to learn at {bound:g}"
+        lines.append(
+            f"note: {steps} steps in all are few: on SST-2 none learned with less than {FEW_STEPS}, whatever the "
+            "noise; rows that are easier to tell apart need fewer"
         )
-    if STRATEGIES[config.strategy.name].personal and config.method.name != "s2-lora":
-        reasons.append("what clients keep to themselves no average rids of noise, and at epsilon 8 none learned")
-    if not reasons:
-        return [f"privacy: signal to noise {ratio:.3g} is above {bound:g}, from which such runs learned on SST-2"]
-    return [
-        f"note: this run will hardly learn, going by runs on SST-2 (docs/learning_rates.md): {'; '.join(reasons)}. "
-        "`fedlora plan --suggest` looks for a schedule within the budget that does."
-    ]
+    if not lines:
+        lines.append(f"privacy: signal to noise {ratio:.3g} is above {bound:g}, from which such runs learned on SST-2")
+    return lines
 
 
 @dataclass(frozen=True)
