@@ -26,7 +26,7 @@ from strategies import STRATEGIES
 
 _SAFETY = 1.75  # of the signal to noise of a proposal, over that at which runs began to learn
 _SCHEDULES = ((20, 4), (12, 10), (24, 10))  # rounds and steps: of the runs that learned best, and one longer
-_HARDLY = 0.8  # of the signal to noise at which runs began to learn: below, a run is said to hardly learn
+_HARDLY = 0.9  # of the signal to noise at which runs began to learn: below, a run is said to hardly learn
 _CURE = "`fedlora plan --suggest` looks for a schedule within the budget that does (docs/learning_rates.md)"
 _MOST_EPSILON = 64.0
 

@@ -73,7 +73,7 @@ def test_each_reason_is_given(changes: dict[str, Any], reason: str) -> None:
 def test_near_the_bound_it_is_said_to_be_near() -> None:
     plan = planned()
     near = replace(
-        plan, trained=int(plan.trained * (plan.signal_to_noise(plan.steps) / learns_from(plan.config) / 0.9) ** 2)
+        plan, trained=int(plan.trained * (plan.signal_to_noise(plan.steps) / learns_from(plan.config) / 0.95) ** 2)
     )
     (line,) = verdict(near)
     assert line.startswith("note: this run is at the edge of what learned")
