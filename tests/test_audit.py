@@ -16,6 +16,7 @@ import torch
 
 from clients import resident
 from clients.accounts import Accounts
+from clients.errors import RefusedError
 from fedlora.data import load_federated
 from fedlora.engine import Batching, train_pack
 from fedlora.privacy import Ledger, Mechanism, PrivateRandom, step
@@ -166,7 +167,7 @@ def sent_before_it_is_written(patch: Patch) -> None:
 
     def charge(self: Accounts, client: int, number: int, head: str) -> str:
         def later() -> None:
-            with suppress(OSError):
+            with suppress(RefusedError):
                 real(self, client, number, head)
 
         thread = threading.Thread(target=later)

@@ -19,9 +19,10 @@ from tests.support.runs import environment
 
 # A command that starts a process of another session, as Flower does, whose child has lost the mark; then waits.
 COMMAND = """
-import os, psutil, subprocess, sys, time
+import os, psutil, signal, subprocess, sys, time
 from pathlib import Path
 from simulations.keeper import kept
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests that run under nohup ignore
 home = Path(sys.argv[1])
 ending = sys.argv[2]
 child = "import time; time.sleep(600)"
@@ -52,8 +53,11 @@ def command(home: Path, ending: str) -> Iterator[tuple[subprocess.Popen[str], li
         start_new_session=True,
     ) as started:
         assert started.stdout is not None
-        yield started, [psutil.Process(int(pid)) for pid in started.stdout.readline().split()]
-        started.wait(30)
+        try:
+            yield started, [psutil.Process(int(pid)) for pid in started.stdout.readline().split()]
+            started.wait(30)
+        finally:
+            started.kill()
 
 
 def are_gone(processes: list[psutil.Process], within_s: float) -> bool:

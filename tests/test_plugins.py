@@ -14,7 +14,6 @@ from clients.site import Job
 from clients.worker import Worker
 from fedlora import plugins
 from fedlora.config import ConfigError, from_toml
-from fedlora.data import load_federated
 from fedlora.exchange import Instruction, Outcome
 from fedlora.methods import METHODS, LowRank, build_method
 from fedlora.plugins import read_config, schema
@@ -22,7 +21,8 @@ from fedlora.registry import Registry
 from fedlora.roles import Role
 from simulations.app_config import with_defaults
 from simulations.launch import with_keys
-from simulations.setup import resolve
+from simulations.rates import found_rate
+from simulations.setup import resolve, settle
 from strategies.build import build_strategy
 from tests.support.formulas import LAYERS
 from tests.support.plugged import forgotten, tutorial_flat
@@ -39,9 +39,10 @@ def forgetful() -> Iterator[None]:
 def test_the_tutorial_trains(tmp_path: Path) -> None:
     """A method, a strategy, a task and a data set of one file each, in the trainers' own worker."""
     flat = tutorial_flat(tmp_path)
-    config = resolve(flat)
+    config, data = settle(resolve(flat), 3)
     assert (config.method.name, config.task, config.to_flat()["tied.strength"]) == ("tied", "smooth", 2.0)
-    job = Job(config.to_flat(), load_federated(config, 3), SiteLimits(str(tmp_path / "sites")))
+    assert config.train.learning_rate == found_rate(config).rate, "of fedavg on lora: theirs nobody has measured"
+    job = Job(config.to_flat(), data, SiteLimits(str(tmp_path / "sites")))
     worker = Worker(lambda: job, 1)
     described = worker.describe()
     assert described.fingerprint == plugins.fingerprint(config.run.plugins)

@@ -39,7 +39,7 @@ def sweep(folder: Path, **flat: Any) -> Sweep:
         ({"grid.train.learning-rate": [0.1]}, r"would be chosen by the test rows. Put it in \[tune\]"),
         ({**TUNE, "tune.seed": [0, 1]}, r"a seed is not chosen by its result"),
         ({**TUNE, "grid.train.learning-rate": [0.1], "eval.test": False}, r"is in \[grid\] and in \[tune\]"),
-        ({"tune.train.learning-rate": [0.1, -1.0]}, r"train.learning-rate = -1.0: must be greater than 0"),
+        ({"tune.train.learning-rate": [0.1, -1.0]}, r"train.learning-rate = -1.0: must be at least 0"),
         ({"grid.privacy.epsilom": [1.0]}, r"unknown key 'privacy.epsilom'.* Did you mean 'privacy.epsilon'"),
         ({"grid.privacy.epsilon": [1.0]}, r"privacy.epsilon = 1.0: is read with privacy.mode = 'dp' only"),
     ],

@@ -57,7 +57,7 @@ def language_flat(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def exported_run(folder: Path, flat: dict[str, Any], clients: int = 0, scale: float = 1.0) -> Exported:
     """Write a finished run with an adapter of random tensors, or one for each of some clients."""
-    config = resolve({**flat, "run.dir": str(folder / "runs"), "run.name": "run"})
+    config = resolve({"train.learning-rate": 0.01, **flat, "run.dir": str(folder / "runs"), "run.name": "run"})
     data = load_federated(config, 4)
     worker = Worker(lambda: Job(config.to_flat(), data, SiteLimits(str(folder / "sites"))), 1)
     worker.load()

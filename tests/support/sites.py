@@ -84,6 +84,7 @@ def server_config(**changes: Any) -> Config:
             "engine.dtype": "float64",
             "train.batch-size": 4,
             "train.local-steps": 3,
+            "train.learning-rate": 0.01,
             "method.rank": 2,
             "run.name": "first",
             **({} if raw else {**privacy, "privacy.client-size": ROWS}),
