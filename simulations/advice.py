@@ -7,7 +7,6 @@ less; that a plan is below what was ever seen to learn is worth saying before ho
 
 from __future__ import annotations
 
-import math
 import shlex
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from strategies import STRATEGIES
 _SAFETY = 1.75  # of the signal to noise of a proposal, over that at which runs began to learn
 _SCHEDULES = ((20, 4), (12, 10), (24, 10))  # rounds and steps: of the runs that learned best, and one longer
 _HARDLY = 0.9  # of the signal to noise at which runs began to learn: below, a run is said to hardly learn
+_KEPT = "what clients keep to themselves no average rids of noise, and at epsilon 8 none learned on SST-2"
 _CURE = "`fedlora plan --suggest` looks for a schedule within the budget that does (docs/learning_rates.md)"
 _MOST_EPSILON = 64.0
 
@@ -45,11 +45,9 @@ def verdict(plan: PrivacyPlan) -> list[str]:
     ratio, bound = plan.signal_to_noise(plan.steps), learns_from(config)
     where = f"the signal to noise of a client's steps together is {ratio:.2g}, and on SST-2 runs began to learn at "
     where += f"{bound:g}"
-    personal = STRATEGIES[config.strategy.name].personal and config.method.name != "s2-lora"
-    lines = []
+    lines, personal = [], _keeps_noise(config)
     if personal or ratio < _HARDLY * bound:
-        own = "what clients keep to themselves no average rids of noise, and at epsilon 8 none learned on SST-2"
-        lines.append(f"note: this run will hardly learn: {own if personal else where}. {_CURE}")
+        lines.append(f"note: this run will hardly learn: {_KEPT if personal else where}. {_CURE}")
     elif ratio < bound:
         lines.append(f"note: this run is at the edge of what learned: {where}. {_CURE}")
     if steps < FEW_STEPS:
@@ -60,6 +58,11 @@ def verdict(plan: PrivacyPlan) -> list[str]:
     if not lines:
         lines.append(f"privacy: signal to noise {ratio:.3g} is above {bound:g}, from which such runs learned on SST-2")
     return lines
+
+
+def _keeps_noise(config: Config) -> bool:
+    """Return whether clients keep noised factors to themselves; S2-LoRA's keep r numbers a layer, and learned."""
+    return STRATEGIES[config.strategy.name].personal and config.method.name != "s2-lora"
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def others(plan: PrivacyPlan, trained: Mapping[str, int]) -> Iterator[str]:
         strategy = replace(plan.config.strategy, name=name)
         method = replace(plan.config.method, name=methods_of(name)[0])
         other = PrivacyPlan(replace(plan.config, strategy=strategy, method=method), count)
-        if not STRATEGIES[name].personal and proposals(other)[0].learns:
+        if proposals(other)[0].learns:
             yield name
 
 
@@ -157,15 +160,17 @@ def suggest(plan: PrivacyPlan, trained: Mapping[str, int], asked: Sequence[str],
         console.print(f"suggested: {shlex.join([*asked, '-c', keys])}", markup=False)
         return
     size, bound = plan.config.privacy.client_size, learns_from(plan.config)
+    able = list(others(plan, trained))
+    instead = f"; strategies that would learn: {', '.join(able)} (strategy.name)" if able else ""
+    if _keeps_noise(plan.config):
+        console.print(f"note: no schedule is proposed for {plan.config.strategy.name}: {_KEPT}{instead}", markup=False)
+        return
     console.print(
         f"note: no schedule learns within epsilon {plan.config.privacy.epsilon:g}: with {size} rows a client and "
         f"{plan.trained:,} trained numbers the signal to noise is {best.ratio:.2g} at best, and {_SAFETY * bound:.2g} "
-        "would be clear of the noise.",
+        f"would be clear of the noise{instead}",
         markup=False,
     )
-    able = list(others(plan, trained))
-    if able:
-        console.print(f"strategies that would learn: {', '.join(able)} (strategy.name)", markup=False)
     epsilon = enough_epsilon(plan)
     more = f"privacy.epsilon = {epsilon:g} would be enough" if epsilon else "no epsilon up to 64 would be enough"
     console.print(
@@ -223,4 +228,4 @@ def _proposal(plan: PrivacyPlan, rounds: int, steps: int, batch: int) -> Proposa
     config = replace(config, train=replace(train, learning_rate=found_rate(config).rate))
     made = replace(plan, config=config)
     ratio, bound = made.signal_to_noise(made.steps), learns_from(config)
-    return Proposal(made, ratio, math.isfinite(ratio) and ratio >= _SAFETY * bound)
+    return Proposal(made, ratio, ratio >= _SAFETY * bound and not _keeps_noise(config))

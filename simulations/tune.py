@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import final
+from typing import Any, final
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -116,6 +116,8 @@ class Search:
         self.plan, self.console, self.clock = plan, console, clock
         self.task = TASKS[plan.config.task]
         self.trials: dict[float, Trial] = {}
+        self.finished = False
+        """Whether there was no rate left to try when the search ended."""
         self.before: float | None = None
         """The loss before training; None where only those are measured that have trained."""
         self.rounds = 0
@@ -126,17 +128,28 @@ class Search:
 
     @property
     def best(self) -> float | None:
-        """The exponent of the best rate; None where none trained."""
+        """The exponent of the best rate; None where none learned."""
         return best_of(self.trials, self.task.measure.higher_is_better, measured_rows(self.plan))
 
-    def run(self) -> bool:
-        """Try rates; return whether the search came to its end before the time did."""
-        while (exponent := next_exponent(self.trials, self.best)) is not None:
-            longest = max((one.seconds for one in self.trials.values()), default=0.0)
-            if self.clock() + longest > self._end:
-                return False
-            self.trials[exponent] = self._try(float(f"{self.plan.config.train.learning_rate * _STEP**exponent:.2g}"))
+    def step(self) -> bool:
+        """Try one more rate; return whether there was one to try, and time for it."""
+        exponent = next_exponent(self.trials, self.best)
+        self.finished = exponent is None
+        longest = max((one.seconds for one in self.trials.values()), default=0.0)
+        if exponent is None or self.clock() + longest > self._end:
+            return False
+        self.trials[exponent] = self._try(float(f"{self.plan.config.train.learning_rate * _STEP**exponent:.2g}"))
         return True
+
+    def record(self) -> dict[str, Any]:
+        """Return what was found so far as plain values."""
+        return {
+            "measure": self.plan.measure,
+            "default": self.plan.config.train.learning_rate,
+            "best": None if self.best is None else self.trials[self.best].rate,
+            "finished": self.finished,
+            "trials": [asdict(self.trials[key]) for key in sorted(self.trials)],
+        }
 
     def _try(self, rate: float) -> Trial:
         config = self.plan.config
@@ -208,25 +221,17 @@ def tune(plan: Plan, minutes: float, asked: str, console: Console) -> int:
     )
     with RunFolder.opened(config) as folder:
         search = Search(plan, minutes, console)
-        finished = search.run()
+        while search.step():
+            folder.write_json(FILE, search.record())
+        folder.write_json(FILE, search.record())
         best = search.best
-        folder.write_json(
-            FILE,
-            {
-                "measure": plan.measure,
-                "default": config.train.learning_rate,
-                "best": None if best is None else search.trials[best].rate,
-                "finished": finished,
-                "trials": [asdict(search.trials[key]) for key in sorted(search.trials)],
-            },
-        )
     console.print(_table(search, best))
     if config.privacy.mode == "dp":
         console.print("note: a rate chosen on rows costs privacy that no epsilon of the run holds")
     if best is None:
         console.print("no rate learned; the lines above say why")
         return 1
-    if best in (min(search.trials), max(search.trials)) or not finished:
+    if not search.finished:
         console.print("note: the time was over before both neighbours of the best had been tried; --minutes gives more")
     console.print(f"tune folder: {folder.path}", markup=False)
     console.print(f"next: {asked} -c train.learning-rate={search.trials[best].rate:g}", markup=False)

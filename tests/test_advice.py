@@ -128,7 +128,13 @@ def test_where_nothing_helps_it_is_said_with_what_would() -> None:
 def test_other_strategies_that_would_learn_are_named() -> None:
     plan = planned(100 * LORA, **{"strategy.name": "fedavg"})
     text = said(plan, **{"fedavg": 100 * LORA, "ffa-lora": HALF, "local": HALF})
-    assert "strategies that would learn: ffa-lora (strategy.name)" in text
+    assert "; strategies that would learn: ffa-lora (strategy.name)" in text
+
+
+def test_what_keeps_its_noise_is_not_proposed() -> None:
+    plan = planned(**{"strategy.name": "local"})
+    assert not any(one.learns for one in proposals(plan))
+    assert "note: no schedule is proposed for local: what clients keep to themselves" in said(plan)
 
 
 @pytest.mark.parametrize("changes", [{}, {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0}])

@@ -78,7 +78,9 @@ def test_a_rate_that_is_too_small_is_left_behind(tmp_path: Path) -> None:
     """The planted default: with 1e-6 next to nothing is learned, and the search has to climb away from it."""
     own = {"train.learning-rate": 1e-6, "train.local-steps": 40, "rounds": 2, "strategy.name": "fedavg"}
     one = search(tmp_path, 10.0, **own)
-    assert one.run()
+    while one.step():
+        pass
+    assert one.finished
     assert one.best is not None
     assert one.trials[one.best].rate > 1e-4
     assert (one.trials[one.best].loss or 0) < (one.trials[0.0].loss or 0)
@@ -100,9 +102,10 @@ def test_it_ends_in_time_with_as_many_rounds_as_that_allows(tmp_path: Path) -> N
     """Every look at the clock takes 10 s: a round as well. Of 5 minutes each of five trials gets one."""
     clock = Clock(10.0)
     one = search(tmp_path, 5.0, clock, **{"rounds": 50})
-    finished = one.run()
+    while one.step():
+        pass
     assert clock.now <= 5 * 60 + 20
-    assert not finished or len(one.trials) >= 3
+    assert not one.finished or len(one.trials) >= 3
     rounds = {trial.rounds for trial in one.trials.values()}
     assert len(rounds) == 1
     assert 1 <= rounds.pop() < 50
