@@ -25,7 +25,8 @@ from strategies import STRATEGIES
 
 _SAFETY = 1.75  # of the signal to noise of a proposal, over that at which runs began to learn
 _SCHEDULES = ((20, 4), (12, 10), (24, 10))  # rounds and steps: of the runs that learned best, and one longer
-_HARDLY = 0.9  # of the signal to noise at which runs began to learn: below, a run is said to hardly learn
+_HARDLY = 0.65  # of the signal to noise at which runs began to learn: below, a run is said to hardly learn
+_FAR = 4.0  # times the rate that was found, or a part of it: there runs ended by chance
 _KEPT = "what clients keep to themselves no average rids of noise, and at epsilon 8 none learned on SST-2"
 _CURE = "`fedlora plan --suggest` looks for a schedule within the budget that does (docs/learning_rates.md)"
 _MOST_EPSILON = 64.0
@@ -49,11 +50,17 @@ def verdict(plan: PrivacyPlan) -> list[str]:
     if personal or ratio < _HARDLY * bound:
         lines.append(f"note: this run will hardly learn: {_KEPT if personal else where}. {_CURE}")
     elif ratio < bound:
-        lines.append(f"note: this run is at the edge of what learned: {where}. {_CURE}")
+        lines.append(f"note: this run may hardly learn, it is at the edge of what did: {where}. {_CURE}")
     if steps < FEW_STEPS:
         lines.append(
             f"note: {steps} steps in all are few: on SST-2 none learned with less than {FEW_STEPS}, whatever the "
             "noise; rows that are easier to tell apart need fewer"
+        )
+    rate, found = config.train.learning_rate, found_rate(config).rate
+    if not found / _FAR < rate < found * _FAR:
+        far = "below" if rate < found else "above"
+        lines.append(
+            f"note: train.learning-rate = {rate:g} is far {far} {found:g}: on SST-2 none learned at such rates"
         )
     if not lines:
         lines.append(f"privacy: signal to noise {ratio:.3g} is above {bound:g}, from which such runs learned on SST-2")

@@ -39,10 +39,11 @@ def said(plan: PrivacyPlan, asked: tuple[str, ...] = ("fedlora", "run"), **train
 
 
 def test_what_ended_by_chance_is_said_to_hardly_learn() -> None:
-    """SST-2 at epsilon 8 with the defaults ended at 0.499, and nothing said so."""
-    plan = planned()
-    (line,) = verdict(plan)
-    assert line.startswith("note: this run will hardly learn")
+    """SST-2 at epsilon 8 with the defaults of then, a rate of 0.01 among them, ended at 0.499, and nothing said so."""
+    plan = planned(**{"train.learning-rate": 0.01})
+    line, rate = verdict(plan)
+    assert line.startswith("note: this run may hardly learn, it is at the edge of what did")
+    assert rate.startswith("note: train.learning-rate = 0.01 is far below ")
     assert f"is {plan.signal_to_noise(plan.steps):.2g}, and on SST-2 runs began to learn at" in line
     assert f"at {learns_from(plan.config):g}. " in line
     assert "fedlora plan --suggest" in line
@@ -70,13 +71,15 @@ def test_each_reason_is_given(changes: dict[str, Any], reason: str) -> None:
     assert reason in line
 
 
-def test_near_the_bound_it_is_said_to_be_near() -> None:
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(0.5, "note: this run will hardly"), (0.8, "note: this run may hardly"), (1.1, "privacy: signal")],
+)
+def test_how_near_the_bound_decides_how_plainly_it_is_said(share: float, words: str) -> None:
     plan = planned()
-    near = replace(
-        plan, trained=int(plan.trained * (plan.signal_to_noise(plan.steps) / learns_from(plan.config) / 0.95) ** 2)
-    )
-    (line,) = verdict(near)
-    assert line.startswith("note: this run is at the edge of what learned")
+    times = plan.signal_to_noise(plan.steps) / (share * learns_from(plan.config))
+    (line,) = verdict(replace(plan, trained=int(plan.trained * times**2)))
+    assert line.startswith(words)
 
 
 def test_bounds_are_those_of_what_a_strategy_trains() -> None:
