@@ -51,7 +51,7 @@ def read(path: Path, content: str | bytes, **changes: Any) -> list[tuple[str, st
         ("tabs.csv", TSV),
         ("excel's separator.csv", "sep=;\n" + CSV.replace(",", ";")),
         ("spaces after commas.csv", CSV.replace(",", ", ")),
-        ("packed.csv.gz", gzip.compress(CSV.encode())),
+        ("packed.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         ("LOUD.CSV", CSV),
         ("windows.tsv", TSV.replace("\n", "\r\n")),
         ("lines.jsonl", LINES),
@@ -63,7 +63,7 @@ def read(path: Path, content: str | bytes, **changes: Any) -> list[tuple[str, st
         ("array.jsonl", json.dumps(OBJECTS)),
         ("columns.json", json.dumps({name: [one[name] for one in OBJECTS] for name in ("text", "label")})),
         ("pandas.json", str(pd.DataFrame(OBJECTS).to_json())),
-        ("packed.jsonl.gz", gzip.compress(LINES.encode())),
+        ("packed.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
     ],
 )
 def test_what_programs_write_is_read(name: str, content: str | bytes, tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_json_lines_and_arrays_say_the_same(values: list[dict[str, Any]]) -> Non
         ("a.json", json.dumps({"rows": OBJECTS}, indent=1), r"it is one object; write an array of objects"),
         ("a.jsonl", LINES.replace('"film 3"', '"x", "text": "y"'), r"line 4: an object has the key 'text' twice"),
         ("a.csv.gz", CSV, r"gzip has not packed it, or it is cut short"),
-        ("a.csv.gz", gzip.compress(CSV.encode())[:-9], r"gzip has not packed it, or it is cut short"),
-        ("a.csv", gzip.compress(CSV.encode()), r"it is packed by gzip; let its name end in .gz"),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)[:-9], r"gzip has not packed it, or it is cut short"),
+        ("a.csv", gzip.compress(CSV.encode(), mtime=0), r"it is packed by gzip; let its name end in .gz"),
         ("a.csv", b"PK\x03\x04\0", r"it is a zip archive or an Excel workbook; unpack it, or save it as csv"),
         ("a.csv", b"PAR1", r"it is a parquet file; let its name end in .parquet"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", r"a Git LFS pointer .* run git lfs pull"),
