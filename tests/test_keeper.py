@@ -22,7 +22,8 @@ COMMAND = """
 import os, psutil, signal, subprocess, sys, time
 from pathlib import Path
 from simulations.keeper import kept
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests that run under nohup ignore
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which tests under nohup, or in the background of a shell, ignore
+signal.signal(signal.SIGINT, signal.default_int_handler)
 home = Path(sys.argv[1])
 ending = sys.argv[2]
 child = "import time; time.sleep(600)"
