@@ -36,6 +36,7 @@ _COMMON: dict[str, Any] = {
     "engine.pack": 2,
     "train.batch-size": 4,
     "train.local-steps": 3,
+    "train.learning-rate": 0.01,
     "rounds": ROUNDS,
     "method.rank": 3,
     "mos.budget": 2,
