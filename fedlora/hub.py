@@ -47,11 +47,27 @@ def check_model(model: ModelConfig) -> None:
                 raise FileNotFoundError(f"the folder has no weights, {' or '.join(_WEIGHTS)}")
         elif folder.is_absolute() or model.name.startswith((".", "~")) or model.name.count("/") > 1:
             raise FileNotFoundError("there is no such folder")
-        elif not isinstance(try_to_load_from_cache(model.name, _CONFIG, revision=model.revision or None), str):
-            if constants.HF_HUB_OFFLINE or not hub_answers():
-                why = "is switched off" if constants.HF_HUB_OFFLINE else "cannot be reached"
-                raise FileNotFoundError(f"it is no folder, it is not in the hub's cache, and the hub {why}")
-            hf_hub_download(model.name, _CONFIG, revision=model.revision or None)
+        else:
+            _config_file(model)
+
+
+def _config_file(model: ModelConfig) -> Path:
+    """Return a checkpoint's configuration file: of its folder, of the hub's cache, or fetched from the hub.
+
+    Raises:
+        OSError: There is none within reach.
+        ValueError: The name is none of the hub.
+    """
+    folder, revision = Path(model.name), model.revision or None
+    if folder.is_dir():
+        return folder / _CONFIG
+    cached = try_to_load_from_cache(model.name, _CONFIG, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    if constants.HF_HUB_OFFLINE or not hub_answers():
+        why = "is switched off" if constants.HF_HUB_OFFLINE else "cannot be reached"
+        raise FileNotFoundError(f"it is no folder, it is not in the hub's cache, and the hub {why}")
+    return Path(hf_hub_download(model.name, _CONFIG, revision=revision))
 
 
 def layer_width(model: ModelConfig) -> int | None:
@@ -63,13 +79,8 @@ def layer_width(model: ModelConfig) -> int | None:
     Returns:
         The width; None where the file does not say, or is not within reach.
     """
-    file = Path(model.name) / _CONFIG
     try:
-        if not file.is_file():
-            away = constants.HF_HUB_OFFLINE or not hub_answers()
-            revision = model.revision or None
-            file = Path(hf_hub_download(model.name, _CONFIG, revision=revision, local_files_only=away))
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(_config_file(model).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # what is wrong with it is said when it is loaded
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config  # beside other parts
