@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -69,24 +69,23 @@ def scaled_noise(factor: float) -> Callable[[Patch], None]:
 
 
 def clip_per_layer(patch: Patch) -> None:
-    real = step.clip_rows
+    real = step.PrivateSum.add
 
-    def clip_rows(grads: torch.Tensor, norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-        half = grads.shape[1] // 2
-        return torch.cat([real(grads[:, :half], norm)[0], real(grads[:, half:], norm)[0]], 1), grads.norm(dim=1)
+    def add(self: Any, sums: torch.Tensor, parts: Sequence[Any], slot_n: torch.Tensor) -> None:
+        for part in parts:
+            real(self, sums, [part], slot_n)
 
-    patch.setattr(step, "clip_rows", clip_rows)
+    patch.setattr(step.PrivateSum, "add", add)
 
 
 def clip_the_mean(patch: Patch) -> None:
-    patch.setattr(step, "clip_rows", lambda grads, norm: (grads, grads.norm(dim=1)))
+    patch.setattr(step, "clip_factors", lambda norms, _: torch.ones_like(norms))
     real = step.PrivateSum.release
 
-    def release(self: Any) -> None:
+    def release(self: Any, sums: torch.Tensor, *groups: Any) -> torch.Tensor:
         bound = self._step.mechanism.max_grad_norm * self._step.mechanism.expected_batch_size
-        norms = self._sums.norm(dim=1, keepdim=True)
-        self._sums.mul_(torch.clamp(bound / (norms + 1e-6), max=1.0))
-        real(self)
+        norms = sums.norm(dim=1, keepdim=True)
+        return real(self, sums * torch.clamp(bound / (norms + 1e-6), max=1.0), *groups)
 
     patch.setattr(step.PrivateSum, "release", release)
 
@@ -106,10 +105,9 @@ def fixed_size_batches(patch: Patch) -> None:
 def skip_empty_batches(patch: Patch) -> None:
     real = step.PrivateSum.release
 
-    def release(self: Any) -> None:
-        empty = (self._rows_g == self._before_g)[:, None]
-        real(self)
-        self._sums.masked_fill_(empty, 0.0)
+    def release(self: Any, *arguments: Any) -> torch.Tensor:
+        empty = (self._turn[0] == 0)[:, None]
+        return real(self, *arguments).masked_fill(empty, 0.0)
 
     patch.setattr(step.PrivateSum, "release", release)
 
@@ -117,10 +115,9 @@ def skip_empty_batches(patch: Patch) -> None:
 def actual_batch_size(patch: Patch) -> None:
     real = step.PrivateSum.release
 
-    def release(self: Any) -> None:
-        rows = (self._rows_g - self._before_g).clamp(min=1)
-        real(self)
-        self._sums.mul_((self._step.mechanism.expected_batch_size / rows).to(self._sums.dtype)[:, None])
+    def release(self: Any, sums: torch.Tensor, *groups: Any) -> torch.Tensor:
+        rows = self._turn[0].clamp(min=1)
+        return real(self, sums, *groups) * (self._step.mechanism.expected_batch_size / rows).to(sums.dtype)[:, None]
 
     patch.setattr(step.PrivateSum, "release", release)
 

@@ -16,8 +16,10 @@ from torch.nn import functional
 
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
+from fedlora.engine.rowwise import Flat
+from fedlora.engine.transfer import Spans
 from fedlora.privacy import Mechanism
-from fedlora.privacy.step import PrivateStep, clip_rows
+from fedlora.privacy.step import PrivateStep, clip_factors
 from tests.support.families import FAMILIES, random_examples
 from tests.support.formulas import penalty
 from tests.support.matrix import CONFIGS, Arrays, engine_of, proximal_step, random_start, row_loss
@@ -198,16 +200,18 @@ def test_copies_bound_the_rows_of_a_forward_pass() -> None:
     engine = engine_of("lora", "bert")
     lengths = np.full(50, 4, dtype=np.int64)
     group = np.arange(50)
-    assert max(len(part) for part in engine.micro_batches(lengths, group)) == 50
-    assert max(len(part) for part in engine.micro_batches(lengths, group, copied=2**24)) == 4
-    assert max(len(part) for part in engine.micro_batches(lengths, group, copied=2**40)) == 1
+    assert max(len(part) for part in engine.passes(lengths, group)) == 50
+    assert max(len(part) for part in engine.passes(lengths, group, copied=2**24)) == 4
+    assert max(len(part) for part in engine.passes(lengths, group, copied=2**40)) == 1
 
 
 def test_clip_bounds_every_row_and_drops_what_is_not_finite() -> None:
     grads = torch.randn(6, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grads *= torch.tensor([0.01, 0.1, 1.0, 10.0, 1.0, 1.0], dtype=torch.float64)[:, None]
     grads[4, 3], grads[5, 0] = math.nan, math.inf
-    clipped, norms = clip_rows(grads, 1.0)
+    rows = Flat(slice(0, 40), grads, Spans.of(np.arange(6), 6, grads.device))
+    norms, clipped = rows.squares().sqrt(), torch.zeros_like(grads)
+    rows.add(clipped, clip_factors(norms, 1.0))
     assert torch.allclose(clipped[:2], grads[:2]), "below the bound: as it was"
     assert (clipped.norm(dim=1) <= 1.0).all()
     assert clipped[3].norm() > 1 - 1e-5

@@ -97,7 +97,9 @@ def test_gradients_of_each_row(method: str, family: str) -> None:
     for value in stacked.values():
         value.requires_grad_()
     batch = engine.task.collate(work.examples, rows, engine.device)
-    with engine.grouped.placed(engine.method.factors(stacked), Layout.of(torch.arange(6), 6)) as model:
+    with engine.grouped.placed(
+        engine.method.factors(stacked), Layout.of(np.arange(6), 6, torch.device("cpu"))
+    ) as model:
         engine.task.row_losses(model, batch).sum().backward()  # type: ignore[no-untyped-call]
     largest = dict.fromkeys(stacked, 0.0)
     for row in rows:

@@ -92,11 +92,11 @@ def test_padding_stays_zero_and_takes_no_noise() -> None:
     engine = engine_of("lora", "bert")
     pack = Pack(engine, works_of(engine, "bert"), {}, SGD, private_of(3))
     assert pack.stack.real is not None
-    for step in range(pack.steps):
-        pack.backward(step)
-        pack.move(step)
-        assert not pack.stack.values.detach()[~pack.stack.real].any()
-        assert not pack.stack.grads[~pack.stack.real].any()
+    for turn in pack.turns:
+        grads = pack.backward(turn)
+        pack.move(turn, grads)
+        assert not pack.stack.values[~pack.stack.real].any()
+        assert not grads[~pack.stack.real[turn.groups]].any()
     same = [replace(work, start=sliced(engine, dict(work.start), 1)) for work in works_of(engine, "bert")]
     assert Pack(engine, same, {}, SGD).stack.real is None, "equal ranks are not padded, whatever the method's rank"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora.engine.layers import GroupedModel, Layout
-from fedlora.engine.stack import common_shapes, pad
+from fedlora.engine.schedule import passes
+from fedlora.engine.stack import Stack, common_shapes
+from fedlora.engine.transfer import to_device
 from fedlora.engine.work import Arrays
 from fedlora.methods import Method
 from fedlora.models import Base
@@ -26,8 +28,8 @@ FactsOf = Callable[[nn.Module, Batch], dict[str, Tensor]]
 # activations; results change by rounding only. A CPU gains nothing from more, a GPU is filled by about this much.
 _COST_CPU = 1024
 _COST_GPU = 32768
+_COPIES_CPU, _COPIES_GPU = 2**26, 2**30  # trained numbers, where each row has a copy of them (DP-SGD)
 _OUTPUTS = 2**30  # and numbers that the model puts out, a logit for each token and word in a language model
-_COPIES = 2**26  # and trained numbers, where each row has a copy of them (DP-SGD)
 
 
 @final
@@ -85,10 +87,13 @@ class Engine:
         task: The task.
         grouped: The base model's layers, wrapped.
         dtype: Of the adapter's tensors: float64 with a float64 base, else float32.
+        compute: In which layers compute with them: the base model's own.
         device: Where the base model is.
         max_cost: Bound on the cost of one forward pass: rows times the cost of the longest.
         batching: Which rows may go through the model together (:mod:`fedlora.engine.apart`).
+        kernels: Whether the low-rank kernel computes the adapted layers' updates (:mod:`fedlora.engine.fast`).
         probed: What :mod:`fedlora.engine.watch` found so far, by what it depends on; ``replace`` starts it anew.
+        shortages: The bounds at which memory was short; each halved the next. ``replace`` starts it anew.
     """
 
     base: Base
@@ -96,10 +101,13 @@ class Engine:
     task: Task
     grouped: GroupedModel
     dtype: torch.dtype
+    compute: torch.dtype
     device: torch.device
     max_cost: int
     batching: Batching = Batching()
+    kernels: bool = False
     probed: dict[Hashable, Probed] = field(init=False, repr=False, compare=False, default_factory=dict)
+    shortages: list[int] = field(init=False, repr=False, compare=False, default_factory=list)
 
     @classmethod
     def build(cls, base: Base, method: Method, task: Task) -> Engine:
@@ -115,6 +123,7 @@ class Engine:
             task=task,
             grouped=grouped,
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
+            compute=weight.dtype,
             device=weight.device,
             max_cost=max(1, min(most, _OUTPUTS // task.outputs(config))),
         )
@@ -123,37 +132,34 @@ class Engine:
         """Return a copy of ``array`` on the engine's device, in the adapter's dtype."""
         return torch.tensor(array, dtype=self.dtype, device=self.device)
 
-    def micro_batches(
-        self, cost: NDArray[np.int64], group: NDArray[np.int64], copied: int = 0
-    ) -> Iterator[NDArray[np.int64]]:
-        """Assign rows of the given cost to forward passes: alike in cost, within the bound, such as may go together.
+    def passes(self, cost_n: NDArray[np.int64], group_n: NDArray[np.int64], copied: int = 0) -> list[NDArray[np.int64]]:
+        """Cut rows into forward passes, see :func:`fedlora.engine.schedule.passes`.
 
         Args:
-            cost: Of each row.
-            group: Of each row.
+            cost_n: The cost of each row.
+            group_n: Its group.
             copied: Trained numbers that each row has a copy of.
-
-        Yields:
-            Positions in ``cost``; every position once.
         """
-        order = np.argsort(-cost, kind="stable")
-        for part in self._that_may_meet(order, cost, group):
-            start = 0
-            while start < len(part):
-                size = max(1, self.max_cost // int(cost[part[start]]))
-                size = max(1, min(size, _COPIES // copied)) if copied else size
-                yield part[start : start + size]
-                start += size
+        part_n = np.zeros_like(cost_n)
+        if self.batching != Batching():
+            key = np.stack([cost_n * self.batching.equal_length, group_n * self.batching.one_group])
+            _, part_n = np.unique(key, axis=1, return_inverse=True)
+        copies = _COPIES_CPU if self.device.type == "cpu" else _COPIES_GPU
+        return passes(cost_n, part_n, self.room, max(1, copies // copied) if copied else len(cost_n))
 
-    def _that_may_meet(
-        self, order: NDArray[np.int64], cost: NDArray[np.int64], group: NDArray[np.int64]
-    ) -> list[NDArray[np.int64]]:
-        """Return ``order`` in parts whose rows may go through the model together."""
-        if self.batching == Batching():
-            return [order]
-        key = np.stack([cost * self.batching.equal_length, group * self.batching.one_group])
-        _, part = np.unique(key, axis=1, return_inverse=True)
-        return [order[part[order] == number] for number in range(int(part.max(initial=-1)) + 1)]
+    def halve(self) -> bool:
+        """Halve what goes through the model at once, since memory was short; return whether there was anything left."""
+        self.shortages.append(self.room)
+        return self.room >= 1
+
+    @property
+    def room(self) -> int:
+        """The bound on a pass's cost, after what memory was short for."""
+        return self.max_cost >> len(self.shortages)
+
+    def layout(self, group_n: NDArray[np.int64], groups: int) -> Layout:
+        """Return the layout of a pass whose rows, sorted by group, belong to these groups."""
+        return Layout.of(group_n, groups, self.device, kernel=self.kernels)
 
 
 @final
@@ -168,18 +174,17 @@ class GroupTensors:
 
     def __init__(self, engine: Engine, common: Arrays, own: Sequence[Arrays]) -> None:
         self._engine = engine
-        self._fixed = {name: engine.tensor(array) for name, array in common.items()}
-        owned = [{name: engine.tensor(array) for name, array in one.items()} for one in own]
-        shapes = common_shapes(engine.method.specs(), owned, self._fixed)
-        self._stacked = {name: torch.stack([pad(one[name], shape) for one in owned]) for name, shape in shapes.items()}
+        self._fixed = {name: engine.tensor(array).to(engine.compute) for name, array in common.items()}
+        shapes = common_shapes(engine.method.specs(), own, common)
+        self._stack = Stack(own, shapes, engine.dtype, engine.device)
 
-    def placed(self, group: NDArray[np.int64]) -> AbstractContextManager[nn.Module]:
-        """Put the factors of a batch in place, for the time of a block, whose rows are of these groups."""
+    def placed(self, group: NDArray[np.int64], *, compiled: bool = True) -> AbstractContextManager[nn.Module]:
+        """Put the factors of a batch in place, for the time of a block, whose rows are sorted by these groups."""
         engine = self._engine
-        present, slot = np.unique(group, return_inverse=True)
-        here = torch.from_numpy(present).to(engine.device)
-        factors = engine.method.factors({**self._fixed, **{name: value[here] for name, value in self._stacked.items()}})
-        return engine.grouped.placed(factors, Layout.of(torch.from_numpy(slot).to(engine.device), len(present)))
+        present, slot_n = np.unique(group, return_inverse=True)
+        here = self._stack.values[to_device(present, engine.device)].to(engine.compute)
+        factors = engine.method.factors({**self._fixed, **self._stack.named(here)})
+        return engine.grouped.placed(factors, engine.layout(slot_n, len(present)), compiled=compiled)
 
 
 def evaluate(
@@ -206,12 +211,17 @@ def evaluate(
     facts_of = facts_of or engine.task.row_metrics
     group = np.zeros(len(numbers), dtype=np.int64) if group is None else group
     tensors = GroupTensors(engine, common, own)
-    facts: dict[str, NDArray[np.float64]] = {}
+    found: dict[str, list[Tensor]] = {}
+    order: list[NDArray[np.int64]] = []
     with torch.inference_mode():
-        for chosen in engine.micro_batches(rows.cost[list(numbers)], group):
+        for chosen in engine.passes(rows.cost[list(numbers)], group):
             places = chosen[np.argsort(group[chosen], kind="stable")]
             batch = engine.task.collate(rows, [numbers[place] for place in places], engine.device)
             with tensors.placed(group[places]) as model:
                 for name, values in facts_of(model, batch).items():
-                    facts.setdefault(name, np.zeros(len(numbers)))[places] = values.double().cpu().numpy()
+                    found.setdefault(name, []).append(values.double())
+            order.append(places)
+    facts = {name: np.zeros(len(numbers)) for name in found}
+    for name, parts in found.items():  # not before: fetching a number waits for the device
+        facts[name][np.concatenate(order)] = torch.cat(parts).cpu().numpy()
     return facts

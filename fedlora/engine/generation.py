@@ -53,11 +53,11 @@ def generate(
     for length in np.unique(lengths):
         alike = np.flatnonzero(lengths == length)
         cost = np.array([length + rooms[int(row)] for row in alike], dtype=np.int64)
-        for chosen in engine.micro_batches(cost, group[alike]):
+        for chosen in engine.passes(cost, group[alike]):
             rows = alike[chosen]
             rows = rows[np.argsort(group[rows], kind="stable")]
             ids = torch.from_numpy(np.stack([prompts[row] for row in rows])).to(engine.device)
-            with tensors.placed(group[rows]) as model:
+            with tensors.placed(group[rows], compiled=False) as model:
                 new = greedy(model, ids, max(rooms[row] for row in rows), ends, engine.base.tokenizer.pad_token_id)
             for row, answer in zip(rows, new, strict=True):
                 written[row] = answer[: rooms[row]]

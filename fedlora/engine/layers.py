@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.engine.kernels import low_rank
+from fedlora.engine.transfer import Spans, to_device
 from fedlora.methods import Dense, Factor, LowRank, Scale
 
 
@@ -28,27 +32,33 @@ class Layout:
         slots: S, the largest number of rows of a group.
         index_n: For each row its place ``group * S + slot``; None when rows are sorted by group and every
             group has exactly S (then places are row numbers).
+        spans: For the low-rank kernel each row's group and each group's first row; None: it is not used.
     """
 
     groups: int
     slots: int
     index_n: Tensor | None
+    spans: Spans | None = None
 
     @classmethod
-    def of(cls, group_n: Tensor, groups: int) -> Layout:
-        """Return the layout of rows that belong to the groups ``group_n`` ([N], int64)."""
-        counts = torch.bincount(group_n, minlength=groups)
-        slots = int(counts.max())
-        order = torch.argsort(group_n, stable=True)
-        starts = torch.cumsum(counts, 0) - counts
-        slot_n = torch.empty_like(group_n)
-        slot_n[order] = torch.arange(len(group_n), device=group_n.device) - starts[group_n[order]]
+    def of(cls, group_n: NDArray[np.int64], groups: int, device: torch.device, *, kernel: bool = False) -> Layout:
+        """Return the layout of rows that belong to the groups ``group_n`` ([N]), made on the host.
+
+        Args:
+            group_n: The group of each row.
+            groups: G.
+            device: Where the rows are.
+            kernel: Whether the low-rank kernel computes; rows are then sorted by group.
+        """
+        counts = np.bincount(group_n, minlength=groups)
+        slots, starts = int(counts.max()), np.cumsum(counts) - counts
+        order = np.argsort(group_n, kind="stable")
+        slot_n = np.empty_like(group_n)
+        slot_n[order] = np.arange(len(group_n)) - starts[group_n[order]]
         index_n = group_n * slots + slot_n
-        if len(index_n) == groups * slots and bool(
-            (index_n == torch.arange(len(index_n), device=index_n.device)).all()
-        ):
-            return cls(groups, slots, None)
-        return cls(groups, slots, index_n)
+        even = len(index_n) == groups * slots and bool((index_n == np.arange(len(index_n))).all())
+        spans = Spans.of(group_n, groups, device) if kernel else None
+        return cls(groups, slots, None if even else to_device(index_n, device), spans)
 
     @property
     def rows(self) -> int:
@@ -75,6 +85,13 @@ class LayerProbe(Protocol):
         """Return the layer's output for ``x``; ``own`` is what its factor computes, ``fixed`` what it is added to."""
 
 
+class Replaced(Protocol):
+    """A replaced layer whose gradient is taken row by row without a weight for each row."""
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return what the layer makes of the batch's rows ``x`` [N, ..., d_in]."""
+
+
 @final
 class NoRowsError(ValueError):
     """A model calls a layer on something else than the batch's rows, so that groups cannot be told apart there."""
@@ -99,7 +116,7 @@ class GroupedLayer(nn.Module):
         super().__init__()
         self.base = base
         self.name = name
-        self.factor: Factor | None = None
+        self.factor: Factor | Replaced | None = None
         self.layout: Layout | None = None
         self.probe: LayerProbe | None = None
 
@@ -119,6 +136,10 @@ class GroupedLayer(nn.Module):
         added = isinstance(self.factor, LowRank)
         if self.probe is not None:
             return self.probe.output(x, self._own, self._fixed if added else None)
+        if added and self.layout.spans is not None:
+            factor: LowRank = self.factor  # type: ignore[assignment]
+            a, b = factor.A.to(x.dtype), factor.scaled_b().to(x.dtype)
+            return low_rank.added(self._fixed(x), x, a, b, self.layout.spans)
         own = self._own(x)  # before the base layer: the order in which x's gradients are added up depends on it
         return self._fixed(x) + own if added else own
 
@@ -136,18 +157,22 @@ class GroupedLayer(nn.Module):
         assert self.layout is not None, "a factor without a layout"
         if isinstance(self.factor, Scale):
             x_g = self.layout.to_groups(_normed(self.base, x))
-            y_g = _with_bias(x_g * self.factor.weight.to(x.dtype).unsqueeze(-2), self.factor.bias)
+            y_g = with_bias(x_g * self.factor.weight.to(x.dtype).unsqueeze(-2), self.factor.bias)
             return self.layout.to_rows(y_g, x)
-        x_g = self.layout.to_groups(x)
         if isinstance(self.factor, LowRank):
+            x_g = self.layout.to_groups(x)
             y_g = (x_g @ self.factor.A.to(x.dtype).mT) @ self.factor.scaled_b().to(x.dtype).mT
-        else:
-            assert isinstance(self.factor, Dense), "a factor of a fourth kind"
-            y_g = _with_bias(x_g @ self.factor.weight.to(x.dtype).mT, self.factor.bias)
-        return self.layout.to_rows(y_g, x)
+            return self.layout.to_rows(y_g, x)
+        if isinstance(self.factor, Dense):
+            x_g = self.layout.to_groups(x)
+            y_g = with_bias(x_g @ self.factor.weight.to(x.dtype).mT, self.factor.bias)
+            return self.layout.to_rows(y_g, x)
+        assert self.factor is not None, "no factor"
+        return self.factor.output(x)
 
 
-def _with_bias(y_g: Tensor, bias_g: Tensor | None) -> Tensor:
+def with_bias(y_g: Tensor, bias_g: Tensor | None) -> Tensor:
+    """Return outputs [G, ..., d] with each group's bias [G, d] added."""
     return y_g if bias_g is None else y_g + bias_g.to(y_g.dtype).unsqueeze(-2)
 
 
@@ -166,10 +191,14 @@ class GroupedModel:
     Args:
         model: The base model; its layers are wrapped in place.
         layers: Names of the layers to wrap.
+
+    Attributes:
+        blocks: Modules of the base model that run compiled, with what they then run.
     """
 
     def __init__(self, model: nn.Module, layers: list[str]) -> None:
         self.model = model
+        self.blocks: dict[nn.Module, Callable[..., Any]] = {}
         self._slots: dict[str, GroupedLayer] = {}
         for name in layers:
             self._slots[name] = GroupedLayer(model.get_submodule(name), name)
@@ -177,7 +206,12 @@ class GroupedModel:
 
     @contextmanager
     def placed(
-        self, factors: Mapping[str, Factor], layout: Layout, probe: LayerProbe | None = None
+        self,
+        factors: Mapping[str, Factor | Replaced],
+        layout: Layout,
+        probe: LayerProbe | None = None,
+        *,
+        compiled: bool = True,
     ) -> Iterator[nn.Module]:
         """Put ``factors`` in place for one batch; the backward pass must run inside, too.
 
@@ -185,13 +219,19 @@ class GroupedModel:
             factors: What each wrapped layer computes, by name.
             layout: Which row belongs to which group.
             probe: Stands in for the layers' sum of base and update, to find out what is connected to what.
+            compiled: Whether the model's blocks run compiled, where there are such.
         """
         assert factors.keys() == self._slots.keys(), "factors for other layers than the wrapped ones"
         for name, slot in self._slots.items():
             slot.factor, slot.layout, slot.probe = factors[name], layout, probe
+        blocks = self.blocks if compiled and probe is None else {}
+        for block, forward in blocks.items():
+            block.forward = forward  # type: ignore[method-assign]
         try:
             yield self.model
         finally:
+            for block in blocks:
+                del block.forward
             for slot in self._slots.values():
                 slot.factor, slot.layout, slot.probe = None, None, None
 

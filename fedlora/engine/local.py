@@ -39,16 +39,23 @@ class LocalGradient:
     def __init__(self, stack: Stack, terms: LocalTerms, shared: Sequence[str], server_g: Tensor, own_g: Tensor) -> None:
         self._terms = terms
         self._shared_p = stack.spread(dict.fromkeys(shared, 1.0)) != 0
-        self._start = stack.values.detach().clone()
+        self._start = stack.values.clone()
         self._server_g = server_g
         self._own_g = own_g
 
-    def add(self, grads: Tensor, values: Tensor) -> None:
-        """Add the terms to the gradients, in place, [G, P] each."""
+    def add(self, grads: Tensor, values: Tensor, groups: Tensor) -> None:
+        """Add the terms to the gradients of some groups, in place.
+
+        Args:
+            grads: Their gradients, [a, P].
+            values: The numbers of all groups, [G, P].
+            groups: The groups' places, [a].
+        """
         if self._terms.proximal:
-            grads.add_(torch.where(self._shared_p, values - self._start, 0.0), alpha=self._terms.proximal)
+            moved = values[groups] - self._start[groups]
+            grads.add_(torch.where(self._shared_p, moved, 0.0), alpha=self._terms.proximal)
         if self._terms.scaffold:
-            grads.add_(torch.where(self._shared_p, self._server_g - self._own_g, 0.0))
+            grads.add_(torch.where(self._shared_p, self._server_g[groups] - self._own_g[groups], 0.0))
 
     def renewed(self, values: Tensor, rates_g: Tensor, whole: Tensor | None) -> Tensor:
         """Return the clients' control variates after the round, [G, P].

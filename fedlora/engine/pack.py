@@ -1,31 +1,44 @@
-"""A pack in training: the tensors of K clients, their gradients in one step, and the optimizers that move them.
+"""A pack in training: the tensors of K clients, their gradients in one turn, and the optimizers that move them.
 
 The loss is the sum over clients of the mean of that client's row losses, and every trained tensor carries a client
 axis, so no gradient crosses from one client to another. Clients may differ in rows, batch sizes, lengths and numbers
-of steps; one that has finished drops out of the batches and is not moved any more.
+of steps; which of them step together is planned before the first (:mod:`fedlora.engine.schedule`).
 
 DP-SGD is the same computation with one row to a group: the gradients of the grouped tensors are then those of single
-rows. Each is clipped, they are summed by client, and the noise comes on top (:mod:`fedlora.privacy.step`).
+rows. Each is clipped, they are summed by client, and the noise comes on top (:mod:`fedlora.privacy.step`). A dense
+layer that sees one vector a row needs no weight for each row: its gradient is an outer product
+(:mod:`fedlora.engine.rowwise`).
+
+Nothing here waits for the device: a round's work is queued, and its numbers are fetched at the end.
 """
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Sequence
 from typing import final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.config import TrainConfig
 from fedlora.engine.core import Engine
-from fedlora.engine.layers import LayerProbe, Layout
+from fedlora.engine.layers import LayerProbe
 from fedlora.engine.local import NO_TERMS, LocalGradient
 from fedlora.engine.optimizers import build_optimizer
+from fedlora.engine.rowwise import RowWise
+from fedlora.engine.schedule import Turn, turns
 from fedlora.engine.stack import Stack, common_shapes
+from fedlora.engine.transfer import to_device
 from fedlora.engine.work import Arrays, ClientWork
 from fedlora.local_terms import LocalTerms
 from fedlora.privacy.step import PrivateStep, PrivateSum
+from fedlora.tasks import Batch
+
+_logger = logging.getLogger(__name__)
 
 
 @final
@@ -42,11 +55,11 @@ class Pack:
         shared: Names of the tensors that the terms apply to.
 
     Attributes:
-        stack: The trained tensors and their gradients.
+        stack: The trained tensors.
+        turns: The work, in order.
         optimizer: The clients' optimizers.
         private_sum: The clipped sums under DP.
         local: The strategy's terms; None: there are none.
-        loss_g: Sum over the steps of each client's mean row loss, float64 [G].
     """
 
     def __init__(
@@ -61,87 +74,124 @@ class Pack:
     ) -> None:
         self._engine = engine
         self._works = works
-        specs = engine.method.specs()
-        self._fixed = _tensors(engine, common)
-        starts = [_tensors(engine, work.start) for work in works]
-        self.stack = Stack(starts, common_shapes(specs, starts, self._fixed))
-        self._steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
+        specs, starts = engine.method.specs(), [work.start for work in works]
+        self._fixed = {name: engine.tensor(value) for name, value in common.items()}
+        self._fixed_here = {name: value.to(engine.compute) for name, value in self._fixed.items()}
+        shapes = common_shapes(specs, starts, common)
+        self._row_wise = RowWise(engine, shapes) if private is not None else None
+        last = self._row_wise.replaced if self._row_wise is not None else set()
+        self.stack = Stack(starts, shapes, engine.dtype, engine.device, last)
+        self.turns = turns(works, engine.max_cost)
+        steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
         l1 = {name: specs[name].l1 for name in self.stack.places if specs[name].l1}
-        spread = self.stack.spread(l1) if l1 else None
-        self.optimizer = build_optimizer(self.stack.values, config, self._steps_g, spread)
-        self.private_sum = PrivateSum(self.stack.grads, private, self.stack.real) if private is not None else None
+        self.optimizer = build_optimizer(self.stack.values, config, steps_g, self.stack.spread(l1) if l1 else None)
+        self.private_sum = PrivateSum(private, self.stack.values, self.stack.real) if private is not None else None
         self.local: LocalGradient | None = None
         if terms.proximal or terms.scaffold:
-            variates = [[_tensors(engine, one) for one in (work.server_variate, work.own_variate)] for work in works]
-            server_g, own_g = (self.stack.rows(one) for one in zip(*variates, strict=True))
+            server_g = self.stack.rows([work.server_variate for work in works])
+            own_g = self.stack.rows([work.own_variate for work in works])
             self.local = LocalGradient(self.stack, terms, shared, server_g, own_g)
-        self.loss_g = torch.zeros(len(works), dtype=torch.float64, device=engine.device)
+        self._losses: list[tuple[NDArray[np.int64], Tensor]] = []
 
-    @property
-    def steps(self) -> int:
-        """Steps of the client that takes most."""
-        return int(self._steps_g.max())
+    def backward(self, turn: Turn, probe: LayerProbe | None = None) -> Tensor:
+        """Return the gradients of a turn [a, P]: of the mean row loss, or under DP sums of clipped rows.
 
-    def backward(self, step: int, probe: LayerProbe | None = None) -> None:
-        """Set the stack's gradients to those of one step: of the mean row loss, or under DP sums of clipped rows.
+        Where memory is short, forward passes are halved and the turn is computed again.
 
         Args:
-            step: The step, from 0.
+            turn: The turn.
             probe: See :meth:`fedlora.engine.layers.GroupedModel.placed`.
         """
-        self.stack.grads.zero_()
-        engine, works, private = self._engine, self._works, self.private_sum
-        places = [
-            (g, int(row)) for g, work in enumerate(works) if step < len(work.batches) for row in work.batches[step]
-        ]
-        cost = np.array([works[g].examples.cost[row] for g, row in places], dtype=np.int64)
-        size_g = np.array([len(work.batches[step]) if step < len(work.batches) else 1 for work in works])
-        loss_g = torch.zeros_like(self.loss_g)
-        group = np.arange(len(places)) if private else np.array([g for g, _ in places], dtype=np.int64)
-        for chosen in engine.micro_batches(cost, group, self.stack.values.shape[1] if private else 0):
-            here = sorted((places[at] for at in chosen), key=lambda place: place[0])
-            rows = engine.task.join([(works[g].examples, row) for g, row in here])
-            batch = engine.task.collate(rows, range(len(here)), engine.device)
-            owner_n = torch.tensor([g for g, _ in here], device=engine.device)
-            weight_n = torch.tensor([1.0 / size_g[g] for g, _ in here], dtype=engine.dtype, device=engine.device)
-            if private is None:
-                # Only the clients of this batch take part in it: late in a round they may be few of many.
-                present, group_n = torch.unique(owner_n, return_inverse=True)
-                own = self.stack.tensors(None if len(present) == len(works) else present)
-                layout = Layout.of(group_n, len(present))
+        while True:
+            try:
+                return self._backward(turn, probe)
+            except torch.OutOfMemoryError:
+                if not self._engine.halve():
+                    raise
+            gc.collect()  # what the exception held is free only here
+            torch.cuda.empty_cache()
+            _logger.warning("out of memory on %s: forward passes are halved", self._engine.device)
+
+    def _backward(self, turn: Turn, probe: LayerProbe | None) -> Tensor:
+        engine, private = self._engine, self.private_sum
+        groups = to_device(turn.groups, engine.device)
+        here = self.stack.values[groups].to(engine.compute)
+        grads = self.stack.values.new_zeros(here.shape)
+        share_n = (1.0 / np.maximum(turn.sizes, 1))[turn.slot_n]
+        losses: list[tuple[NDArray[np.int64], Tensor]] = []
+        if private is not None:
+            private.begin(len(turn.groups))
+        group_n = turn.slot_n if self._row_wise is None else np.arange(len(turn.rows))
+        copied = 0 if self._row_wise is None else self._row_wise.copied
+        for chosen in engine.passes(turn.cost_n, group_n, copied):
+            slot_n = turn.slot_n[chosen]
+            batch = self._batch(turn, chosen)
+            share = to_device(share_n[chosen], engine.device).to(engine.dtype)
+            if private is None or self._row_wise is None:
+                losses_n = self._together(grads, here, batch, slot_n, share, probe)
             else:
-                copies = self.stack.values.detach()[owner_n].requires_grad_()
-                own = self.stack.named(copies)
-                layout = Layout.of(torch.arange(len(here), device=engine.device), len(here))
-            factors = engine.method.factors({**self._fixed, **own})
-            with engine.grouped.placed(factors, layout, probe) as model:
-                losses_n = engine.task.row_losses(model, batch)
-                weighted_n = losses_n * weight_n
-                if losses_n.requires_grad:  # what does not is reported by the watch, with names
-                    (weighted_n if private is None else losses_n).sum().backward()  # type: ignore[no-untyped-call]
-            if private is not None and copies.grad is not None:
-                private.add(owner_n, copies.grad)
-            loss_g.index_add_(0, owner_n, weighted_n.detach().double())
+                losses_n, parts = self._row_wise.gradients(self.stack, self._fixed_here, here, batch, slot_n, probe)
+                private.add(grads, parts, to_device(slot_n, engine.device))
+            losses.append((turn.groups[slot_n], losses_n.detach() * share))
         if self.stack.real is not None:
-            self.stack.grads.masked_fill_(~self.stack.real, 0.0)
-        self.loss_g += loss_g
+            grads.masked_fill_(~self.stack.real[groups], 0.0)
+        self._losses += losses
+        return grads
 
-    def add_penalties(self) -> None:
-        """Add the gradients of what the method adds to the loss whatever the data."""
-        penalty_g = self._engine.method.penalty({**self._fixed, **self.stack.tensors()})
-        if penalty_g is not None and penalty_g.requires_grad:
-            penalty_g.sum().backward()  # type: ignore[no-untyped-call]
+    def _batch(self, turn: Turn, chosen: NDArray[np.int64]) -> Batch:
+        """Return these rows of a turn as a batch on the device."""
+        task = self._engine.task
+        owners, rows = turn.groups[turn.slot_n[chosen]].tolist(), turn.rows[chosen].tolist()
+        joined = task.join([(self._works[g].examples, row) for g, row in zip(owners, rows, strict=True)])
+        return task.collate(joined, range(len(rows)), self._engine.device)
 
-    def move(self, step: int) -> None:
-        """Take a step along the stack's gradients: noise and denominator under DP, what sees no data, the optimizer."""
+    def _together(
+        self,
+        grads: Tensor,
+        here: Tensor,
+        batch: Batch,
+        slot_n: NDArray[np.int64],
+        share: Tensor,
+        probe: LayerProbe | None,
+    ) -> Tensor:
+        """Add the gradients of a pass, one for each client, to ``grads`` [a, P]; return its rows' losses."""
+        engine = self._engine
+        present, group_n = np.unique(slot_n, return_inverse=True)
+        at = None if len(present) == len(here) else to_device(present, engine.device)
+        own = (here if at is None else here[at]).detach().requires_grad_()
+        factors = engine.method.factors({**self._fixed_here, **self.stack.named(own)})
+        with engine.grouped.placed(factors, engine.layout(group_n, len(present)), probe) as model:
+            losses_n = engine.task.row_losses(model, batch)
+            if losses_n.requires_grad:  # what does not is reported by the watch, with names
+                (losses_n * share).sum().backward()  # type: ignore[no-untyped-call]
+        if own.grad is not None:
+            grads.add_(own.grad) if at is None else grads.index_add_(0, at, own.grad.to(grads.dtype))
+        return losses_n
+
+    def move(self, turn: Turn, grads: Tensor) -> None:
+        """Take a turn's steps along its gradients [a, P].
+
+        Noise and denominator under DP, then what sees no data, then the optimizer.
+        """
+        groups = to_device(turn.groups, self._engine.device)
         if self.private_sum is not None:
-            self.private_sum.release()
-        self.add_penalties()
-        with torch.no_grad():
-            if self.local is not None:
-                self.local.add(self.stack.grads, self.stack.values)
-            self.optimizer.step(self.stack.grads, step < self._steps_g)
+            grads = self.private_sum.release(grads, turn.groups.tolist(), groups)
+        self.add_penalties(grads, groups)
+        if self.local is not None:
+            self.local.add(grads, self.stack.values, groups)
+        self.optimizer.step(grads, groups)
 
+    def add_penalties(self, grads: Tensor, groups: Tensor) -> None:
+        """Add to gradients [a, P] those of what the method adds to the loss of these groups whatever the data."""
+        own = self.stack.values[groups].requires_grad_()
+        penalty_g = self._engine.method.penalty({**self._fixed, **self.stack.named(own)})
+        if penalty_g is not None and penalty_g.requires_grad:
+            grads += torch.autograd.grad(penalty_g.sum(), own)[0]
 
-def _tensors(engine: Engine, arrays: Arrays) -> dict[str, Tensor]:
-    return {name: engine.tensor(array) for name, array in arrays.items()}
+    def losses(self) -> NDArray[np.float64]:
+        """Return the sums over the steps of each client's mean row loss, [G]."""
+        sums = np.zeros(len(self._works))
+        if self._losses:
+            values = torch.cat([losses_n for _, losses_n in self._losses]).double().cpu().numpy()
+            np.add.at(sums, np.concatenate([groups for groups, _ in self._losses]), values)
+        return sums

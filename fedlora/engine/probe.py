@@ -103,9 +103,10 @@ def _probe(
         pack = Pack(engine, [work], drawn, config, private)
         watch = Watch(pack.stack)
         # What arrives at one output is smaller than a tensor's gradient, a sum over many of them; so is its rounding.
-        pack.backward(0, Arrival(gain, least=1e-3 * bound))
-        watch.observe()
-        pack.move(0)
+        (turn,) = pack.turns
+        grads = pack.backward(turn, Arrival(gain, least=1e-3 * bound))
+        watch.observe(grads, torch.zeros(1, dtype=torch.int64, device=engine.device))
+        pack.move(turn, grads)
         seen, still = watch.seen(bound)[0], watch.still()[0]
         connected |= seen
         moving |= seen - still

@@ -6,6 +6,7 @@ from collections.abc import Sequence, Set
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from fedlora.engine.core import Engine
 from fedlora.engine.local import NO_TERMS
 from fedlora.engine.pack import Pack
 from fedlora.engine.probe import probe
-from fedlora.engine.stack import Stack
+from fedlora.engine.transfer import to_device
 from fedlora.engine.watch import Watch, negligible
 from fedlora.engine.work import Arrays, ClientResult, ClientWork
 from fedlora.local_terms import LocalTerms
@@ -52,10 +53,10 @@ def train_pack(
     pack = Pack(engine, works, common, config, private, terms, names)
     whole = _whole_gradients(engine, works, common, config) if terms.scaffold == 1 else None
     watch = Watch(pack.stack)
-    for step in range(pack.steps):
-        pack.backward(step)
-        watch.observe()  # before noise and penalties: both move tensors that no row does
-        pack.move(step)
+    for turn in pack.turns:
+        grads = pack.backward(turn)
+        watch.observe(grads, to_device(turn.groups, engine.device))  # before what moves tensors that no row does
+        pack.move(turn, grads)
     taken = [sum(len(batch) > 0 for batch in work.batches) for work in works]
     tensors = {**common, **works[0].start}
     errors = watch.faults(
@@ -65,20 +66,20 @@ def train_pack(
         negligible(engine),
         lambda: probe(engine, list(works[0].start), tensors, config, private),
     )
-    values = pack.stack.values.detach()
-    ended = _arrays(pack.stack, values)
+    steps, losses, ended = [len(work.batches) for work in works], pack.losses(), pack.stack.split(pack.stack.values)
     variates: list[dict[str, NDArray[np.floating]]] = [{} for _ in works]
     if terms.scaffold and pack.local is not None:
-        variates = _arrays(pack.stack, pack.local.renewed(values, pack.optimizer.rates_g, whole))
+        variates = pack.stack.split(pack.local.renewed(pack.stack.values, pack.optimizer.rates_g, whole))
+    diagnostics = pack.private_sum.diagnostics(steps) if pack.private_sum is not None else [{} for _ in works]
     return [
         ClientResult(
             client=work.client,
             tensors=ended[g],
             examples=work.num_examples,
-            steps=len(work.batches),
-            loss=float(pack.loss_g[g]) / max(1, taken[g]),
+            steps=steps[g],
+            loss=float(losses[g]) / max(1, taken[g]),
             error=errors[g],
-            diagnostics=pack.private_sum.diagnostics(g, len(work.batches)) if pack.private_sum is not None else {},
+            diagnostics=diagnostics[g],
             own_variate={name: value for name, value in variates[g].items() if name in shared},
         )
         for g, work in enumerate(works)
@@ -90,12 +91,10 @@ def _whole_gradients(engine: Engine, works: Sequence[ClientWork], common: Arrays
     assert all(len(work.rows) for work in works if work.batches), "SCAFFOLD's option 1 takes all rows of a client"
     once = [replace(work, batches=[np.asarray(work.rows)] if work.batches else []) for work in works]
     pack = Pack(engine, once, common, config)
-    pack.backward(0)
-    pack.add_penalties()
-    return pack.stack.grads
-
-
-def _arrays(stack: Stack, rows: Tensor) -> list[dict[str, NDArray[np.floating]]]:
-    """Return rows of numbers [G, P] as each client's arrays, at its own shapes."""
-    split = stack.split(rows.cpu())
-    return [{name: np.ascontiguousarray(value.numpy()) for name, value in one.items()} for one in split]
+    whole = torch.zeros_like(pack.stack.values)
+    for turn in pack.turns:
+        groups = to_device(turn.groups, engine.device)
+        grads = pack.backward(turn)
+        pack.add_penalties(grads, groups)
+        whole[groups] = grads
+    return whole

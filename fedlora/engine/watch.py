@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedlora.engine.core import Engine, Probed
+from fedlora.engine.fused import fused
 from fedlora.engine.stack import Stack
 from fedlora.engine.work import Arrays
 from fedlora.methods import Fault, Method, TensorSpec
@@ -61,12 +62,17 @@ class Watch:
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
-        self._before = stack.values.detach().clone()
+        self._before = stack.values.clone()
         self._peak = torch.zeros_like(self._before)
 
-    def observe(self) -> None:
-        """Record the gradients of a step: those of data alone, before noise and penalties."""
-        torch.maximum(self._peak, self._stack.grads.abs(), out=self._peak)
+    def observe(self, grads: Tensor, groups: Tensor) -> None:
+        """Record the gradients of a turn: those of data alone, before noise and penalties.
+
+        Args:
+            grads: Gradients of some groups, [a, P].
+            groups: Their places, [a].
+        """
+        fused(_raise)(self._peak, grads, groups)
 
     def seen(self, bound: float) -> list[set[str]]:
         """Return for each group the tensors with a gradient above ``bound`` times the group's largest one."""
@@ -77,7 +83,7 @@ class Watch:
 
     def still(self) -> list[set[str]]:
         """Return for each group the tensors none of whose numbers moved."""
-        return self._all(self._stack.values.detach() == self._before)
+        return self._all(self._stack.values == self._before)
 
     def faults(
         self,
@@ -96,7 +102,7 @@ class Watch:
             bound: See :func:`negligible`.
             probe: Called where a group's own rows do not acquit a tensor.
         """
-        values = self._stack.values.detach()
+        values = self._stack.values
         columns = (
             self._all(torch.isfinite(values)),
             self.seen(bound),
@@ -114,6 +120,11 @@ class Watch:
         places = self._stack.places
         whole = torch.stack([flags[:, place].all(1) for place in places.values()], 1).tolist()
         return [{name for name, flag in zip(places, row, strict=True) if flag} for row in whole]
+
+
+def _raise(peak: Tensor, grads: Tensor, groups: Tensor) -> None:
+    """Raise the peaks of some groups, in place, to their gradients' sizes."""
+    peak[groups] = torch.maximum(peak[groups], grads.abs())
 
 
 def _fault(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -35,94 +35,119 @@ class PrivateStep:
     randoms: Sequence[PrivateRandom]
 
 
-def clip_rows(grads: Tensor, max_grad_norm: float) -> tuple[Tensor, Tensor]:
-    """Scale each row's gradient to a norm of at most ``max_grad_norm``; one that is not finite becomes zero.
+class RowGradients(Protocol):
+    """A part of the gradients of single rows, of some of the trained numbers."""
+
+    def squares(self) -> Tensor:
+        """Return each row's sum of squares, in float32 or wider, [N]."""
+
+    def add(self, sums: Tensor, factor_n: Tensor) -> None:
+        """Add each row times its factor to its client's sum [a, P], in place; a factor of 0 drops NaN, too."""
+
+
+def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
+    """Return what scales rows' gradients of these norms to at most ``max_grad_norm``, [N]; 0 for what is not finite.
 
     A row whose gradient is not finite must not reach the sum: it would make all of it NaN, noise included, and so
     reveal that it is there.
-
-    Args:
-        grads: Gradients of the rows, all trained numbers together, [N, P].
-        max_grad_norm: The bound.
-
-    Returns:
-        The clipped gradients [N, P], and the norms before [N].
     """
-    norms = grads.square().sum(1).sqrt()
     factor = torch.clamp(max_grad_norm / (norms + 1e-6), max=1.0)  # the constant is Opacus's
-    clipped = grads * factor[:, None]
-    finite = torch.isfinite(norms)
-    return torch.where(finite[:, None], clipped, 0.0), norms
+    return torch.where(torch.isfinite(norms), factor, 0.0)
 
 
-def noisy_mean(sums: Tensor, step: PrivateStep, real: Tensor | None = None) -> Tensor:
-    """Return each client's gradient as the optimizer may see it: noise on the sum, by the *expected* batch size.
+def noisy_mean(sums: Tensor, step: PrivateStep, groups: Sequence[int], real: Tensor | None = None) -> Tensor:
+    """Return clients' gradients as the optimizer may see them: noise on the sum, by the *expected* batch size.
 
     Args:
-        sums: Sums of clipped gradients, [G, P]; zero for a client of whose rows none was sampled.
+        sums: Sums of clipped gradients, [a, P]; zero for a client of whose rows none was sampled.
         step: Mechanism and sources of noise.
-        real: Which numbers are a client's own, bool [G, P]; None: all. Noise is drawn for these alone, so that it does
+        groups: The places of these clients among the sources, [a].
+        real: Which numbers are a client's own, bool [a, P]; None: all. Noise is drawn for these alone, so that it does
             not depend on the ranks of the other clients of the pack.
     """
     mechanism = step.mechanism
-    if real is None:
-        noise = torch.stack([random.normal(row) for random, row in zip(step.randoms, sums, strict=True)])
-    else:
-        noise = torch.zeros_like(sums)
-        for g, random in enumerate(step.randoms):
-            noise[g, real[g]] = random.normal(sums[g, real[g]])
+    noise = torch.zeros_like(sums)
+    for at, group in enumerate(groups):
+        if real is None:
+            noise[at] = step.randoms[group].normal(sums[at])
+        else:
+            noise[at, real[at]] = step.randoms[group].normal(sums[at, real[at]])
     deviation = mechanism.noise_multiplier * mechanism.max_grad_norm
-    return (sums + deviation * noise) / mechanism.expected_batch_size
+    return noise.mul_(deviation).add_(sums).div_(mechanism.expected_batch_size)
 
 
 @final
 class PrivateSum:
-    """The gradients of a pack under DP: clipped rows are summed into them, then noise comes on top.
+    """The gradients of a pack under DP: clipped rows are summed, then noise comes on top.
 
     Diagnostics for the site are counted beside. The guarantee does not cover them; they must not leave the client.
 
     Args:
-        sums: Where the sums go, [G, P]; zero at the start of each step.
         step: Mechanism and sources of noise.
-        real: Which numbers are a client's own and not padding, bool [G, P]; None: all.
+        values: The trained numbers of the pack, [G, P].
+        real: Which of them are a client's own and not padding, bool [G, P]; None: all.
     """
 
-    def __init__(self, sums: Tensor, step: PrivateStep, real: Tensor | None = None) -> None:
-        self._sums = sums
+    def __init__(self, step: PrivateStep, values: Tensor, real: Tensor | None = None) -> None:
         self._step = step
         self._real = real
-        zero_g = torch.zeros(len(sums), dtype=torch.float64, device=sums.device)
-        self._rows_g, self._clipped_g, self._dropped_g, self._empty_g, self._signal_g, self._before_g = (
-            zero_g.clone() for _ in range(6)
-        )
+        self._numbers = values.shape[1]
+        # Of each client: rows, those clipped, those dropped, steps without rows, and the sums' norms before noise.
+        self._counts = torch.zeros((5, len(values)), dtype=torch.float64, device=values.device)
+        self._turn = self._counts
 
-    def add(self, owner_n: Tensor, grads: Tensor) -> None:
-        """Clip rows' gradients [N, P] and add each to its client's sum; ``owner_n`` [N] says whose it is."""
+    def begin(self, clients: int) -> None:
+        """Begin a turn of so many clients; what was added before and not released is forgotten."""
+        self._turn = self._counts.new_zeros((3, clients))
+
+    def add(self, sums: Tensor, parts: Sequence[RowGradients], slot_n: Tensor) -> None:
+        """Clip rows' gradients, and add each to its client's sum.
+
+        Args:
+            sums: The sums of the turn's clients, [a, P], in place.
+            parts: The gradients of the rows; all parts together are clipped to one norm.
+            slot_n: For each row its client's place in ``sums``, [N].
+        """
+        if not parts:
+            return
         max_grad_norm = self._step.mechanism.max_grad_norm
-        if self._real is not None:
-            grads = torch.where(self._real[owner_n], grads, 0.0)
-        clipped, norms = clip_rows(grads, max_grad_norm)
-        self._sums.index_add_(0, owner_n, clipped)
-        self._rows_g.index_add_(0, owner_n, torch.ones_like(norms, dtype=torch.float64))
-        self._clipped_g.index_add_(0, owner_n, (norms > max_grad_norm).double())
-        self._dropped_g.index_add_(0, owner_n, (~torch.isfinite(norms)).double())
+        squares = torch.stack([part.squares() for part in parts]).sum(0)
+        norms = squares.sqrt()
+        factor_n = clip_factors(norms, max_grad_norm)
+        for part in parts:
+            part.add(sums, factor_n)
+        counted = (torch.ones_like(norms), norms > max_grad_norm, ~norms.isfinite())
+        self._turn.index_add_(1, slot_n, torch.stack([flag.double() for flag in counted]))
 
-    def release(self) -> None:
-        """Turn the sums into what the optimizer may see; also where no row was sampled, which must not show."""
-        self._signal_g += self._sums.square().sum(1).sqrt().double()
-        self._empty_g += self._rows_g == self._before_g
-        self._before_g = self._rows_g.clone()
-        self._sums.copy_(noisy_mean(self._sums, self._step, self._real))
+    def release(self, sums: Tensor, groups: Sequence[int], groups_a: Tensor) -> Tensor:
+        """Return the sums of a turn's clients as the optimizer may see them; also where no row was sampled.
 
-    def diagnostics(self, group: int, steps: int) -> dict[str, float]:
-        """Return a client's numbers of the round."""
-        rows, mechanism = float(self._rows_g[group]), self._step.mechanism
-        numbers = self._sums.shape[1] if self._real is None else int(self._real[group].sum())
-        noise = mechanism.noise_multiplier * mechanism.max_grad_norm * math.sqrt(numbers)
-        return {
-            "rows": rows,
-            "empty_steps": float(self._empty_g[group]),
-            "clipped_fraction": float(self._clipped_g[group]) / max(1.0, rows),
-            "dropped_rows": float(self._dropped_g[group]),
-            "signal_to_noise": float(self._signal_g[group]) / max(1, steps) / noise if noise else math.inf,
-        }
+        That must not show.
+
+        Args:
+            sums: The sums, [a, P].
+            groups: The clients' places in the pack, [a].
+            groups_a: The same as a tensor.
+        """
+        signal_a = torch.linalg.vector_norm(sums, dim=1).double()
+        empty_a = (self._turn[0] == 0).double()
+        self._counts.index_add_(1, groups_a, torch.stack([*self._turn, empty_a, signal_a]))
+        return noisy_mean(sums, self._step, groups, None if self._real is None else self._real[groups_a])
+
+    def diagnostics(self, steps: Sequence[int]) -> list[dict[str, float]]:
+        """Return each client's numbers of the round, in which it took so many steps."""
+        mechanism, found = self._step.mechanism, []
+        numbers = [self._numbers] * len(steps) if self._real is None else self._real.sum(1).tolist()
+        for counts, taken, own in zip(self._counts.T.tolist(), steps, numbers, strict=True):
+            rows, clipped, dropped, empty, signal = counts
+            noise = mechanism.noise_multiplier * mechanism.max_grad_norm * math.sqrt(own)
+            found.append(
+                {
+                    "rows": rows,
+                    "empty_steps": empty,
+                    "clipped_fraction": clipped / max(1.0, rows),
+                    "dropped_rows": dropped,
+                    "signal_to_noise": signal / max(1, taken) / noise if noise else math.inf,
+                }
+            )
+        return found

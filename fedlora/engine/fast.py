@@ -1,0 +1,156 @@
+"""The fast ways of a GPU, each tried against the plain one when a model is loaded, and used where it gives the same.
+
+- Short rows' attention in one program a row and head (:mod:`fedlora.engine.kernels.attention`);
+- the low-rank update in one pass over a layer's rows (:mod:`fedlora.engine.kernels.low_rank`);
+- the model's repeated blocks compiled, with shapes left open, so that other packs and lengths compile nothing anew.
+
+The plain way is the reference: the losses and gradients of rows that are nobody's, with all tensors drawn at random.
+A family of models that a fast way does not fit is trained the plain way, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlora.config import TrainConfig
+from fedlora.engine.apart import random_tensors
+from fedlora.engine.core import Engine
+from fedlora.engine.kernels import attention
+from fedlora.engine.pack import Pack
+from fedlora.engine.work import Arrays, ClientWork
+
+_logger = logging.getLogger(__name__)
+_SHORT = (torch.bfloat16, torch.float16)
+_TOLERANCE = {torch.float32: 1e-3}
+_COARSE = 5e-2  # of 16 bits
+_SPECIALISED = 64  # versions of a compiled block: of one row or many, of one client or many, with gradients or without
+_SHARE = 0.7  # of the free memory that a pass may take; the rest is the pack's own
+_MEASURED = (2048, 4096)  # costs between which memory is measured
+
+
+def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True) -> Engine:
+    """Return the engine with the fast ways that give what the plain one does, and passes that fit into the memory.
+
+    Args:
+        engine: The engine, on any device; on a CPU it is returned as it is.
+        tensors: All of the method's tensors, for their shapes.
+        compiled: Whether blocks may be compiled, which takes about a minute once on a machine.
+    """
+    if engine.device.type != "cuda" or engine.compute == torch.float64:
+        return engine
+    expected = _numbers(engine, tensors)
+    for way in (_with_attention, _with_kernel, *([_with_compiled] if compiled else [])):
+        engine = _tried(engine, way, tensors, expected)
+    return replace(engine, max_cost=_fitting(engine, tensors))
+
+
+def _with_attention(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+    config = engine.base.model.config
+    before = config._attn_implementation
+    if engine.compute in _SHORT and before == "sdpa":
+        attention.register()
+        config._attn_implementation = attention.NAME
+
+    def undo() -> None:
+        config._attn_implementation = before
+
+    return engine, undo
+
+
+def _with_kernel(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+    return replace(engine, kernels=engine.compute in _SHORT), lambda: None
+
+
+def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SPECIALISED)
+    grouped = engine.grouped
+    grouped.blocks = {block: torch.compile(block.forward, dynamic=True) for block in blocks_of(engine)}
+    return engine, grouped.blocks.clear
+
+
+def blocks_of(engine: Engine) -> list[nn.Module]:
+    """Return the modules that a model repeats: the outermost lists of modules of one kind that hold adapted layers."""
+    names = [layer.name for layer in engine.base.structure.adapted]
+    found: list[nn.Module] = []
+    within: list[str] = []
+    for name, module in engine.base.model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in within):
+            continue
+        if len({type(block) for block in module}) == 1 and any(layer.startswith(f"{name}.") for layer in names):
+            within.append(name)
+            found += list(module)
+    return found
+
+
+def _tried(
+    engine: Engine,
+    way: Callable[[Engine], tuple[Engine, Callable[[], None]]],
+    tensors: Arrays,
+    expected: tuple[np.ndarray, np.ndarray],
+) -> Engine:
+    changed, undo = way(engine)
+    name = way.__name__.removeprefix("_with_")
+    try:
+        off = _apart(_numbers(changed, tensors), expected)
+    except Exception as error:  # whatever a model's own code raises: the plain way is there
+        _logger.warning("%s: the plain way computes, this model does not take the fast one (%s)", name, error)
+    else:
+        if off <= _TOLERANCE.get(engine.compute, _COARSE):
+            return changed
+        _logger.warning("%s: the plain way computes, the fast one is off by %.2g for this model", name, off)
+    undo()
+    return engine
+
+
+def _numbers(engine: Engine, tensors: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """Return the losses of two clients on rows that are nobody's, and their gradients, short and long ones."""
+    losses, grads = [], []
+    for long in (False, True):
+        rows = engine.task.made_up_rows(long=long)
+        batches = (np.arange(len(rows)), np.arange(1, len(rows)))
+        works = [
+            ClientWork(g, rows, len(rows), [batch], random_tensors(tensors, "group", g))
+            for g, batch in enumerate(batches)
+        ]
+        pack = Pack(engine, works, {}, TrainConfig(learning_rate=0.01))
+        grads += [pack.backward(turn).double().cpu().numpy().ravel() for turn in pack.turns]
+        losses.append(pack.losses())
+    return np.concatenate(losses), np.concatenate(grads)
+
+
+def _apart(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> float:
+    """Return the largest relative difference in norm."""
+    pairs = zip(found, expected, strict=True)
+    return max(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)) for a, b in pairs)
+
+
+def _fitting(engine: Engine, tensors: Arrays) -> int:
+    """Return the cost of a pass that fits into the free memory, by what passes of two costs take; the engine's at most.
+
+    What a pass holds for the backward pass grows with its cost, and nothing else of it does.
+    """
+    rows = engine.task.made_up_rows(long=True)
+    longest, start = len(rows) - 1, random_tensors(tensors)
+    taken: list[tuple[int, int]] = []
+    for cost in _MEASURED:
+        count = max(1, cost // int(rows.cost[longest]))
+        pack = Pack(
+            engine, [ClientWork(0, rows, count, [np.full(count, longest)], start)], {}, TrainConfig(learning_rate=0.01)
+        )
+        before = torch.cuda.memory_allocated(engine.device)
+        torch.cuda.reset_peak_memory_stats(engine.device)
+        for turn in pack.turns:
+            pack.backward(turn)
+        taken.append((count * int(rows.cost[longest]), torch.cuda.max_memory_allocated(engine.device) - before))
+    (small, low), (large, high) = taken
+    slope = (high - low) / (large - small) if large > small else high / large
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(engine.device)[0]
+    _logger.info("a pass takes %.0f kB a token, %.1f GB are free", slope / 1e3, free / 1e9)
+    return max(1, min(engine.max_cost, int(_SHARE * free / max(slope, 1.0))))

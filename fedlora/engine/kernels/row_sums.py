@@ -1,0 +1,19 @@
+"""Weighted sums of rows by group, always added in the same order: DP-SGD's sums of clipped gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedlora.engine.transfer import Spans
+
+
+def add(sums: Tensor, rows: Tensor, factor_n: Tensor, spans: Spans) -> None:
+    """Add to each group's sum [G, p], in place, its rows [N, p], each times its factor; a factor of 0 drops NaN, too."""
+    if rows.is_cuda and rows.dtype != torch.float64:
+        from fedlora.engine.kernels import row_sums_triton
+
+        row_sums_triton.add(sums, rows, factor_n, spans.first_g)
+        return
+    wide = rows.to(sums.dtype) * factor_n[:, None].to(sums.dtype)
+    sums.index_add_(0, spans.group_n, torch.where(factor_n[:, None] > 0, wide, 0.0))

@@ -1,0 +1,114 @@
+"""The order of a pack's work, fixed on the host before a round: which clients step together, which rows share a pass.
+
+Every client's step can be taken at any time after its last one, since no client waits for another. So each turn of a
+pack takes those clients that have most steps left, as many as fill one forward pass: clients with little work wait and
+take the places of those that have finished, and the device is full to the end although clients differ. Within a turn
+rows are sorted by cost and cut where padding would begin to cost more than it saves.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.engine.work import ClientWork
+
+_PADDING = 0.08  # of a pass, beyond which its rows are cut in two
+_LEAST = 0.25  # of a full pass: smaller ones are padded rather than cut
+
+
+@final
+@dataclass(frozen=True)
+class Turn:
+    """One step of some clients of a pack.
+
+    Attributes:
+        groups: The clients' places in the pack, ascending, [a].
+        steps: The step that each takes, from 0, [a].
+        rows: Row numbers at their clients, [n], sorted by client.
+        slot_n: For each row its client's place in ``groups``, [n].
+        cost_n: Its cost, [n].
+    """
+
+    groups: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    slot_n: NDArray[np.int64]
+    cost_n: NDArray[np.int64]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Rows of each client, [a]."""
+        return np.bincount(self.slot_n, minlength=len(self.groups))
+
+
+def turns(works: Sequence[ClientWork], fill: int) -> list[Turn]:
+    """Return the turns of a pack's round.
+
+    Args:
+        works: What the clients do.
+        fill: Cost of rows that fills a forward pass; a turn takes clients until it has that much.
+    """
+    costs = [work.examples.cost for work in works]
+    waiting = [(-len(work.batches), g, 0) for g, work in enumerate(works) if work.batches]
+    heapq.heapify(waiting)
+    planned: list[Turn] = []
+    while waiting:
+        taken: list[tuple[int, int]] = []
+        cost = 0
+        while waiting:
+            _, g, step = waiting[0]
+            more = int(costs[g][works[g].batches[step]].sum())
+            if taken and cost + more > fill:
+                break
+            heapq.heappop(waiting)
+            taken.append((g, step))
+            cost += more
+        taken.sort()
+        batches = [np.asarray(works[g].batches[step], dtype=np.int64) for g, step in taken]
+        planned.append(
+            Turn(
+                groups=np.array([g for g, _ in taken], dtype=np.int64),
+                steps=np.array([step for _, step in taken], dtype=np.int64),
+                rows=np.concatenate(batches),
+                slot_n=np.repeat(np.arange(len(taken)), [len(batch) for batch in batches]),
+                cost_n=np.concatenate([costs[g][batch] for (g, _), batch in zip(taken, batches, strict=True)]),
+            )
+        )
+        for g, step in taken:
+            left = len(works[g].batches) - step - 1
+            if left:
+                heapq.heappush(waiting, (-left, g, step + 1))
+    return planned
+
+
+def passes(cost_n: NDArray[np.int64], part_n: NDArray[np.int64], most: int, rows: int) -> list[NDArray[np.int64]]:
+    """Cut rows into forward passes: alike in cost, within the bound, such as may go together.
+
+    Args:
+        cost_n: Of each row.
+        part_n: Rows of different parts never go together.
+        most: Bound on the cost of a pass, which is its rows times the cost of the longest; one row always fits.
+        rows: Bound on its rows.
+
+    Returns:
+        Positions in ``cost_n``, ascending within a pass; every position once.
+    """
+    order = np.lexsort((np.arange(len(cost_n)), -cost_n, part_n))
+    found: list[NDArray[np.int64]] = []
+    start = real = 0
+    for at, place in enumerate(order):
+        longest, count = int(cost_n[order[start]]), at - start
+        padded = longest * (count + 1)
+        full = padded > most or count == rows or part_n[place] != part_n[order[start]]
+        wasteful = longest * count >= _LEAST * most and padded - real - int(cost_n[place]) > _PADDING * padded
+        if count and (full or wasteful):
+            found.append(np.sort(order[start:at]))
+            start, real = at, 0
+        real += int(cost_n[place])
+    return [*found, np.sort(order[start:])] if len(order) else found

@@ -1,0 +1,35 @@
+"""What goes from the host to a device: without waiting for what that is doing."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Self, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array as a tensor on ``device``."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+@final
+class Spans(NamedTuple):
+    """Which rows of a batch are whose; rows are sorted by group.
+
+    Attributes:
+        group_n: Each row's group, int64 [N].
+        first_g: Each group's first row, and N after the last, int64 [G + 1].
+    """
+
+    group_n: Tensor
+    first_g: Tensor
+
+    @classmethod
+    def of(cls, group_n: NDArray[np.int64], groups: int, device: torch.device) -> Self:
+        """Return the spans of rows of these groups, made on the host."""
+        assert bool((np.diff(group_n) >= 0).all()), "rows that are not sorted by group"
+        return cls(to_device(group_n, device), to_device(np.searchsorted(group_n, np.arange(groups + 1)), device))
