@@ -17,7 +17,7 @@ from torch.nn import functional
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
 from fedlora.engine.rowwise import Flat
-from fedlora.engine.transfer import Spans
+from fedlora.transfer import Spans
 from fedlora.privacy import Mechanism
 from fedlora.privacy.step import PrivateStep, clip_factors
 from tests.support.families import FAMILIES, random_examples

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from fedlora.engine.layers import GroupedModel, Layout
 from fedlora.engine.schedule import passes
 from fedlora.engine.stack import Stack, common_shapes
-from fedlora.engine.transfer import to_device
 from fedlora.engine.work import Arrays
 from fedlora.methods import Method
 from fedlora.models import Base
 from fedlora.tasks import Batch, Rows, Task
+from fedlora.transfer import to_places
 
 FactsOf = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """Computes facts of a batch's rows, [N] each."""
@@ -182,7 +182,7 @@ class GroupTensors:
         """Put the factors of a batch in place, for the time of a block, whose rows are sorted by these groups."""
         engine = self._engine
         present, slot_n = np.unique(group, return_inverse=True)
-        here = self._stack.values[to_device(present, engine.device)].to(engine.compute)
+        here = self._stack.values[to_places(present, engine.device)].to(engine.compute)
         factors = engine.method.factors({**self._fixed, **self._stack.named(here)})
         return engine.grouped.placed(factors, engine.layout(slot_n, len(present)), compiled=compiled)
 

@@ -1,6 +1,7 @@
 """The fast ways of a GPU, each tried against the plain one when a model is loaded, and used where it gives the same.
 
-- Short rows' attention in one program a row and head (:mod:`fedlora.engine.kernels.attention`);
+- A language model's answers alone before its output layer (:mod:`fedlora.tasks.token_losses`), on any device;
+- short rows' attention in one program a row and head (:mod:`fedlora.engine.kernels.attention`);
 - the low-rank update in one pass over a layer's rows (:mod:`fedlora.engine.kernels.low_rank`);
 - the model's repeated blocks compiled, with shapes left open, so that other packs and lengths compile nothing anew.
 
@@ -25,9 +26,12 @@ from fedlora.engine.kernels import attention
 from fedlora.engine.pack import Pack
 from fedlora.engine.work import Arrays, ClientWork
 
+Way = Callable[[Engine], tuple[Engine, Callable[[], None]]]
+"""From an engine one that computes in another way, and what takes that back."""
+
 _logger = logging.getLogger(__name__)
 _SHORT = (torch.bfloat16, torch.float16)
-_TOLERANCE = {torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _COARSE = 5e-2  # of 16 bits
 _SPECIALISED = 64  # versions of a compiled block: of one row or many, of one client or many, with gradients or without
 _SHARE = 0.7  # of the free memory that a pass may take; the rest is the pack's own
@@ -42,12 +46,20 @@ def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True) -> Engine:
         tensors: All of the method's tensors, for their shapes.
         compiled: Whether blocks may be compiled, which takes about a minute once on a machine.
     """
-    if engine.device.type != "cuda" or engine.compute == torch.float64:
-        return engine
-    expected = _numbers(engine, tensors)
-    for way in (_with_attention, _with_kernel, *([_with_compiled] if compiled else [])):
+    ways: list[Way] = [_with_less_memory] if engine.task.with_less_memory(engine.base.model) else []
+    on_gpu = engine.device.type == "cuda" and engine.compute != torch.float64
+    if on_gpu:
+        ways += [_with_attention, _with_kernel, *([_with_compiled] if compiled else [])]
+    expected = _numbers(engine, tensors) if ways else None
+    for way in ways:
         engine = _tried(engine, way, tensors, expected)
-    return replace(engine, max_cost=_fitting(engine, tensors))
+    return replace(engine, max_cost=_fitting(engine, tensors)) if on_gpu else engine
+
+
+def _with_less_memory(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+    task = engine.task.with_less_memory(engine.base.model)
+    assert task is not None, "asked before"
+    return replace(engine, task=task), lambda: None
 
 
 def _with_attention(engine: Engine) -> tuple[Engine, Callable[[], None]]:
@@ -90,7 +102,7 @@ def blocks_of(engine: Engine) -> list[nn.Module]:
 
 def _tried(
     engine: Engine,
-    way: Callable[[Engine], tuple[Engine, Callable[[], None]]],
+    way: Way,
     tensors: Arrays,
     expected: tuple[np.ndarray, np.ndarray],
 ) -> Engine:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.engine.kernels import low_rank
-from fedlora.engine.transfer import Spans, to_device
 from fedlora.methods import Dense, Factor, LowRank, Scale
+from fedlora.transfer import Spans, to_device
 
 
 @final
@@ -131,15 +131,17 @@ class GroupedLayer(nn.Module):
         if self.factor is None:
             return self.base(x)  # type: ignore[no-any-return]
         assert self.layout is not None, "a factor without a layout"
+        spans = self.layout.spans
+        if isinstance(self.factor, LowRank) and spans is not None and self.probe is None:
+            # First, and by tensors' shapes alone: what is compiled holds for any number of groups.
+            if x.shape[0] == spans.group_n.shape[0]:
+                a, b = self.factor.A.to(x.dtype), self.factor.scaled_b().to(x.dtype)
+                return low_rank.added(self._fixed(x), x, a, b, spans)
         if self.layout.groups > 1 and x.shape[0] != self.layout.rows:
             raise NoRowsError(self.name)
         added = isinstance(self.factor, LowRank)
         if self.probe is not None:
             return self.probe.output(x, self._own, self._fixed if added else None)
-        if added and self.layout.spans is not None:
-            factor: LowRank = self.factor  # type: ignore[assignment]
-            a, b = factor.A.to(x.dtype), factor.scaled_b().to(x.dtype)
-            return low_rank.added(self._fixed(x), x, a, b, self.layout.spans)
         own = self._own(x)  # before the base layer: the order in which x's gradients are added up depends on it
         return self._fixed(x) + own if added else own
 

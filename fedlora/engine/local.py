@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedlora.engine.stack import Stack
 from fedlora.local_terms import LocalTerms
+from fedlora.transfer import Places
 
 NO_TERMS = LocalTerms()
 
@@ -43,13 +44,13 @@ class LocalGradient:
         self._server_g = server_g
         self._own_g = own_g
 
-    def add(self, grads: Tensor, values: Tensor, groups: Tensor) -> None:
+    def add(self, grads: Tensor, values: Tensor, groups: Places) -> None:
         """Add the terms to the gradients of some groups, in place.
 
         Args:
             grads: Their gradients, [a, P].
             values: The numbers of all groups, [G, P].
-            groups: The groups' places, [a].
+            groups: The groups' places.
         """
         if self._terms.proximal:
             moved = values[groups] - self._start[groups]

@@ -9,19 +9,22 @@ weight take a proximal step after their update.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from fedlora.config import TrainConfig
-from fedlora.engine.fused import fused
+from fedlora.fused import fused
 from fedlora.methods import soft_threshold
+from fedlora.transfer import Places
 
-Update = Callable[..., tuple[Tensor, Tensor]]
-"""From numbers [a, P], moments [m, a, P], gradients [a, P], and rates and step counts (float64 [a, 1]): the new numbers
-and moments."""
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+
+Update = Callable[..., tuple[Tensor, ...]]
+"""From numbers, their moments and their gradients, [a, P] each, and what a client's step has for all its numbers, [a, 1]
+each: the new numbers and moments."""
 
 
 def clip_groups(grads: Tensor, max_norm: float) -> None:
@@ -31,45 +34,46 @@ def clip_groups(grads: Tensor, max_norm: float) -> None:
 
 
 def adamw(
-    values: Tensor, moments: Tensor, grads: Tensor, rate: Tensor, count: Tensor, weight_decay: float
-) -> tuple[Tensor, Tensor]:
-    """Return the step of AdamW (Loshchilov & Hutter, 2019) with betas 0.9 and 0.999 and epsilon 1e-8."""
-    beta1, beta2, epsilon = 0.9, 0.999, 1e-8
-    first = torch.lerp(moments[0], grads, 1 - beta1)
-    second = moments[1] * beta2 + grads.square() * (1 - beta2)
-    correction1 = (1 - beta1**count).to(grads.dtype)
-    correction2 = (1 - beta2**count).sqrt().to(grads.dtype)
-    rate = rate.to(grads.dtype)
-    decayed = values * (1 - rate * weight_decay)
-    moved = decayed - (rate / correction1) * first / (second.sqrt() / correction2 + epsilon)
-    return moved, torch.stack([first, second])
+    values: Tensor, moments: Sequence[Tensor], grads: Tensor, rate: Tensor, root: Tensor, kept: Tensor
+) -> tuple[Tensor, ...]:
+    """Return AdamW's step.
+
+    Args:
+        values: The numbers.
+        moments: First and second moment.
+        grads: The gradients.
+        rate: The learning rate by the first moment's correction.
+        root: The root of the second moment's correction.
+        kept: What weight decay leaves.
+    """
+    first = torch.lerp(moments[0], grads, 1 - _BETA1)
+    second = moments[1] * _BETA2 + grads.square() * (1 - _BETA2)
+    return values * kept - rate * first / (second.sqrt() / root + _EPSILON), first, second
 
 
 def sgd(
-    values: Tensor, moments: Tensor, grads: Tensor, rate: Tensor, count: Tensor, weight_decay: float, momentum: float
-) -> tuple[Tensor, Tensor]:
+    values: Tensor, moments: Sequence[Tensor], grads: Tensor, rate: Tensor, momentum: Tensor, decay: Tensor
+) -> tuple[Tensor, ...]:
     """Return the step of SGD with momentum and L2 weight decay."""
-    velocity = momentum * moments[0] + (grads + weight_decay * values)
-    return values - rate.to(grads.dtype) * velocity, velocity[None]
+    velocity = momentum * moments[0] + (grads + decay * values)
+    return values - rate * velocity, velocity
 
 
 def _step(
     update: Update,
     values: Tensor,
-    moments: Tensor,
+    moments: Sequence[Tensor],
     grads: Tensor,
-    groups: Tensor,
-    rate: Tensor,
-    count: Tensor,
+    scalars: Sequence[Tensor],
+    threshold: Tensor | None,
     l1: Tensor | None,
-    **settings: float,
 ) -> None:
-    """Move the numbers and moments of some groups, in place."""
-    moved, renewed = update(values[groups], moments[:, groups], grads, rate, count, **settings)
+    """Move numbers and their moments, in place."""
+    moved, *renewed = update(values, moments, grads.to(values.dtype), *scalars)
     if l1 is not None:
-        moved = soft_threshold(moved, rate.to(grads.dtype) * l1)
-    values[groups] = moved
-    moments[:, groups] = renewed
+        moved = soft_threshold(moved, threshold * l1)
+    for old, new in zip((values, *moments), (moved, *renewed), strict=True):
+        old.copy_(new)
 
 
 class GroupedOptimizer(ABC):
@@ -95,54 +99,69 @@ class GroupedOptimizer(ABC):
         self.total_g = steps_g
         self.count_g = torch.zeros_like(steps_g)
         self.rates_g = torch.zeros_like(steps_g, dtype=torch.float64)
-        self._moments = values.new_zeros((self.moments, *values.shape))
+        self._moments = [torch.zeros_like(values) for _ in range(self.moments)]
 
-    def step(self, grads: Tensor, groups: Tensor) -> None:
+    def step(self, grads: Tensor, groups: Places) -> None:
         """Move some groups by one step.
 
         Args:
             grads: Their gradients, [a, P].
-            groups: Their places, int64 [a], each once.
+            groups: Their places.
         """
         if self.config.clip_norm > 0:
             clip_groups(grads, self.config.clip_norm)
         rate = self._learning_rate(groups)
         self.count_g[groups] += 1
         self.rates_g[groups] += rate
-        update, settings = self._update()
-        count = self.count_g[groups].double()[:, None]
-        fused(_step)(update, self.values, self._moments, grads, groups, rate[:, None], count, self.l1, **settings)
+        # Not in what is fused, which would compute them for each number.
+        update, scalars = self._update(rate[:, None].to(self.values.dtype), self.count_g[groups].double()[:, None])
+        threshold = None if self.l1 is None else rate[:, None].to(self.values.dtype)
+        whole = [self.values, *self._moments]
+        values, *moments = here = [numbers[groups] for numbers in whole]
+        fused(_step)(update, values, moments, grads, scalars, threshold, self.l1)
+        if not isinstance(groups, slice):  # of a slice they are views
+            for numbers, moved in zip(whole, here, strict=True):
+                numbers[groups] = moved
 
-    def _learning_rate(self, groups: Tensor) -> Tensor:
+    def _learning_rate(self, groups: Places) -> Tensor:
         """Return the learning rate of some groups' next step, float64 [a]."""
-        share = torch.ones_like(groups, dtype=torch.float64)
+        count = self.count_g[groups].double()
+        share = torch.ones_like(count)
         if self.config.schedule == "linear":
-            share = 1.0 - self.count_g[groups].double() / self.total_g[groups].clamp(min=1).double()
+            share = 1.0 - count / self.total_g[groups].clamp(min=1).double()
         return share * self.config.learning_rate
 
     @abstractmethod
-    def _update(self) -> tuple[Update, dict[str, float]]:
-        """Return what computes a step, and its settings."""
+    def _update(self, rate: Tensor, count: Tensor) -> tuple[Update, list[Tensor]]:
+        """Return what computes a step, and what a client's has for all its numbers, [a, 1] each.
+
+        Args:
+            rate: The learning rates.
+            count: The step's number, from 1, in float64.
+        """
 
 
 @final
 class AdamW(GroupedOptimizer):
-    """AdamW for a pack."""
+    """AdamW (Loshchilov & Hutter, 2019) with betas 0.9 and 0.999 and epsilon 1e-8."""
 
     moments = 2
 
-    def _update(self) -> tuple[Update, dict[str, float]]:
-        return adamw, {"weight_decay": self.config.weight_decay}
+    def _update(self, rate: Tensor, count: Tensor) -> tuple[Update, list[Tensor]]:
+        correction1 = (1 - _BETA1**count).to(rate.dtype)
+        correction2 = (1 - _BETA2**count).sqrt().to(rate.dtype)
+        return adamw, [rate / correction1, correction2, 1 - rate * self.config.weight_decay]
 
 
 @final
 class SGD(GroupedOptimizer):
-    """SGD for a pack."""
+    """SGD with momentum and L2 weight decay."""
 
     moments = 1
 
-    def _update(self) -> tuple[Update, dict[str, float]]:
-        return sgd, {"weight_decay": self.config.weight_decay, "momentum": self.config.momentum}
+    def _update(self, rate: Tensor, count: Tensor) -> tuple[Update, list[Tensor]]:
+        config = self.config
+        return sgd, [rate, torch.full_like(rate, config.momentum), torch.full_like(rate, config.weight_decay)]
 
 
 def build_optimizer(values: Tensor, config: TrainConfig, steps_g: Tensor, l1: Tensor | None = None) -> GroupedOptimizer:

@@ -32,11 +32,11 @@ from fedlora.engine.optimizers import build_optimizer
 from fedlora.engine.rowwise import RowWise
 from fedlora.engine.schedule import Turn, turns
 from fedlora.engine.stack import Stack, common_shapes
-from fedlora.engine.transfer import to_device
 from fedlora.engine.work import Arrays, ClientWork
 from fedlora.local_terms import LocalTerms
 from fedlora.privacy.step import PrivateStep, PrivateSum
 from fedlora.tasks import Batch
+from fedlora.transfer import Places, to_device, to_places
 
 _logger = logging.getLogger(__name__)
 
@@ -114,9 +114,10 @@ class Pack:
 
     def _backward(self, turn: Turn, probe: LayerProbe | None) -> Tensor:
         engine, private = self._engine, self.private_sum
-        groups = to_device(turn.groups, engine.device)
+        groups = to_places(turn.groups, engine.device)
         here = self.stack.values[groups].to(engine.compute)
-        grads = self.stack.values.new_zeros(here.shape)
+        real = None if self.stack.real is None else self.stack.real[groups]
+        grads: Tensor | None = None
         share_n = (1.0 / np.maximum(turn.sizes, 1))[turn.slot_n]
         losses: list[tuple[NDArray[np.int64], Tensor]] = []
         if private is not None:
@@ -128,15 +129,18 @@ class Pack:
             batch = self._batch(turn, chosen)
             share = to_device(share_n[chosen], engine.device).to(engine.dtype)
             if private is None or self._row_wise is None:
-                losses_n = self._together(grads, here, batch, slot_n, share, probe)
+                grads, losses_n = self._together(grads, here, batch, slot_n, share, probe)
             else:
-                losses_n, parts = self._row_wise.gradients(self.stack, self._fixed_here, here, batch, slot_n, probe)
+                losses_n, parts = self._row_wise.gradients(
+                    self.stack, self._fixed_here, here, batch, slot_n, real, probe
+                )
+                grads = self.stack.values.new_zeros(here.shape) if grads is None else grads
                 private.add(grads, parts, to_device(slot_n, engine.device))
             losses.append((turn.groups[slot_n], losses_n.detach() * share))
-        if self.stack.real is not None:
-            grads.masked_fill_(~self.stack.real[groups], 0.0)
         self._losses += losses
-        return grads
+        if grads is None:
+            return self.stack.values.new_zeros(here.shape)
+        return grads if real is None else grads.masked_fill(~real, 0.0)
 
     def _batch(self, turn: Turn, chosen: NDArray[np.int64]) -> Batch:
         """Return these rows of a turn as a batch on the device."""
@@ -147,14 +151,17 @@ class Pack:
 
     def _together(
         self,
-        grads: Tensor,
+        grads: Tensor | None,
         here: Tensor,
         batch: Batch,
         slot_n: NDArray[np.int64],
         share: Tensor,
         probe: LayerProbe | None,
-    ) -> Tensor:
-        """Add the gradients of a pass, one for each client, to ``grads`` [a, P]; return its rows' losses."""
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return gradients [a, P] with those of a pass added, one for each client, and its rows' losses.
+
+        Those of one pass that has all clients stay as they come, in the precision of the base model.
+        """
         engine = self._engine
         present, group_n = np.unique(slot_n, return_inverse=True)
         at = None if len(present) == len(here) else to_device(present, engine.device)
@@ -164,29 +171,33 @@ class Pack:
             losses_n = engine.task.row_losses(model, batch)
             if losses_n.requires_grad:  # what does not is reported by the watch, with names
                 (losses_n * share).sum().backward()  # type: ignore[no-untyped-call]
-        if own.grad is not None:
-            grads.add_(own.grad) if at is None else grads.index_add_(0, at, own.grad.to(grads.dtype))
-        return losses_n
+        if own.grad is None or (grads is None and at is None):
+            return own.grad if grads is None else grads, losses_n
+        total = self.stack.values.new_zeros(here.shape) if grads is None else grads.to(self.stack.values.dtype)
+        more = own.grad.to(total.dtype)
+        return total.add_(more) if at is None else total.index_add_(0, at, more), losses_n
 
     def move(self, turn: Turn, grads: Tensor) -> None:
         """Take a turn's steps along its gradients [a, P].
 
         Noise and denominator under DP, then what sees no data, then the optimizer.
         """
-        groups = to_device(turn.groups, self._engine.device)
+        groups = to_places(turn.groups, self._engine.device)
         if self.private_sum is not None:
             grads = self.private_sum.release(grads, turn.groups.tolist(), groups)
-        self.add_penalties(grads, groups)
+        grads = self.with_penalties(grads, groups)
         if self.local is not None:
+            grads = grads.to(self.stack.values.dtype)
             self.local.add(grads, self.stack.values, groups)
         self.optimizer.step(grads, groups)
 
-    def add_penalties(self, grads: Tensor, groups: Tensor) -> None:
-        """Add to gradients [a, P] those of what the method adds to the loss of these groups whatever the data."""
-        own = self.stack.values[groups].requires_grad_()
+    def with_penalties(self, grads: Tensor, groups: Places) -> Tensor:
+        """Return gradients [a, P] with those of what the method adds to these groups' loss whatever the data."""
+        own = self.stack.values[groups].detach().requires_grad_()
         penalty_g = self._engine.method.penalty({**self._fixed, **self.stack.named(own)})
-        if penalty_g is not None and penalty_g.requires_grad:
-            grads += torch.autograd.grad(penalty_g.sum(), own)[0]
+        if penalty_g is None or not penalty_g.requires_grad:
+            return grads
+        return grads.to(own.dtype) + torch.autograd.grad(penalty_g.sum(), own)[0]
 
     def losses(self) -> NDArray[np.float64]:
         """Return the sums over the steps of each client's mean row loss, [G]."""

@@ -105,7 +105,7 @@ def _probe(
         # What arrives at one output is smaller than a tensor's gradient, a sum over many of them; so is its rounding.
         (turn,) = pack.turns
         grads = pack.backward(turn, Arrival(gain, least=1e-3 * bound))
-        watch.observe(grads, torch.zeros(1, dtype=torch.int64, device=engine.device))
+        watch.observe(grads, slice(0, 1))
         pack.move(turn, grads)
         seen, still = watch.seen(bound)[0], watch.still()[0]
         connected |= seen

@@ -22,10 +22,10 @@ from fedlora.engine.core import Engine
 from fedlora.engine.kernels import row_sums
 from fedlora.engine.layers import LayerProbe, Layout, Replaced, with_bias
 from fedlora.engine.stack import Shape, Stack
-from fedlora.engine.transfer import Spans, to_device
 from fedlora.methods import Dense, Factor
 from fedlora.privacy.step import RowGradients
 from fedlora.tasks import Batch
+from fedlora.transfer import Spans, to_device
 
 
 @final
@@ -155,6 +155,7 @@ class RowWise:
         here: Tensor,
         batch: Batch,
         slot_n: NDArray[np.int64],
+        real: Tensor | None = None,
         probe: LayerProbe | None = None,
     ) -> tuple[Tensor, Sequence[RowGradients]]:
         """Return the losses of a pass's rows [N], and their gradients in parts.
@@ -165,6 +166,7 @@ class RowWise:
             here: Numbers of the turn's clients, [a, P].
             batch: The rows, sorted by client.
             slot_n: For each row its client's place in ``here``, [N].
+            real: Which numbers of ``here`` are a client's own, bool [a, P]; None: all. Padding takes no part in norms.
             probe: See :meth:`fedlora.engine.layers.GroupedModel.placed`.
         """
         engine, device = self._engine, self._engine.device
@@ -188,7 +190,8 @@ class RowWise:
                 losses_n.sum().backward()  # type: ignore[no-untyped-call]
         found: list[RowGradients] = []
         if rows.grad is not None:
-            found.append(Flat(slice(0, cut), rows.grad, spans))
+            grads = rows.grad if real is None else torch.where(real[:, :cut][slot], rows.grad, 0.0)
+            found.append(Flat(slice(0, cut), grads, spans))
         for name, one in dense.items():
             found += self._parts(stack, name, one)
         return losses_n, found

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.engine.transfer import to_device
 from fedlora.engine.work import Arrays
 from fedlora.methods import TensorSpec
+from fedlora.transfer import to_device
 
 Shape = tuple[int, ...]
 
@@ -59,8 +59,9 @@ class Stack:
         self._dtype, self._device, self._size = dtype, device, at
         self.values = self.rows(starts)
         ragged = any(own != self.shapes for own in self._own)
-        whole = [{name: np.ones(shape) for name, shape in own.items()} for own in self._own]
-        self.real = self.rows(whole) != 0 if ragged else None
+        self.real: Tensor | None = None
+        if ragged:
+            self.real = self.rows([{name: np.ones(shape) for name, shape in own.items()} for own in self._own]) != 0
 
     def __len__(self) -> int:
         """Return G."""
@@ -103,7 +104,12 @@ class Stack:
         host.copy_(rows)  # kept by the arrays, which are views of it
         named = {name: value.numpy() for name, value in self.named(host).items()}
         return [
-            {name: np.ascontiguousarray(named[name][(g, *map(slice, shape))]) for name, shape in own.items()}
+            {
+                name: named[name][g]
+                if shape == self.shapes[name]
+                else np.ascontiguousarray(named[name][(g, *map(slice, shape))])
+                for name, shape in own.items()
+            }
             for g, own in enumerate(self._own)
         ]
 

@@ -15,11 +15,11 @@ from fedlora.engine.core import Engine
 from fedlora.engine.local import NO_TERMS
 from fedlora.engine.pack import Pack
 from fedlora.engine.probe import probe
-from fedlora.engine.transfer import to_device
 from fedlora.engine.watch import Watch, negligible
 from fedlora.engine.work import Arrays, ClientResult, ClientWork
 from fedlora.local_terms import LocalTerms
 from fedlora.privacy.step import PrivateStep
+from fedlora.transfer import to_places
 
 
 def train_pack(
@@ -55,7 +55,7 @@ def train_pack(
     watch = Watch(pack.stack)
     for turn in pack.turns:
         grads = pack.backward(turn)
-        watch.observe(grads, to_device(turn.groups, engine.device))  # before what moves tensors that no row does
+        watch.observe(grads, to_places(turn.groups, engine.device))  # before what moves tensors that no row does
         pack.move(turn, grads)
     taken = [sum(len(batch) > 0 for batch in work.batches) for work in works]
     tensors = {**common, **works[0].start}
@@ -93,8 +93,6 @@ def _whole_gradients(engine: Engine, works: Sequence[ClientWork], common: Arrays
     pack = Pack(engine, once, common, config)
     whole = torch.zeros_like(pack.stack.values)
     for turn in pack.turns:
-        groups = to_device(turn.groups, engine.device)
-        grads = pack.backward(turn)
-        pack.add_penalties(grads, groups)
-        whole[groups] = grads
+        groups = to_places(turn.groups, engine.device)
+        whole[groups] = pack.with_penalties(pack.backward(turn), groups).to(whole.dtype)
     return whole

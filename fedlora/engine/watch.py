@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from fedlora.engine.core import Engine, Probed
-from fedlora.engine.fused import fused
 from fedlora.engine.stack import Stack
 from fedlora.engine.work import Arrays
+from fedlora.fused import fused
 from fedlora.methods import Fault, Method, TensorSpec
+from fedlora.transfer import Places
 
 
 def negligible(engine: Engine) -> float:
@@ -65,14 +66,17 @@ class Watch:
         self._before = stack.values.clone()
         self._peak = torch.zeros_like(self._before)
 
-    def observe(self, grads: Tensor, groups: Tensor) -> None:
+    def observe(self, grads: Tensor, groups: Places) -> None:
         """Record the gradients of a turn: those of data alone, before noise and penalties.
 
         Args:
             grads: Gradients of some groups, [a, P].
-            groups: Their places, [a].
+            groups: Their places.
         """
-        fused(_raise)(self._peak, grads, groups)
+        peak = self._peak[groups]
+        fused(_raise)(peak, grads)
+        if not isinstance(groups, slice):  # of a slice it is a view
+            self._peak[groups] = peak
 
     def seen(self, bound: float) -> list[set[str]]:
         """Return for each group the tensors with a gradient above ``bound`` times the group's largest one."""
@@ -122,9 +126,9 @@ class Watch:
         return [{name for name, flag in zip(places, row, strict=True) if flag} for row in whole]
 
 
-def _raise(peak: Tensor, grads: Tensor, groups: Tensor) -> None:
-    """Raise the peaks of some groups, in place, to their gradients' sizes."""
-    peak[groups] = torch.maximum(peak[groups], grads.abs())
+def _raise(peak: Tensor, grads: Tensor) -> None:
+    """Raise peaks, in place, to the sizes of gradients."""
+    peak.copy_(torch.maximum(peak, grads.abs().to(peak.dtype)))
 
 
 def _fault(

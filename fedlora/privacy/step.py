@@ -73,7 +73,7 @@ def noisy_mean(sums: Tensor, step: PrivateStep, groups: Sequence[int], real: Ten
         else:
             noise[at, real[at]] = step.randoms[group].normal(sums[at, real[at]])
     deviation = mechanism.noise_multiplier * mechanism.max_grad_norm
-    return noise.mul_(deviation).add_(sums).div_(mechanism.expected_batch_size)
+    return (sums + deviation * noise) / mechanism.expected_batch_size
 
 
 @final
@@ -119,7 +119,7 @@ class PrivateSum:
         counted = (torch.ones_like(norms), norms > max_grad_norm, ~norms.isfinite())
         self._turn.index_add_(1, slot_n, torch.stack([flag.double() for flag in counted]))
 
-    def release(self, sums: Tensor, groups: Sequence[int], groups_a: Tensor) -> Tensor:
+    def release(self, sums: Tensor, groups: Sequence[int], places: slice | Tensor) -> Tensor:
         """Return the sums of a turn's clients as the optimizer may see them; also where no row was sampled.
 
         That must not show.
@@ -127,12 +127,12 @@ class PrivateSum:
         Args:
             sums: The sums, [a, P].
             groups: The clients' places in the pack, [a].
-            groups_a: The same as a tensor.
+            places: The same, to index tensors with.
         """
         signal_a = torch.linalg.vector_norm(sums, dim=1).double()
         empty_a = (self._turn[0] == 0).double()
-        self._counts.index_add_(1, groups_a, torch.stack([*self._turn, empty_a, signal_a]))
-        return noisy_mean(sums, self._step, groups, None if self._real is None else self._real[groups_a])
+        self._counts[:, places] += torch.stack([*self._turn, empty_a, signal_a])
+        return noisy_mean(sums, self._step, groups, None if self._real is None else self._real[places])
 
     def diagnostics(self, steps: Sequence[int]) -> list[dict[str, float]]:
         """Return each client's numbers of the round, in which it took so many steps."""

@@ -36,9 +36,8 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         tensors: All of the method's tensors, at the method's rank or a smaller one.
         config: The run's configuration.
     """
-    placed = {name: engine.tensor(array) for name, array in tensors.items()}
-    shapes = common_shapes(engine.method.specs(), [placed], {})
-    made = engine.method.factors({name: pad(value, shapes[name]) for name, value in placed.items()})
+    shapes = common_shapes(engine.method.specs(), [tensors], {})
+    made = engine.method.factors({name: engine.tensor(pad(value, shapes[name])) for name, value in tensors.items()})
     factors = {name: _one_term(factor, engine) for name, factor in made.items()}
     layers = {layer.name: layer for layer in engine.base.structure.adapted}
     weights: dict[str, torch.Tensor] = {}

@@ -104,6 +104,10 @@ class Task(ABC):
         """Return how many numbers the model's output has for each unit of a row's cost, where that may be many."""
         return 1
 
+    def with_less_memory(self, model: nn.Module) -> Task | None:
+        """Return a task that computes the same in less memory, to be tried on this model; None: there is none."""
+        return None
+
     @abstractmethod
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of each row, float [N] with a gradient; one mean a sequence."""

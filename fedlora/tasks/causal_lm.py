@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -20,7 +21,7 @@ from fedlora.data import Table
 from fedlora.data.table import Turn
 from fedlora.tasks.base import Batch, Measure
 from fedlora.tasks.chat import Marked, encode_chats
-from fedlora.tasks.text import Examples, TextTask, to_device, wide_logits
+from fedlora.tasks.text import Examples, TextTask, model_inputs, to_device, wide_logits
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ class CausalLM(TextTask):
     has_classes = False
     measure = Measure("perplexity", higher_is_better=False)
     metric_names = ("perplexity", "loss", "exact_match")
+    _by_answers = False
 
     def encode(self, table: Table, tokenizer: Any, max_length: int) -> Examples:
         """Tokenize prompts and answers, or conversations; what does not fit is cut at the end, a prompt never.
@@ -99,20 +101,33 @@ class CausalLM(TextTask):
         for place, row in enumerate(numbers):
             learned = rows.targets[row]
             labels[place, : len(learned)][learned] = rows.tokens[row][learned]
-        return to_device({**inputs, "labels": labels}, device)
+        answered = labels[:, 1:] != _IGNORED
+        places = {"answer_at": np.flatnonzero(answered), "answers": labels[:, 1:][answered]}
+        return to_device({**inputs, "labels": labels, **places}, device)
 
     def outputs(self, model_config: Any) -> int:
-        """Return the size of the vocabulary: there is a logit for each token and word."""
-        return int(model_config.get_text_config().vocab_size)
+        """Return the size of the vocabulary: there is a logit for each token and word, if all tokens have any."""
+        return 1 if self._by_answers else int(model_config.get_text_config().vocab_size)
+
+    def with_less_memory(self, model: nn.Module) -> CausalLM | None:
+        """Return the task with the answers' tokens alone meeting the model's output layer, where it is an ordinary one.
+
+        Whether the model does more with its logits has to be tried.
+        """
+        if not meets_head_alone(model):
+            return None
+        other = copy(self)
+        other._by_answers = True
+        return other
 
     def row_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of each row's answer, [N], in float32 or wider."""
-        loss_nt, counted_nt, _ = _tokens(model, batch)
+        loss_nt, counted_nt, _ = _tokens(model, batch, chunked=self._by_answers)
         return loss_nt.sum(1) / counted_nt.sum(1)
 
     def row_metrics(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return ``loss``, ``nll`` (its sum over the answer), ``tokens`` and ``exact_match`` of each row."""
-        loss_nt, counted_nt, right_nt = _tokens(model, batch)
+        loss_nt, counted_nt, right_nt = _tokens(model, batch, chunked=self._by_answers)
         nll, tokens = loss_nt.sum(1), counted_nt.sum(1)
         exact = (right_nt | ~counted_nt).all(1)
         return {"loss": nll / tokens, "nll": nll, "tokens": tokens.to(nll.dtype), "exact_match": exact.to(nll.dtype)}
@@ -125,10 +140,49 @@ class CausalLM(TextTask):
         return {"loss": means["loss"], "perplexity": perplexity, "exact_match": means["exact_match"]}
 
 
-def _tokens(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each predicted token its loss (0 outside answers), whether it counts, whether it is the likeliest."""
+def _tokens(model: nn.Module, batch: Batch, *, chunked: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each predicted token its loss (0 outside answers), whether it counts, whether it is the likeliest.
+
+    Args:
+        model: The model.
+        batch: The rows.
+        chunked: Whether the answers' tokens alone meet the output layer; the likeliest is then known of these alone.
+    """
+    label_nt = batch["labels"][:, 1:]
+    counted_nt = label_nt != _IGNORED
+    if chunked:
+        loss_nt, right_nt = _by_answers(model, batch)
+        return loss_nt, counted_nt, right_nt
     from torch.nn import functional
 
-    logits_ntv, label_nt = wide_logits(model, batch)[:, :-1], batch["labels"][:, 1:]
-    loss_nt = functional.cross_entropy(logits_ntv.mT, label_nt, reduction="none", ignore_index=_IGNORED)
-    return loss_nt, label_nt != _IGNORED, logits_ntv.argmax(-1) == label_nt
+    logits_ntv = wide_logits(model, batch)[:, :-1]
+    # Laid out by token: over the words of a transposed tensor a GPU's kernel is ten times slower.
+    losses = functional.cross_entropy(
+        logits_ntv.flatten(0, 1), label_nt.flatten(), reduction="none", ignore_index=_IGNORED
+    )
+    loss_nt = losses.view_as(label_nt)
+    return loss_nt, counted_nt, logits_ntv.argmax(-1) == label_nt
+
+
+def _by_answers(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the losses of the answers' tokens and whether each is the likeliest, in the places of all, [N, T - 1]."""
+    from fedlora.tasks.token_losses import token_losses
+
+    hidden_ntd = model.get_decoder()(**model_inputs(model, batch)).last_hidden_state[:, :-1]
+    at, answers = batch["answer_at"], batch["answers"]
+    found, right = token_losses(hidden_ntd.flatten(0, 1)[at], model.get_output_embeddings(), answers)
+    loss_nt, right_nt = found.new_zeros(hidden_ntd.shape[:2]), right.new_zeros(hidden_ntd.shape[:2])
+    return loss_nt.flatten().index_put((at,), found).view_as(loss_nt), right_nt.flatten().index_put(
+        (at,), right
+    ).view_as(right_nt)
+
+
+def meets_head_alone(model: Any) -> bool:
+    """Return whether a model's frozen output layer is one that answers' tokens alone can meet.
+
+    Whether it does nothing else with its logits is found by trying, see :mod:`fedlora.engine.fast`.
+    """
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    return type(head) is nn.Linear and not head.weight.requires_grad and model.get_decoder() is not model

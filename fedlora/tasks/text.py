@@ -220,7 +220,10 @@ def model_inputs(model: nn.Module, batch: Batch) -> Batch:
     if "token_type_ids" in batch and "token_type_ids" in signature(model.forward).parameters:
         config: Any = model.config
         names += ["token_type_ids"] if getattr(config, "type_vocab_size", 2) > 1 else []
-    return {name: batch[name] for name in names}
+    inputs: dict[str, Any] = {name: batch[name] for name in names}
+    if "use_cache" in signature(model.forward).parameters:
+        inputs["use_cache"] = False  # of keys and values, for writing one token after another
+    return inputs
 
 
 def wide_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -233,6 +236,6 @@ def wide_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def to_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> Batch:
     """Return arrays as tensors on ``device``."""
-    import torch
+    from fedlora import transfer
 
-    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    return {name: transfer.to_device(array, device) for name, array in arrays.items()}

@@ -82,7 +82,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, length_n: Tensor, scale: 
     _forward[(rows, heads)](
         query, key, value, out, length_n, scale, width, heads // key.shape[1],
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.transpose(1, 2).stride()[:3],
-        CAUSAL=causal, T=block, D=dim, num_warps=warps,
+        CAUSAL=causal, T=block, D=dim, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -99,7 +99,7 @@ def backward(
         dy, query, key, value, dq, dk, dv, length_n, scale, width, heads // key.shape[1],
         *dy.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         *dq.stride()[:3], *dk.stride()[:3],
-        CAUSAL=causal, T=block, D=dim, num_warps=warps,
+        CAUSAL=causal, T=block, D=dim, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedlora.engine.transfer import Spans
+from fedlora.transfer import Spans
 
 
 def add(sums: Tensor, rows: Tensor, factor_n: Tensor, spans: Spans) -> None:

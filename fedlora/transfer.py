@@ -9,6 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Places = slice | Tensor
+"""Which groups of a pack: a slice where they stand side by side, so that their numbers are a view; else int64 [a]."""
+
+
+def to_places(groups: NDArray[np.int64], device: torch.device) -> Places:
+    """Return the places of groups, ascending and each once, to index tensors on ``device`` with."""
+    first, last = int(groups[0]), int(groups[-1])
+    return slice(first, last + 1) if last - first + 1 == len(groups) else to_device(groups, device)
+
 
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """Return an array as a tensor on ``device``."""
