@@ -25,9 +25,10 @@ FactsOf = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """Computes facts of a batch's rows, [N] each."""
 
 # What goes through the model at once, in units of the rows' cost (tokens, padding included). It bounds the memory of
-# activations; results change by rounding only. A CPU gains nothing from more, a GPU is filled by about this much.
+# activations; results change by rounding only. A CPU gains nothing from more. On a GPU a pass has this many features of
+# a layer's input: it then takes a tenth of a second, beside which what the host does for it is little.
 _COST_CPU = 1024
-_COST_GPU = 32768
+_FEATURES_GPU = 2**25
 _COPIES_CPU, _COPIES_GPU = 2**26, 2**30  # trained numbers, where each row has a copy of them (DP-SGD)
 _OUTPUTS = 2**30  # and numbers that the model puts out, a logit for each token and word in a language model
 
@@ -116,7 +117,8 @@ class Engine:
         structure = base.structure
         grouped = GroupedModel(base.model, [layer.name for layer in (*structure.adapted, *structure.head)])
         config: Any = base.model.config
-        most = _COST_GPU if weight.device.type == "cuda" else _COST_CPU
+        width = max((layer.d_in for layer in structure.adapted), default=1)
+        most = _COST_CPU if weight.device.type == "cpu" else _FEATURES_GPU // width
         return cls(
             base=base,
             method=method,

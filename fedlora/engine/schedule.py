@@ -9,6 +9,7 @@ rows are sorted by cost and cut where padding would begin to cost more than it s
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -54,7 +55,7 @@ def turns(works: Sequence[ClientWork], fill: int) -> list[Turn]:
         works: What the clients do.
         fill: Cost of rows that fills a forward pass; a turn takes clients until it has that much.
     """
-    costs = [work.examples.cost for work in works]
+    costs = [[work.examples.cost[np.asarray(batch, dtype=np.int64)] for batch in work.batches] for work in works]
     waiting = [(-len(work.batches), g, 0) for g, work in enumerate(works) if work.batches]
     heapq.heapify(waiting)
     planned: list[Turn] = []
@@ -63,7 +64,7 @@ def turns(works: Sequence[ClientWork], fill: int) -> list[Turn]:
         cost = 0
         while waiting:
             _, g, step = waiting[0]
-            more = int(costs[g][works[g].batches[step]].sum())
+            more = int(costs[g][step].sum())
             if taken and cost + more > fill:
                 break
             heapq.heappop(waiting)
@@ -77,7 +78,7 @@ def turns(works: Sequence[ClientWork], fill: int) -> list[Turn]:
                 steps=np.array([step for _, step in taken], dtype=np.int64),
                 rows=np.concatenate(batches),
                 slot_n=np.repeat(np.arange(len(taken)), [len(batch) for batch in batches]),
-                cost_n=np.concatenate([costs[g][batch] for (g, _), batch in zip(taken, batches, strict=True)]),
+                cost_n=np.concatenate([costs[g][step] for g, step in taken]),
             )
         )
         for g, step in taken:
@@ -100,15 +101,17 @@ def passes(cost_n: NDArray[np.int64], part_n: NDArray[np.int64], most: int, rows
         Positions in ``cost_n``, ascending within a pass; every position once.
     """
     order = np.lexsort((np.arange(len(cost_n)), -cost_n, part_n))
-    found: list[NDArray[np.int64]] = []
-    start = real = 0
-    for at, place in enumerate(order):
-        longest, count = int(cost_n[order[start]]), at - start
+    costs, parts = cost_n[order].tolist(), part_n[order].tolist()
+    starts: list[int] = []
+    real = 0
+    for at, (cost, part) in enumerate(zip(costs, parts, strict=True)):
+        count = at - starts[-1] if starts else 0
+        longest = costs[starts[-1]] if starts else 0
         padded = longest * (count + 1)
-        full = padded > most or count == rows or part_n[place] != part_n[order[start]]
-        wasteful = longest * count >= _LEAST * most and padded - real - int(cost_n[place]) > _PADDING * padded
-        if count and (full or wasteful):
-            found.append(np.sort(order[start:at]))
-            start, real = at, 0
-        real += int(cost_n[place])
-    return [*found, np.sort(order[start:])] if len(order) else found
+        full = padded > most or count == rows or not starts or part != parts[starts[-1]]
+        wasteful = longest * count >= _LEAST * most and padded - real - cost > _PADDING * padded
+        if full or wasteful:
+            starts.append(at)
+            real = 0
+        real += cost
+    return [np.sort(order[start:end]) for start, end in itertools.pairwise([*starts, len(order)])]

@@ -106,7 +106,7 @@ class Watch:
             bound: See :func:`negligible`.
             probe: Called where a group's own rows do not acquit a tensor.
         """
-        values = self._stack.values
+        values, specs = self._stack.values, method.specs()
         columns = (
             self._all(torch.isfinite(values)),
             self.seen(bound),
@@ -115,7 +115,7 @@ class Watch:
             self._all(self._before == 0),
         )
         return [
-            _fault(list(self._stack.places), method, common, n, _Facts(*facts), probe) if n else ""
+            _fault(list(self._stack.places), method, specs, common, n, _Facts(*facts), probe) if n else ""
             for n, *facts in zip(steps, *columns, strict=True)
         ]
 
@@ -134,12 +134,12 @@ def _raise(peak: Tensor, grads: Tensor) -> None:
 def _fault(
     names: Sequence[str],
     method: Method,
+    specs: Mapping[str, TensorSpec],
     common: Arrays,
     n: int,
     facts: _Facts,
     probe: Callable[[], Probed],
 ) -> str:
-    specs = method.specs()
     for name in names:
         if name not in facts.finite:
             return f"{name} is not finite after {n} steps; lower train.learning-rate or set train.clip-norm"

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from fedlora.transfer import Spans
 
+X, A, B = 1, 2, 4
+"""Which gradients are wanted, added up: of the input, of A, of B."""
+
 
 def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     """Return ``y + B_g A_g x`` for each row's group g.
@@ -56,27 +59,24 @@ def _(y: Tensor, x: Tensor, a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("fedlora::low_rank_backward", mutates_args=())
-def _backward(dy: Tensor, a: Tensor, b: Tensor, group_n: Tensor, width: int, wanted: bool) -> tuple[Tensor, Tensor]:
+def _backward(
+    dy: Tensor, x: Tensor, u: Tensor, a: Tensor, b: Tensor, group_n: Tensor, first_g: Tensor, width: int, wanted: int
+) -> tuple[Tensor, Tensor, Tensor]:
     from fedlora.engine.kernels import low_rank_triton
 
-    return low_rank_triton.backward(dy.contiguous(), a, b, group_n, width, wanted)
+    return low_rank_triton.backward(dy.contiguous(), x.contiguous(), u, a, b, group_n, first_g, width, wanted)
 
 
 @_backward.register_fake
-def _(dy: Tensor, a: Tensor, b: Tensor, group_n: Tensor, width: int, wanted: bool) -> tuple[Tensor, Tensor]:
-    return dy.new_empty((dy.shape[0], a.shape[1])), dy.new_empty((dy.shape[0] if wanted else 0, a.shape[2]))
-
-
-@torch.library.custom_op("fedlora::low_rank_sums", mutates_args=())
-def _sums(u: Tensor, x: Tensor, first_g: Tensor, width: int) -> Tensor:
-    from fedlora.engine.kernels import low_rank_triton
-
-    return low_rank_triton.sums(u.contiguous(), x.contiguous(), first_g, width)
-
-
-@_sums.register_fake
-def _(u: Tensor, x: Tensor, first_g: Tensor, width: int) -> Tensor:
-    return x.new_empty((first_g.shape[0] - 1, u.shape[1], x.shape[1]))
+def _(
+    dy: Tensor, x: Tensor, u: Tensor, a: Tensor, b: Tensor, group_n: Tensor, first_g: Tensor, width: int, wanted: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rank, groups = a.shape[1], first_g.shape[0] - 1
+    return (
+        x.new_empty(x.shape if wanted & X else (0, x.shape[1])),
+        a.new_empty((groups if wanted & A else 0, rank, x.shape[1])),
+        b.new_empty((groups if wanted & B else 0, rank, dy.shape[1])),
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -88,14 +88,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x, a, b, u, group_n, first_g = ctx.saved_tensors
     needs = ctx.needs_input_grad
+    wanted = X * needs[1] | A * needs[2] | B * needs[3]
     dx = da = db = None
-    if needs[1] or needs[2]:
-        du, dx = torch.ops.fedlora.low_rank_backward(dy, a, b, group_n, ctx.width, needs[1])
-        if needs[2]:
-            da = torch.ops.fedlora.low_rank_sums(du, x, first_g, ctx.width)
-    if needs[3]:
-        db = torch.ops.fedlora.low_rank_sums(u, dy, first_g, ctx.width).mT
-    return (dy if needs[0] else None), (dx if needs[1] else None), da, db, None, None, None
+    if wanted:
+        dx, da, db = torch.ops.fedlora.low_rank_backward(dy, x, u, a, b, group_n, first_g, ctx.width, wanted)
+    return (
+        (dy if needs[0] else None),
+        (dx if needs[1] else None),
+        (da if needs[2] else None),
+        (db.mT if needs[3] else None),  # type: ignore[union-attr]
+        None,
+        None,
+        None,
+    )
 
 
 _forward.register_autograd(_gradients, setup_context=_setup)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fedlora.engine.kernels.low_rank import A, B, X
+
 _FEATURES = 128  # a block's features
 _POSITIONS = 64  # and positions, at most
 _PROGRAMS = 528  # four for each multiprocessor of an H100
@@ -128,16 +130,44 @@ def forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, group_n: Tensor, width: 
     return out, u
 
 
-def backward(dy: Tensor, a: Tensor, b: Tensor, group_n: Tensor, width: int, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Return ``B^T dy`` [N T, r] and, if wanted, ``A^T B^T dy`` [N T, d_in]."""
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    u: Tensor,
+    a: Tensor,
+    b: Tensor,
+    group_n: Tensor,
+    first_g: Tensor,
+    width: int,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x [N T, d_in], of A [G, r, d_in] and of B, transposed, [G, r, d_out]; as many as wanted.
+
+    Args:
+        dy: The gradient of the output, [N T, d_out].
+        x: The input, [N T, d_in].
+        u: ``A x``, [N T, r].
+        a: A, [G, r, d_in].
+        b: B, [G, d_out, r].
+        group_n: Each row's group, [N].
+        first_g: Each group's first row, and N after the last, [G + 1].
+        width: T.
+        wanted: Which gradients, see :data:`fedlora.engine.kernels.low_rank.X`; the others come back without rows.
+    """
     positions, ranks = _blocks(width, a.shape[1])
-    du, dx = dy.new_empty((len(dy), a.shape[1])), dy.new_empty((len(dy) if wanted else 0, a.shape[2]))
-    grid = (len(group_n), triton.cdiv(width, positions))
-    _backward[grid](
-        dy, a, b, du, dx, group_n, width, a.shape[2], dy.shape[1], *a.stride(), *b.stride(),
-        WANTED=wanted, R=a.shape[1], RB=ranks, BT=positions, BD=_FEATURES,
-    )  # fmt: skip
-    return du, dx
+    dx = x.new_empty(x.shape if wanted & X else (0, x.shape[1]))
+    da, db = a.new_empty((0, a.shape[1], a.shape[2])), b.new_empty((0, a.shape[1], b.shape[1]))
+    if wanted & (X | A):
+        du = torch.empty_like(u)
+        _backward[(len(group_n), triton.cdiv(width, positions))](
+            dy, a, b, du, dx, group_n, width, a.shape[2], dy.shape[1], *a.stride(), *b.stride(),
+            WANTED=bool(wanted & X), R=a.shape[1], RB=ranks, BT=positions, BD=_FEATURES,
+        )  # fmt: skip
+        if wanted & A:
+            da = sums(du, x, first_g, width)
+    if wanted & B:
+        db = sums(u, dy, first_g, width)
+    return dx, da, db
 
 
 def sums(u: Tensor, x: Tensor, first_g: Tensor, width: int) -> Tensor:
