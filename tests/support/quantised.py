@@ -52,4 +52,3 @@ def weights_hash(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         sha.update(name.encode() + value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
-
