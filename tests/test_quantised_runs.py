@@ -157,6 +157,12 @@ def test_a_head_that_its_checkpoint_has_quantised(tmp_path: Path) -> None:
         load_base(saved, Classification, 2, "auto", dtype=torch.float32, device=torch.device("cpu"))
 
 
+def test_a_packed_checkpoint_in_float64(tmp_path: Path) -> None:
+    model = ModelConfig(saved_by(tmp_path / "model", **BNB))
+    with pytest.raises(ConfigError, match=r"engine.dtype = .float64.: model.name = .* is quantised, and bitsandbytes"):
+        load_base(model, Classification, 2, "auto", dtype=torch.float64, device=torch.device("cpu"))
+
+
 # -- a run -------------------------------------------------------------------------------------------------------
 
 

@@ -160,6 +160,12 @@ def load_base(
         from fedlora.models.quantised import try_quantisation
 
         try_quantisation(model.quantization, dtype, device)
+    packed = getattr(config, "quantization_config", None) is not None
+    if packed and dtype == torch.float64:
+        raise ConfigError(
+            f"engine.dtype = 'float64': model.name = {model.name!r} is quantised, and bitsandbytes does not compute in "
+            "it; use 'float32' or 'bfloat16'."
+        )
     with found(model), quiet():
         loaded, report = auto_model(task).from_pretrained(
             place(model),
@@ -167,6 +173,7 @@ def load_base(
             dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **({"device_map": {"": device}} if packed else {}),  # packed weights stay where they are loaded
             **options(model),
         )
     # The head may be of another shape, it is seeded anyway; nothing else may be lacking.
