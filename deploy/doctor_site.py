@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from clients.site_file import SiteFile, SuperNodeTable
 from deploy import checks, permissions
 from deploy.checks import Finding, Grade
+from fedlora.config import ConfigError
 from fedlora.config.data_keys import read_names
 from fedlora.messages import first_line
 
@@ -200,6 +201,8 @@ def _models(site: SiteFile, task: str, loaded_as: LoadedAs | None) -> Iterator[F
                 yield Finding(what, Grade.OK, f"{folder} (its digest: --model)")
             else:
                 yield Finding(what, Grade.OK, f"{place}, loaded by that name when it is asked for (try it: --model)")
+        except ConfigError as error:  # of the dtype or quantisation that were asked for
+            yield Finding(what, Grade.FAILED, first_line(error), "until then this site cannot take part in such a run")
         except ValueError as error:
             yield Finding(
                 what, Grade.FAILED, first_line(error), "set its entry under [models] to a folder that holds it"

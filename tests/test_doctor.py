@@ -419,7 +419,7 @@ def test_a_digest_is_that_of_the_task(federation: Path) -> None:
     assert digests["regression"] != digests["causal-lm"], "control"
 
 
-def test_a_models_digest_is_what_a_run_compares(federation: Path) -> None:
+def test_a_models_digest_is_what_a_run_compares(federation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a run of its dtype and quantisation: bases of others have other digests."""
     digests = {}
     for loaded_as in (LoadedAs(), LoadedAs("bfloat16"), LoadedAs(quantization="nf4")):
@@ -431,8 +431,11 @@ def test_a_models_digest_is_what_a_run_compares(federation: Path) -> None:
     file = federation / "sites/a/site.toml"
     edit(file, "model-digests = []", f'model-digests = ["{digest}"]')
     assert not of(site_findings(federation, load_models=True), "model")
-    quantised = site_findings(federation, load_models=True, loaded_as=LoadedAs(quantization="nf4"))
-    only(quantised, "model minilm", Grade.FAILED, "none of [limits] model-digests")
+    nf4 = LoadedAs(quantization="nf4")
+    only(site_findings(federation, load_models=True, loaded_as=nf4), "model minilm", Grade.FAILED, "none of [limits]")
+    monkeypatch.setattr("fedlora.quantisation._PACKAGE", "not-installed")
+    missing = site_findings(federation, load_models=True, loaded_as=nf4)
+    only(missing, "model minilm", Grade.FAILED, "install it with: pip install 'fedlora[quantization]'")
     edit(file, digest, "0" * 64)
     only(site_findings(federation, load_models=True), "model minilm", Grade.FAILED, "none of [limits] model-digests")
 
