@@ -34,6 +34,7 @@ from fedlora.data.partition import held_out
 from fedlora.exchange import ClientReport, Instruction, Outcome, Update
 from fedlora.headers import HeaderReader
 from fedlora.joining import PROTOCOL, JoinReport, JoinRequest
+from fedlora.quantisation import check_quantisation
 from fedlora.storage import write_whole
 from fedlora.tasks import TASKS
 
@@ -176,6 +177,7 @@ def own_job(file: SiteFile, request: JoinRequest) -> Job:
         raise RefusedError("the job's method.target-modules is a regular expression; a site takes names")
     try:
         asked = plugins.read_config({**request.flat, **file.data.flat}, foreign=True)
+        check_quantisation(asked.model, None)
     except ConfigError as error:  # of the server's own values: the site's were checked when its file was read
         raise RefusedError(f"the job's configuration cannot be used: {error}") from error
     file.limits.check(asked)

@@ -16,6 +16,8 @@ from fedlora.engine import Batching, Engine, find_batching
 from fedlora.engine.rehearsal import rehearse
 from fedlora.methods import TensorSpec, build_method, initial_tensors
 from fedlora.models import Base, Structure, check_length, head_words, keeps_head, load_base
+from fedlora.quantisation import base_bytes
+from fedlora.reports.format import human_bytes
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS, Rows
 
@@ -57,12 +59,21 @@ class LoadedModel:
 def model_remarks(
     structure: Structure, labels: Sequence[str], batching: Batching | None, config: Config, classes: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return in words what a model's own make decides: its adapted layers, its head's start, its batches."""
+    """Return in words what a model's own make decides: adapted layers, the head's start, batches, quantised layers."""
     lines = [f"adapted: {', '.join(structure.targets)}"]
     if structure.head:
         lines.append(f"head: starts {head_words(config.method.head_start, labels, classes)}")
     if batching is not None and batching.words:
         lines.append(f"batches: {batching.words}")
+    if config.model.quantization != "none":
+        taken = (
+            base_bytes(structure.num_parameters, structure.num_quantisable, kind, config.engine.dtype)
+            for kind in (config.model.quantization, "none")
+        )
+        lines.append(
+            f"quantised: {config.model.quantization}, {structure.num_quantisable:,} of "
+            f"{structure.num_parameters:,} parameters; the base takes {' instead of '.join(map(human_bytes, taken))}"
+        )
     if config.model.trust_remote_code:
         lines.append("model.trust-remote-code: the model may run code of its own, here and at every client")
     return tuple(lines)

@@ -18,7 +18,7 @@ from deploy import checks
 from deploy.checks import Finding, Grade
 from deploy.coordinator_file import CoordinatorFile
 from deploy.doctor_coordinator import examine_coordinator
-from deploy.doctor_site import examine_site
+from deploy.doctor_site import LoadedAs, examine_site
 from fedlora.config.tables import read_tables
 
 Versions = Callable[[SiteFile], Mapping[str, str] | None]
@@ -31,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``fedlora doctor``."""
     parser.add_argument("file", type=Path, help="a site.toml or coordinator.toml")
     parser.add_argument("--model", action="store_true", help="also load the site's models, and print their digests")
+    dtypes, quantizations = ("float32", "bfloat16", "float64"), ("none", "nf4", "int8")
+    said = "with --model: as a run loads them whose {} is this (default: %(default)s)"
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help=said.format("engine.dtype"))
+    parser.add_argument("--quantization", default="none", choices=quantizations, help=said.format("model.quantization"))
 
 
 def ask_versions(site: SiteFile) -> Mapping[str, str] | None:
@@ -50,7 +54,8 @@ def run_doctor(options: argparse.Namespace, console: Console, coordinator_versio
         findings = examine_coordinator(CoordinatorFile.read(path))
     else:
         site = SiteFile.read(path)
-        findings = examine_site(site, load_models=options.model, coordinator=coordinator_versions(site))
+        loaded = LoadedAs(options.dtype, options.quantization) if options.model else None
+        findings = examine_site(site, loaded_as=loaded, coordinator=coordinator_versions(site))
     show(findings, console)
     return 1 if any(finding.grade is Grade.FAILED for finding in findings) else 0
 

@@ -7,6 +7,7 @@ import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from clients.site_file import SiteFile, SuperNodeTable
 from deploy import checks, permissions
 from deploy.checks import Finding, Grade
+from fedlora.config import ConfigError
 from fedlora.config.data_keys import read_names
 from fedlora.messages import first_line
 
@@ -23,14 +25,26 @@ _GUESSED = ("classification", "multi-label", "regression", "causal-lm")  # the f
 _GET_AGAIN = "get tls/ca.crt from the coordinator again"
 
 
+class LoadedAs(NamedTuple):
+    """How a run loads a base model, on which the model's digest depends.
+
+    Attributes:
+        dtype: ``engine.dtype``.
+        quantization: ``model.quantization``.
+    """
+
+    dtype: str = "float32"
+    quantization: str = "none"
+
+
 def examine_site(
-    site: SiteFile, *, load_models: bool = False, coordinator: Mapping[str, str] | None = None
+    site: SiteFile, *, loaded_as: LoadedAs | None = None, coordinator: Mapping[str, str] | None = None
 ) -> list[Finding]:
     """Check a site's installation.
 
     Args:
         site: Its file.
-        load_models: Whether to load its models for their digests, which takes time and memory.
+        loaded_as: How to load its models for their digests, which takes time and memory; None: not at all.
         coordinator: The coordinator's versions by package, where they are known.
     """
     daemon = site.state.stat().st_uid if site.state.is_dir() else os.getuid()
@@ -49,7 +63,7 @@ def examine_site(
     else:
         findings += _supernode(site, site.supernode, others or [daemon])
     data, task = _data(site)
-    findings += [checks.disk(site.state), checks.gpu(), data, *_models(site, task, load=load_models)]
+    findings += [checks.disk(site.state), checks.gpu(), data, *_models(site, task, loaded_as)]
     return findings
 
 
@@ -166,15 +180,15 @@ def _data(site: SiteFile) -> tuple[Finding, str]:
     return Finding("data", Grade.OK, found), task
 
 
-def _models(site: SiteFile, task: str, *, load: bool) -> Iterator[Finding]:
-    """Check that the models are there; with ``load`` that they load, and their digests."""
+def _models(site: SiteFile, task: str, loaded_as: LoadedAs | None) -> Iterator[Finding]:
+    """Check that the models are there; with ``loaded_as`` that they load, and their digests."""
     from fedlora.models import model_path
 
     for name, place in site.models.items():
         what = f"model {name}"
         try:
-            if load:
-                digest = _digest(site, place, task)
+            if loaded_as is not None:
+                digest = _digest(site, place, task, loaded_as)
                 wanted = site.limits.model_digests
                 if wanted and digest not in wanted:
                     cure = "get the model that was agreed on, or change model-digests if this is the one"
@@ -187,13 +201,15 @@ def _models(site: SiteFile, task: str, *, load: bool) -> Iterator[Finding]:
                 yield Finding(what, Grade.OK, f"{folder} (its digest: --model)")
             else:
                 yield Finding(what, Grade.OK, f"{place}, loaded by that name when it is asked for (try it: --model)")
+        except ConfigError as error:  # of the dtype or quantisation that were asked for
+            yield Finding(what, Grade.FAILED, first_line(error), "until then this site cannot take part in such a run")
         except ValueError as error:
             yield Finding(
                 what, Grade.FAILED, first_line(error), "set its entry under [models] to a folder that holds it"
             )
 
 
-def _digest(site: SiteFile, place: str, task: str) -> str:
+def _digest(site: SiteFile, place: str, task: str, loaded_as: LoadedAs) -> str:
     import torch
 
     from fedlora.config import ModelConfig
@@ -201,5 +217,6 @@ def _digest(site: SiteFile, place: str, task: str) -> str:
     from fedlora.tasks import TASKS
 
     outputs = max(2, len(read_names(site.public.classes)))
-    kind, device = TASKS[task], torch.device("cpu")
-    return load_base(ModelConfig(place), kind, outputs, "auto", dtype=torch.float32, device=device).digest
+    kind, device, dtype = TASKS[task], torch.device("cpu"), getattr(torch, loaded_as.dtype)
+    model = ModelConfig(place, quantization=loaded_as.quantization)
+    return load_base(model, kind, outputs, "auto", dtype=dtype, device=device).digest

@@ -13,6 +13,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
 from fedlora.config import BUNDLED, SMALL_LLAMA, ModelConfig
 from fedlora.messages import first_line
+from fedlora.quantisation import check_quantisation
 
 _TIMEOUT_S = 4.0
 _CONFIG = "config.json"  # every checkpoint that transformers loads has one
@@ -34,9 +35,11 @@ def check_model(model: ModelConfig) -> None:
     """Refuse a model that is nowhere to be had, without what takes seconds to import.
 
     Raises:
-        ValueError: Its folder holds none, or, of a name of the hub, neither the cache nor the hub has it.
+        ValueError: Its folder holds none, or, of a name of the hub, neither the cache nor the hub has it; or it is
+            quantised, or is to be, in a way that cannot be.
     """
     if model.name in (BUNDLED, SMALL_LLAMA):
+        check_quantisation(model, None)
         return
     folder = Path(model.name)
     with found(model):
@@ -47,8 +50,8 @@ def check_model(model: ModelConfig) -> None:
                 raise FileNotFoundError(f"the folder has no weights, {' or '.join(_WEIGHTS)}")
         elif folder.is_absolute() or model.name.startswith((".", "~")) or model.name.count("/") > 1:
             raise FileNotFoundError("there is no such folder")
-        else:
-            _config_file(model)
+        saved = json.loads(_config_file(model).read_text(encoding="utf-8")).get("quantization_config")
+    check_quantisation(model, saved)
 
 
 def _config_file(model: ModelConfig) -> Path:

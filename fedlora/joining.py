@@ -89,7 +89,7 @@ class JoinReport:
         version: Of fedlora.
         fingerprint: Of its installed code.
         rows: Its nominal number of rows, which bounds what it may claim as its weight.
-        digest: Of the base model's weights and the tokenizer.
+        digest: Of the base model's weights, their quantisation and the tokenizer.
         initial_digest: Of the seeded tensors.
         constants_digest: Of the method's constants, such as indices.
         device: Where it computes.
@@ -135,7 +135,7 @@ class JoinReport:
         """
         for name, what in (
             ("protocol", "the version of the protocol"),
-            ("digest", "the base model or its tokenizer"),
+            ("digest", "the base model, its quantisation or its tokenizer"),
             ("initial_digest", "the tensors drawn from the seed"),
             ("constants_digest", "the method's constants"),
         ):

@@ -174,8 +174,9 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
             )
         if other.digest != first.digest:
             raise ValueError(
-                "the trainers do not hold the same base model and tokenizer: "
-                f"model.name = {config.model.name!r} must be the same files on every machine."
+                "the trainers do not hold the same base model, quantised alike, and tokenizer: "
+                f"model.name = {config.model.name!r} must be the same files on every machine, and so must the versions "
+                "of transformers and bitsandbytes."
             )
         if (other.initial_digest, other.constants_digest) != (initial_digest, first.constants_digest):
             raise ValueError(

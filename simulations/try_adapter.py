@@ -134,7 +134,7 @@ class Adapted:
         """
         import torch
         import transformers
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
         from fedlora.models import names
         from fedlora.models.quiet import quiet
@@ -147,7 +147,16 @@ class Adapted:
                 if kind.has_head:  # a checkpoint's head of another number of classes is replaced by the adapter's
                     outputs, padding = len(run.outputs), tokenizer.pad_token_id
                     options |= {"num_labels": outputs, "pad_token_id": padding, "ignore_mismatched_sizes": True}
+                quantised = config.model.quantization != "none"
+                if quantised:
+                    from fedlora.models.quantised import leave_rows_alone, settings
+
+                    heads = PeftConfig.from_pretrained(folder).modules_to_save
+                    options["quantization_config"] = settings(config.model.quantization, options["dtype"], heads)
+                    options["device_map"] = "cpu"  # where the text goes, also beside a GPU
                 base = getattr(transformers, kind.auto_model).from_pretrained(names.place(config.model), **options)
+                if quantised:
+                    leave_rows_alone(base)  # as in training: bitsandbytes' 8 bits would round activations as well
                 model = PeftModel.from_pretrained(base, str(folder)).eval()
         except Exception as error:  # libraries raise whatever a file makes of them
             raise ValueError(

@@ -30,7 +30,7 @@ from deploy import checks, doctor, pki
 from deploy.checks import Finding, Grade
 from deploy.coordinator_file import CoordinatorFile
 from deploy.doctor_coordinator import examine_coordinator
-from deploy.doctor_site import examine_site
+from deploy.doctor_site import LoadedAs, examine_site
 from deploy.gateway import Gateway
 from deploy.init import Setup, initialise
 from fedlora.config import ModelConfig
@@ -65,8 +65,9 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def site_findings(federation: Path, *, load_models: bool = False) -> list[Finding]:
-    return examine_site(SiteFile.read(federation / "sites/a/site.toml"), load_models=load_models)
+def site_findings(federation: Path, *, load_models: bool = False, loaded_as: LoadedAs | None = None) -> list[Finding]:
+    loaded = (loaded_as or LoadedAs()) if load_models else None
+    return examine_site(SiteFile.read(federation / "sites/a/site.toml"), loaded_as=loaded)
 
 
 def coordinator_findings(federation: Path) -> list[Finding]:
@@ -418,14 +419,23 @@ def test_a_digest_is_that_of_the_task(federation: Path) -> None:
     assert digests["regression"] != digests["causal-lm"], "control"
 
 
-def test_a_models_digest_is_what_a_run_compares(federation: Path) -> None:
-    findings = site_findings(federation, load_models=True)
-    (digest,) = [one.found for one in findings if one.what == "model minilm"]
-    digest = digest.removeprefix("digest ")
-    assert len(digest) == 64
+def test_a_models_digest_is_what_a_run_compares(federation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a run of its dtype and quantisation: bases of others have other digests."""
+    digests = {}
+    for loaded_as in (LoadedAs(), LoadedAs("bfloat16"), LoadedAs(quantization="nf4")):
+        findings = site_findings(federation, load_models=True, loaded_as=loaded_as)
+        (digest,) = [one.found for one in findings if one.what == "model minilm"]
+        digests[loaded_as] = digest.removeprefix("digest ")
+    assert [len(one) for one in set(digests.values())] == [64, 64, 64]
+    digest = digests[LoadedAs()]
     file = federation / "sites/a/site.toml"
     edit(file, "model-digests = []", f'model-digests = ["{digest}"]')
     assert not of(site_findings(federation, load_models=True), "model")
+    nf4 = LoadedAs(quantization="nf4")
+    only(site_findings(federation, load_models=True, loaded_as=nf4), "model minilm", Grade.FAILED, "none of [limits]")
+    monkeypatch.setattr("fedlora.quantisation._PACKAGE", "not-installed")
+    missing = site_findings(federation, load_models=True, loaded_as=nf4)
+    only(missing, "model minilm", Grade.FAILED, "install it with: pip install 'fedlora[quantization]'")
     edit(file, digest, "0" * 64)
     only(site_findings(federation, load_models=True), "model minilm", Grade.FAILED, "none of [limits] model-digests")
 

@@ -137,7 +137,10 @@ def test_what_differs_is_named_with_both_values() -> None:
     assert REPORT.differs(own) == ""
     for field, words in (
         ("protocol", "the version of the protocol differs: '7' at the site, '1' at the coordinator"),
-        ("digest", f"the base model or its tokenizer differs: 'x' at the site, '{'d' * 16}' at the coordinator"),
+        (
+            "digest",
+            f"the base model, its quantisation or its tokenizer differs: 'x' at the site, '{'d' * 16}' at the coord",
+        ),
         ("initial_digest", f"the tensors drawn from the seed differs: 'x' at the site, '{'i' * 16}' at the coord"),
         ("constants_digest", f"the method's constants differs: 'x' at the site, '{'c' * 16}' at the coordinator"),
     ):

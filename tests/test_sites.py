@@ -160,7 +160,7 @@ def test_a_node_that_goes_is_dropped_and_joins_anew_when_it_comes_back(said: Sai
     grid.offline.clear()
     for number in (3, 4):
         assert sites.assign(grid, ALL, number) == {11: (0,), 12: (1,)}
-    assert said.has("site east does not join: the base model or its tokenizer differs")
+    assert said.has("site east does not join: the base model, its quantisation or its tokenizer differs")
 
 
 # -- who does not belong ----------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def unreadable(message: Message) -> RecordDict:
     [
         (site(site="south"), "its SuperNode is registered as 'east', and its daemon calls itself 'south'"),
         (site(site=""), "its SuperNode is registered as 'east', and its daemon calls itself ''"),
-        (site(digest="other"), "the base model or its tokenizer differs: 'other' at the site"),
+        (site(digest="other"), "the base model, its quantisation or its tokenizer differs: 'other' at the site"),
         (site(initial_digest="other"), "the tensors drawn from the seed differs"),
         (site(constants_digest="other"), "the method's constants differs"),
         (site(protocol=PROTOCOL + 1), f"the version of the protocol differs: '{PROTOCOL + 1}' at the site"),

@@ -55,11 +55,19 @@ class Findings:
     peft: float
 
 
-def engine_of(family: str, target_modules: str = "auto") -> tuple[Engine, Config]:
+def engine_of(family: str, target_modules: str = "auto", quantization: str = "none") -> tuple[Engine, Config]:
     """Return an engine on a family's tiny model, with LoRA of rank 2, batched as the family asks for."""
     task = task_of(family)
-    model = tiny_model(family)
-    base = prepare_base(model, None, target_modules, has_head=task.has_head, device=torch.device("cpu"), name=family)
+    model = tiny_model(family) if quantization == "none" else tiny_model(family).float()
+    base = prepare_base(
+        model,
+        None,
+        target_modules,
+        has_head=task.has_head,
+        device=torch.device("cpu"),
+        name=family,
+        quantization=quantization,
+    )
     config = Config(
         task="classification" if task.has_head else "causal-lm",
         method=MethodConfig("lora", rank=2, target_modules=target_modules),
@@ -71,9 +79,9 @@ def engine_of(family: str, target_modules: str = "auto") -> tuple[Engine, Config
     return replace(engine, batching=find_batching(engine, initial_tensors(method.specs(), Seeded(0)))), config
 
 
-def find(family: str, target_modules: str = "auto") -> Findings:
+def find(family: str, target_modules: str = "auto", quantization: str = "none") -> Findings:
     """Return what the engine makes of a family."""
-    engine, config = engine_of(family, target_modules)
+    engine, config = engine_of(family, target_modules, quantization)
     start = random_tensors(initial_tensors(engine.method.specs(), Seeded(0)), "start")
     by_row = replace(engine, max_cost=1)
     together = _trained(engine, start, (0, 1, 2))

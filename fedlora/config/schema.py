@@ -64,6 +64,12 @@ class Config:
             self.eval.test,
             "without test rows the run needs others to be measured on: set data.dev-share.",
         )
+        require(
+            self.model.quantization == "none" or self.engine.dtype != "float64",
+            "model.quantization",
+            self.model.quantization,
+            "goes with engine.dtype = 'float32' or 'bfloat16', not 'float64', in which bitsandbytes does not compute.",
+        )
         if self.local.term == "scaffold":
             self._check_scaffold(dp)
         self._check_sites(dp)

@@ -81,10 +81,14 @@ class ModelConfig:
     """Branch, tag or commit of the hub model; empty: its main branch."""
     trust_remote_code: bool = False
     """Whether a model that brings code of its own may run it, on the server and at every client."""
+    quantization: str = "none"
+    """``none``; ``nf4`` (4 bits) or ``int8`` (8 bits): the base's linear layers, but for head and output layer, are
+    quantised when it is loaded, which saves memory. Needs ``pip install 'fedlora[quantization]'``."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
         require(self.name.strip() != "", "model.name", self.name, "must name a model.")
+        one_of("model.quantization", self.quantization, ("none", "nf4", "int8"))
 
 
 @final

@@ -14,13 +14,14 @@ import transformers
 from torch import Tensor, nn
 from transformers.quantizers import AutoHfQuantizer
 
-from fedlora.config import ModelConfig
+from fedlora.config import ConfigError, ModelConfig
 from fedlora.hub import found
 from fedlora.methods import Layer
 from fedlora.models.head_start import trained_labels
 from fedlora.models.names import options, place
 from fedlora.models.quiet import quiet
-from fedlora.models.structure import Structure, inspect
+from fedlora.models.structure import Structure, head_modules, inspect
+from fedlora.quantisation import check_quantisation
 from fedlora.tasks import Task
 
 
@@ -33,7 +34,8 @@ class Base:
         model: The model with a head for the task.
         tokenizer: Its tokenizer, padding on the right.
         structure: Its layers.
-        digest: SHA-256 of the weights without the head, and of the tokenizer's vocabulary.
+        digest: SHA-256 of the weights without the head, as the checkpoint holds them, of the tokenizer's vocabulary,
+            and of what each layer was quantised to.
         head: The head's tensors where the checkpoint has trained all of them at these shapes; otherwise empty.
         head_labels: The class names of the head that the checkpoint has; empty where it has none.
     """
@@ -65,11 +67,12 @@ def load_config(model: ModelConfig, num_labels: int, tokenizer: Any = None) -> A
         ValueError: There is none, or its quantisation cannot be read on this machine.
     """
     config = own_config(model)
+    quantised = getattr(config, "quantization_config", None)
+    check_quantisation(model, quantised if isinstance(quantised, dict | None) else quantised.to_dict())
     if tokenizer is not None:
         config.pad_token_id = config.get_text_config().pad_token_id = tokenizer.pad_token_id
     with found(model), quiet():
         config.num_labels = num_labels
-        quantised = getattr(config, "quantization_config", None)
         if quantised is not None:
             AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment(device_map=None)
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
@@ -106,11 +109,34 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def inspect_by_name(model: ModelConfig, task: type[Task], num_labels: int, target_modules: str) -> Structure:
-    """Return the structure of the model that ``model.name`` names, for a task, without loading its weights."""
+    """Return the structure of the model that ``model.name`` names, for a task, without loading its weights.
+
+    Raises:
+        ValueError: There is none, or it cannot be adapted or quantised as it is to be.
+    """
     config = load_config(model, num_labels)
     with torch.device("meta"), quiet(), found(model):
         skeleton = auto_model(task).from_config(config, trust_remote_code=model.trust_remote_code)
-    return inspect(skeleton, target_modules, has_head=task.has_head)
+    structure = inspect(skeleton, target_modules, has_head=task.has_head)
+    _check_layers(structure, model.quantization)
+    return structure
+
+
+_CHANGES_OUTPUTS = ("longformer",)
+"""Families that change a projection's output in place, which autograd does not let them do with a quantised layer's."""
+
+
+def _check_layers(structure: Structure, quantization: str) -> None:
+    """Refuse to quantise a model whose layers cannot be.
+
+    Raises:
+        ConfigError: None of them can, or the family does not take it.
+    """
+    if quantization != "none" and (structure.family in _CHANGES_OUTPUTS or not structure.num_quantisable):
+        raise ConfigError(
+            f"model.quantization = {quantization!r}: the linear layers of a {structure.family} model cannot be "
+            "quantised; set 'none', or choose another model."
+        )
 
 
 def load_base(
@@ -125,10 +151,21 @@ def load_base(
     """Load a base model for a task with its weights, frozen, on ``device``.
 
     Raises:
-        ValueError: The model is not there, or its checkpoint lacks weights other than the head's.
+        ValueError: The model is not there, its checkpoint lacks weights other than the head's, or it cannot be
+            quantised, or not on this machine.
     """
     tokenizer = load_tokenizer(model)
     config = load_config(model, num_labels, tokenizer)
+    if model.quantization != "none":
+        from fedlora.models.quantised import try_quantisation
+
+        try_quantisation(model.quantization, dtype, device)
+    packed = getattr(config, "quantization_config", None) is not None
+    if packed and dtype == torch.float64:
+        raise ConfigError(
+            f"engine.dtype = 'float64': model.name = {model.name!r} is quantised, and bitsandbytes does not compute in "
+            "it; use 'float32' or 'bfloat16'."
+        )
     with found(model), quiet():
         loaded, report = auto_model(task).from_pretrained(
             place(model),
@@ -136,12 +173,20 @@ def load_base(
             dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **({"device_map": {"": device}} if packed else {}),  # packed weights stay where they are loaded
             **options(model),
         )
     # The head may be of another shape, it is seeded anyway; nothing else may be lacking.
     lacking = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     base = prepare_base(
-        loaded, tokenizer, target_modules, has_head=task.has_head, device=device, missing=lacking, name=model.name
+        loaded,
+        tokenizer,
+        target_modules,
+        has_head=task.has_head,
+        device=device,
+        missing=lacking,
+        name=model.name,
+        quantization=model.quantization,
     )
     return replace(base, head=_trained_head(base, lacking), head_labels=trained_labels(own_config(model), task))
 
@@ -167,9 +212,11 @@ def prepare_base(
     device: torch.device,
     missing: set[str] | None = None,
     name: str = "",
+    quantization: str = "none",
 ) -> Base:
-    """Freeze ``model``, move it to ``device`` and check what would fail quietly later."""
+    """Freeze ``model``, quantise it, move it to ``device`` and check what would fail quietly later."""
     structure = inspect(model, target_modules, has_head=has_head)
+    _check_layers(structure, quantization)
     head = {layer.name for layer in structure.head}
     lost = sorted(key for key in missing or set() if key.rsplit(".", 1)[0] not in head)
     if lost:
@@ -180,11 +227,46 @@ def prepare_base(
     active = [key for key, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
     if active:
         raise ValueError(f"model.name = {name!r}: dropout in {active[0]} could not be switched off.")
+    digest = _digest(model, tokenizer, head)
+    if quantization != "none" or _is_quantised(model):
+        digest = _quantised(model, quantization, structure, device, digest, name)
     model.requires_grad_(False)
-    model.eval()
+    model.eval()  # the layers that took others' places, too
     model.to(device)
     logging.getLogger(__name__).debug("loaded %s: %d parameters", name, structure.num_parameters)
-    return Base(model, tokenizer, structure, _digest(model, tokenizer, head))
+    return Base(model, tokenizer, structure, digest)
+
+
+def _is_quantised(model: nn.Module) -> bool:
+    return getattr(model, "quantization_method", None) is not None
+
+
+def _quantised(
+    model: nn.Module, quantization: str, structure: Structure, device: torch.device, digest: str, name: str
+) -> str:
+    """Quantise a model, or take one that its checkpoint holds quantised; return its digest.
+
+    Args:
+        model: The model.
+        quantization: ``model.quantization``; ``none``: it is quantised already.
+        structure: Its layers.
+        device: Where the quantised weights go.
+        digest: Of its weights as the checkpoint holds them.
+        name: ``model.name``.
+    """
+    from fedlora.models import quantised
+
+    if quantization != "none":
+        quantised.quantise(model, quantization, head_modules(structure), device)
+    quantised.leave_rows_alone(model)
+    layers = quantised.describe(model)
+    spoiled = [layer.name for layer in structure.head if f"\n{layer.name} " in f"\n{layers}"]
+    if spoiled:
+        raise ValueError(
+            f"model.name = {name!r}: its checkpoint has quantised {spoiled[0]}, a layer of the head, which is trained; "
+            "choose the checkpoint in full precision and set model.quantization."
+        )
+    return hashlib.sha256(f"{digest}\n{layers}".encode()).hexdigest()
 
 
 def check_length(structure: Structure, wanted: int) -> None:

