@@ -52,18 +52,21 @@ class Packed:
         """Trained numbers of a client, of the largest rank."""
         return sum(value.size for value in self.starts[-1].values())
 
-    def round(self, job: Job, *, only: int | None = None) -> NDArray[np.float64]:
+    def round(self, job: Job, *, only: int | None = None, noisy: bool = True) -> NDArray[np.float64]:
         """Train a round; return each client's mean loss.
 
         Args:
             job: The round.
             only: Train this client alone.
+            noisy: Whether there is noise under DP.
         """
         works = job.works(self.starts)
         works = works if only is None else [works[only]]
         private = None
         if self.noise is not None:
-            mechanism = Mechanism(self.noise, 1.0, sample_rate=0.1, expected_batch_size=job.rows, steps=job.steps)
+            mechanism = Mechanism(
+                self.noise * noisy, 1.0, sample_rate=0.1, expected_batch_size=job.rows, steps=job.steps
+            )
             private = PrivateStep(mechanism, [PrivateRandom() for _ in works])
         results = train_pack(self.engine, works, self.common, job.train, private)
         faults = [result.error for result in results if result.error]

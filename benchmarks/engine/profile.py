@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 from benchmarks.engine.families import FAMILIES, busy_us, family
 from benchmarks.engine.report import show_profile, write
 from benchmarks.engine.timing import ceiling, machine, synchronize
-from benchmarks.engine.ways import Bench
+from benchmarks.engine.ways import Bench, Kind
 
 IDLE = "idle"
 _MOST_KERNELS = 25
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     tops = [ceiling(device) / 1e12]
     bench = Bench(options.shape, options.rank, device, options.visits, options.dtype)
     job = bench.job(options.clients, options.steps, options.rows, options.tokens)
-    packed = bench.packed(options.method, dp=options.dp, ragged=options.ragged_ranks)
+    packed = bench.packed(Kind(options.method, options.dp, options.ragged_ranks))
     packed.round(job)
     seconds = []
     for _ in range(options.repeats):

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.engine.checks import check
 from benchmarks.engine.report import show, write
 from benchmarks.engine.timing import Budget, Measured, ceiling, machine, measure
-from benchmarks.engine.ways import BASELINES, Bench
+from benchmarks.engine.ways import BASELINES, Bench, Kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,18 +41,16 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     about = machine(device)
     tops = [ceiling(device) / 1e12]
     bench = Bench(options.shape, options.rank, device, options.visits, options.dtype)
-    kinds = [(method, dp, False) for dp in ([False, True] if options.dp else [False]) for method in options.methods]
-    kinds += [("lora", False, True)] if options.ragged_ranks else []
+    kinds = [Kind(method, dp) for dp in ([False, True] if options.dp else [False]) for method in options.methods]
+    kinds += [Kind(ragged=True)] if options.ragged_ranks else []
     first = bench.job(max(options.clients), options.steps[0], options.rows, options.tokens)
     others = [name for name in options.baselines if name != "as-shipped"]
-    checks: list[dict[str, Any]] = []
-    for method, dp, ragged in kinds:
-        checks += bench.check(first, method, dp=dp, ragged=ragged, others=others)
+    checks = [entry for kind in kinds for entry in check(bench, first, kind, others, budget)]
     lines: list[dict[str, Any]] = []
     for steps in options.steps:
         jobs = [bench.job(clients, steps, options.rows, options.tokens) for clients in options.clients]
         ways = [bench.baseline(name, jobs[-1]) for name in options.baselines]
-        ways += [bench.ours(job, method, dp=dp, ragged=ragged) for method, dp, ragged in kinds for job in jobs]
+        ways += [bench.ours(job, kind) for kind in kinds for job in jobs]
         measured = measure(ways, options.repeats, budget, device, bench.base_bytes)
         lines += as_lines(bench, measured, device)
         found = {"ceiling_tflops": [tops[0], ceiling(device) / 1e12], "checks": checks}
