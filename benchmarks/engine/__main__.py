@@ -9,10 +9,10 @@ import warnings
 import torch
 import transformers
 
-from benchmarks.engine import profile, train
+from benchmarks.engine import memory, profile, regimes, train, uneven
 from benchmarks.engine.shapes import SHAPES
 
-COMMANDS = {"train": train, "profile": profile}
+COMMANDS = {"train": train, "regimes": regimes, "uneven": uneven, "memory": memory, "profile": profile}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         command.add_argument(
             "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the base model"
+        )
+        command.add_argument(
+            "--quantization", choices=("none", "nf4", "int8"), default="none", help="of the base model"
         )
         command.add_argument("--out", default="", help="JSON file to write")
         module.add_arguments(command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
@@ -9,8 +10,8 @@ from numpy.typing import NDArray
 
 from benchmarks.engine.jobs import Arrays, Job, start_tensors
 from benchmarks.engine.shapes import Shape, base_of, twin
-from fedlora.config import Config, MethodConfig
-from fedlora.engine import Engine, train_pack
+from fedlora.config import Config, MethodConfig, TrainConfig
+from fedlora.engine import ClientWork, Engine, train_pack
 from fedlora.methods import Method, build_method
 from fedlora.privacy import Mechanism, PrivateRandom
 from fedlora.privacy.step import PrivateStep
@@ -53,7 +54,7 @@ class Packed:
         return sum(value.size for value in self.starts[-1].values())
 
     def round(self, job: Job, *, only: int | None = None, noisy: bool = True) -> NDArray[np.float64]:
-        """Train a round; return each client's mean loss.
+        """Train a round of equal rows; return each client's mean loss.
 
         Args:
             job: The round.
@@ -61,14 +62,22 @@ class Packed:
             noisy: Whether there is noise under DP.
         """
         works = job.works(self.starts)
-        works = works if only is None else [works[only]]
+        return self.train(works if only is None else [works[only]], job.train, noisy=noisy)
+
+    def train(self, works: Sequence[ClientWork], train: TrainConfig, *, noisy: bool = True) -> NDArray[np.float64]:
+        """Train clients for a round; return each one's mean loss.
+
+        Args:
+            works: What each does.
+            train: Local training.
+            noisy: Whether there is noise under DP.
+        """
         private = None
         if self.noise is not None:
-            mechanism = Mechanism(
-                self.noise * noisy, 1.0, sample_rate=0.1, expected_batch_size=job.rows, steps=job.steps
-            )
+            noise, steps = self.noise if noisy else 0.0, max(len(work.batches) for work in works)
+            mechanism = Mechanism(noise, 1.0, sample_rate=0.1, expected_batch_size=train.batch_size, steps=steps)
             private = PrivateStep(mechanism, [PrivateRandom() for _ in works])
-        results = train_pack(self.engine, works, self.common, job.train, private)
+        results = train_pack(self.engine, works, self.common, train, private)
         faults = [result.error for result in results if result.error]
         if faults:
             raise ValueError(f"{len(faults)} of {len(results)} clients: {faults[0]}")

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     """Profile a round and print it."""
     about = machine(device)
     tops = [ceiling(device) / 1e12]
-    bench = Bench(options.shape, options.rank, device, options.visits, options.dtype)
+    bench = Bench(options.shape, options.rank, device, options.visits, options.dtype, options.quantization)
     job = bench.job(options.clients, options.steps, options.rows, options.tokens)
     packed = bench.packed(Kind(options.method, options.dp, options.ragged_ranks))
     packed.round(job)

@@ -52,6 +52,21 @@ def show_profile(whole: dict[str, Any]) -> None:
         print(f"  {kernel['ms']:9.2f} ms {kernel['calls']:6d} x  {kernel['family'][:24]:<24}  {kernel['name'][:90]}")
 
 
+def show_memory(whole: dict[str, Any]) -> None:
+    """Print what a model's memory was."""
+    _show_head(whole)
+    for line in whole["lines"]:
+        print(
+            f"round {line['round']:<3} {line['wall_s']:8.2f} s  peak {line['peak_gib']:.2f} GiB, held after "
+            f"{line['held_gib']:.3f}, kept by the allocator {line['reserved_gib']:.2f} {line['error']}".rstrip()
+        )
+    share = 100 * whole["tflops"] / max(whole["ceiling_tflops"])
+    print(
+        f"{whole['ms']:.1f} ms a client-step, {share:.1f} % of the ceiling; base {whole['base_gib']:.2f} GiB, peak "
+        f"{whole['peak_gib']:.2f} GiB; {whole['growth_gib']:+.4f} GiB held from the second round to the last"
+    )
+
+
 def _show_head(whole: dict[str, Any]) -> None:
     print(json.dumps(whole["machine"]))
     tops = ", ".join(f"{top:.1f}" for top in whole["ceiling_tflops"])
@@ -74,7 +89,11 @@ def line_words(line: dict[str, Any], ceiling: float) -> str:
     """Return a line of the table in words."""
     flags = "".join(f" {name}" for name in ("dp", "ragged") if line.get(name))
     name = line["way"] if line["way"] != "fedlora" else f"fedlora {line['method']}{flags}"
-    head = f"{name:<24} K={line['clients']:<4} steps={line['steps']:<3} {line['rows']}x{line['tokens']:<5}"
+    head = f"{name:<24} K={line['clients']:<4} "
+    if "steps" in line:
+        head += f"steps={line['steps']:<3} {line['rows']}x{line['tokens']:<5}"
+    if "useful" in line:
+        head += f"{100 * line['useful']:.1f} % of {line['tokens_computed']} computed tokens are real"
     if "ms" not in line:
         return f"{head} {line['error']}"
     share = f"{100 * line['tflops'] / ceiling:5.1f} %" if ceiling else ""

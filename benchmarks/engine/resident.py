@@ -68,7 +68,7 @@ class Resident:
     """Clients one after another on a resident model.
 
     Args:
-        parameters: The trained parameters, at the start of a round.
+        parameters: The trained parameters, now at the start of a round.
         optimizer: Their optimizer.
         step: An optimizer step.
         device: Where the model is.

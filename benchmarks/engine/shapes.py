@@ -6,6 +6,7 @@ Speed does not depend on what the weights are, so nothing has to be downloaded.
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
@@ -14,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from fedlora.models import Base, inspect
+from fedlora.models import Base, head_modules, inspect
 from fedlora.tasks import CausalLM, Classification, Task
 
 CLASSES = 2
@@ -94,12 +95,23 @@ _ALL = (
 SHAPES = {shape.name: shape for shape in _ALL}
 
 
-def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a model of a shape with random weights, made on the device, frozen and in evaluation mode."""
+def random_model(shape: Shape, device: torch.device, dtype: torch.dtype, quantization: str = "none") -> Any:
+    """Return a model of a shape with random weights, made on the device, frozen and in evaluation mode.
+
+    Args:
+        shape: The shape.
+        device: Where it computes.
+        dtype: Of its weights, where they are not quantised, and of what it computes.
+        quantization: ``none``, ``nf4`` or ``int8``.
+    """
     kind = getattr(transformers, shape.task.auto_model)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         model = kind.from_config(shape.config(), dtype=dtype)
+    if quantization != "none":
+        quantised = importlib.import_module("fedlora.models.quantised")  # with an optional package
+        heads = head_modules(inspect(model, "auto", has_head=shape.task.has_head))
+        quantised.quantise(model, quantization, heads, device)
     return model.to(device).requires_grad_(False).eval()
 
 

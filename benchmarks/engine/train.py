@@ -40,7 +40,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     budget = Budget(options.budget_s)
     about = machine(device)
     tops = [ceiling(device) / 1e12]
-    bench = Bench(options.shape, options.rank, device, options.visits, options.dtype)
+    bench = Bench(options.shape, options.rank, device, options.visits, options.dtype, options.quantization)
     kinds = [Kind(method, dp) for dp in ([False, True] if options.dp else [False]) for method in options.methods]
     kinds += [Kind(ragged=True)] if options.ragged_ranks else []
     first = bench.job(max(options.clients), options.steps[0], options.rows, options.tokens)

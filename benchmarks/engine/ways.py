@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
-from torch import nn
 
 from benchmarks.engine import peers, resident
 from benchmarks.engine.jobs import Arrays, Job
@@ -42,9 +41,18 @@ class Bench:
         device: Where it computes.
         visits: How many clients a baseline trains in a round, one after another: their number makes no difference.
         dtype: Of the base model; ``auto``: bfloat16 on a GPU, float32 on a CPU.
+        quantization: Of the base model: ``none``, ``nf4`` or ``int8``.
     """
 
-    def __init__(self, shape: str, rank: int, device: torch.device, visits: int, dtype: str = "auto") -> None:
+    def __init__(
+        self,
+        shape: str,
+        rank: int,
+        device: torch.device,
+        visits: int,
+        dtype: str = "auto",
+        quantization: str = "none",
+    ) -> None:
         self.shape = SHAPES[shape]
         self.rank = rank
         self.device = device
@@ -52,7 +60,7 @@ class Bench:
         before = self._allocated()
         own = "bfloat16" if device.type == "cuda" else "float32"
         self.dtype: torch.dtype = getattr(torch, own if dtype == "auto" else dtype)
-        self.model = random_model(self.shape, device, self.dtype)
+        self.model = random_model(self.shape, device, self.dtype, quantization)
         self.base_bytes = self._allocated() - before
         self.folder = tempfile.TemporaryDirectory()
         self._packed: dict[Kind, Packed] = {}
@@ -81,21 +89,21 @@ class Bench:
         return self.packed().starts[-1]
 
     @cached_property
-    def adapted(self) -> tuple[Any, dict[str, nn.Parameter]]:
-        """PEFT's model and its trained parameters."""
-        model = resident.peft_model(self.model, self.shape, self.rank)
-        return model, resident.named_parameters(model, self.start)
+    def adapted(self) -> Any:
+        """PEFT's model."""
+        return resident.peft_model(self.model, self.shape, self.rank)
 
     def sequential(self, kind: str, job: Job) -> Resident:
         """Return a baseline with a resident model."""
         if kind in PRIVATE:
             mode = kind.removeprefix("opacus-")
             return peers.opacus(self.model, self.shape, job, self.rank, self.start, mode)
+        named = resident.named_parameters(self.adapted, self.start)
         if kind == "eager":
-            return resident.eager(*self.adapted, job)
+            return resident.eager(self.adapted, named, job)
         if self.device.type != "cuda":
             raise ValueError(f"{kind}: CUDA graphs need a GPU")
-        return resident.graphed(*self.adapted, job, compiled=kind == "compile")
+        return resident.graphed(self.adapted, named, job, compiled=kind == "compile")
 
     def baseline(self, kind: str, job: Job) -> Way:
         """Return a baseline as a way."""
