@@ -18,19 +18,31 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.engine.jobs import Arrays, Job
 from benchmarks.engine.shapes import Shape, twin
 
+_UNMASKED = "sdpa-without-mask"
 Step = Callable[[Tensor, Tensor], Tensor]
 """Takes an optimizer step on token numbers [rows, T] and their labels; returns the loss before it."""
 _WARM = 3  # steps before a CUDA graph is captured
+
+
+def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any) -> Any:
+    """Return PyTorch's attention over all positions, or over those before, as transformers calls it."""
+    return sdpa_attention_forward(module, query, key, value, None, **options)
 
 
 def peft_model(model: Any, shape: Shape, rank: int) -> Any:
     """Return PEFT's LoRA on the weights of a model, adapters in its dtype."""
     own = twin(model)
     own.config.use_cache = False
+    # Rows are of one length. Left to itself, transformers makes a mask all the same where a CUDA graph is captured or
+    # torch compiles (5.17): it cannot look whether one is needed. A mask keeps attention from its fast kernel.
+    ALL_ATTENTION_FUNCTIONS.register(_UNMASKED, _attention)
+    own.config._attn_implementation = _UNMASKED
     config = LoraConfig(
         task_type=TaskType(shape.task.peft_type), r=rank, lora_alpha=2 * rank, target_modules=list(shape.targets)
     )
@@ -101,10 +113,12 @@ class Resident:
         """Put the start back, and moments and step counts to zero."""
         with torch.no_grad():
             torch._foreach_copy_([parameter.data for parameter in self.parameters], self.start)
-            states = [value for state in self.optimizer.state.values() for value in state.values()]
-            states = [value for value in states if isinstance(value, Tensor)]
-            if states:
-                torch._foreach_zero_(states)
+            states: dict[torch.dtype, list[Tensor]] = {}
+            for value in (value for state in self.optimizer.state.values() for value in state.values()):
+                if isinstance(value, Tensor):
+                    states.setdefault(value.dtype, []).append(value)
+            for alike in states.values():
+                torch._foreach_zero_(alike)
 
 
 def adamw(parameters: Sequence[nn.Parameter], job: Job, *, graph: bool = False) -> torch.optim.AdamW:
