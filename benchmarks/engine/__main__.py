@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
     return int(options.run(options, torch.device(options.device)))
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
     sys.exit(main())

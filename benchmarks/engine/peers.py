@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from pathlib import Path
 from typing import Any, final
 
@@ -27,20 +30,21 @@ class AsShipped:
     Its trainer and its Flower messages are left out, which are its users' to choose; so it is faster here than there.
 
     Args:
-        model: The model; it is saved to ``folder`` once.
+        model: The model; it is saved to a folder once.
         job: The round.
         rank: Of LoRA.
         start: Where clients start.
-        folder: An empty folder.
     """
 
-    def __init__(self, model: Any, job: Job, rank: int, start: Arrays, folder: Path) -> None:
-        self.shape, self.rank, self.folder = job.shape, rank, folder
+    def __init__(self, model: Any, job: Job, rank: int, start: Arrays) -> None:
+        self.shape, self.rank = job.shape, rank
+        self.folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self.folder)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         with quiet():
-            model.save_pretrained(folder)
-            _tokenizer(job.vocabulary).save_pretrained(folder)
+            model.save_pretrained(self.folder)
+            _tokenizer(job.vocabulary).save_pretrained(self.folder)
             adapted = peft_model(model, job.shape, rank)
             named_parameters(adapted, start)
             self.adapter = get_peft_model_state_dict(adapted)

@@ -27,8 +27,17 @@ def write(
     if options.out:
         path = Path(options.out)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(_rounded(whole), indent=1) + "\n", encoding="utf-8")
     return whole
+
+
+def _rounded(value: Any) -> Any:
+    """Return the same with six digits of each number."""
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def show(whole: dict[str, Any]) -> int:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
@@ -62,7 +60,6 @@ class Bench:
         self.dtype: torch.dtype = getattr(torch, own if dtype == "auto" else dtype)
         self.model = random_model(self.shape, device, self.dtype, quantization)
         self.base_bytes = self._allocated() - before
-        self.folder = tempfile.TemporaryDirectory()
         self._packed: dict[Kind, Packed] = {}
 
     def _allocated(self) -> int:
@@ -111,8 +108,7 @@ class Bench:
 
         def make() -> Round:
             if kind == "as-shipped":
-                folder = Path(tempfile.mkdtemp(dir=self.folder.name))
-                way: Any = peers.AsShipped(self.model, job, self.rank, self.start, folder)
+                way: Any = peers.AsShipped(self.model, job, self.rank, self.start)
             else:
                 way = self.sequential(kind, job)
             return lambda: way.round(job, clients)
