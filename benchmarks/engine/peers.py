@@ -61,9 +61,9 @@ class AsShipped:
             adapted = peft_model(model, self.shape, self.rank)
             set_peft_model_state_dict(adapted, self.adapter)
         trained = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
-        loss = eager(adapted, trained, job).visit(job, client)
-        get_peft_model_state_dict(adapted)
-        return loss
+        _, losses = eager(adapted, trained, job).visit(job, client)
+        assert get_peft_model_state_dict(adapted)
+        return float(losses) / job.steps
 
 
 def _tokenizer(size: int) -> Any:
