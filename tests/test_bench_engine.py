@@ -89,6 +89,18 @@ def test_a_language_model_in_bfloat16_is_within_its_tolerance(tmp_path: Path) ->
     assert [check["equal"] for check in whole["checks"]] == [True]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shape", ["tiny", "tiny-lm"])
+def test_graphs_and_profiles_on_a_gpu(tmp_path: Path, shape: str) -> None:
+    small = ("--rows", "2", "--tokens", "8", "--clients", "2", "--steps", "1")
+    train = written("train", tmp_path / "a.json", *small, "--baselines", "eager,graph,compile", shape=(shape,))
+    assert [check["equal"] for check in train["checks"]] == [True, True, True]
+    assert all(line["peak_gib"] > 0 for line in train["lines"])
+    profile = written("profile", tmp_path / "b.json", *small, shape=(shape,))
+    assert profile["covered"] > 0.9
+
+
 def test_ways_take_turns_forwards_and_backwards_and_one_that_fails_stops_no_other() -> None:
     order: list[str] = []
 
@@ -130,6 +142,7 @@ KERNELS = [
     ("nvjet_tst_128x64_64x8_2x1_v_bz_TNN", "", [], PRODUCTS),
     ("cutlass_80_tensorop_bf16_s16816gemm_bf16_64x64", "aten::bmm", [[64, 1024, 1024], [64, 1024, 8]], LOW_RANK),
     ("_fused_lora_kernel", "", [], LOW_RANK),
+    ("triton_red_fused__to_copy_add_native_layer_norm_clip_3", "", [], ELEMENTWISE),
     ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "aten::_flash_attention_forward", [], ATTENTION),
     ("void at::native::elementwise_kernel<GeluBackward>", "aten::gelu_backward", [[8192, 4096]], ELEMENTWISE),
     ("void at::native::vectorized_elementwise_kernel<CUDAFunctor_add>", "aten::add", [[64, 1838082]], OPTIMIZER),

@@ -116,7 +116,12 @@ def uneven_table() -> list[str]:
     rows = []
     for line in lines_of("uneven"):
         cells = [_model(line), f"{line['clients']} {line['way']}", str(line["client_steps"])]
-        cells += [f"{line['useful']:.1%}", _ms(line), _number(line.get("us_a_token")), _share(line)]
+        cells += [
+            f"{line['useful']:.1%}" if "useful" in line else "not seen",
+            _ms(line),
+            _number(line.get("us_a_token")),
+            _share(line),
+        ]
         rows.append(cells)
     return table_of(columns, rows)
 

@@ -19,6 +19,7 @@ FAMILIES = (PRODUCTS, LOW_RANK, ATTENTION, ELEMENTWISE, MOVES, OPTIMIZER, COPIES
 _SMALL = 64  # a product with a smaller dimension has to do with ranks, classes or the few rows of one client
 _NAMES = (  # the first that is found in a kernel's or operation's name
     (COPIES, r"^memcpy|^memset|^aten::(fill_|zero_)$"),
+    (ELEMENTWISE, r"^triton_(poi|red|per)_"),  # of torch.compile; such names list all that they fuse
     (OPTIMIZER, r"adam|sgd|multi_tensor|foreach|optimi[sz]er|distribution|normal_|philox|clip"),
     (ATTENTION, r"flash|fmha|attention|attn|sdpa"),
     (LOW_RANK, r"lora|low_?rank|grouped|per_row"),

@@ -73,8 +73,9 @@ class Job:
 
     def works(self, starts: list[Arrays]) -> list[ClientWork]:
         """Return what the engine is given; client k starts at ``starts[k % len(starts)]``."""
+        batches = self.batches()
         return [
-            ClientWork(client, rows, len(rows), self.batches(), starts[client % len(starts)])
+            ClientWork(client, rows, len(rows), batches, starts[client % len(starts)])
             for client, rows in enumerate(self.examples)
         ]
 

@@ -29,6 +29,7 @@ _UNMASKED = "sdpa-without-mask"
 Step = Callable[[Tensor, Tensor], Tensor]
 """Takes an optimizer step on token numbers [rows, T] and their labels; returns the loss before it."""
 _WARM = 3  # steps before a CUDA graph is captured
+_SHAPES = 64  # more than a table has
 
 
 def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any) -> Any:
@@ -157,7 +158,10 @@ def graphed(model: Any, named: Mapping[str, nn.Parameter], job: Job, *, compiled
     device = parameters[0].device
     optimizer = adamw(parameters, job, graph=True)
     ids, labels = (one[0].to(device) for one in job.tensors(0))
-    loss_fn: Any = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    loss_fn: Any = loss_of
+    if compiled:
+        torch._dynamo.config.recompile_limit = _SHAPES  # beyond it torch would go on without compiling, and not say so
+        loss_fn = torch.compile(loss_of, dynamic=False)
     # Left to itself, a compiled model may be given attention in float32.
     kernels = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]) if compiled else nullcontext()
 

@@ -93,14 +93,15 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
             packed.train(works, train)
         real = int(sum(work.examples.cost[batch].sum() for work in works for batch in work.batches))
         client_steps = sum(len(work.batches) for work in works)
-        fact = {
-            "clients": len(works),
-            "client_steps": client_steps,
-            "tokens_real": real,
-            "tokens_computed": sum(through),
-        }
-        flops = sum(useful_flops(bench.shape, bench.model, int(n)) * n for work in works for n in work.examples.cost)
-        facts.append({**fact, "tokens_computed": sum(through), "useful": real / sum(through), "flops": float(flops)})
+        fact: dict[str, Any] = {"clients": len(works), "client_steps": client_steps, "tokens_real": real}
+        costs, counts = np.unique(np.concatenate([work.examples.cost for work in works]), return_counts=True)
+        flops = [
+            useful_flops(bench.shape, bench.model, int(n)) * n * count for n, count in zip(costs, counts, strict=True)
+        ]
+        computed = sum(through)
+        if computed >= real:  # fewer are seen where a captured graph runs in place of the modules
+            fact |= {"tokens_computed": computed, "useful": real / computed}
+        facts.append({**fact, "flops": float(sum(flops))})
         ways.append(Way(name, lambda works=works: lambda: packed.train(works, train), client_steps, {"way": name}))  # type: ignore[misc]
     lines = []
     for one, fact in zip(measure(ways, options.repeats, budget, device, bench.base_bytes), facts, strict=True):
