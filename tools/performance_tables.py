@@ -175,7 +175,8 @@ def losses_table() -> list[str]:
 
 def runs_table() -> list[str]:
     """Return the command, machine and versions of each run."""
-    columns = dict.fromkeys(("run", "command", "machine", "ceiling, TFLOP/s", "load", "versions", "time"), "<")
+    names = ("run", "command", "machine", "ceiling, TFLOP/s", "load", "versions", "commit, day")
+    columns = dict.fromkeys(names, "<")
     rows = []
     for table in ("train", "regimes", "uneven", "memory", "profile"):
         for name, whole in results(table):
@@ -185,7 +186,13 @@ def runs_table() -> list[str]:
             tops = [f"{top:.3g}" for top in (min(whole["ceiling_tflops"]), max(whole["ceiling_tflops"]))]
             cells.append(" to ".join(dict.fromkeys(tops)))
             cells += [f"{about['load'][0]:g} to {about['load_after'][0]:g}"]
-            rows.append([*cells, ", ".join(f"{key} {value}" for key, value in versions.items()), about["time"][:10]])
+            rows.append(
+                [
+                    *cells,
+                    ", ".join(f"{key} {value}" for key, value in versions.items()),
+                    f"{about['commit']} {about['time'][:10]}".strip(),
+                ]
+            )
     return table_of(columns, rows)
 
 

@@ -8,11 +8,13 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -184,21 +186,21 @@ def synchronize(device: torch.device) -> None:
 def ceiling(device: torch.device) -> float:
     """Return the floating-point operations a second of a large product of random matrices.
 
-    8192 x 8192 x 8192 in bfloat16 on a GPU, the median of ten; on a CPU 512 in float32.
+    8192 x 8192 x 8192 in bfloat16 on a GPU, the median of ten; on a CPU 1024 in float32, by the process's time.
     """
     cuda = device.type == "cuda"
-    size, dtype = (8192, torch.bfloat16) if cuda else (512, torch.float32)
+    size, dtype, times = (8192, torch.bfloat16, 10) if cuda else (1024, torch.float32, 1)
+    clock = time.perf_counter if cuda else time.process_time
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for repeat in range(13):
+    seconds = []
+    for _ in range(13 if cuda else 6):
         synchronize(device)
-        started = time.perf_counter()
-        for _ in range(10 if cuda else 1):
+        started = clock()
+        for _ in range(times):
             one @ other
         synchronize(device)
-        if repeat >= 3:
-            times.append((time.perf_counter() - started) / (10 if cuda else 1))
-    return 2.0 * size**3 / statistics.median(times)
+        seconds.append((clock() - started) / times)
+    return 2.0 * size**3 / statistics.median(seconds[3:])  # the first warm up
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -212,6 +214,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "command": f"python -m benchmarks.engine {shlex.join(sys.argv[1:])}",
+        "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
         "device_gib": round(torch.cuda.get_device_properties(device).total_memory / GIB, 1) if cuda else 0,
@@ -221,6 +224,14 @@ def machine(device: torch.device) -> dict[str, Any]:
         "load": [round(load, 2) for load in os.getloadavg()],
         "versions": versions,
     }
+
+
+def _commit() -> str:
+    """Return the commit of the working tree, empty where it is none, with a plus where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + "+" * bool(changed.stdout.strip()) if head.returncode == 0 else ""
 
 
 def _words(facts: dict[str, Any]) -> str:
