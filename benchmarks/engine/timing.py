@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -228,6 +229,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def _commit() -> str:
     """Return the commit of the working tree, empty where it is none, with a plus where files differ from it."""
+    if shutil.which("git") is None:
+        return ""
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
