@@ -13,6 +13,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity
 
 from benchmarks.engine.families import FAMILIES, busy_us, family
+from benchmarks.engine.packed import METHODS
 from benchmarks.engine.report import show_profile, write
 from benchmarks.engine.timing import ceiling, machine, synchronize
 from benchmarks.engine.ways import Bench, Kind
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a row")
     parser.add_argument("--clients", type=int, default=64, help="clients of the pack")
     parser.add_argument("--steps", type=int, default=4, help="steps of the round")
-    parser.add_argument("--method", default="lora", help="lora, mos, s2-lora, ffa-lora")
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--dp", action="store_true", help="under DP-SGD")
     parser.add_argument("--ragged-ranks", action="store_true", help="with unlike ranks")
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.engine.checks import check
 from benchmarks.engine.report import show, write
 from benchmarks.engine.timing import Budget, ceiling, free, machine, measure
-from benchmarks.engine.train import as_lines, names, numbers
+from benchmarks.engine.train import as_lines, baselines, numbers
 from benchmarks.engine.ways import LORA, Bench
 
 _LEAST_CLIENTS = 4
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pack-tokens", type=int, default=32768, help="tokens of a step of all clients, about")
     parser.add_argument("--most-clients", type=int, default=256, help="clients of a pack at most")
     parser.add_argument("--steps", type=int, default=4, help="steps a round")
-    parser.add_argument("--baselines", type=names, default=["eager", "graph"], help="what packs are compared with")
+    parser.add_argument("--baselines", type=baselines, default=["eager", "graph"], help="what packs are compared with")
 
 
 def run(options: argparse.Namespace, device: torch.device) -> int:

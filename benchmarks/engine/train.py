@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.engine.checks import check
+from benchmarks.engine.packed import METHODS
 from benchmarks.engine.report import show, write
 from benchmarks.engine.timing import Budget, Measured, ceiling, machine, measure
 from benchmarks.engine.ways import BASELINES, Bench, Kind
@@ -19,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of a row")
     parser.add_argument("--clients", type=numbers, default=[16, 64], help="clients of a pack, with commas between")
     parser.add_argument("--steps", type=numbers, default=[4, 20], help="steps a round, with commas between")
-    parser.add_argument("--methods", type=names, default=["lora"], help="lora, mos, s2-lora, ffa-lora")
+    parser.add_argument("--methods", type=methods, default=["lora"], help=", ".join(METHODS))
     parser.add_argument("--dp", action="store_true", help="measure DP-SGD, too")
     parser.add_argument("--ragged-ranks", action="store_true", help="measure LoRA of unlike ranks, too")
-    parser.add_argument("--baselines", type=names, default=["eager", "graph"], help=", ".join(BASELINES))
+    parser.add_argument("--baselines", type=baselines, default=["eager", "graph"], help=", ".join(BASELINES))
 
 
 def numbers(text: str) -> list[int]:
@@ -30,9 +31,22 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def names(text: str) -> list[str]:
-    """Return names with commas between."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _names(text: str, known: tuple[str, ...]) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = sorted({*found} - {*known})
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(known)}")
+    return found
+
+
+def baselines(text: str) -> list[str]:
+    """Return names of baselines with commas between; none where it is empty."""
+    return _names(text, BASELINES)
+
+
+def methods(text: str) -> list[str]:
+    """Return names of methods with commas between."""
+    return _names(text, METHODS)
 
 
 def run(options: argparse.Namespace, device: torch.device) -> int:
