@@ -7,6 +7,7 @@ the tables.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -175,6 +176,23 @@ def losses_table() -> list[str]:
     return table_of(columns, rows)
 
 
+def curves_table() -> list[str]:
+    """Return mean losses over rounds of growing length, PEFT in float32 first."""
+    columns = {"model": "<", "steps": ">", "PEFT, float32": ">", "fedlora, float32": ">", "PEFT, bfloat16": ">"}
+    rows = []
+    for _, whole in results("curves"):
+        own = whole["arguments"]
+        named = {(line["way"], line["dtype"]): line for line in whole["lines"]}
+        order = [named[way, dtype] for dtype in ("float32", "bfloat16") for way in ("eager", "fedlora")]
+        for at, steps in enumerate(order[0]["steps"]):
+            cells = [_model({**own, "device": device(whole)}), str(steps)]
+            for line in order:
+                reached = at < len(line["losses"])
+                cells.append(f"{statistics.mean(line['losses'][at]):.4f} ({line['off'][at]:.0e})" if reached else "")
+            rows.append(cells)
+    return table_of({**columns, "fedlora, bfloat16": ">"}, rows)
+
+
 def _apart(check: Line) -> float:
     """Return how far losses were apart, by what was allowed; one that could not be compared is shown before all."""
     return float(check["off"] / check["tolerance"]) if "equal" in check else float("inf")
@@ -185,7 +203,7 @@ def runs_table() -> list[str]:
     names = ("run", "command", "machine", "ceiling, TFLOP/s", "load", "versions", "commit, day")
     columns = dict.fromkeys(names, "<")
     rows = []
-    for table in ("train", "regimes", "uneven", "memory", "profile"):
+    for table in ("train", "regimes", "uneven", "memory", "profile", "curves"):
         for name, whole in results(table):
             about = whole["machine"]
             versions = {key: about["versions"][key] for key in ("torch", "transformers", "peft")}
@@ -256,6 +274,7 @@ TABLES: dict[str, Table] = {
     "memory": memory_table,
     "profile": profile_table,
     "losses": losses_table,
+    "curves": curves_table,
     "runs": runs_table,
 }
 

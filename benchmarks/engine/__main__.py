@@ -9,10 +9,17 @@ import warnings
 import torch
 import transformers
 
-from benchmarks.engine import memory, profile, regimes, train, uneven
+from benchmarks.engine import curves, memory, profile, regimes, train, uneven
 from benchmarks.engine.shapes import SHAPES
 
-COMMANDS = {"train": train, "regimes": regimes, "uneven": uneven, "memory": memory, "profile": profile}
+COMMANDS = {
+    "train": train,
+    "regimes": regimes,
+    "uneven": uneven,
+    "memory": memory,
+    "profile": profile,
+    "curves": curves,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

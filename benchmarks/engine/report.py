@@ -76,6 +76,15 @@ def show_memory(whole: dict[str, Any]) -> None:
     )
 
 
+def show_curves(whole: dict[str, Any]) -> None:
+    """Print loss curves: the mean of the clients over rounds of so many steps, and how far from PEFT in float32."""
+    _show_head(whole)
+    for line in whole["lines"]:
+        print(f"{line['way']}, {line['dtype']} {line['error']}".rstrip())
+        for steps, losses, off in zip(line["steps"], line["losses"], line["off"], strict=False):
+            print(f"  {steps:3d} steps: {sum(losses) / len(losses):.5f}, a client at most {off:.1e} apart")
+
+
 def _show_head(whole: dict[str, Any]) -> None:
     print(json.dumps(whole["machine"]))
     tops = ", ".join(f"{top:.1f}" for top in whole["ceiling_tflops"])
