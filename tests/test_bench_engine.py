@@ -28,12 +28,13 @@ from benchmarks.engine.timing import Budget, Way, measure
 from tools import performance_tables
 from tools.performance_goals import rows_of
 
-TINY = ["--shape", "tiny", "--rank", "4", "--repeats", "1"]
+TINY = ["--shape", "tiny", "--rank", "4", "--repeats", "1", "--device", "cpu"]
 CPU = torch.device("cpu")
 
 
-def written(table: str, path: Path, *arguments: str, shape: tuple[str, ...] = ("tiny",)) -> dict[str, Any]:
-    assert main([table, "--shape", *shape, "--rank", "4", "--repeats", "1", "--out", str(path), *arguments]) == 0
+def written(table: str, path: Path, *arguments: str, shape: str = "tiny", device: str = "cpu") -> dict[str, Any]:
+    small = ["--rank", "4", "--repeats", "1", "--device", device]
+    assert main([table, "--shape", shape, *small, "--out", str(path), *arguments]) == 0
     whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return whole
 
@@ -48,21 +49,21 @@ def test_every_table_is_made_from_what_its_command_writes(tmp_path: Path, monkey
     train = written("train", tmp_path / "train.json", *small, "--clients", "2", *kinds)
     written("regimes", tmp_path / "regimes.json", "--sizes", "8,16", "--pack-tokens", "64", "--baselines", "eager")
     written("uneven", tmp_path / "uneven.json", "--clients", "3", "--mean-rows", "4", "--longest", "32")
-    written("memory", tmp_path / "memory.json", *small, "--clients", "2", "--rounds", "2", shape=("tiny-lm",))
+    written("memory", tmp_path / "memory.json", *small, "--clients", "2", "--rounds", "2", shape="tiny-lm")
     profile = written("profile", tmp_path / "profile.json", *small, "--clients", "2")
 
-    measured = {
-        (line["way"], line["method"], line["dp"], line.get("ragged")) for line in train["lines"] if "ms" in line
-    }
+    tiny = ("--rows", "2", "--tokens", "8", "--clients", "2")
+    curves = written("curves", tmp_path / "curves.json", *tiny, "--steps", "1,4")
+
+    for line, bound in zip(curves["lines"], (1e-5, 1e-9, 1e-2, 1e-2), strict=True):
+        assert max(line["off"]) < bound
+    measured = [line for line in train["lines"] if "ms" in line]
     assert len(measured) == 4 + 4 * 2 + 1, "four baselines, four methods with and without DP, unlike ranks"
-    assert [line["error"] for line in train["lines"] if "ms" not in line] == [
-        "ValueError: graph: CUDA graphs need a GPU"
-    ]
+    errors = [line["error"] for line in train["lines"] if "ms" not in line]
+    assert errors == ["ValueError: graph: CUDA graphs need a GPU"]
     compared = {check["against"] for check in train["checks"] if check.get("equal")}
     assert compared == {"eager", "opacus-hooks", "opacus-ghost", "a pack of one"}
-    assert min(check["fell"] for check in train["checks"] if "fell" in check) > 1e-3, (
-        "a loss that does not move says nothing"
-    )
+    assert min(check["fell"] for check in train["checks"] if "fell" in check) > 1e-3, "or it would say nothing"
     assert sum(line["share"] for line in profile["lines"]) > 0.999, "idle time fills up what kernels leave"
     for name, table in performance_tables.TABLES.items():
         if name != "goals":  # of GPUs
@@ -85,7 +86,7 @@ def test_losses_that_differ_fail_the_command(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_language_model_in_bfloat16_is_within_its_tolerance(tmp_path: Path) -> None:
     small = ("--rows", "2", "--tokens", "8", "--clients", "2", "--steps", "1", "--baselines", "eager")
-    whole = written("train", tmp_path / "a.json", *small, "--dtype", "bfloat16", shape=("tiny-lm",))
+    whole = written("train", tmp_path / "a.json", *small, "--dtype", "bfloat16", shape="tiny-lm")
     assert [check["equal"] for check in whole["checks"]] == [True]
 
 
@@ -94,10 +95,12 @@ def test_a_language_model_in_bfloat16_is_within_its_tolerance(tmp_path: Path) ->
 @pytest.mark.parametrize("shape", ["tiny", "tiny-lm"])
 def test_graphs_and_profiles_on_a_gpu(tmp_path: Path, shape: str) -> None:
     small = ("--rows", "2", "--tokens", "8", "--clients", "2", "--steps", "1")
-    train = written("train", tmp_path / "a.json", *small, "--baselines", "eager,graph,compile", shape=(shape,))
+    train = written(
+        "train", tmp_path / "a.json", *small, "--baselines", "eager,graph,compile", shape=shape, device="cuda"
+    )
     assert [check["equal"] for check in train["checks"]] == [True, True, True]
     assert all(line["peak_gib"] > 0 for line in train["lines"])
-    profile = written("profile", tmp_path / "b.json", *small, shape=(shape,))
+    profile = written("profile", tmp_path / "b.json", *small, shape=shape, device="cuda")
     assert profile["covered"] > 0.9
 
 

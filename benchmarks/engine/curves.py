@@ -56,9 +56,6 @@ def _curve(bench: Bench, way: str, job: Job, options: argparse.Namespace, line: 
     """Fill a line with each client's mean loss over rounds of each length."""
     for steps in options.steps:
         own = replace(job, steps=steps, repeated=True, rate=options.rate)
-        if way == "fedlora":
-            losses = bench.packed().round(own)
-        else:
-            losses = bench.sequential(way, own).round(own, own.clients)
+        losses = bench.packed().round(own) if way == "fedlora" else bench.sequential(way, own).round(own, own.clients)
         line["steps"].append(steps)
         line["losses"].append(losses.tolist())
