@@ -57,6 +57,7 @@ tables: setup
 	$(BIN)/python -m tools.strategy_tables .
 	$(BIN)/python -m tools.comparison_tables .
 	$(BIN)/python -m tools.learning_rates .
+	$(BIN)/python -m tools.performance_tables .
 	$(BIN)/python -m tools.model_table .
 
 clean:

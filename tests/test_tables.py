@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from strategies import STRATEGIES
-from tools import comparison_tables, learning_rates, strategy_tables
+from tools import comparison_tables, learning_rates, performance_tables, strategy_tables
 from tools.markdown import with_tables
 from tools.strategy_tables import METHODS, MODELS, bytes_up, layers_of
 
@@ -15,7 +15,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_tables_are_made_by_their_command() -> None:
-    pages = {"strategies": strategy_tables, "comparison": comparison_tables, "learning_rates": learning_rates}
+    pages = {
+        "strategies": strategy_tables,
+        "comparison": comparison_tables,
+        "learning_rates": learning_rates,
+        "performance": performance_tables,
+    }
     for page, tables in ((page, module.TABLES) for page, module in pages.items()):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         assert with_tables(text, tables) == text, "run `make tables`"

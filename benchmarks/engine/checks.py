@@ -1,0 +1,69 @@
+"""Equal loss: what a client comes to in a pack is what it comes to alone, in the run whose times are shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.engine.jobs import Job
+from benchmarks.engine.packed import Packed
+from benchmarks.engine.timing import Budget, attempt, free
+from benchmarks.engine.ways import PRIVATE, Bench, Kind
+
+# By how much mean losses may differ, and by what share of their fall: in bfloat16 activations are rounded differently
+# in batches of other sizes, and the baselines' adapters are bfloat16, too.
+TOLERANCES = {torch.bfloat16: (5e-3, 0.1), torch.float32: (1e-5, 1e-3)}
+STEPS = 4
+CLIENTS = 3
+ALONE = "a pack of one"
+
+
+def check(bench: Bench, job: Job, kind: Kind, baselines: list[str], budget: Budget) -> list[dict[str, Any]]:
+    """Compare clients' losses with those of the same clients one by one: by PEFT or Opacus, else in a pack of one.
+
+    All steps of a client are on one batch, so that its loss falls, and a step in the wrong direction shows.
+
+    Args:
+        bench: The model.
+        job: The round that is measured, for its shapes.
+        kind: What is trained how; noise is left out.
+        baselines: Those that are measured.
+        budget: When to begin no more.
+
+    Returns:
+        An entry for each comparison; ``equal`` is not there where it could not be made.
+    """
+    job = replace(job, clients=min(CLIENTS, job.clients), steps=STEPS, repeated=True)
+    alike = [one for one in baselines if (one in PRIVATE) == kind.dp and kind.method == "lora" and not kind.ragged]
+    found = []
+    for name in alike or [ALONE]:
+        entry: dict[str, Any] = {**kind._asdict(), "against": name, "error": "no time left"}
+        if not budget.over:
+            entry["error"] = attempt(lambda name=name, entry=entry: _compare(bench, job, kind, name, entry))  # type: ignore[misc]
+        found.append(entry)
+    free()
+    return found
+
+
+def _compare(bench: Bench, job: Job, kind: Kind, against: str, entry: dict[str, Any]) -> None:
+    packed = bench.packed(kind)
+    ours = packed.round(job, noisy=False)
+    fell = float((packed.round(replace(job, steps=1), noisy=False) - ours).mean())
+    theirs = _alone(bench, packed, job, against)
+    least, share = TOLERANCES[bench.dtype]
+    off, tolerance = float(np.abs(ours - theirs).max()), least + share * abs(fell)
+    entry |= {"ours": ours.tolist(), "theirs": theirs.tolist(), "off": off, "fell": fell}
+    entry |= {"tolerance": tolerance, "equal": off <= tolerance}
+
+
+def _alone(bench: Bench, packed: Packed, job: Job, against: str) -> NDArray[np.float64]:
+    if against == ALONE:
+        return np.array([packed.round(job, only=client, noisy=False)[0] for client in range(job.clients)])
+    way = bench.sequential(against, job)
+    if against in PRIVATE:
+        way.optimizer.noise_multiplier = 0.0
+    return way.round(job, job.clients)

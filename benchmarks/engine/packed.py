@@ -1,0 +1,93 @@
+"""fedlora's own way: whole rounds through ``train_pack``, from the clients' arrays to their results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.engine.jobs import Arrays, Job, start_tensors
+from benchmarks.engine.shapes import Shape, base_of, twin
+from fedlora.config import Config, MethodConfig, TrainConfig
+from fedlora.engine import ClientWork, Engine, train_pack
+from fedlora.methods import Method, build_method
+from fedlora.privacy import Mechanism, PrivateRandom
+from fedlora.privacy.step import PrivateStep
+
+METHODS = ("lora", "mos", "s2-lora", "ffa-lora")
+_LEAST_RANK = 2  # of clients of unlike ranks
+
+
+@final
+class Packed:
+    """An engine for a method, on the weights of a model that others use too.
+
+    Args:
+        model: The model.
+        shape: Its shape.
+        method: One of ``METHODS``; ``ffa-lora`` is LoRA with A fixed.
+        rank: Of the method.
+        ragged: Whether clients have ranks from 2 up to ``rank``, in turn.
+        noise: DP-SGD with this noise multiplier; None: without privacy.
+    """
+
+    def __init__(
+        self, model: Any, shape: Shape, method: str, rank: int, *, ragged: bool = False, noise: float | None = None
+    ) -> None:
+        base = base_of(twin(model), shape)
+        config = Config(method=MethodConfig("lora" if method == "ffa-lora" else method, rank=rank, alpha=2.0 * rank))
+        built = build_method(config, base.structure.adapted, base.structure.head)
+        self.engine = Engine.build(base, built, shape.built_task())
+        start = start_tensors(built)
+        fixed = {name for name, spec in built.specs().items() if method == "ffa-lora" and spec.kind == "A"}
+        self.common: Arrays = {name: start[name] for name in fixed}
+        trained = {name: value for name, value in start.items() if name not in fixed}
+        ranks = range(min(_LEAST_RANK, rank), rank + 1) if ragged else [rank]
+        self.starts: list[Arrays] = [_cut(built, trained, one) if ragged else trained for one in ranks]
+        self.noise = noise
+
+    @property
+    def numbers(self) -> int:
+        """Trained numbers of a client, of the largest rank."""
+        return sum(value.size for value in self.starts[-1].values())
+
+    def round(self, job: Job, *, only: int | None = None, noisy: bool = True) -> NDArray[np.float64]:
+        """Train a round of equal rows; return each client's mean loss.
+
+        Args:
+            job: The round.
+            only: Train this client alone.
+            noisy: Whether there is noise under DP.
+        """
+        works = job.works(self.starts)
+        return self.train(works if only is None else [works[only]], job.train, noisy=noisy)
+
+    def train(self, works: Sequence[ClientWork], train: TrainConfig, *, noisy: bool = True) -> NDArray[np.float64]:
+        """Train clients for a round; return each one's mean loss.
+
+        Args:
+            works: What each does.
+            train: Local training.
+            noisy: Whether there is noise under DP.
+        """
+        private = None
+        if self.noise is not None:
+            noise, steps = self.noise if noisy else 0.0, max(len(work.batches) for work in works)
+            mechanism = Mechanism(noise, 1.0, sample_rate=0.1, expected_batch_size=train.batch_size, steps=steps)
+            private = PrivateStep(mechanism, [PrivateRandom() for _ in works])
+        results = train_pack(self.engine, works, self.common, train, private)
+        faults = [result.error for result in results if result.error]
+        if faults:
+            raise ValueError(f"{len(faults)} of {len(results)} clients: {faults[0]}")
+        return np.array([result.loss for result in results])
+
+
+def _cut(method: Method, tensors: Arrays, rank: int) -> Arrays:
+    """Return tensors as a client of a smaller rank holds them."""
+    axes = {name: spec.rank_axis for name, spec in method.specs().items()}
+    return {
+        name: value if axes[name] is None else np.ascontiguousarray(value.take(range(rank), axes[name]))
+        for name, value in tensors.items()
+    }

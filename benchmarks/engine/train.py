@@ -1,0 +1,89 @@
+"""The table of the engine: a client-step by way, method, clients and steps a round."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from benchmarks.engine.checks import check
+from benchmarks.engine.packed import METHODS
+from benchmarks.engine.report import show, write
+from benchmarks.engine.timing import Budget, Measured, ceiling, machine, measure
+from benchmarks.engine.ways import BASELINES, Bench, Kind
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what this command reads."""
+    parser.add_argument("--rows", type=int, default=8, help="rows of a step")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of a row")
+    parser.add_argument("--clients", type=numbers, default=[16, 64], help="clients of a pack, with commas between")
+    parser.add_argument("--steps", type=numbers, default=[4, 20], help="steps a round, with commas between")
+    parser.add_argument("--methods", type=methods, default=["lora"], help=", ".join(METHODS))
+    parser.add_argument("--dp", action="store_true", help="measure DP-SGD, too")
+    parser.add_argument("--ragged-ranks", action="store_true", help="measure LoRA of unlike ranks, too")
+    parser.add_argument("--baselines", type=baselines, default=["eager", "graph"], help=", ".join(BASELINES))
+
+
+def numbers(text: str) -> list[int]:
+    """Return numbers with commas between."""
+    return [int(part) for part in text.split(",")]
+
+
+def _names(text: str, known: tuple[str, ...]) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = sorted({*found} - {*known})
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(known)}")
+    return found
+
+
+def baselines(text: str) -> list[str]:
+    """Return names of baselines with commas between; none where it is empty."""
+    return _names(text, BASELINES)
+
+
+def methods(text: str) -> list[str]:
+    """Return names of methods with commas between."""
+    return _names(text, METHODS)
+
+
+def run(options: argparse.Namespace, device: torch.device) -> int:
+    """Measure; return the exit code: 1 where losses differ."""
+    budget = Budget(options.budget_s)
+    about = machine(device)
+    tops = [ceiling(device) / 1e12]
+    bench = Bench(options.shape, options.rank, device, options.visits, options.dtype, options.quantization)
+    kinds = [Kind(method, dp) for dp in ([False, True] if options.dp else [False]) for method in options.methods]
+    kinds += [Kind(ragged=True)] if options.ragged_ranks else []
+    first = bench.job(max(options.clients), options.steps[0], options.rows, options.tokens)
+    others = [name for name in options.baselines if name != "as-shipped"]
+    checks = [entry for kind in kinds for entry in check(bench, first, kind, others, budget)]
+    lines: list[dict[str, Any]] = []
+    for steps in options.steps:
+        jobs = [bench.job(clients, steps, options.rows, options.tokens) for clients in options.clients]
+        ways = [bench.baseline(name, jobs[-1]) for name in options.baselines]
+        ways += [bench.ours(job, kind) for kind in kinds for job in jobs]
+        measured = measure(ways, options.repeats, budget, device, bench.base_bytes)
+        lines += as_lines(bench, measured, device)
+        found = {"ceiling_tflops": [tops[0], ceiling(device) / 1e12], "checks": checks}
+        whole = write("train", options, about, found, lines)  # also in case that the time ends before the next
+    return show(whole)
+
+
+def as_lines(bench: Bench, measured: list[Measured], device: torch.device) -> list[dict[str, Any]]:
+    """Return what was measured as lines of a table; ratios to baselines of the same group."""
+    cpu = device.type == "cpu"
+    medians = {one.way.name: one.ms(cpu=cpu)[0] for one in measured if one.way.name != "fedlora" and one.seconds}
+    lines = []
+    for one in measured:
+        line: dict[str, Any] = {**one.way.facts, "repeats": len(one.seconds), "error": one.error}
+        if one.seconds:
+            median, least, most = one.ms(cpu=cpu)
+            job = bench.job(line["clients"], line["steps"], line["rows"], line["tokens"])
+            line |= {"ms": median, "ms_min": least, "ms_max": most, "wall_s": one.seconds, "cpu_s": one.cpu_seconds}
+            line |= {"tflops": bench.step_flops(job) / median / 1e9, "peak_gib": one.peak_bytes / 2**30}
+            line["times"] = {name: other / median for name, other in medians.items() if name != one.way.name}
+        lines.append(line)
+    return lines
