@@ -90,10 +90,19 @@ class TrainerPool:
         self.holder = holder
 
     @classmethod
-    def start(cls, run_id: int, shards: Sequence[Shard], job: Job) -> TrainerPool:
-        """Start one trainer for each shard on the Ray cluster that this process is connected to."""
+    def start(
+        cls, run_id: int, shards: Sequence[Shard], job: Job, process: type = TrainerProcess
+    ) -> TrainerPool:
+        """Start one trainer for each shard on the Ray cluster that this process is connected to.
+
+        Args:
+            run_id: The run; by it the trainers are found.
+            shards: What each trainer owns.
+            job: What they work on.
+            process: The actor that works.
+        """
         holder = ray.remote(JobHolder).options(num_cpus=0).remote(job)
-        remote = ray.remote(TrainerProcess)
+        remote = ray.remote(process)
         actors = [
             remote.options(
                 name=f"{run_id}/trainer-{number:04d}",
