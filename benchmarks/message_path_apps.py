@@ -1,7 +1,7 @@
 """The two Flower apps of :mod:`benchmarks.message_path`: this project's own way of a client's update, and Flower's.
 
-Both exchange an adapter of 786,432 float32 numbers in 96 tensors (RoBERTa-large, rank 8 on query and value), and compute
-nothing: a client's update is there when it is asked for.
+Both exchange an adapter of 786,432 float32 numbers in 96 tensors (RoBERTa-large, rank 8 on query and value), and
+compute nothing: a client's update is there when it is asked for.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def _updates(names: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> lis
     """Return a few updates of trained tensors, made once a process."""
     rng = np.random.default_rng(0)
     return [
-        {name: (0.05 * rng.standard_normal(shape)).astype(np.float32) for name, shape in zip(names, shapes, strict=True)}
+        {
+            name: (0.05 * rng.standard_normal(shape)).astype(np.float32)
+            for name, shape in zip(names, shapes, strict=True)
+        }
         for _ in range(_UPDATES)
     ]
 
@@ -139,11 +142,12 @@ def run_flower(grid: Grid, context: Context) -> None:
 
 
 class Watch:
-    """Seconds of each round, and the server's largest resident memory in the rounds after the first."""
+    """Seconds of rounds after the first, by the clock and of all CPUs, and the server's largest memory in them."""
 
     def __init__(self, trainers: int, nodes: int) -> None:
         self.trainers, self.nodes = trainers, nodes
         self.marks: list[float] = []
+        self.cpu: list[float] = []
         self.clients: list[int] = []
         self.bytes = 0
         threading.Thread(target=self._watch, daemon=True).start()
@@ -158,6 +162,9 @@ class Watch:
     def mark(self) -> None:
         """Take the time after a round, and after round 0."""
         self.marks.append(time.monotonic())
+        own = psutil.Process()
+        times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+        self.cpu.append(sum(one.user + one.system for one in times))
 
     def round_of(self, flower: Any) -> Callable[[int, Result], None]:
         """Return what is called after a round, and checks that every client's update was used."""
@@ -173,8 +180,14 @@ class Watch:
 
     def write(self, path: str) -> None:
         """Write what was seen."""
-        seconds = [after - before for before, after in itertools.pairwise(self.marks)]
-        seen = {"seconds": seconds[1:], "server_bytes": self.bytes, "trainers": self.trainers, "nodes": self.nodes}
+        seconds, cpu = ([b - a for a, b in itertools.pairwise(one)][1:] for one in (self.marks, self.cpu))
+        seen = {
+            "seconds": seconds,
+            "cpu_seconds": cpu,
+            "server_bytes": self.bytes,
+            "trainers": self.trainers,
+            "nodes": self.nodes,
+        }
         Path(path).write_text(json.dumps(seen | {"clients_ok": self.clients}))
 
 

@@ -8,7 +8,9 @@ where a method's name would be a string.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
@@ -18,7 +20,8 @@ from ray.util import list_named_actors
 from clients.errors import WITHHELD, SiteError
 from clients.shards import Shard, split_packs
 from clients.site import Description, Job
-from fedlora.exchange import ClientReport, Instruction, Update
+from fedlora.exchange import ClientReport, Instruction, Outcome, Update
+from fedlora.reduce import Reduction, fold
 
 if TYPE_CHECKING:
     from clients.worker import Worker
@@ -90,9 +93,7 @@ class TrainerPool:
         self.holder = holder
 
     @classmethod
-    def start(
-        cls, run_id: int, shards: Sequence[Shard], job: Job, process: type = TrainerProcess
-    ) -> TrainerPool:
+    def start(cls, run_id: int, shards: Sequence[Shard], job: Job, process: type = TrainerProcess) -> TrainerPool:
         """Start one trainer for each shard on the Ray cluster that this process is connected to.
 
         Args:
@@ -163,9 +164,9 @@ class TrainerPool:
         """
         count = len(self.actors)
         places = [(first + number) % count for number in range(len(items))]
-        calls = [self.actors[place].do.remote(work, item) for place, item in zip(places, items, strict=True)]
-        for call, item, place in zip(calls, items, places, strict=True):
-            outcome = _outcome(call, timeout)
+        calls = deque(self.actors[place].do.remote(work, item) for place, item in zip(places, items, strict=True))
+        for item, place in zip(items, places, strict=True):
+            outcome = _outcome(calls.popleft(), timeout)  # nothing holds a result longer than its reader
             for other in range(place + 1, place + count):
                 if not isinstance(outcome, TrainerLostError):
                     break
@@ -226,6 +227,23 @@ class RaySite:
             else:
                 yield from outcome
 
+    def reduce(self, instruction: Instruction) -> tuple[list[ClientReport], Reduction]:
+        """Train the clients in packs, each reduced by its trainer; see :meth:`clients.site.Site.reduce`."""
+        parts = self._packs(instruction)
+        outcomes = self._pool.outcomes(lambda worker, part: worker.reduce(part), parts, first=self._first)
+        reports, total = fold(instruction, ())
+        for part, outcome in zip(parts, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                reports += [ClientReport.failed(client, _reason(outcome)) for client in part.clients]
+                continue
+            own, reduction = outcome
+            try:
+                total.merge(reduction)
+            except OverflowError as error:  # of the sum of packs, each of which was not too large
+                own = [_refused(report, str(error)) for report in own]
+            reports += own
+        return reports, total
+
     def evaluate(self, instruction: Instruction) -> Iterator[ClientReport]:
         """Evaluate the clients in packs; see :meth:`clients.site.Site.evaluate`."""
         parts = self._packs(instruction)
@@ -239,6 +257,10 @@ class RaySite:
     def _packs(self, instruction: Instruction) -> list[Instruction]:
         packs = split_packs(instruction.clients, instruction.pack, len(self._pool))
         return [instruction.part(pack) for pack in packs]
+
+
+def _refused(report: ClientReport, reason: str) -> ClientReport:
+    return replace(report, outcome=Outcome.FAILED, reason=reason) if report.outcome is Outcome.OK else report
 
 
 def _reason(error: Exception) -> str:

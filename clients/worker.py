@@ -1,7 +1,8 @@
 """A trainer's process: a share of the machine, a resident base model, a job; it filters what errors say to the server.
 
-What the server asks for (:meth:`Worker.describe`, :meth:`Worker.train`, :meth:`Worker.report`) comes back without the
-text of an error that may quote a row. Everything else is for whoever runs the site, and raises errors as they are.
+What the server asks for (:meth:`Worker.describe`, :meth:`Worker.train`, :meth:`Worker.reduce`,
+:meth:`Worker.report`) comes back without the text of an error that may quote a row. Everything else is for whoever
+runs the site, and raises errors as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.generated import Answer
 from fedlora.messages import first_line
 from fedlora.methods import tensors_digest
+from fedlora.reduce import Reduction, fold
 
 _logger = logging.getLogger(__name__)
 
@@ -174,6 +176,10 @@ class Worker:
         except Exception as error:
             reason = self._reason(error)
             return [Update(ClientReport.failed(client, reason)) for client in instruction.clients]
+
+    def reduce(self, instruction: Instruction) -> tuple[list[ClientReport], Reduction]:
+        """Train a pack for a round; return its reports and its updates, reduced: one of them leaves for all."""
+        return fold(instruction, self.train(instruction), self.threads)
 
     def report(self, instruction: Instruction) -> list[ClientReport]:
         """Return each client's evaluation of its own model; one report a client, in order.
