@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 TENSORS, NUMBERS = 96, 786_432
 _UPDATES = 8  # different ones; clients take them in turn
 
+_PROCESSES = {"ray::ClientA": "client_app", "ray::IdlePro": "trainer"}
+
 our_server = ServerApp()
 flower_server = ServerApp()
 flower_client = ClientApp()
@@ -67,7 +69,7 @@ def without_arithmetic(
 class IdleProcess:
     """A trainer's actor whose worker does everything but train: :class:`clients.ray_site.TrainerProcess`."""
 
-    def __init__(self, job: Callable[[], Job], threads: int) -> None:
+    def __init__(self, job: Callable[[], Job], threads: int, _: str) -> None:
         from clients.worker import Worker
 
         self._worker = Worker(job, threads, without_arithmetic)
@@ -147,7 +149,7 @@ class Watch:
     def __init__(self, trainers: int, nodes: int) -> None:
         self.trainers, self.nodes = trainers, nodes
         self.marks: list[float] = []
-        self.cpu: list[float] = []
+        self.cpu: list[dict[str, float]] = []
         self.clients: list[int] = []
         self.bytes = 0
         threading.Thread(target=self._watch, daemon=True).start()
@@ -162,9 +164,12 @@ class Watch:
     def mark(self) -> None:
         """Take the time after a round, and after round 0."""
         self.marks.append(time.monotonic())
-        own = psutil.Process()
-        times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
-        self.cpu.append(sum(one.user + one.system for one in times))
+        own, used = psutil.Process(), dict[str, float]()
+        for process in (own, *own.children(recursive=True)):
+            name = "server" if process == own else _PROCESSES.get(process.name()[:12], "ray")
+            times = process.cpu_times()
+            used[name] = used.get(name, 0.0) + times.user + times.system
+        self.cpu.append(used)
 
     def round_of(self, flower: Any) -> Callable[[int, Result], None]:
         """Return what is called after a round, and checks that every client's update was used."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import ray
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 _NAMESPACE = "fedlora"
 _RESTARTS = 3
+_LEAVE_S = 10.0  # for which trainers that are ended may clear up; one that hangs is ended all the same
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -65,12 +67,14 @@ class TrainerProcess:
     Args:
         job: Returns the job.
         threads: CPU threads to use.
+        shared: What the trainers of one machine know their tokenized rows by; empty: each has its own.
     """
 
-    def __init__(self, job: Callable[[], Job], threads: int) -> None:
-        from clients.worker import Worker  # and with it torch, in no other process
+    def __init__(self, job: Callable[[], Job], threads: int, shared: str = "") -> None:
+        from clients.shared_rows import SharedRows  # and with it torch, in no other process
+        from clients.worker import Worker
 
-        self._worker = Worker(job, threads)
+        self._worker = Worker(job, threads, shared=SharedRows(_ray_folder() / shared) if shared else None)
 
     def do(self, work: Callable[[Worker, Any], Any], item: Any) -> Any:
         """Do a piece of work and return its result."""
@@ -93,7 +97,9 @@ class TrainerPool:
         self.holder = holder
 
     @classmethod
-    def start(cls, run_id: int, shards: Sequence[Shard], job: Job, process: type = TrainerProcess) -> TrainerPool:
+    def start(
+        cls, run_id: int, shards: Sequence[Shard], job: Job, process: type = TrainerProcess, *, share: bool = False
+    ) -> TrainerPool:
         """Start one trainer for each shard on the Ray cluster that this process is connected to.
 
         Args:
@@ -101,6 +107,7 @@ class TrainerPool:
             shards: What each trainer owns.
             job: What they work on.
             process: The actor that works.
+            share: Whether tokenized rows may lie on the disk of each machine, so that its trainers share them.
         """
         holder = ray.remote(JobHolder).options(num_cpus=0).remote(job)
         remote = ray.remote(process)
@@ -112,7 +119,7 @@ class TrainerPool:
                 num_gpus=shard.gpus,
                 max_restarts=_RESTARTS,
                 max_task_retries=_RESTARTS,
-            ).remote(partial(_job_of, holder), shard.threads)
+            ).remote(partial(_job_of, holder), shard.threads, f"fedlora-rows-{run_id}" if share else "")
             for number, shard in enumerate(shards)
         ]
         return cls(actors, holder)
@@ -189,7 +196,10 @@ class TrainerPool:
         return self.results(work, [None] * len(self), timeout=timeout)
 
     def stop(self) -> None:
-        """End the trainers; on a cluster that outlives the run they would stay otherwise."""
+        """End the trainers; on a cluster that outlives the run they would stay otherwise, and their files with them."""
+        if self.holder is not None:
+            leaving = [actor.do.remote(lambda worker, _: worker.leave(), None) for actor in self.actors]
+            ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE_S)
         for actor in [*self.actors, *([self.holder] if self.holder is not None else [])]:
             try:
                 ray.kill(actor, no_restart=True)
@@ -269,6 +279,12 @@ def _reason(error: Exception) -> str:
         return str(error)
     _logger.error("a trainer failed", exc_info=error)
     return WITHHELD
+
+
+def _ray_folder() -> Path:
+    """Return the folder of this machine's Ray, which goes when Ray does, or its folder is cleared."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir()) / str(context.get_session_name())
 
 
 def _job_of(holder: Any) -> Job:

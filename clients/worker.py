@@ -23,6 +23,7 @@ from clients.evaluator import Evaluator, PersonalEvaluator
 from clients.own_disk import check_folder
 from clients.personal import PersonalStore
 from clients.resident import LoadedModel, Resident
+from clients.shared_rows import SharedRows
 from clients.site import Description, Job, Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer, TrainPack
@@ -69,6 +70,7 @@ class Worker:
         threads: CPU threads to use.
         train: Trains a pack.
         sync: Puts an open file of a ledger on the disk.
+        shared: What the trainers of this machine have tokenized; None: nothing is shared.
     """
 
     def __init__(
@@ -77,12 +79,13 @@ class Worker:
         threads: int,
         train: TrainPack = train_pack,
         sync: Callable[[int], None] = os.fsync,
+        shared: SharedRows | None = None,
     ) -> None:
         self._fetch = job
         self.threads = threads
         self._train = train
         self._sync = sync
-        self._resident = Resident(threads)
+        self._resident, self._shared = Resident(threads, shared), shared
         self._job: Job | None = None
         self._loaded: LoadedJob | None = None
 
@@ -100,6 +103,11 @@ class Worker:
         """
         job = self._fetch()
         check_folder(Path(job.limits.folder), job.folder_id)
+
+    def leave(self) -> None:
+        """Remove what this process has kept for others, before it is ended."""
+        if self._shared is not None:
+            self._shared.remove()
 
     def load(self) -> None:
         """Load the job now, if it is not loaded; what goes wrong is raised as it is."""

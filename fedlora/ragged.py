@@ -73,7 +73,7 @@ class Ragged(Sequence[NDArray[Any]]):
         lengths = self.starts[1:][rows] - begin
         place = np.arange(lengths.max(initial=0))
         own = place < lengths[:, None]
-        found = np.full(own.shape, fill, dtype=np.bool_ if self.flat.dtype == np.bool_ else np.int64)
+        found: NDArray[Any] = np.full(own.shape, fill, dtype=np.bool_ if self.flat.dtype == np.bool_ else np.int64)
         if len(self.flat):
             np.copyto(found, self.flat.take(begin[:, None] + place, mode="clip"), where=own)
         return found, own
