@@ -185,7 +185,9 @@ class Watch:
 
     def write(self, path: str) -> None:
         """Write what was seen."""
-        seconds, cpu = ([b - a for a, b in itertools.pairwise(one)][1:] for one in (self.marks, self.cpu))
+        seconds = [after - before for before, after in itertools.pairwise(self.marks)][1:]
+        first, last = self.cpu[1], self.cpu[-1]
+        cpu = {name: (last[name] - first.get(name, 0.0)) / len(seconds) for name in last}
         seen = {
             "seconds": seconds,
             "cpu_seconds": cpu,
