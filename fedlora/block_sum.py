@@ -54,7 +54,7 @@ def block_sums(terms: Sequence[Term], limit: float, threads: int = 1) -> tuple[F
     sizes = [tensor.size for tensor in terms[0][0]]
     flat = [([tensor.reshape(-1) for tensor in tensors], float(weight)) for tensors, weight in terms]
     coarse, fine = np.empty(sum(sizes)), np.empty(sum(sizes))
-    dtype = np.result_type(*(tensor.dtype for tensors, _ in flat for tensor in tensors))
+    dtype = np.result_type(np.float32, *(tensor.dtype for tensors, _ in flat for tensor in tensors))
     blocks = list(_blocks(sizes))
     threads = max(1, min(threads, len(blocks)))
 

@@ -94,6 +94,12 @@ def test_more_terms_than_fit_one_call() -> None:
     assert np.array_equal(total.mean()["x"], [1.75, -1.75, 2.0**-50])
 
 
+def test_clients_that_send_nothing_are_counted() -> None:
+    """A strategy may exchange no tensor at all."""
+    total = ExactSum.of([({}, 2), ({}, 3)], threads=2)
+    assert (total.count, total.weight, total.mean()) == (2, 5, {})
+
+
 def test_a_sum_is_not_changed_by_what_is_added_to_its_copy() -> None:
     first = ExactSum.of([({"x": np.ones(3)}, 1)])
     other = first.copy()
