@@ -1,4 +1,4 @@
-"""The Flower ClientApp: decodes an instruction, hands it to the site, reduces the updates, encodes the reply.
+"""The Flower ClientApp: decodes an instruction, hands it to the site, encodes the reduced updates as the reply.
 
 No row and no model is ever in this process; what comes from the site may leave it. In a deployment the server sends
 this code, so nothing that protects a site is in it: the site's daemon trusts it no more than it trusts the server.
@@ -17,7 +17,6 @@ from clients.socket_site import SocketSite
 from fedlora import wire
 from fedlora.exchange import Instruction
 from fedlora.joining import JoinReport
-from fedlora.reduce import fold
 
 if TYPE_CHECKING:
     from clients.site import Site
@@ -29,7 +28,7 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Train the clients that this node stands for."""
     instruction = _instruction(message, context)
-    reports, reduction = fold(instruction, _site(context).train(instruction))
+    reports, reduction = _site(context).reduce(instruction)
     return Message(wire.Reply(reports, reduction).to_content(), reply_to=message)
 
 

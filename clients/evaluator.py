@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import final
 
 import numpy as np
@@ -123,7 +124,11 @@ class PersonalEvaluator:
         return [_exported(self.model, {**common, **one}) for one in own]
 
     def probe(self, instruction: Instruction) -> Speed:
-        """Train and evaluate a few rows of each client, twice, and time the second; nothing is kept of it."""
+        """Train and evaluate a few rows of each client, and time it; nothing is kept of it.
+
+        What only the first pass pays for is paid for before: on a CPU by one client, on a GPU, where shapes count, by
+        all of them.
+        """
         model, trainer = self.model, self._trainer
         size = min(_PROBED, model.config.train.batch_size)
         batches = [[trainer.data.training_rows(client)[:size]] for client in instruction.clients]
@@ -133,11 +138,14 @@ class PersonalEvaluator:
         examples = model.examples["train"]
         rows = [int(row) for (batch,) in batches for row in batch]
         tokens = max(1, int(examples.cost[rows].sum()))
-        for _ in range(2):
+        first = instruction if model.engine.device.type != "cpu" else instruction.part(instruction.clients[:1])
+        for asked in (first, instruction):
+            some = batches[: len(asked.clients)]
+            noise = replace(private, randoms=private.randoms[: len(some)]) if private is not None else None
             started = time.perf_counter()
-            trainer.run(instruction, batches, private)
+            trainer.run(asked, some, noise)
             trained = time.perf_counter()
-            evaluate(model.engine, self._start.common(instruction), examples, rows)
+            evaluate(model.engine, self._start.common(asked), examples, rows[: sum(len(batch) for (batch,) in some)])
             evaluated = time.perf_counter()
         return Speed(
             train_s=(trained - started) / tokens,

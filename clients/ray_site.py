@@ -8,8 +8,11 @@ where a method's name would be a string.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import ray
@@ -18,7 +21,8 @@ from ray.util import list_named_actors
 from clients.errors import WITHHELD, SiteError
 from clients.shards import Shard, split_packs
 from clients.site import Description, Job
-from fedlora.exchange import ClientReport, Instruction, Update
+from fedlora.exchange import ClientReport, Instruction, Outcome, Update
+from fedlora.reduce import Reduction, fold
 
 if TYPE_CHECKING:
     from clients.worker import Worker
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 _NAMESPACE = "fedlora"
 _RESTARTS = 3
+_LEAVE_S = 10.0  # for which trainers that are ended may clear up; one that hangs is ended all the same
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -62,12 +67,14 @@ class TrainerProcess:
     Args:
         job: Returns the job.
         threads: CPU threads to use.
+        shared: What the trainers of one machine know their tokenized rows by; empty: each has its own.
     """
 
-    def __init__(self, job: Callable[[], Job], threads: int) -> None:
-        from clients.worker import Worker  # and with it torch, in no other process
+    def __init__(self, job: Callable[[], Job], threads: int, shared: str = "") -> None:
+        from clients.shared_rows import SharedRows  # and with it torch, in no other process
+        from clients.worker import Worker
 
-        self._worker = Worker(job, threads)
+        self._worker = Worker(job, threads, shared=SharedRows(_ray_folder() / shared) if shared else None)
 
     def do(self, work: Callable[[Worker, Any], Any], item: Any) -> Any:
         """Do a piece of work and return its result."""
@@ -90,10 +97,20 @@ class TrainerPool:
         self.holder = holder
 
     @classmethod
-    def start(cls, run_id: int, shards: Sequence[Shard], job: Job) -> TrainerPool:
-        """Start one trainer for each shard on the Ray cluster that this process is connected to."""
+    def start(
+        cls, run_id: int, shards: Sequence[Shard], job: Job, process: type = TrainerProcess, *, share: bool = False
+    ) -> TrainerPool:
+        """Start one trainer for each shard on the Ray cluster that this process is connected to.
+
+        Args:
+            run_id: The run; by it the trainers are found.
+            shards: What each trainer owns.
+            job: What they work on.
+            process: The actor that works.
+            share: Whether tokenized rows may lie on the disk of each machine, so that its trainers share them.
+        """
         holder = ray.remote(JobHolder).options(num_cpus=0).remote(job)
-        remote = ray.remote(TrainerProcess)
+        remote = ray.remote(process)
         actors = [
             remote.options(
                 name=f"{run_id}/trainer-{number:04d}",
@@ -102,7 +119,7 @@ class TrainerPool:
                 num_gpus=shard.gpus,
                 max_restarts=_RESTARTS,
                 max_task_retries=_RESTARTS,
-            ).remote(partial(_job_of, holder), shard.threads)
+            ).remote(partial(_job_of, holder), shard.threads, f"fedlora-rows-{run_id}" if share else "")
             for number, shard in enumerate(shards)
         ]
         return cls(actors, holder)
@@ -154,9 +171,9 @@ class TrainerPool:
         """
         count = len(self.actors)
         places = [(first + number) % count for number in range(len(items))]
-        calls = [self.actors[place].do.remote(work, item) for place, item in zip(places, items, strict=True)]
-        for call, item, place in zip(calls, items, places, strict=True):
-            outcome = _outcome(call, timeout)
+        calls = deque(self.actors[place].do.remote(work, item) for place, item in zip(places, items, strict=True))
+        for item, place in zip(items, places, strict=True):
+            outcome = _outcome(calls.popleft(), timeout)  # nothing holds a result longer than its reader
             for other in range(place + 1, place + count):
                 if not isinstance(outcome, TrainerLostError):
                     break
@@ -179,7 +196,10 @@ class TrainerPool:
         return self.results(work, [None] * len(self), timeout=timeout)
 
     def stop(self) -> None:
-        """End the trainers; on a cluster that outlives the run they would stay otherwise."""
+        """End the trainers; on a cluster that outlives the run they would stay otherwise, and their files with them."""
+        if self.holder is not None:
+            leaving = [actor.do.remote(lambda worker, _: worker.leave(), None) for actor in self.actors]
+            ray.wait(leaving, num_returns=len(leaving), timeout=_LEAVE_S)
         for actor in [*self.actors, *([self.holder] if self.holder is not None else [])]:
             try:
                 ray.kill(actor, no_restart=True)
@@ -217,6 +237,23 @@ class RaySite:
             else:
                 yield from outcome
 
+    def reduce(self, instruction: Instruction) -> tuple[list[ClientReport], Reduction]:
+        """Train the clients in packs, each reduced by its trainer; see :meth:`clients.site.Site.reduce`."""
+        parts = self._packs(instruction)
+        outcomes = self._pool.outcomes(lambda worker, part: worker.reduce(part), parts, first=self._first)
+        reports, total = fold(instruction, ())
+        for part, outcome in zip(parts, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                reports += [ClientReport.failed(client, _reason(outcome)) for client in part.clients]
+                continue
+            own, reduction = outcome
+            try:
+                total.merge(reduction)
+            except OverflowError as error:  # of the sum of packs, each of which was not too large
+                own = [_refused(report, str(error)) for report in own]
+            reports += own
+        return reports, total
+
     def evaluate(self, instruction: Instruction) -> Iterator[ClientReport]:
         """Evaluate the clients in packs; see :meth:`clients.site.Site.evaluate`."""
         parts = self._packs(instruction)
@@ -232,12 +269,22 @@ class RaySite:
         return [instruction.part(pack) for pack in packs]
 
 
+def _refused(report: ClientReport, reason: str) -> ClientReport:
+    return replace(report, outcome=Outcome.FAILED, reason=reason) if report.outcome is Outcome.OK else report
+
+
 def _reason(error: Exception) -> str:
     """Return what may leave of an error: words that were written for the server, and of any other none."""
     if isinstance(error, SiteError | TrainerLostError):
         return str(error)
     _logger.error("a trainer failed", exc_info=error)
     return WITHHELD
+
+
+def _ray_folder() -> Path:
+    """Return the folder of this machine's Ray, which goes when Ray does, or its folder is cleared."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir()) / str(context.get_session_name())
 
 
 def _job_of(holder: Any) -> Job:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clients.shared_rows import SharedRows
 from fedlora.config import Config
-from fedlora.data import Corpus
+from fedlora.data import Corpus, Table
 from fedlora.engine import Batching, Engine, find_batching
 from fedlora.engine.rehearsal import rehearse
 from fedlora.methods import TensorSpec, build_method, initial_tensors
@@ -19,7 +20,7 @@ from fedlora.models import Base, Structure, check_length, head_words, keeps_head
 from fedlora.quantisation import base_bytes
 from fedlora.reports.format import human_bytes
 from fedlora.seeded import Seeded
-from fedlora.tasks import TASKS, Rows
+from fedlora.tasks import TASKS, Rows, Task
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,15 @@ class Resident:
 
     Args:
         threads: CPU threads to use.
+        shared: What other processes of this machine have tokenized; None: nothing is shared.
 
     Attributes:
         loads: How often a base model was loaded.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, shared: SharedRows | None = None) -> None:
         torch.set_num_threads(threads)
+        self._shared = shared
         self.loads = 0
         self._key: tuple[Any, ...] = ()
         self._engine: Engine | None = None
@@ -120,7 +123,7 @@ class Resident:
         for split, table in corpus.splits.items():
             source = (table, config.model, config.train.max_length, *own)
             if split not in self._examples or self._examples[split][0] != source:
-                self._examples[split] = (source, task.encode(table, base.tokenizer, config.train.max_length))
+                self._examples[split] = (source, self._encoded(table, task, base, config, own))
         specs = method.specs()
         head_start = _head_start(base, config, corpus.classes)
         initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype) | head_start
@@ -137,6 +140,16 @@ class Resident:
             examples={split: self._examples[split][1] for split in corpus.splits},
             classes=corpus.classes,
         )
+
+    def _encoded(self, table: Table, task: Task, base: Base, config: Config, own: tuple[Any, ...]) -> Rows:
+        """Return a table's rows, tokenized here or by another process of this machine."""
+
+        def encode() -> Rows:
+            return task.encode(table, base.tokenizer, config.train.max_length)
+
+        if self._shared is None:
+            return encode()
+        return self._shared.get(table, (base.digest, config.train.max_length, *own), encode)
 
     @staticmethod
     def _batching(engine: Engine, initial: dict[str, NDArray[np.floating]], config: Config, outputs: int) -> Batching:

@@ -19,6 +19,7 @@ from fedlora.data import FederatedData
 from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.joining import JoinReport
 from fedlora.methods import TensorSpec, initial_tensors
+from fedlora.reduce import Reduction
 from fedlora.seeded import Seeded
 
 
@@ -123,6 +124,13 @@ class Site(Protocol):
 
     def train(self, instruction: Instruction) -> Iterable[Update]:
         """Train the instruction's clients; yield each one's update as it is there, in order of the clients."""
+        ...
+
+    def reduce(self, instruction: Instruction) -> tuple[list[ClientReport], Reduction]:
+        """Train the instruction's clients; return their reports, and the updates as the instruction has them reduced.
+
+        What :func:`fedlora.reduce.fold` makes of :meth:`train`, as near to where updates are made as may be.
+        """
         ...
 
     def evaluate(self, instruction: Instruction) -> Iterable[ClientReport]:

@@ -14,6 +14,7 @@ from fedlora.codec import WireError
 from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.headers import instruction_header, read_reports_header
 from fedlora.joining import JoinReport, JoinRequest
+from fedlora.reduce import Reduction, fold
 
 _MAX_UPDATE_BYTES = 1 << 34  # what the daemon sends is its own business; this is against a frame gone wrong
 _CONNECT_S = 10.0
@@ -49,6 +50,10 @@ class SocketSite:
                 yield Update(report, frame.tensors.get("tensors", {}), frame.tensors.get("extra", {}))
         except SiteError as error:
             yield from (Update(ClientReport.failed(client, str(error))) for client in waiting)
+
+    def reduce(self, instruction: Instruction) -> tuple[list[ClientReport], Reduction]:
+        """Have the clients trained, and reduce what comes; see :meth:`clients.site.Site.reduce`."""
+        return fold(instruction, self.train(instruction))
 
     def evaluate(self, instruction: Instruction) -> Iterator[ClientReport]:
         """Have the clients' own models evaluated; see :meth:`clients.site.Site.evaluate`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import numpy as np
@@ -35,6 +35,9 @@ class StartTensors:
 
     model: LoadedModel
     store: PersonalStore
+    _of_roles: dict[tuple[tuple[str, ...], ...], dict[str, TensorSpec]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def common(self, instruction: Instruction) -> Arrays:
         """Return the tensors that all clients have alike, at the method's rank.
@@ -92,11 +95,14 @@ class StartTensors:
         values, rank = {**common, **self.kept(instruction, client)}, instruction.rank(client)
         own = self.personal(instruction)
         if rank is not None:
-            own |= {name: spec for name, spec in self.model.specs.items() if spec.rank_axis is not None}
+            own = own | {name: spec for name, spec in self.model.specs.items() if spec.rank_axis is not None}
         return {name: cut(values[name], spec.shape) for name, spec in at_rank(own, rank).items()}
 
     def _with_role(self, instruction: Instruction, *roles: Role) -> dict[str, TensorSpec]:
-        return with_role(self.model.specs, instruction.roles, *roles)
+        key = (*instruction.roles.items(), roles)
+        if key not in self._of_roles:  # asked several times a client, with hundreds of tensors
+            self._of_roles[key] = with_role(self.model.specs, instruction.roles, *roles)
+        return self._of_roles[key]
 
 
 def variates(tensors: Mapping[str, NDArray[np.floating]]) -> Arrays:

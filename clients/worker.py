@@ -1,7 +1,8 @@
 """A trainer's process: a share of the machine, a resident base model, a job; it filters what errors say to the server.
 
-What the server asks for (:meth:`Worker.describe`, :meth:`Worker.train`, :meth:`Worker.report`) comes back without the
-text of an error that may quote a row. Everything else is for whoever runs the site, and raises errors as they are.
+What the server asks for (:meth:`Worker.describe`, :meth:`Worker.train`, :meth:`Worker.reduce`,
+:meth:`Worker.report`) comes back without the text of an error that may quote a row. Everything else is for whoever
+runs the site, and raises errors as they are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from clients.evaluator import Evaluator, PersonalEvaluator
 from clients.own_disk import check_folder
 from clients.personal import PersonalStore
 from clients.resident import LoadedModel, Resident
+from clients.shared_rows import SharedRows
 from clients.site import Description, Job, Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer, TrainPack
@@ -31,6 +33,7 @@ from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.generated import Answer
 from fedlora.messages import first_line
 from fedlora.methods import tensors_digest
+from fedlora.reduce import Reduction, fold
 
 _logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class Worker:
         threads: CPU threads to use.
         train: Trains a pack.
         sync: Puts an open file of a ledger on the disk.
+        shared: What the trainers of this machine have tokenized; None: nothing is shared.
     """
 
     def __init__(
@@ -75,12 +79,13 @@ class Worker:
         threads: int,
         train: TrainPack = train_pack,
         sync: Callable[[int], None] = os.fsync,
+        shared: SharedRows | None = None,
     ) -> None:
         self._fetch = job
         self.threads = threads
         self._train = train
         self._sync = sync
-        self._resident = Resident(threads)
+        self._resident, self._shared = Resident(threads, shared), shared
         self._job: Job | None = None
         self._loaded: LoadedJob | None = None
 
@@ -98,6 +103,11 @@ class Worker:
         """
         job = self._fetch()
         check_folder(Path(job.limits.folder), job.folder_id)
+
+    def leave(self) -> None:
+        """Remove what this process has kept for others, before it is ended."""
+        if self._shared is not None:
+            self._shared.remove()
 
     def load(self) -> None:
         """Load the job now, if it is not loaded; what goes wrong is raised as it is."""
@@ -174,6 +184,10 @@ class Worker:
         except Exception as error:
             reason = self._reason(error)
             return [Update(ClientReport.failed(client, reason)) for client in instruction.clients]
+
+    def reduce(self, instruction: Instruction) -> tuple[list[ClientReport], Reduction]:
+        """Train a pack for a round; return its reports and its updates, reduced: one of them leaves for all."""
+        return fold(instruction, self.train(instruction), self.threads)
 
     def report(self, instruction: Instruction) -> list[ClientReport]:
         """Return each client's evaluation of its own model; one report a client, in order.

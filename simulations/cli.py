@@ -120,8 +120,9 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         return _tune(config, options, console)
     end_abandoned(run_path(config))
     RunFolder.check(config)
-    preflight(config, _NODES, rows=_TRIED)
-    return launch(app, overrides, options.federation_config, console)
+    tried = Preflight(_NODES, rows=_TRIED)
+    tried.quick(config)
+    return launch(app, overrides, options.federation_config, console, lambda: tried.plan(config))
 
 
 def _sweep(options: argparse.Namespace, console: Console) -> int:

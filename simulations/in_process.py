@@ -89,7 +89,8 @@ class InProcess:
         federation.check_budgets(server_round, clients.spent)
         cohort = [client for client in federation.cohort(server_round) if client not in clients.spent]
         told = core.instruction(server_round, cohort)
-        reports, total = fold(told, (update for part in self._packs(told) for update in self._worker.train(part)))
+        updates = (update for part in self._packs(told) for update in self._worker.train(part))
+        reports, total = fold(told, updates, self._worker.threads)
         heads = {report.client: report.ledger_head for report in reports if report.ledger_head}
         spent = {report.client for report in reports if report.outcome is Outcome.BUDGET_SPENT}
         core.remember(ledger_heads={**clients.ledger_heads, **heads}, spent=clients.spent | spent)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,15 @@ from rich.console import Console
 from fedlora.config import Scalar, from_toml, to_toml
 from fedlora.runs.lock import COMMAND, Holder, is_held, this_command
 from simulations.keeper import end_processes, kept
-from simulations.superlink import StartError, SuperLink, flower_command, keep_log, make_home, start_superlink
+from simulations.superlink import (
+    StartError,
+    SuperLink,
+    begin_superlink,
+    flower_command,
+    keep_log,
+    make_home,
+    start_superlink,
+)
 
 _FOLLOWS = 5  # times that a log which ends before its run is followed again
 _ASKS = 5
@@ -31,7 +39,13 @@ _PAUSE_S = 1.0
 CONFIG_TABLE = "[tool.flwr.app.config]\n"
 
 
-def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[str], console: Console) -> int:
+def launch(
+    app: Path,
+    config: Mapping[str, Scalar],
+    federation_config: Sequence[str],
+    console: Console,
+    check: Callable[[], object] = lambda: None,
+) -> int:
     """Run ``flwr run --stream`` on ``app``.
 
     Args:
@@ -39,25 +53,28 @@ def launch(app: Path, config: Mapping[str, Scalar], federation_config: Sequence[
         config: The whole run configuration.
         federation_config: Options of ``--federation-config``.
         console: Where the verdict goes.
+        check: What must be tried before the run; it is tried while Flower starts, and what it raises is raised.
 
     Returns:
         0 when the run completed, 1 when it did not.
     """
     home = make_home()
     with kept(home, folders=[home]):
+        begun = begin_superlink(home)
+        check()
         copy, file = shipped(app, home / "app", config), home / "run-config.toml"
         file.write_text(to_toml(config), encoding="utf-8")
         try:
-            link = start_superlink(home)
+            link = start_superlink(home, begun)
         except StartError as error:
             console.print(f"fedlora: the run could not be started: {error}", markup=False)
             return 1
         command = [flower_command(), "run", str(copy), "--stream", "--run-config", str(file)]
         for option in federation_config:
             command += ["--federation-config", option]
-        started = _flower(command, link, app)
+        code = _flower(command, link, app)
         run = _run(link)
-        if run is None and started != 0 and link.process.poll() is None:
+        if run is None and code != 0 and link.process.poll() is None:
             said = f"fedlora: the run could not be started; Flower says why above{keep_log(home)}"
             console.print(said, markup=False)
             return 1

@@ -62,9 +62,7 @@ class Preflight:
 
     def plan(self, config: Config) -> tuple[Plan, Structure]:
         """Return the plan of a run and the structure of its model, as :func:`preflight` does."""
-        self._once("there", config.model, make=lambda: check_model(config.model))
-        corpus, clients = self._corpus(config), asked_clients(config, self._nodes)
-        check_enough(corpus, config.data, clients)
+        corpus, clients = self.quick(config), asked_clients(config, self._nodes)
         structure, labels = self._model(config, corpus)
         specs = build_method(config, structure.adapted, structure.head).specs()
         if clients not in self._data:
@@ -83,6 +81,17 @@ class Preflight:
             remarks=self._tried(config, structure, corpus, labels),
         )
         return plan, structure
+
+    def quick(self, config: Config) -> Corpus:
+        """Try what takes no seconds, and return the rows: whether the model is there, and rows enough for all clients.
+
+        Raises:
+            ValueError: It is not, or they are not.
+        """
+        self._once("there", config.model, make=lambda: check_model(config.model))
+        corpus = self._corpus(config)
+        check_enough(corpus, config.data, asked_clients(config, self._nodes))
+        return corpus
 
     def _once(self, *key: object, make: Callable[[], T]) -> T:
         """Return what was made of equal parts of a configuration before, or make it now."""

@@ -16,7 +16,6 @@ from simulations.session import Session
 from simulations.setup import resolve
 from simulations.sweeps.cells import Share
 from simulations.sweeps.file import Sweep
-from simulations.sweeps.progress import run_share
 
 
 def simulate(grid: Grid, context: Context) -> None:
@@ -26,6 +25,8 @@ def simulate(grid: Grid, context: Context) -> None:
     try:
         flat = context.run_config
         if flat.get("run.sweep"):  # its cells are configurations; what they share need not be one
+            from simulations.sweeps.progress import run_share  # and with it pandas, which a run need not wait for
+
             sweep, share = Sweep.read(str(flat["run.sweep"]), flat), Share.read(str(flat.get("run.share", "1/1")))
             session = Session(grid, context)
             run_share(sweep, session, console, share)

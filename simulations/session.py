@@ -143,7 +143,7 @@ class Session:
             return self._pool
         self.stop()
         self._shards = shards
-        self._pool = TrainerPool.start(self.run_id, shards, job)
+        self._pool = TrainerPool.start(self.run_id, shards, job, share=True)
         return self._pool
 
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,36 +61,51 @@ class StartError(RuntimeError):
     """The SuperLink does not start; the message says why, and where its log is."""
 
 
-def start_superlink(home: Path) -> SuperLink:
-    """Start a SuperLink for simulations whose files are in ``home``.
+def begin_superlink(home: Path) -> SuperLink:
+    """Begin to start a SuperLink for simulations whose files are in ``home``; :func:`start_superlink` waits for it."""
+    # What Ray leaves goes with the home; a run folder's lock names the command.
+    environment = {"RAY_TMPDIR": str(home), **flower_environment(home), COMMAND: this_command()}
+    command = [flower_command("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(_port(environment)), "--database", str(home / "state.db")]
+    with superlink_log(home).open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return SuperLink(environment, process)
+
+
+def start_superlink(home: Path, begun: SuperLink | None = None) -> SuperLink:
+    """Start a SuperLink for simulations whose files are in ``home``, and wait until it answers.
+
+    Args:
+        home: The folder.
+        begun: One whose start was begun before.
 
     Raises:
-        StartError: It does not start.
+        StartError: None does.
     """
-    reason = ""
-    for _ in range(_TRIES):
-        # What Ray leaves goes with the home; a run folder's lock names the command.
-        environment = {"RAY_TMPDIR": str(home), **flower_environment(home), COMMAND: this_command()}
-        port = int(environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"])
-        command = [flower_command("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
-        command += ["--host", "127.0.0.1", "--port", str(port), "--database", str(home / "state.db")]
-        with superlink_log(home).open("ab") as log:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        reason = _until_ready(process, port)
+    link, reason = begun or begin_superlink(home), ""
+    for left in reversed(range(_TRIES)):
+        port = _port(link.environment)
+        reason = _until_ready(link.process, port)
         if not reason:
             connection = f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{port}"\n'
             (home / "config.toml").write_text(connection + "insecure = true\n", encoding="utf-8")
-            return SuperLink(environment, process)
+            return link
         end_processes(home)
-        process.wait()
+        link.process.wait()
+        if left:
+            link = begin_superlink(home)
     raise StartError(f"the SuperLink {reason}, {_TRIES} times{keep_log(home)}")
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    return int(environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"])
 
 
 def _until_ready(process: subprocess.Popen[bytes], port: int) -> str:

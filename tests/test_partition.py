@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset
+from flwr_datasets.partitioner import DirichletPartitioner
 
 from fedlora.config import Config, DataConfig
 from fedlora.data import load_federated
-from fedlora.data.partition import partition
+from fedlora.data.partition import _dirichlet, partition
 from fedlora.data.table import Corpus, Table
 from fedlora.plugins import read_config
 from tests.support.rows import config, write
@@ -50,6 +53,29 @@ def test_alpha_and_seed_matter() -> None:
 
     assert spread(0.1) > 2 * spread(100.0)
     assert spread(1.0, seed=0) != spread(1.0, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "clients", "least", "seed"), [(0.5, 10, 1, 0), (0.3, 6, 8, 5), (0.05, 3, 1, 2), (1, 40, 2, 7)]
+)
+def test_dirichlet_deals_as_flwr_datasets_does(alpha: float, clients: int, least: int, seed: int) -> None:
+    """Its partitioner draws again where a client has too few rows, up to ten times; so does ours, by the same draws."""
+    labels = np.random.default_rng(seed).integers(0, 4, size=500)
+    theirs = DirichletPartitioner(
+        num_partitions=clients,
+        partition_by="label",
+        alpha=alpha,
+        min_partition_size=least,
+        self_balancing=False,
+        shuffle=False,
+        seed=seed,
+    )
+    theirs.dataset = Dataset.from_dict({"label": labels, "place": np.arange(500)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = [theirs.load_partition(client)[:]["place"] for client in range(clients)]
+    ours = _dirichlet(labels, DataConfig(alpha=alpha, min_size=least), clients, seed)
+    assert [rows.tolist() for rows in ours] == [list(rows) for rows in expected]
 
 
 def test_own_holdout_is_never_trained_on() -> None:

@@ -37,13 +37,19 @@ def pool(tmp_path: Path) -> Iterator[TrainerPool]:
         config = resolve(flat)
         data = load_federated(config, 4)
         shards = [Shard(threads=1, gpus=0.0)] * 2
-        yield TrainerPool.start(7, shards, Job(config.to_flat(), data, SiteLimits(str(tmp_path / "sites"))))
+        job = Job(config.to_flat(), data, SiteLimits(str(tmp_path / "sites")))
+        yield TrainerPool.start(7, shards, job, share=True)
     finally:
         ray.shutdown()
 
 
 def describe(worker: Any, _: None) -> Any:
     return worker.describe()
+
+
+def mapped(worker: Any, _: None) -> str:
+    """The file that a trainer's tokenized rows are mapped from."""
+    return str(worker.loaded.model.examples["train"].flat.base.filename)
 
 
 def until_gone(pid: int) -> None:
@@ -63,11 +69,16 @@ def until_gone(pid: int) -> None:
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_trainer_is_restarted_and_a_lost_one_is_replaced(pool: TrainerPool) -> None:
     before = [described.pid for described in list(pool.outcomes(describe, [None, None]))]
+    (rows,) = set(pool.everywhere(mapped))
+    assert (Path(rows).stat().st_mode & 0o777, Path(rows).parent.stat().st_mode & 0o777) == (0o600, 0o700)
     os.kill(before[0], signal.SIGKILL)
     after = list(pool.outcomes(describe, [None, None]))
     assert [described.base_loads for described in after] == [1, 1]
     assert after[0].pid != before[0]
     assert after[1].pid == before[1]
+    assert pool.everywhere(mapped) == [rows] * 2, "a trainer that was restarted finds what the others have"
+    pool.everywhere(lambda worker, _: worker.leave())
+    assert not Path(rows).parents[1].exists()
     ray.kill(pool.actors[0], no_restart=True)
     until_gone(after[0].pid)  # Ray kills in its own time; until then the trainer answers
     assert [described.pid for described in list(pool.outcomes(describe, [None, None, None]))] == [before[1]] * 3

@@ -5,25 +5,30 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from clients.errors import WITHHELD, RefusedError, SiteError
 from clients.ray_site import RaySite, TrainerLostError
 from clients.site import Job
 from clients.worker import Worker
+from fedlora.engine import ClientResult
 from fedlora.exchange import ClientReport, Instruction, Outcome
 from fedlora.privacy import Mechanism, epsilon
+from fedlora.reduce import fold
 from fedlora.tasks import Classification
 from simulations.setup import resolve
-from tests.support.trainers import InProcess, ask, dp_config, ledger, tiny_flat, tiny_job
+from tests.support.trainers import InProcess, ask, dp_config, instruction, ledger, tiny_flat, tiny_job
 
 ROOT = Path(__file__).parents[1]
 CALLS: dict[str, Callable[[RaySite, Instruction], list[Any]]] = {
     "describe": lambda site, _: [site.describe()],
     "train": lambda site, instruction: [update.report for update in site.train(instruction)],
+    "reduce": lambda site, instruction: site.reduce(instruction)[0],
     "evaluate": lambda site, instruction: list(site.evaluate(instruction)),
 }
 
@@ -102,12 +107,12 @@ def test_of_a_process_that_fails_only_our_own_words_leave(call: str, error: Exce
     pool = Failing([None])
     pool.error = error
     said = WITHHELD if isinstance(error, ValueError) else "a trainer died"
-    instruction = Instruction(1, (0, 1), {}, {})
+    asked = Instruction(1, (0, 1), {}, {})
     if call == "describe":
         with pytest.raises(SiteError, match=f"^{said}$"):
             RaySite(pool).describe()
     else:
-        assert {report.reason for report in CALLS[call](RaySite(pool), instruction)} == {said}
+        assert {report.reason for report in CALLS[call](RaySite(pool), asked)} == {said}
 
 
 # -- limits -----------------------------------------------------------------------------------------------
@@ -204,6 +209,40 @@ def test_the_stricter_budget_counts(tmp_path: Path) -> None:
     assert [report.outcome for report in said] == [Outcome.OK] * able + [Outcome.BUDGET_SPENT]
     assert "the site's own max-epsilon" in said[-1].reason
     assert len(ledger(tmp_path, 0).uses()) == able
+
+
+@pytest.mark.parametrize("reduction", ["mean", "one-by-one"])
+def test_trainers_reduce_to_what_the_node_would(reduction: str, tmp_path: Path) -> None:
+    """Two trainers, three packs: the same bits as of all updates at the node, and the same reports."""
+    job = tiny_job(resolve(tiny_flat(tmp_path)), tmp_path)
+    site = RaySite(InProcess([Worker(lambda: job, 1) for _ in range(2)]))
+    model = Worker(lambda: job, 1)
+    asked = replace(instruction(model, (0, 1, 2, 3)), pack=3, reduction=reduction)
+    (reports, reduced), (plain, folded) = site.reduce(asked), fold(asked, site.train(asked))
+    assert [report.client for report in reports] == [0, 1, 2, 3]
+    assert reports == plain
+    ours, theirs = reduced.reduced(), folded.reduced()
+    assert ours.count == theirs.count == 4
+    assert bool(ours.mean) == (reduction == "mean")
+    pairs = [(ours.mean, theirs.mean)]
+    pairs += [(one.tensors, other.tensors) for one, other in zip(ours.updates, theirs.updates, strict=True)]
+    assert all(np.array_equal(one[name], other[name]) for one, other in pairs for name in {**one, **other})
+
+
+def test_a_pack_whose_sum_is_too_large_is_refused_and_the_others_are_not(tmp_path: Path) -> None:
+    """Each pack's sum is within the exact range; that of both is not."""
+    job = tiny_job(resolve(tiny_flat(tmp_path)), tmp_path)
+
+    def large(engine: Any, works: Any, *_: Any, **__: Any) -> list[ClientResult]:
+        value = {name: np.full_like(start, 2.0**35.9 / works[0].num_examples) for name, start in works[0].start.items()}
+        return [ClientResult(work.client, value, work.num_examples, 1, 0.5, "") for work in works]
+
+    worker = Worker(lambda: job, 1, large)
+    asked = replace(instruction(worker, (0, 1)), pack=1)
+    reports, reduced = RaySite(InProcess([worker])).reduce(asked)
+    assert [report.outcome for report in reports] == [Outcome.OK, Outcome.FAILED]
+    assert "updates of this size diverge" in reports[1].reason
+    assert reduced.count == 1
 
 
 def test_a_job_within_the_limits_trains(tmp_path: Path) -> None:

@@ -393,7 +393,8 @@ def _questions(grid: PostGrid, number: int) -> Iterator[Message]:
         yield Message(RecordDict(), dst_node_id=node, message_type=MessageType.TRAIN, group_id=str(number))
 
 
-def test_replies_are_fetched_one_by_one() -> None:
+@pytest.mark.parametrize("deployed", [True, False])
+def test_replies_are_fetched_one_by_one(deployed: bool) -> None:
     """The planted bug: all replies of a round in memory at once, of a gigabyte each."""
     pulls: list[int] = []
 
@@ -404,7 +405,7 @@ def test_replies_are_fetched_one_by_one() -> None:
             return found
 
     grid = Counting({node: site(lambda _: _reply()) for node in NODES.values()})
-    mail = Mail(grid, 5.0, deployed=True)
+    mail = Mail(grid, 5.0, deployed=deployed)
     assert len(list(mail.exchange(_questions(grid, 1)))) == 3
     assert pulls == [1, 1, 1]
 

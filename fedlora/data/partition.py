@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,11 +10,11 @@ from numpy.typing import NDArray
 from fedlora.config import DataConfig
 from fedlora.data.labels import check_owners
 from fedlora.data.table import Corpus, FederatedData
-from fedlora.messages import first_line
 from fedlora.seeded import Seeded
 
 Rows = NDArray[np.int64]
-_REDRAWS = 10  # of Dirichlet shares, ten draws each
+_REDRAWS = 10  # of Dirichlet shares, with other seeds
+_DRAWS = 11  # with one seed
 
 
 def partition(corpus: Corpus, config: DataConfig, *, num_clients: int, seed: int, final: bool = True) -> FederatedData:
@@ -109,43 +106,30 @@ def _even(total: int, parts: int) -> Rows:
 
 
 def _dirichlet(labels: Rows, config: DataConfig, num_clients: int, seed: int) -> list[Rows]:
-    """Return each client's places in ``labels``, by flwr-datasets' partitioner.
+    """Return each client's places in ``labels``: of each class, shares that are drawn from a Dirichlet distribution.
 
-    Shares are drawn again where a client would have too few rows, since a small alpha leaves one without in most draws;
-    flwr-datasets itself gives up after ten.
+    By the same draws as flwr-datasets' ``DirichletPartitioner``, whose package takes seconds to import. Shares are
+    drawn again where a client would have too few rows, since a small alpha leaves one without in most draws;
+    flwr-datasets itself gives up after ten repetitions.
 
     Raises:
         ValueError: A client has too few in every draw.
     """
-    # They take seconds to import, and most of what is wrong with a run is found before they are needed.
-    from datasets import Dataset
-    from flwr_datasets.partitioner import DirichletPartitioner
-
-    rows = Dataset.from_dict({"place": np.arange(len(labels)), "label": labels})
-    seeds = [seed, *(int(bits) for bits in Seeded(seed).bits("dirichlet", size=_REDRAWS) >> np.uint64(33))]
-    reason = ""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of a partition that is drawn again; the last word is ours
-        warnings.simplefilter("ignore", FutureWarning)  # of pyarrow to datasets
-        for drawn in seeds:
-            dirichlet = DirichletPartitioner(
-                num_partitions=num_clients,
-                partition_by="label",
-                alpha=config.alpha,
-                min_partition_size=_fewest(config),
-                self_balancing=False,
-                shuffle=False,
-                seed=drawn,
-            )
-            dirichlet.dataset = rows
-            try:
-                places = [dirichlet.load_partition(client)[:]["place"] for client in range(num_clients)]
-                return [np.asarray(place, dtype=np.int64) for place in places]
-            except ValueError as error:
-                reason = first_line(error)
+    by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    alphas = np.full(num_clients, config.alpha)
+    for drawn in (seed, *(int(bits) for bits in Seeded(seed).bits("dirichlet", size=_REDRAWS) >> np.uint64(33))):
+        generator = np.random.default_rng(drawn)
+        for _ in range(_DRAWS):
+            shares = [
+                np.split(places, (np.cumsum(generator.dirichlet(alphas)) * len(places)).astype(int)[:-1])
+                for places in by_class
+            ]
+            clients = [np.concatenate(own) for own in zip(*shares, strict=True)]
+            if min(map(len, clients)) >= _fewest(config):
+                return clients
     raise ValueError(
         f"data.partition = 'dirichlet' finds no way to give each of {num_clients} clients {_fewest(config)} or more of "
-        f"{len(labels)} rows with data.alpha = {config.alpha}: raise it, or lower federation.num-clients ({reason})."
+        f"{len(labels)} rows with data.alpha = {config.alpha}: raise it, or lower federation.num-clients."
     )
 
 

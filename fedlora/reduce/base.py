@@ -86,6 +86,21 @@ class Reduction(ABC):
             OverflowError: A number is too large or not finite; nothing was added.
         """
 
+    def add_all(self, updates: Sequence[tuple[Update, int]], threads: int = 1) -> None:
+        """Add several clients' updates, each with its weight.
+
+        Args:
+            updates: The updates.
+            threads: CPU threads to use, where a reduction can.
+
+        Raises:
+            OverflowError: One of them is too large or not finite, or their sum is; nothing was added.
+        """
+        more = type(self)()
+        for update, weight in updates:
+            more.add(update, weight)
+        self.merge(more)
+
     @abstractmethod
     def merge(self, other: Self) -> None:
         """Add the updates of another node.

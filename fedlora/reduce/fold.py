@@ -16,17 +16,44 @@ for _reduction in (WeightedMean, OneByOne):
     REDUCTIONS.register(_reduction.name)(_reduction)
 
 
-def fold(instruction: Instruction, updates: Iterable[Update]) -> tuple[list[ClientReport], Reduction]:
-    """Return a report of each client, and the updates that may be used, reduced as the instruction says."""
-    reports, reduction = [], REDUCTIONS[instruction.reduction]()
+_TOGETHER = 64  # updates that are added at once, and so are in memory at once
+
+
+def fold(instruction: Instruction, updates: Iterable[Update], threads: int = 1) -> tuple[list[ClientReport], Reduction]:
+    """Return a report of each client, and the updates that may be used, reduced as the instruction says.
+
+    Args:
+        instruction: The instruction that the updates answer.
+        updates: The clients' updates, as they come.
+        threads: CPU threads to use.
+    """
+    reports, reduction = list[ClientReport](), REDUCTIONS[instruction.reduction]()
+    waiting: list[tuple[int, Update, int]] = []
     for update in updates:
         report = update.report
         if report.outcome is Outcome.OK and not report.steps:
             report = replace(report, outcome=Outcome.FAILED, reason="it has no training rows")
         if report.outcome is Outcome.OK:
-            try:
-                reduction.add(update, report.examples if instruction.weights == "examples" else 1)
-            except OverflowError as error:
-                report = replace(report, outcome=Outcome.FAILED, reason=str(error))
+            waiting.append((len(reports), update, report.examples if instruction.weights == "examples" else 1))
         reports.append(report)
+        if len(waiting) == _TOGETHER:
+            _add(reduction, waiting, reports, threads)
+            waiting = []
+    _add(reduction, waiting, reports, threads)
     return reports, reduction
+
+
+def _add(
+    reduction: Reduction, waiting: list[tuple[int, Update, int]], reports: list[ClientReport], threads: int
+) -> None:
+    """Add updates; where that fails, one by one, with the report of each that cannot be added saying why."""
+    if not waiting:
+        return
+    try:
+        reduction.add_all([(update, weight) for _, update, weight in waiting], threads)
+    except OverflowError:
+        for at, update, weight in waiting:
+            try:
+                reduction.add(update, weight)
+            except OverflowError as error:
+                reports[at] = replace(reports[at], outcome=Outcome.FAILED, reason=str(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Self, final
 
@@ -52,6 +52,24 @@ class WeightedMean(Reduction):
         check_sizes(update.extra, 1)
         one._only = update, weight
         self.merge(one)
+
+    def add_all(self, updates: Sequence[tuple[Update, int]], threads: int = 1) -> None:
+        """Add several clients' updates, those of the same rank together: that is several times as fast."""
+        if len(updates) == 1:
+            self.add(*updates[0])
+            return
+        alike: dict[tuple[tuple[str, tuple[int, ...]], ...], list[tuple[Update, int]]] = {}
+        for update, weight in updates:
+            shapes = tuple((name, value.shape) for name, value in update.tensors.items())
+            alike.setdefault(shapes, []).append((update, weight))
+        total = WeightedMean()
+        for some in alike.values():
+            more = WeightedMean()
+            more.tensors = ExactSum.of([(update.tensors, weight) for update, weight in some], threads)
+            if some[0][0].extra:
+                more.extra = ExactSum.of([(update.extra, 1) for update, _ in some], threads)
+            total.merge(more)
+        self.merge(total)
 
     def merge(self, other: WeightedMean) -> None:
         """Add the updates of another node."""
@@ -135,8 +153,8 @@ class WeightedMean(Reduction):
             return
         if self.tensors.count == 0:
             raise WireError("it holds no update")
-        _check_sum(self.tensors, _widest([one.tensors for one in expected.values()]), weight, len(expected))
-        extra = _widest([one.extra for one in expected.values()])
+        _check_sum(self.tensors, _widest(one.tensors for one in expected.values()), weight, len(expected))
+        extra = _widest(one.extra for one in expected.values())
         if extra or self.extra.count:
             _check_sum(self.extra, extra, len(expected), len(expected))
 
@@ -173,10 +191,10 @@ def _check_sum(total: ExactSum, expected: Mapping[str, TensorSpec], weight: int,
         raise WireError("its sum cannot come from that many updates")
 
 
-def _widest(specs: list[Mapping[str, TensorSpec]]) -> dict[str, TensorSpec]:
-    """Return for each tensor the shape that holds it at every client's rank."""
+def _widest(specs: Iterable[Mapping[str, TensorSpec]]) -> dict[str, TensorSpec]:
+    """Return for each tensor the shape that holds it at every client's rank; clients of one rank share their specs."""
     widest: dict[str, TensorSpec] = {}
-    for own in specs:
+    for own in {id(one): one for one in specs}.values():
         for name, spec in own.items():
             shape = widest[name].shape if name in widest else spec.shape
             widest[name] = replace(spec, shape=tuple(map(max, spec.shape, shape)))

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.1
 _DEPLOYED_POLL_S = 0.5
+_PARTS = 8
 
 
 def never() -> bool:
@@ -75,9 +76,14 @@ class Mail:
         return sent
 
     def pull(self, waiting: dict[str, tuple[int, str]]) -> Iterator[Message]:
-        """Yield the replies that are there, and forget the messages that they answer."""
-        for some in [[one] for one in waiting] if self.deployed else [list(waiting)]:
-            for reply in self.grid.pull_messages(some):
+        """Yield the replies that are there, and forget the messages that they answer.
+
+        They are fetched in parts, so that few of them are in memory at once, and in few parts, since each is a call.
+        """
+        size = 1 if self.deployed else max(1, len(waiting) // _PARTS)
+        asked = list(waiting)
+        for at in range(0, len(asked), size):
+            for reply in self.grid.pull_messages(asked[at : at + size]):
                 node, _ = waiting.pop(reply.metadata.reply_to_message_id, (0, ""))
                 if reply.has_error():  # Flower's own errors come from itself, and name no node
                     reply.metadata.__dict__["_src_node_id"] = node

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from fedlora.data import Table
 from fedlora.data.table import Turn
+from fedlora.ragged import Ragged
 from fedlora.tasks.base import Batch, Measure
 from fedlora.tasks.chat import Marked, encode_chats
 from fedlora.tasks.text import Examples, TextTask, model_inputs, to_device, wide_logits
@@ -96,11 +97,10 @@ class CausalLM(TextTask):
 
     def collate(self, rows: Examples, numbers: Sequence[int], device: torch.device) -> Batch:
         """Return the model's inputs and ``labels`` [N, T]; labels are -100 where nothing is learned."""
+        assert isinstance(rows.targets, Ragged), "the rows of a task with a head"
         inputs = self.padded(rows, numbers)
-        labels = np.full_like(inputs["input_ids"], _IGNORED)
-        for place, row in enumerate(numbers):
-            learned = rows.targets[row]
-            labels[place, : len(learned)][learned] = rows.tokens[row][learned]
+        learned, _ = rows.targets.padded(np.asarray(numbers, dtype=np.int64), False)
+        labels = np.where(learned, inputs["input_ids"], _IGNORED)
         answered = labels[:, 1:] != _IGNORED
         places = {"answer_at": np.flatnonzero(answered), "answers": labels[:, 1:][answered]}
         return to_device({**inputs, "labels": labels, **places}, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from typing import TYPE_CHECKING, Any, Self, final
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedlora.config import Config
 from fedlora.data import Table
+from fedlora.ragged import Ragged, stacked
 from fedlora.tasks.base import Batch, Task
 
 if TYPE_CHECKING:
@@ -24,23 +25,40 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Examples:
-    """Rows of texts ready for the model.
+    """Rows of texts ready for the model, kept one after another whatever sequences they are given as.
 
     Attributes:
-        tokens: One int64 array of token numbers a row, without padding.
+        tokens: The token numbers of each row, without padding; int64 arrays, in memory int32.
         targets: What the task predicts from each row: its class, int64 [n]; numbers, float64 [n, L]; or of a language
-            model which of the row's tokens it learns to write, a tuple of bool arrays as long as ``tokens``.
+            model which of the row's tokens it learns to write, bool arrays as long as ``tokens``.
         types: Token types of each row, as long as ``tokens``, where the tokenizer tells two texts apart by them
             (BERT's segments); empty where they are all zero, or there are none.
     """
 
-    tokens: tuple[NDArray[np.int64], ...]
-    targets: NDArray[Any] | tuple[NDArray[np.bool_], ...]
-    types: tuple[NDArray[np.int64], ...] = ()
+    tokens: Sequence[NDArray[np.int64]]
+    targets: NDArray[Any] | Sequence[NDArray[np.bool_]]
+    types: Sequence[NDArray[np.int64]] = ()
+
+    def __post_init__(self) -> None:
+        """Lay the rows out one after another."""
+        for name, dtype in (("tokens", np.int32), ("targets", np.bool_), ("types", np.int8)):
+            value = getattr(self, name)
+            if not isinstance(value, Ragged | np.ndarray) and (len(value) or name == "tokens"):
+                object.__setattr__(self, name, Ragged.of(value, dtype))
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.tokens)
+
+    @property
+    def flat(self) -> NDArray[np.int32]:
+        """All rows' token numbers, one row after another, [total]."""
+        return _ragged(self.tokens).flat
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """Where each row begins in :attr:`flat`, and where the last one ends, [n + 1]."""
+        return _ragged(self.tokens).starts
 
     def types_of(self, row: int) -> NDArray[np.int64]:
         """Return a row's token types, [T]."""
@@ -49,7 +67,22 @@ class Examples:
     @cached_property
     def cost(self) -> NDArray[np.int64]:
         """Tokens in each row, [n]."""
-        return np.array([len(row) for row in self.tokens], dtype=np.int64)
+        return _ragged(self.tokens).lengths
+
+    def take(self, rows: NDArray[np.int64]) -> Examples:
+        """Return some of the rows, in this order."""
+        targets = self.targets[rows] if isinstance(self.targets, np.ndarray) else _ragged(self.targets).take(rows)
+        return Examples(_ragged(self.tokens).take(rows), targets, _ragged(self.types).take(rows) if self.types else ())
+
+    def typed(self) -> Examples:
+        """Return the rows with token types, zero where they have none."""
+        zeros = Ragged(np.zeros(len(self.flat), dtype=np.int8), self.starts)
+        return self if self.types else replace(self, types=zeros)
+
+
+def _ragged(rows: Any) -> Ragged:
+    assert isinstance(rows, Ragged), "rows are laid out when they are made"
+    return rows
 
 
 class TextTask(Task):
@@ -66,7 +99,7 @@ class TextTask(Task):
     def __init__(self, pad_token_id: int, chat_template: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.chat_template = chat_template
-        self.made_up: tuple[NDArray[np.int64], ...] | None = None
+        self.made_up: Sequence[NDArray[np.int64]] | None = None
 
     @classmethod
     def build(cls, tokenizer: Any, config: Config) -> Self:
@@ -93,24 +126,32 @@ class TextTask(Task):
 
     def join(self, parts: Sequence[tuple[Examples, int]]) -> Examples:
         """Return rows from several sources as one."""
-        tokens = tuple(source.tokens[row] for source, row in parts)
-        typed = any(source.types for source, _ in parts)
-        types = tuple(source.types_of(row) for source, row in parts) if typed else ()
-        targets = [source.targets[row] for source, row in parts]
-        ragged = isinstance(parts[0][0].targets, tuple)
-        return Examples(tokens, tuple(targets) if ragged else np.array(targets), types)
+        sources = list({id(source): source for source, _ in parts}.values())
+        numbers = np.array([row for _, row in parts], dtype=np.int64)
+        if len(sources) == 1:
+            return sources[0].take(numbers)
+        place = {id(source): at for at, source in enumerate(sources)}
+        origin = np.array([place[id(source)] for source, _ in parts])
+        taken = [source.take(numbers[origin == at]) for at, source in enumerate(sources)]
+        if any(one.types for one in taken):
+            taken = [one.typed() for one in taken]
+        order = np.argsort(np.argsort(origin, kind="stable"), kind="stable")
+        ragged = isinstance(taken[0].targets, Ragged)
+        together = Examples(
+            stacked([_ragged(one.tokens) for one in taken]),
+            stacked([_ragged(one.targets) for one in taken])
+            if ragged
+            else np.concatenate([np.asarray(one.targets) for one in taken]),
+            stacked([_ragged(one.types) for one in taken]) if taken[0].types else (),
+        )
+        return together.take(order)
 
     def padded(self, rows: Examples, numbers: Sequence[int]) -> dict[str, NDArray[np.int64]]:
         """Return the rows as the model's inputs, [N, T] each: token numbers, attention mask and, if any, types."""
-        longest = max(len(rows.tokens[row]) for row in numbers)
-        ids = np.full((len(numbers), longest), self.pad_token_id, dtype=np.int64)
-        mask, types = np.zeros_like(ids), np.zeros_like(ids)
-        for place, row in enumerate(numbers):
-            tokens = rows.tokens[row]
-            ids[place, : len(tokens)] = tokens
-            mask[place, : len(tokens)] = 1
-            types[place, : len(tokens)] = rows.types_of(row)
-        return {"input_ids": ids, "attention_mask": mask, **({"token_type_ids": types} if rows.types else {})}
+        chosen = np.asarray(numbers, dtype=np.int64)
+        ids, own = _ragged(rows.tokens).padded(chosen, self.pad_token_id)
+        inputs = {"input_ids": ids, "attention_mask": own.astype(np.int64)}
+        return inputs | ({"token_type_ids": _ragged(rows.types).padded(chosen, 0)[0]} if rows.types else {})
 
 
 class SequenceTask(TextTask):
@@ -157,17 +198,17 @@ class SequenceTask(TextTask):
                 "each text and its own marks; raise it."
             )
         encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length, split_special_tokens=True)
-        rows = tuple(np.asarray(ids, dtype=np.int64) for ids in encoded["input_ids"])
-        for row, text in zip(rows, table.texts, strict=True):
-            if len(row) == 0:
-                raise ValueError(f"the text {text[:60]!r} has no tokens; remove such rows from the data.")
-            if (row == self.pad_token_id).any():
-                raise ValueError(
-                    f"the text {text[:60]!r} holds the padding token (number {self.pad_token_id}), by which the model "
-                    "would find its end in the wrong place; choose a model whose tokenizer has a pad token of its own."
-                )
-        types = tuple(np.asarray(one, dtype=np.int64) for one in encoded.get("token_type_ids", ()))
-        return Examples(rows, self.targets(table), types if any(one.any() for one in types) else ())
+        rows = Ragged.of(encoded["input_ids"], np.int32)
+        for row in np.flatnonzero(rows.lengths == 0)[:1]:
+            raise ValueError(f"the text {table.texts[row][:60]!r} has no tokens; remove such rows from the data.")
+        for place in np.flatnonzero(rows.flat == self.pad_token_id)[:1]:
+            text = table.texts[int(np.searchsorted(rows.starts, place, side="right")) - 1]
+            raise ValueError(
+                f"the text {text[:60]!r} holds the padding token (number {self.pad_token_id}), by which the model "
+                "would find its end in the wrong place; choose a model whose tokenizer has a pad token of its own."
+            )
+        types = Ragged.of(encoded.get("token_type_ids", ()), np.int8)
+        return Examples(rows, self.targets(table), types if types.flat.any() else ())
 
     def collate(self, rows: Examples, numbers: Sequence[int], device: torch.device) -> Batch:
         """Return the model's inputs [N, T] and ``labels`` [N, ...]."""
