@@ -17,10 +17,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from fedlora.config import TrainConfig
 from fedlora.engine.apart import random_tensors
+from fedlora.engine.blocks import blocks_of
 from fedlora.engine.core import Engine
 from fedlora.engine.kernels import attention
 from fedlora.engine.pack import Pack
@@ -46,6 +46,7 @@ def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True) -> Engine:
         tensors: All of the method's tensors, for their shapes.
         compiled: Whether blocks may be compiled, which takes about a minute once on a machine.
     """
+    _plain(engine)
     ways: list[Way] = [_with_less_memory] if engine.task.with_less_memory(engine.base.model) else []
     on_gpu = engine.device.type == "cuda" and engine.compute != torch.float64
     if on_gpu:
@@ -56,10 +57,35 @@ def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True) -> Engine:
     return replace(engine, max_cost=_fitting(engine, tensors)) if on_gpu else engine
 
 
+def like(engine: Engine, settled: Engine) -> Engine:
+    """Return an engine that computes as a settled one: of the same base model, and of the same kind of method and task.
+
+    Args:
+        engine: The engine, built like the one that was settled.
+        settled: What :func:`settle` made of that.
+    """
+    less = engine.task.with_less_memory(engine.base.model) if settled.less_memory else None
+    return replace(
+        engine,
+        task=less or engine.task,
+        kernels=settled.kernels,
+        max_cost=settled.max_cost,
+        less_memory=less is not None,
+    )
+
+
+def _plain(engine: Engine) -> None:
+    """Have the base model compute in the plain way."""
+    config = engine.base.model.config
+    if config._attn_implementation == attention.NAME:
+        config._attn_implementation = "sdpa"
+    engine.grouped.blocks.clear()
+
+
 def _with_less_memory(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     task = engine.task.with_less_memory(engine.base.model)
     assert task is not None, "asked before"
-    return replace(engine, task=task), lambda: None
+    return replace(engine, task=task, less_memory=True), lambda: None
 
 
 def _with_attention(engine: Engine) -> tuple[Engine, Callable[[], None]]:
@@ -84,20 +110,6 @@ def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     grouped = engine.grouped
     grouped.blocks = {block: torch.compile(block.forward, dynamic=True) for block in blocks_of(engine)}
     return engine, grouped.blocks.clear
-
-
-def blocks_of(engine: Engine) -> list[nn.Module]:
-    """Return the modules that a model repeats: the outermost lists of modules of one kind that hold adapted layers."""
-    names = [layer.name for layer in engine.base.structure.adapted]
-    found: list[nn.Module] = []
-    within: list[str] = []
-    for name, module in engine.base.model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in within):
-            continue
-        if len({type(block) for block in module}) == 1 and any(layer.startswith(f"{name}.") for layer in names):
-            within.append(name)
-            found += list(module)
-    return found
 
 
 def _tried(

@@ -195,12 +195,15 @@ class GroupedModel:
         layers: Names of the layers to wrap.
 
     Attributes:
-        blocks: Modules of the base model that run compiled, with what they then run.
+        blocks: Modules of the base model that do not run as they are, with what runs in their place: compiled, or
+            checkpointed (:mod:`fedlora.engine.blocks`).
+        checkpointed: Whether they are the latter.
     """
 
     def __init__(self, model: nn.Module, layers: list[str]) -> None:
         self.model = model
         self.blocks: dict[nn.Module, Callable[..., Any]] = {}
+        self.checkpointed = False
         self._slots: dict[str, GroupedLayer] = {}
         for name in layers:
             self._slots[name] = GroupedLayer(model.get_submodule(name), name)
@@ -221,7 +224,7 @@ class GroupedModel:
             factors: What each wrapped layer computes, by name.
             layout: Which row belongs to which group.
             probe: Stands in for the layers' sum of base and update, to find out what is connected to what.
-            compiled: Whether the model's blocks run compiled, where there are such.
+            compiled: Whether ``blocks`` run what they have in their place.
         """
         assert factors.keys() == self._slots.keys(), "factors for other layers than the wrapped ones"
         for name, slot in self._slots.items():

@@ -23,8 +23,8 @@ from fedlora.transfer import Places
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 Update = Callable[..., tuple[Tensor, ...]]
-"""From numbers, their moments and their gradients, [a, P] each, and what a client's step has for all its numbers, [a, 1]
-each: the new numbers and moments."""
+"""From numbers, their moments and their gradients, [a, P] each, and what a client's step has for all its numbers,
+[a, 1] each: the new numbers and moments."""
 
 
 def clip_groups(grads: Tensor, max_norm: float) -> None:
