@@ -118,9 +118,6 @@ class Engine:
         weight = next(base.model.parameters())
         structure = base.structure
         grouped = GroupedModel(base.model, [layer.name for layer in (*structure.adapted, *structure.head)])
-        config: Any = base.model.config
-        width = max((layer.d_in for layer in structure.adapted), default=1)
-        most = _COST_CPU if weight.device.type == "cpu" else _FEATURES_GPU // width
         return cls(
             base=base,
             method=method,
@@ -129,7 +126,7 @@ class Engine:
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
             compute=weight.dtype,
             device=weight.device,
-            max_cost=max(1, min(most, _OUTPUTS // task.outputs(config))),
+            max_cost=most_cost(base, task),
         )
 
     def tensor(self, array: NDArray[np.floating]) -> Tensor:
@@ -170,6 +167,14 @@ class Engine:
     def layout(self, group_n: NDArray[np.int64], groups: int) -> Layout:
         """Return the layout of a pass whose rows, sorted by group, belong to these groups."""
         return Layout.of(group_n, groups, self.device, kernel=self.kernels)
+
+
+def most_cost(base: Base, task: Task) -> int:
+    """Return the bound on a pass's cost, as long as memory allows."""
+    width = max((layer.d_in for layer in base.structure.adapted), default=1)
+    on_cpu = next(base.model.parameters()).device.type == "cpu"
+    config: Any = base.model.config
+    return max(1, min(_COST_CPU if on_cpu else _FEATURES_GPU // width, _OUTPUTS // task.outputs(config)))
 
 
 @final

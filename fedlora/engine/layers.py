@@ -231,7 +231,7 @@ class GroupedModel:
             slot.factor, slot.layout, slot.probe = factors[name], layout, probe
         blocks = self.blocks if compiled and probe is None else {}
         for block, forward in blocks.items():
-            block.forward = forward  # type: ignore[method-assign]
+            block.forward = forward
         try:
             yield self.model
         finally:

@@ -70,7 +70,7 @@ def _step(
 ) -> None:
     """Move numbers and their moments, in place."""
     moved, *renewed = update(values, moments, grads.to(values.dtype), *scalars)
-    if l1 is not None:
+    if l1 is not None and threshold is not None:
         moved = soft_threshold(moved, threshold * l1)
     for old, new in zip((values, *moments), (moved, *renewed), strict=True):
         old.copy_(new)

@@ -151,10 +151,13 @@ class Pack:
 
     def _batch(self, turn: Turn, chosen: NDArray[np.int64]) -> Batch:
         """Return these rows of a turn as a batch on the device."""
-        task = self._engine.task
+        task, device = self._engine.task, self._engine.device
         owners, rows = turn.groups[turn.slot_n[chosen]].tolist(), turn.rows[chosen].tolist()
+        first = self._works[owners[0]].examples
+        if all(self._works[g].examples is first for g in set(owners)):  # as in a simulation, which has one table
+            return task.collate(first, rows, device)
         joined = task.join([(self._works[g].examples, row) for g, row in zip(owners, rows, strict=True)])
-        return task.collate(joined, range(len(rows)), self._engine.device)
+        return task.collate(joined, range(len(rows)), device)
 
     def _together(
         self,
