@@ -131,12 +131,11 @@ class GroupedLayer(nn.Module):
         if self.factor is None:
             return self.base(x)  # type: ignore[no-any-return]
         assert self.layout is not None, "a factor without a layout"
-        spans = self.layout.spans
-        if isinstance(self.factor, LowRank) and spans is not None and self.probe is None:
-            # First, and by tensors' shapes alone: what is compiled holds for any number of groups.
-            if x.shape[0] == spans.group_n.shape[0]:
-                a, b = self.factor.A.to(x.dtype), self.factor.scaled_b().to(x.dtype)
-                return low_rank.added(self._fixed(x), x, a, b, spans)
+        spans = self.layout.spans if self.probe is None else None
+        # First, and by tensors' shapes alone: what is compiled holds for any number of groups.
+        if spans is not None and isinstance(self.factor, LowRank) and x.shape[0] == spans.group_n.shape[0]:
+            a, b = self.factor.A.to(x.dtype), self.factor.scaled_b().to(x.dtype)
+            return low_rank.added(self._fixed(x), x, a, b, spans)
         if self.layout.groups > 1 and x.shape[0] != self.layout.rows:
             raise NoRowsError(self.name)
         added = isinstance(self.factor, LowRank)
