@@ -23,3 +23,11 @@ class RefusedError(RuntimeError):
 
 class SiteError(RuntimeError):
     """What a site lets out of an error; the message is for the server."""
+
+
+class MemoryShortError(RuntimeError):
+    """A trainer had too little memory for a pack; the message may leave the site."""
+
+
+class TrainerLostError(RuntimeError):
+    """A trainer is gone, or never came; the message may leave the site."""

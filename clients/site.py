@@ -57,6 +57,7 @@ class Description:
         fingerprint: Of the code it runs, with its folders.
         device: Where it computes.
         threads: CPU threads that it uses.
+        host: Its machine.
         pid: Its process.
         base_loads: How often this process loaded the base model.
         remarks: What may surprise of the model: where the head starts, which rows may go through it together.
@@ -73,6 +74,7 @@ class Description:
     fingerprint: tuple[str, str]
     device: str
     threads: int
+    host: str
     pid: int
     base_loads: int
     remarks: tuple[str, ...] = ()
@@ -106,12 +108,14 @@ class Speed:
         evaluate_s: Seconds to evaluate one token.
         row_tokens: Mean tokens of a training row.
         measured_tokens: Tokens that a round is measured on.
+        memory_bytes: The most memory that the process has had by then, the base model included.
     """
 
     train_s: float
     evaluate_s: float
     row_tokens: float
     measured_tokens: int
+    memory_bytes: int
 
 
 class Site(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.accounts import Accounts
-from clients.errors import WITHHELD, RefusedError, SiteError
+from clients.errors import WITHHELD, MemoryShortError, RefusedError, SiteError
 from clients.evaluator import Evaluator, PersonalEvaluator
 from clients.own_disk import check_folder
 from clients.personal import PersonalStore
@@ -149,6 +150,12 @@ class Worker:
         """Return PEFT adapters of clients: :meth:`clients.evaluator.PersonalEvaluator.export`."""
         return self.loaded.personal.export(instruction)
 
+    def row_tokens(self) -> list[float]:
+        """Return the mean tokens of each client's training rows; 0 where it has none."""
+        cost, data = self.loaded.model.examples["train"].cost, self.loaded.job.data
+        rows = map(data.training_rows, range(len(data.clients)))
+        return [float(cost[own].mean()) if len(own) else 0.0 for own in rows]
+
     def probe(self, instruction: Instruction) -> Speed:
         """Measure how fast this process is: :meth:`clients.evaluator.PersonalEvaluator.probe`."""
         return self.loaded.personal.probe(instruction)
@@ -167,10 +174,16 @@ class Worker:
             raise SiteError(self._reason(error)) from None
 
     def train(self, instruction: Instruction) -> list[Update]:
-        """Train a pack for a round; one update a client, in order, also where it came to nothing."""
+        """Train a pack for a round; one update a client, in order, also where it came to nothing.
+
+        Raises:
+            MemoryShortError: It takes more memory than there is; a smaller pack may not.
+        """
         try:
             self._check(instruction)
             return self.loaded.trainer.train(instruction)
+        except MemoryShortError:
+            raise
         except Exception as error:
             reason = self._reason(error)
             return [Update(ClientReport.failed(client, reason)) for client in instruction.clients]
@@ -209,6 +222,7 @@ class Worker:
             fingerprint=plugins.fingerprint(model.config.run.plugins),
             device=str(model.engine.device),
             threads=self.threads,
+            host=socket.gethostname(),
             pid=os.getpid(),
             base_loads=self._resident.loads,
             remarks=model.remarks,

@@ -22,6 +22,7 @@ import psutil
 
 from clients.own_ray import RAY_ENVIRONMENT
 from fedlora.runs.lock import COMMAND, this_command
+from simulations import cluster
 from simulations.keeper import end_processes
 
 # What Flower does by itself at start-up and a run must not: install [project].dependencies anew (torch among
@@ -67,9 +68,13 @@ def start_superlink(home: Path) -> SuperLink:
         StartError: It does not start.
     """
     reason = ""
+    if cluster.named():
+        cluster.put_command(home / "bin")
     for _ in range(_TRIES):
         # What Ray leaves goes with the home; a run folder's lock names the command.
         environment = {"RAY_TMPDIR": str(home), **flower_environment(home), COMMAND: this_command()}
+        if cluster.named():
+            environment["PATH"] = os.pathsep.join([str(home / "bin"), environment["PATH"]])
         port = int(environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"])
         command = [flower_command("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--database", str(home / "state.db")]

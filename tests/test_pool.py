@@ -14,8 +14,9 @@ import psutil
 import pytest
 import ray
 
+from clients.errors import TrainerLostError
 from clients.limits import SiteLimits
-from clients.ray_site import TrainerLostError, TrainerPool
+from clients.pool import TrainerPool
 from clients.shards import Shard
 from clients.site import Job
 from clients.worker import Worker
