@@ -125,7 +125,7 @@ class Dispatch:
             able = [number for number, standing in enumerate(standings) if not standing.lost and number not in dead]
             if able:
                 busy = Counter(trainer for _, trainer, _ in self._running.values())
-                near = [standing.host == standings[lost].host for standing in standings]  # perhaps lost with it
+                near = [standing.node == standings[lost].node for standing in standings]  # perhaps lost with it
                 return min(able, key=lambda one: (one == lost, near[one], busy[one] + len(self._waiting[one]), one))
             for number in set(range(len(standings))) - dead:
                 try:

@@ -53,7 +53,8 @@ class TrainerProcess:
         from clients.worker import Worker  # and with it torch, in no other process
 
         self._worker = Worker(partial(_job_of, state), threads)
-        ray.get(state.arrived.remote(number, socket.gethostname(), os.getpid()))
+        node = ray.get_runtime_context().get_node_id()
+        ray.get(state.arrived.remote(number, node, socket.gethostname(), os.getpid()))
 
     def here(self) -> None:
         """Answer, once it has started and whatever it does is done."""
@@ -110,6 +111,7 @@ class TrainerPool:
                 namespace=_NAMESPACE,
                 num_cpus=0,  # Flower's own actors reserve all CPUs; threads are what a shard limits
                 num_gpus=shard.gpus,
+                memory=1,  # a byte: Ray puts an actor that asks for nothing anywhere, whatever machine is named
                 max_restarts=_RESTARTS,
                 # Soft: where the machine is lost, another may take the trainer.
                 scheduling_strategy=NodeAffinitySchedulingStrategy(shard.node, soft=True) if shard.node else "DEFAULT",
@@ -149,7 +151,7 @@ class TrainerPool:
     def standings(self) -> list[Standing]:
         """Return how each trainer stands; one that was only out of reach for a while is taken back."""
         if self.state is None:
-            return [Standing(1, up=True) for _ in self.actors]
+            return [Standing(1, True) for _ in self.actors]
         standings: list[Standing] = ray.get(self.state.standings.remote())
         for trainer, standing in enumerate(standings):
             if standing.lost and _answers(self.actors[trainer]):

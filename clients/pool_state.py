@@ -22,13 +22,15 @@ class Standing:
     Attributes:
         starts: How often its process has started; 0: it has not come yet.
         up: Whether nobody has found it lost since then.
-        host: The machine that it is on.
+        node: Ray's number of the machine that it is on.
+        host: That machine's name.
         pid: Its process there.
         speed: Predicted work that it did in a second of its own clock, when it trained last; 0: it has not trained.
     """
 
     starts: int = 0
     up: bool = False
+    node: str = ""
     host: str = ""
     pid: int = 0
     speed: float = 0.0
@@ -47,7 +49,8 @@ class Loss:
     Attributes:
         round: The round of that work; 0: it was none of a round.
         trainer: The trainer's number.
-        host: The machine that it was on.
+        node: Ray's number of the machine that it was on.
+        host: That machine's name.
         pid: Its process there.
         cause: How it ended.
         packs: The clients of each of its packs that was repeated.
@@ -56,6 +59,7 @@ class Loss:
 
     round: int
     trainer: int
+    node: str
     host: str
     pid: int
     cause: str
@@ -81,7 +85,7 @@ class PoolState:
         self._standings = [Standing() for _ in range(trainers)]
         self._handles: list[Any] = []
         self._dealt: list[Pack] = []
-        self._places: dict[tuple[int, int], tuple[str, int]] = {}
+        self._places: dict[tuple[int, int], tuple[str, str, int]] = {}
         self._measured: dict[int, tuple[int, float, float]] = {}
         self._losses: dict[tuple[int, int, int, str], Loss] = {}
 
@@ -101,11 +105,11 @@ class PoolState:
         """Return the job."""
         return self._job
 
-    def arrived(self, trainer: int, host: str, pid: int) -> None:
+    def arrived(self, trainer: int, node: str, host: str, pid: int) -> None:
         """Take note that a trainer's process has started."""
-        before = self._standings[trainer]
-        now = self._standings[trainer] = replace(before, starts=before.starts + 1, up=True, host=host, pid=pid)
-        self._places[trainer, now.starts] = (host, pid)
+        starts, speed = self._standings[trainer].starts + 1, self._standings[trainer].speed
+        self._standings[trainer] = Standing(starts, True, node, host, pid, speed)
+        self._places[trainer, starts] = (node, host, pid)
 
     def back(self, trainer: int) -> Standing:
         """Take note that a trainer that was found lost answers, and return how it stands."""
@@ -156,9 +160,9 @@ class PoolState:
         loss.repeated_on.append(on)
 
     def _loss(self, trainer: int, starts: int, server_round: int, cause: str) -> Loss:
-        host, pid = self._places.get((trainer, starts), ("", 0))
+        place = self._places.get((trainer, starts), ("", "", 0))
         key = (trainer, starts, server_round, cause)
-        return self._losses.setdefault(key, Loss(server_round, trainer, host, pid, cause))
+        return self._losses.setdefault(key, Loss(server_round, trainer, *place, cause))
 
     def losses(self) -> list[Loss]:
         """Return what was lost so far, in order."""

@@ -28,7 +28,7 @@ class PoolHere(BasicActorPool):
     """Flower's pool of actors, all of them on this machine, whatever CPUs the cluster says it has."""
 
     def __init__(self, actor_type: Any, client_resources: dict[str, Any], actor_kwargs: dict[str, Any]) -> None:
-        super().__init__(actor_type, client_resources, actor_kwargs)
+        super().__init__(actor_type, {"num_cpus": 1}, actor_kwargs)  # which any cluster has
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.create_actor_fn = lambda: actor_type.options(num_cpus=0, scheduling_strategy=here).remote(**actor_kwargs)
         self.actors_capacity = max(1, min(_MOST, os.cpu_count() or 1))

@@ -131,4 +131,6 @@ class TrainerEvaluator:
 def describe(pool: TrainerPool) -> list[dict[str, Any]]:
     """Return what each trainer reports of itself, for ``trainers.json``."""
     kept = ("device", "threads", "host", "pid", "base_loads", "digest")
-    return [{key: getattr(one, key) for key in kept} for one in pool.everywhere(lambda worker, _: worker.describe())]
+    nodes = {standing.pid: standing.node for standing in pool.standings()}
+    described = pool.everywhere(lambda worker, _: worker.describe())
+    return [{key: getattr(one, key) for key in kept} | {"node": nodes.get(one.pid, "")} for one in described]

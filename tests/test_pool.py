@@ -17,7 +17,7 @@ import ray
 from clients.errors import TrainerLostError
 from clients.limits import SiteLimits
 from clients.pool import TrainerPool
-from clients.shards import Shard
+from clients.shards import Pack, Shard
 from clients.site import Job
 from clients.worker import Worker
 from fedlora.data import load_federated
@@ -60,11 +60,26 @@ def until_gone(pid: int) -> None:
     raise AssertionError(f"process {pid} did not end")
 
 
+def until_up(pool: TrainerPool, trainer: int, starts: int) -> None:
+    """Wait until a trainer has started so often."""
+    end = time.monotonic() + 60
+    while pool.standings()[trainer].starts < starts:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_trainer_is_restarted_and_a_lost_one_is_replaced(pool: TrainerPool) -> None:
+def test_a_lost_trainers_work_is_repeated_and_it_comes_back(pool: TrainerPool) -> None:
     before = [described.pid for described in list(pool.outcomes(describe, [None, None]))]
     os.kill(before[0], signal.SIGKILL)
+    packs = [Pack(0, (4, 7)), Pack(1, (5,))]
+    repeated = list(pool.outcomes(describe, [None, None], packs=packs, server_round=3))
+    assert [described.pid for described in repeated] == [before[1]] * 2, "nobody waits for the lost one"
+    (loss,) = pool.losses()
+    assert (loss.round, loss.trainer, loss.pid) == (3, 0, before[0])
+    assert (loss.packs, loss.repeated_on) == ([[4, 7]], [1])
+    until_up(pool, 0, 2)
     after = list(pool.outcomes(describe, [None, None]))
     assert [described.base_loads for described in after] == [1, 1]
     assert after[0].pid != before[0]
@@ -72,7 +87,8 @@ def test_a_trainer_is_restarted_and_a_lost_one_is_replaced(pool: TrainerPool) ->
     ray.kill(pool.actors[0], no_restart=True)
     until_gone(after[0].pid)  # Ray kills in its own time; until then the trainer answers
     assert [described.pid for described in list(pool.outcomes(describe, [None, None, None]))] == [before[1]] * 3
-    assert len(TrainerPool.connect(7)) in (1, 2), "Ray forgets the dead one in its own time"
+    assert pool.shares() == [0.0, 1.0], "it is dealt nothing any more"
+    assert len(TrainerPool.connect(7)) == 2
     with pytest.raises(RuntimeError, match="run 8 has no trainers"):
         TrainerPool.connect(8)
     ray.kill(pool.actors[1], no_restart=True)
