@@ -21,10 +21,12 @@ from clients.shards import Pack, Shard
 from clients.site import Job
 from clients.worker import Worker
 from fedlora.data import load_federated
+from fedlora.exchange import Instruction, Update
+from simulations.privacy import resolve_privacy
 from simulations.session import check_trainers
 from simulations.setup import resolve
 from tests.support.tiny import save_texts, save_tiny_model
-from tests.support.trainers import InProcess, tiny_flat, tiny_worker
+from tests.support.trainers import InProcess, instruction, ledger, tiny_flat, tiny_worker
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,9 +36,10 @@ def pool(tmp_path: Path) -> Iterator[TrainerPool]:
     """Two trainers over more data than Ray passes inline, whose loss would keep a trainer from restarting."""
     ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     try:
-        flat = tiny_flat(tmp_path, **{"data.path": save_texts(tmp_path / "many.csv", rows=4000)})
-        config = resolve(flat)
-        data = load_federated(config, 4)
+        dp = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "data.partition": "iid", "rounds": 2}
+        flat = tiny_flat(tmp_path, **dp, **{"data.path": save_texts(tmp_path / "many.csv", rows=4000)})
+        data = load_federated(resolve(flat), 4)
+        config = resolve_privacy(resolve(flat), data)
         shards = [Shard(threads=1, gpus=0.0)] * 2
         yield TrainerPool.start(7, shards, Job(config.to_flat(), data, SiteLimits(str(tmp_path / "sites"))))
     finally:
@@ -45,6 +48,18 @@ def pool(tmp_path: Path) -> Iterator[TrainerPool]:
 
 def describe(worker: Any, _: None) -> Any:
     return worker.describe()
+
+
+def train_and_die(worker: Worker, item: tuple[Instruction, int]) -> list[Update]:
+    """Train a pack; one process is killed when all of it is paid for and done, and nothing of it has left."""
+    updates = worker.train(item[0])
+    if os.getpid() == item[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return updates
+
+
+def start(worker: Worker, clients: tuple[int, ...]) -> Instruction:
+    return instruction(worker, clients)
 
 
 def until_gone(pid: int) -> None:
@@ -70,15 +85,21 @@ def until_up(pool: TrainerPool, trainer: int, starts: int) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_lost_trainers_work_is_repeated_and_it_comes_back(pool: TrainerPool) -> None:
+def test_a_lost_trainers_packs_are_repeated_and_paid_for_and_it_comes_back(pool: TrainerPool, tmp_path: Path) -> None:
     before = [described.pid for described in list(pool.outcomes(describe, [None, None]))]
-    os.kill(before[0], signal.SIGKILL)
-    packs = [Pack(0, (4, 7)), Pack(1, (5,))]
-    repeated = list(pool.outcomes(describe, [None, None], packs=packs, server_round=3))
-    assert [described.pid for described in repeated] == [before[1]] * 2, "nobody waits for the lost one"
+    packs = [Pack(0, (0, 3), 10.0), Pack(1, (1,), 5.0), Pack(1, (2,), 5.0)]
+    parts = pool.results(start, [pack.clients for pack in packs])
+    items = [(part, before[0]) for part in parts]
+    updates: list[Any] = list(pool.outcomes(train_and_die, items, packs=packs, server_round=1))
+    assert [[update.client for update in own] for own in updates] == [[0, 3], [1], [2]]
+    for update in (update for own in updates for update in own):
+        entries = ledger(tmp_path, update.client).entries()
+        assert [entry.round for entry in entries] == [1, 1] if update.client in (0, 3) else [1]
+        assert update.report.ledger_head == entries[-1].hash
     (loss,) = pool.losses()
-    assert (loss.round, loss.trainer, loss.pid) == (3, 0, before[0])
-    assert (loss.packs, loss.repeated_on) == ([[4, 7]], [1])
+    assert (loss.round, loss.trainer, loss.pid) == (1, 0, before[0])
+    assert (loss.packs, loss.repeated_on) == ([[0, 3]], [1]), "nobody waits for the lost one"
+    assert pool.standings()[1].speed > 0
     until_up(pool, 0, 2)
     after = list(pool.outcomes(describe, [None, None]))
     assert [described.base_loads for described in after] == [1, 1]
