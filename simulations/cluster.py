@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ from fedlora.config import ConfigError
 
 _VARIABLE = "RAY_ADDRESS"  # Ray's own
 _CLIENT = "ray://"
+_ANSWER_S = 5.0
 
 
 def named() -> bool:
     """Whether runs use a cluster that is there already, and not a Ray of their own on this machine."""
-    return bool(os.environ.get(_VARIABLE))
+    return os.environ.get(_VARIABLE, "") not in ("", "local")
 
 
 def check_options(federation_config: Sequence[str], workers: int = 1) -> None:
@@ -30,9 +32,9 @@ def check_options(federation_config: Sequence[str], workers: int = 1) -> None:
     Raises:
         ConfigError: There are some.
     """
-    address = os.environ.get(_VARIABLE, "")
-    if not address:
+    if not named():
         return
+    address = os.environ[_VARIABLE]
     if address.startswith(_CLIENT):
         raise ConfigError(
             f"{_VARIABLE} = {address!r}: a run joins the cluster itself, which Ray's client cannot; give the head's "
@@ -65,13 +67,18 @@ def machines_of_a_run() -> list[Machine]:
 
     from clients.pool import machines
 
+    address = os.environ[_VARIABLE]
     try:
+        host, _, port = address.rpartition(":")
+        if host and port.isdecimal():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
         ray.init(log_to_driver=False, logging_level="ERROR")
         return machines()
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"{_VARIABLE} = {os.environ[_VARIABLE]!r}: no Ray cluster answers there ({type(error).__name__}); start "
-            "one with `ray start`, also on this machine, or unset the variable to use this machine alone."
+            f"{_VARIABLE} = {address!r}: no Ray cluster that this machine is part of answers there ({error}); start "
+            f"one with `ray start --head`, join it here with `ray start --address={address}`, or unset the variable "
+            "to use this machine alone."
         ) from error
     finally:
         ray.shutdown()

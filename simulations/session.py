@@ -98,7 +98,7 @@ class Session:
         # Not before: a model that is not there should not take the run's name.
         with RunFolder.opened(config) as folder:
             if len({shard.node for shard in self._shards}) > 1 and plan.keeps_at_clients:
-                self._check_disk(pool, config, data)
+                check_disk(pool, config, data)
             evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.setting.ranks)
             accounts = Accounts(_limits(config), config) if config.privacy.mode == "dp" else None
             run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)
@@ -154,28 +154,6 @@ class Session:
         self._pool = TrainerPool.start(self.run_id, shards, job)
         return self._pool
 
-    @staticmethod
-    def _check_disk(pool: TrainerPool, config: Config, data: FederatedData) -> None:
-        """Refuse machines that do not share the run folder, where clients keep ledgers or tensors in it.
-
-        What a client kept on one machine's disk would be missing where it is dealt to another machine: a ledger that
-        began anew there would be a new budget.
-
-        Raises:
-            ValueError: They do not.
-        """
-        limits = _limits(config)
-        known = folder_id(Path(limits.folder))
-        try:
-            pool.everywhere(lambda worker, _: check_folder(Path(limits.folder), known))
-        except RefusedError:
-            raise ValueError(
-                f"run.dir = {config.run.dir!r}: not every machine of the Ray cluster sees {limits.folder}, where "
-                "clients keep their privacy ledgers and what they do not send; set run.dir to storage that all of them "
-                "share."
-            ) from None
-        pool.assign(Job(config.to_flat(), data, limits, folder_id=known))  # for one that comes back elsewhere, too
-
 
 def _limits(config: Config) -> SiteLimits:
     """Return the limits of a simulation's sites: none, but for where their clients' folders are."""
@@ -214,6 +192,28 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
                 "must be the same on every machine, and nothing may change what they give."
             )
     return first
+
+
+def check_disk(pool: TrainerPool, config: Config, data: FederatedData) -> None:
+    """Refuse machines that do not share the run folder, where clients keep ledgers or tensors in it.
+
+    What a client kept on one machine's disk would be missing where it is dealt to another machine: a ledger that
+    began anew there would be a new budget.
+
+    Raises:
+        ValueError: They do not.
+    """
+    limits = _limits(config)
+    known = folder_id(Path(limits.folder))
+    try:
+        pool.everywhere(lambda worker, _: check_folder(Path(limits.folder), known))
+    except RefusedError:
+        raise ValueError(
+            f"run.dir = {config.run.dir!r}: not every machine of the Ray cluster sees {limits.folder}, where "
+            "clients keep their privacy ledgers and what they do not send; set run.dir to storage that all of them "
+            "share."
+        ) from None
+    pool.assign(Job(config.to_flat(), data, limits, folder_id=known))  # for one that comes back elsewhere, too
 
 
 def _wait_for_nodes(grid: Grid) -> int:

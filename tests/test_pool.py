@@ -6,9 +6,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import psutil
 import pytest
@@ -18,12 +18,12 @@ from clients.errors import TrainerLostError
 from clients.limits import SiteLimits
 from clients.pool import TrainerPool
 from clients.shards import Pack, Shard
-from clients.site import Job
+from clients.site import Description, Job
 from clients.worker import Worker
 from fedlora.data import load_federated
 from fedlora.exchange import Instruction, Update
 from simulations.privacy import resolve_privacy
-from simulations.session import check_trainers
+from simulations.session import check_disk, check_trainers
 from simulations.setup import resolve
 from tests.support.tiny import save_texts, save_tiny_model
 from tests.support.trainers import InProcess, instruction, ledger, tiny_flat, tiny_worker
@@ -127,3 +127,56 @@ def test_trainers_that_differ_are_refused(tmp_path: Path) -> None:
     for other, what in ((other_model, "hold the same base model and"), (other_seed, "draw the same seeded tensors")):
         with pytest.raises(ValueError, match=f"the trainers do not {what}"):
             check_trainers(InProcess([one, other]), one.loaded.model.config)
+
+
+@final
+@dataclass
+class Elsewhere:
+    """A trainer on a machine where other code is installed."""
+
+    worker: Worker
+
+    def load(self) -> None:
+        self.worker.load()
+
+    def describe(self) -> Description:
+        return replace(self.worker.describe(), host="node7", fingerprint=("0" * 64, "/opt/older/fedlora"))
+
+
+def test_a_machine_with_other_code_is_named(tmp_path: Path) -> None:
+    worker = tiny_worker(tmp_path)
+    with pytest.raises(ValueError, match=r"but a trainer on node7 imported /opt/older/fedlora: .* must be installed"):
+        check_trainers(InProcess([worker, Elsewhere(worker)]), worker.loaded.model.config)
+
+
+class OtherDisk(InProcess):
+    """Two machines, of which the second has the folder at another place, if at all."""
+
+    folder: Path
+    shared: bool
+    given: Job | None = None
+
+    def everywhere(self, work: Any, *, timeout: float | None = None) -> list[Any]:
+        own = self.folder if self.shared else self.folder.rename(self.folder.with_name("elsewhere"))
+        try:
+            return super().everywhere(work)
+        finally:
+            own.rename(self.folder)
+
+    def assign(self, job: Job) -> None:
+        self.given = job
+
+
+def test_machines_that_do_not_share_the_ledgers_disk_are_refused(tmp_path: Path) -> None:
+    """A ledger that began anew on another machine's disk would be a new budget, and personal tensors would be lost."""
+    worker = tiny_worker(tmp_path, **{"run.dir": str(tmp_path / "runs"), "run.name": "run"})
+    config, data = worker.loaded.model.config, worker.loaded.job.data
+    pool = OtherDisk([worker, worker])
+    pool.folder, pool.shared = tmp_path / "runs" / "run" / "sites", False
+    with pytest.raises(ValueError, match=r"run.dir = .*: not every machine of the Ray cluster sees .*/runs/run/sites"):
+        check_disk(pool, config, data)
+    assert pool.given is None
+    pool.shared = True
+    check_disk(pool, config, data)
+    assert pool.given is not None
+    assert pool.given.folder_id == (pool.folder / "site-id").read_text(), "for a trainer that comes back elsewhere"
