@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, final
 
 import ray
 
-from clients.errors import TrainerLostError
+from clients.errors import TrainerDiffersError, TrainerLostError
 from clients.pool_state import Standing
 from clients.shards import Pack
 
@@ -93,6 +93,9 @@ class Dispatch:
             done: Done = ray.get(call)
         except ray.exceptions.RayTaskError as error:
             self.outcomes[place] = error.cause
+            if isinstance(error.cause, TrainerDiffersError):
+                ray.kill(self._trainers.actors[trainer], no_restart=True)
+                self._repeat(place, trainer, starts, str(error.cause))
         except ray.exceptions.RayError as error:
             _logger.error("trainer %d died: %s", trainer, error)  # Ray quotes what a process said last: it stays here
             self._repeat(place, trainer, starts, cause_of(error))
@@ -110,6 +113,7 @@ class Dispatch:
             many = f"each of the {self._tries[place]} trainers that worked on it died"
             self.outcomes[place] = TrainerLostError(NONE_LEFT if self._tries[place] <= _REPEATS else many)
             return
+        self.outcomes.pop(place, None)
         self._trainers.note("repeated", trainer, starts, self._round, cause, self._packs[place].clients, other)
         self._waiting[other].appendleft(place)
         while self._waiting[trainer] and other != trainer:  # what had not reached it is only moved

@@ -21,6 +21,10 @@ class RefusedError(RuntimeError):
         self.outcome = outcome
 
 
+class TrainerDiffersError(RefusedError):
+    """A trainer came back where it must not work: it sees another disk, or runs another code or base model."""
+
+
 class SiteError(RuntimeError):
     """What a site lets out of an error; the message is for the server."""
 

@@ -146,6 +146,11 @@ class TrainerPool:
         ray.get(self.state.put.remote(job))
         self.everywhere(lambda worker, _: worker.renew())
 
+    def expect(self, job: Job) -> None:
+        """Give the job, with what it asks of them, to trainers that are started from now on; the others have it."""
+        if self.state is not None:
+            ray.get(self.state.put.remote(job))
+
     # -- who is there, and who trains whom ----------------------------------------------------------------
 
     def standings(self) -> list[Standing]:

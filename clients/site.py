@@ -32,6 +32,7 @@ class Job:
         limits: What the site demands.
         store: Folder of what clients keep between rounds; empty: that of the limits, beside the ledgers.
         folder_id: What the limits' folder is known by (:mod:`clients.own_disk`); empty: it is not asked for.
+        agreed: What trainers had in common when they were compared, :attr:`Description.agreed`; empty: they were not.
     """
 
     flat: Mapping[str, Scalar]
@@ -39,6 +40,7 @@ class Job:
     limits: SiteLimits
     store: str = ""
     folder_id: str = ""
+    agreed: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Description:
     pid: int
     base_loads: int
     remarks: tuple[str, ...] = ()
+
+    @property
+    def agreed(self) -> str:
+        """What one that is started later must have in common with it: code, base model, seeded tensors, indices."""
+        return "/".join((self.fingerprint[0], self.digest, self.initial_digest, self.constants_digest))
 
     def initial(self, config: Config) -> dict[str, NDArray[np.floating]]:
         """Return the tensors that a run starts with, without a group axis: drawn here, but for the checkpoint's."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.accounts import Accounts
-from clients.errors import WITHHELD, MemoryShortError, RefusedError, SiteError
+from clients.errors import WITHHELD, MemoryShortError, RefusedError, SiteError, TrainerDiffersError
 from clients.evaluator import Evaluator, PersonalEvaluator
 from clients.own_disk import check_folder
 from clients.personal import PersonalStore
@@ -121,6 +121,11 @@ class Worker:
             store = PersonalStore(Path(job.store or job.limits.folder))
             accounts = Accounts(job.limits, config, self._sync) if config.privacy.mode == "dp" else None
             trainer = Trainer(StartTensors(model, store), job.data, accounts, self._train)
+            if job.agreed and job.agreed != self._description(model).agreed:
+                raise TrainerDiffersError(
+                    f"a trainer that was started again on {socket.gethostname()} runs other code, or has another base "
+                    "model or other seeded tensors, than those with which the run began"
+                )
             self._loaded = LoadedJob(job, model, store, accounts, trainer, Evaluator(model), PersonalEvaluator(trainer))
         return self._loaded
 
@@ -169,7 +174,7 @@ class Worker:
             SiteError: The job cannot be loaded, in words that may leave.
         """
         try:
-            return self._description()
+            return self._description(self.loaded.model)
         except Exception as error:
             raise SiteError(self._reason(error)) from None
 
@@ -178,11 +183,12 @@ class Worker:
 
         Raises:
             MemoryShortError: It takes more memory than there is; a smaller pack may not.
+            TrainerDiffersError: It is for another trainer to do.
         """
         try:
             self._check(instruction)
             return self.loaded.trainer.train(instruction)
-        except MemoryShortError:
+        except (MemoryShortError, TrainerDiffersError):
             raise
         except Exception as error:
             reason = self._reason(error)
@@ -198,6 +204,8 @@ class Worker:
             if self.loaded.accounts is not None:
                 raise RefusedError("a client under DP does not report how its model does on its rows")
             return self.evaluate_personal(instruction)
+        except TrainerDiffersError:
+            raise
         except Exception as error:
             reason = self._reason(error)
             return [ClientReport.failed(client, reason) for client in instruction.clients]
@@ -207,8 +215,7 @@ class Worker:
         model = self.loaded.model
         self.loaded.job.limits.check_instruction(instruction, model.specs, model.config)
 
-    def _description(self) -> Description:
-        model = self.loaded.model
+    def _description(self, model: LoadedModel) -> Description:
         structure = model.engine.base.structure
         return Description(
             specs=model.specs,

@@ -97,8 +97,10 @@ class Session:
         )
         # Not before: a model that is not there should not take the run's name.
         with RunFolder.opened(config) as folder:
-            if len({shard.node for shard in self._shards}) > 1 and plan.keeps_at_clients:
-                check_disk(pool, config, data)
+            apart = len({shard.node for shard in self._shards}) > 1 and plan.keeps_at_clients
+            known = check_disk(pool, config) if apart else ""
+            job = Job(config.to_flat(), data, _limits(config), folder_id=known, agreed=description.agreed)
+            pool.expect(job)
             evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.setting.ranks)
             accounts = Accounts(_limits(config), config) if config.privacy.mode == "dp" else None
             run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)
@@ -194,8 +196,8 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
     return first
 
 
-def check_disk(pool: TrainerPool, config: Config, data: FederatedData) -> None:
-    """Refuse machines that do not share the run folder, where clients keep ledgers or tensors in it.
+def check_disk(pool: TrainerPool, config: Config) -> str:
+    """Return what the folder of what clients keep is known by; refuse machines that do not share it.
 
     What a client kept on one machine's disk would be missing where it is dealt to another machine: a ledger that
     began anew there would be a new budget.
@@ -213,7 +215,7 @@ def check_disk(pool: TrainerPool, config: Config, data: FederatedData) -> None:
             "clients keep their privacy ledgers and what they do not send; set run.dir to storage that all of them "
             "share."
         ) from None
-    pool.assign(Job(config.to_flat(), data, limits, folder_id=known))  # for one that comes back elsewhere, too
+    return known
 
 
 def _wait_for_nodes(grid: Grid) -> int:

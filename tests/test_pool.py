@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 
-from clients.errors import TrainerLostError
+from clients.errors import TrainerDiffersError, TrainerLostError
 from clients.limits import SiteLimits
 from clients.pool import TrainerPool
 from clients.shards import Pack, Shard
@@ -154,7 +154,6 @@ class OtherDisk(InProcess):
 
     folder: Path
     shared: bool
-    given: Job | None = None
 
     def everywhere(self, work: Any, *, timeout: float | None = None) -> list[Any]:
         own = self.folder if self.shared else self.folder.rename(self.folder.with_name("elsewhere"))
@@ -163,20 +162,34 @@ class OtherDisk(InProcess):
         finally:
             own.rename(self.folder)
 
-    def assign(self, job: Job) -> None:
-        self.given = job
-
 
 def test_machines_that_do_not_share_the_ledgers_disk_are_refused(tmp_path: Path) -> None:
     """A ledger that began anew on another machine's disk would be a new budget, and personal tensors would be lost."""
     worker = tiny_worker(tmp_path, **{"run.dir": str(tmp_path / "runs"), "run.name": "run"})
-    config, data = worker.loaded.model.config, worker.loaded.job.data
+    config = worker.loaded.model.config
     pool = OtherDisk([worker, worker])
     pool.folder, pool.shared = tmp_path / "runs" / "run" / "sites", False
     with pytest.raises(ValueError, match=r"run.dir = .*: not every machine of the Ray cluster sees .*/runs/run/sites"):
-        check_disk(pool, config, data)
-    assert pool.given is None
+        check_disk(pool, config)
     pool.shared = True
-    check_disk(pool, config, data)
-    assert pool.given is not None
-    assert pool.given.folder_id == (pool.folder / "site-id").read_text(), "for a trainer that comes back elsewhere"
+    assert check_disk(pool, config) == (pool.folder / "site-id").read_text()
+
+
+def test_a_trainer_that_comes_back_elsewhere_is_compared(tmp_path: Path) -> None:
+    """Ray may start it on a machine that had no trainer before: other code there, another base model, another disk."""
+    worker = tiny_worker(tmp_path)
+    agreed = worker.describe().agreed
+    for changes, said in (
+        ({}, ""),
+        ({"agreed": "0" + agreed}, "runs other code"),
+        ({"folder_id": "x"}, "does not see"),
+    ):
+        job = replace(worker.loaded.job, **{"agreed": agreed, **changes})
+        back = Worker(lambda job=job: job, 1)  # type: ignore[misc]
+        told = instruction(worker)
+        if not said:
+            assert [update.report.reason for update in back.train(told)] == [""] * 4
+            continue
+        for ask in (back.train, back.report):
+            with pytest.raises(TrainerDiffersError, match=said):
+                ask(told)
