@@ -131,6 +131,10 @@ class TrainerEvaluator:
 def describe(pool: TrainerPool) -> list[dict[str, Any]]:
     """Return what each trainer reports of itself, for ``trainers.json``."""
     kept = ("device", "threads", "host", "pid", "base_loads", "digest")
-    nodes = {standing.pid: standing.node for standing in pool.standings()}
-    described = pool.everywhere(lambda worker, _: worker.describe())
-    return [{key: getattr(one, key) for key in kept} | {"node": nodes.get(one.pid, "")} for one in described]
+    described = {(one.host, one.pid): one for one in pool.everywhere(lambda worker, _: worker.describe())}
+    return [
+        {"trainer": number, "node": one.node, "tokens_per_s": one.speed}
+        | {key: getattr(described[one.host, one.pid], key) for key in kept}
+        for number, one in enumerate(pool.standings())
+        if (one.host, one.pid) in described
+    ]

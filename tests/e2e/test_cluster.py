@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, final
 
+import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
 from clients.own_ray import RAY_ENVIRONMENT
 from fedlora.runs.folder import read_lines
-from tests.support.runs import Family, fedlora, fedlora_run
+from simulations.superlink import free_ports
+from tests.support.runs import BIN, Family, fedlora, fedlora_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # two runs and a cluster: half a minute on two idle cores
 
@@ -24,28 +28,68 @@ STEPS: dict[str, Any] = {
 }
 
 
+@final
+class Cluster:
+    """Nodes of one core each, started as an operator starts them.
+
+    Args:
+        folder: Where Ray's files go: a short path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        (port,) = free_ports(1)
+        self.address = f"127.0.0.1:{port}"
+        self.nodes = [
+            self._start("--head", f"--port={port}", f"--temp-dir={folder}", "--include-dashboard=false"),
+        ]
+        self.nodes.append(self._start(f"--address={self.address}"))
+
+    def _start(self, *options: str) -> subprocess.Popen[str]:
+        command = [str(BIN / "ray"), "start", *options, "--num-cpus=1", "--node-ip-address=127.0.0.1", "--block"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        )
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if "--block" in line:  # it runs, and says what this means
+                return process
+        raise AssertionError(said)
+
+    def kill(self, node: int) -> None:
+        """kill -9 of all of a node: raylet, workers, agents."""
+        family = [psutil.Process(self.nodes[node].pid)]
+        family += family[0].children(recursive=True)
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.nodes[node].communicate()
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Two nodes of one core each, for all that this process starts."""
+    """Two nodes, which all that this process starts uses."""
     for name, value in RAY_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    two.add_node(num_cpus=1)
-    two.wait_for_nodes()
-    monkeypatch.setenv("RAY_ADDRESS", two.address)
-    yield two
-    two.shutdown()
+    with TemporaryDirectory(prefix="ray-") as folder:
+        two = Cluster(Path(folder))
+        monkeypatch.setenv("RAY_ADDRESS", two.address)
+        try:
+            yield two
+        finally:
+            for node in (1, 0):
+                if two.nodes[node].poll() is None:
+                    two.kill(node)
 
 
 def test_a_node_that_dies_costs_its_packs_one_repetition(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (other,) = cluster.list_all_nodes()[1:]
-
     def kill(number: int, family: Family) -> bool:
         if number == 1:
             time.sleep(0.5)
-            cluster.remove_node(other, allow_graceful=False)
+            cluster.kill(1)
         return True
 
     run = fedlora_run(tmp_path / "killed", on_round=kill, **STEPS)
