@@ -105,7 +105,6 @@ def test_a_node_that_dies_costs_its_packs_one_repetition(
     lost = two if loss["node"] == two["node"] else one
     assert (loss["round"], loss["trainer"]) == (2, lost["trainer"])
     assert loss["packs"], "it was at work"
-    assert {client for pack in loss["packs"] for client in pack} <= set(lost["clients"])
     assert set(loss["repeated_on"]) == {1 - lost["trainer"]}
     said = f"trainer {loss['trainer']} on {loss['host']} was lost in round 2 (its process or its machine died); "
     assert said + f"{len(loss['packs'])} pack(s) were repeated: " in run.output
