@@ -168,9 +168,9 @@ class Trainer:
         instruction = instruction.part(tuple(paid))
         try:
             results = self._private_results(instruction, accounts) if paid else []
-        except MemoryShortError:  # paid for, and paid for once more when it is repeated in smaller packs
-            raise
         except Exception as error:  # its text may quote a row, and its kind may depend on one
+            if isinstance(error, MemoryShortError) and len(paid) > 1:
+                raise  # it is repeated in smaller packs, and paid for once more
             for client in paid:
                 accounts.note(client, instruction.round, {"error": f"{type(error).__name__}: {error}"})
             raise RefusedError("training failed at the site; its own diagnostics.jsonl says why") from None

@@ -167,6 +167,24 @@ def test_a_pack_that_does_not_fit_is_repeated_in_halves(tmp_path: Path) -> None:
             np.testing.assert_allclose(value, expected[client].tensors[name], rtol=0, atol=1e-10)
 
 
+def no_memory(*_: object, **__: object) -> object:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def test_a_client_that_does_not_fit_alone(tmp_path: Path) -> None:
+    """Without privacy it says why; under DP the rows that were drawn decide it, so it does not."""
+    for config, said in (
+        (resolve(tiny_flat(tmp_path)), "there is too little memory to train 1 client(s) together"),
+        (dp_config(tmp_path), "training failed at the site; its own diagnostics.jsonl says why"),
+    ):
+        job = tiny_job(config, tmp_path)
+        none = Worker(lambda job=job: job, 1, no_memory)  # type: ignore[misc,arg-type]
+        none.loaded.trainer.trainable.add(frozenset(none.loaded.trainer.start.trained(instruction(none))))
+        updates = list(RaySite(InProcess([none])).train(instruction(none)))
+        assert [update.client for update in updates] == [0, 1, 2, 3]
+        assert {update.report.reason for update in updates} == {said}
+
+
 def test_a_repetition_is_paid_for_once_more(tmp_path: Path) -> None:
     """Under DP it draws other rows and other noise: the ledger must not show less than what may have left."""
     job = tiny_job(dp_config(tmp_path), tmp_path)
