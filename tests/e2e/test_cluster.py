@@ -110,8 +110,8 @@ def test_a_node_that_dies_costs_its_packs_one_repetition(
     assert said + f"{len(loss['packs'])} pack(s) were repeated: " in run.output
     assert said in (run.folder / "summary.md").read_text()
 
-    monkeypatch.delenv("RAY_ADDRESS")  # the same packs on one trainer of a Ray of its own, undisturbed
-    alone = fedlora_run(tmp_path / "alone", **STEPS)
+    monkeypatch.delenv("RAY_ADDRESS")  # the same packs on a Ray of its own, undisturbed
+    alone = fedlora_run(tmp_path / "alone", **STEPS, **{"engine.trainers": 2})
     assert alone.json("result.json")["test_accuracy"] == run.json("result.json")["test_accuracy"]
     for name in (alone.checkpoint()).keys() | run.checkpoint().keys():
         assert (alone.checkpoint()[name] == run.checkpoint()[name]).all(), "to the bit"
