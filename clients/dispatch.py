@@ -43,12 +43,10 @@ class Trainers(Protocol):
     """What is needed of a pool (:class:`clients.pool.TrainerPool`)."""
 
     actors: list[Any]
+    state: Any
 
     def standings(self) -> list[Standing]:
         """Return how each trainer stands."""
-
-    def note(self, method: str, *args: Any, **options: Any) -> None:
-        """Have the pool's state take note of something."""
 
 
 @final
@@ -97,16 +95,16 @@ class Dispatch:
                 ray.kill(self._trainers.actors[trainer], no_restart=True)
                 self._repeat(place, trainer, starts, str(error.cause))
         except ray.exceptions.RayError as error:
-            _logger.error("trainer %d died: %s", trainer, error)  # Ray quotes what a process said last: it stays here
+            _logger.error("trainer %d died: %s", trainer, error)  # with what it said last, which stays here
             self._repeat(place, trainer, starts, cause_of(error))
         else:
             self.outcomes[place] = done.result
             if self._round and self._packs[place].work:
-                self._trainers.note("measured", trainer, self._round, self._packs[place].work, done.seconds)
+                self._trainers.state.measured.remote(trainer, self._round, self._packs[place].work, done.seconds)
 
     def _repeat(self, place: int, trainer: int, starts: int, cause: str) -> None:
         """Give a lost trainer's work to another, or to itself once it is back."""
-        self._trainers.note("lost", trainer, starts, self._round, cause)
+        self._trainers.state.lost.remote(trainer, starts, self._round, cause)
         self._tries[place] += 1
         other = self._another(trainer) if self._tries[place] <= _REPEATS else None
         if other is None:
@@ -114,7 +112,7 @@ class Dispatch:
             self.outcomes[place] = TrainerLostError(NONE_LEFT if self._tries[place] <= _REPEATS else many)
             return
         self.outcomes.pop(place, None)
-        self._trainers.note("repeated", trainer, starts, self._round, cause, self._packs[place].clients, other)
+        self._trainers.state.repeated.remote(trainer, starts, self._round, cause, self._packs[place].clients, other)
         self._waiting[other].appendleft(place)
         while self._waiting[trainer] and other != trainer:  # what had not reached it is only moved
             left = self._another(trainer)

@@ -186,13 +186,9 @@ class TrainerPool:
         if self.state is None:
             return
         starts, cause = self.standings()[trainer].starts, "too little memory for the pack"
-        self.note("lost", trainer, starts, server_round, cause, gone=False)
+        self.state.lost.remote(trainer, starts, server_round, cause, gone=False)
         for half in halves:
-            self.note("repeated", trainer, starts, server_round, cause, half.clients, trainer)
-
-    def note(self, method: str, *args: Any, **options: Any) -> None:
-        """Have the pool's state take note of something; nobody waits for it."""
-        getattr(self.state, method).remote(*args, **options)
+            self.state.repeated.remote(trainer, starts, server_round, cause, half.clients, trainer)
 
     # -- work ---------------------------------------------------------------------------------------------
 
@@ -263,15 +259,13 @@ class TrainerPool:
                     "actors need none."
                 ) from None
             except ray.exceptions.RayError as error:
-                _logger.error(
-                    "trainer %d died: %s", number, error
-                )  # Ray quotes what a process said last: it stays here
+                _logger.error("trainer %d died: %s", number, error)  # with what it said last, which stays here
                 if not standings[number].starts and isinstance(error, ray.exceptions.ActorDiedError):
                     raise TrainerLostError(
                         f"trainer {number} could not start; this process's log says why. On a Ray cluster the same "
                         "fedlora must be installed on every machine, with its libraries."
                     ) from None
-                self.note("lost", number, standings[number].starts, 0, cause_of(error))
+                self.state.lost.remote(number, standings[number].starts, 0, cause_of(error))
         if not results:
             raise TrainerLostError(NONE_LEFT)
         return results

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # two runs and a cluster: half
 STEPS: dict[str, Any] = {
     "rounds": 3,
     "strategy.name": "fedavg",
-    "train.local-steps": 400,  # a round of a second or more, to be killed in the middle of
+    "train.local-steps": 200,  # a round of a second or more, to be killed in the middle of
     "engine.pack": 1,
 }
 
