@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from clients.answers import write_answers
@@ -24,6 +26,13 @@ from fedlora.runs.export import adapter_files
 from fedlora.runs.export_check import check_adapter
 
 _PROBED = 8  # rows of a client that a probe takes, at most
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most memory that this process has had: on its GPU, or on a machine without one in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @final
@@ -152,4 +161,5 @@ class PersonalEvaluator:
             evaluate_s=(evaluated - trained) / tokens,
             row_tokens=float(examples.cost.mean()),
             measured_tokens=int(model.examples[model.measured].cost.sum()),
+            memory_bytes=_peak_memory(model.engine.device),
         )

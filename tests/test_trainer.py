@@ -10,7 +10,6 @@ import pytest
 
 from clients import resident
 from clients.personal import PersonalStore
-from clients.shards import plan_shards, split_packs
 from clients.worker import Worker
 from fedlora.data import load_corpus
 from fedlora.engine import Batching, Engine
@@ -158,33 +157,6 @@ def test_store_drops_what_the_server_went_back_from(tmp_path: Path) -> None:
     assert resumed["x"].tolist() == [2, 2]
     assert [path.name for path in (tmp_path / "client-7").iterdir()] == ["round-3.safetensors"]
     assert store.load(8, 3) is None
-
-
-def test_packs() -> None:
-    assert split_packs([3, 1, 2, 0, 4], 2, 9) == [(0, 1), (2, 3), (4,)]
-    assert split_packs(range(10), 0, 4) == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9,)]
-    assert split_packs([5], 0, 3) == [(5,)]
-    assert len(split_packs(range(1000), 0, 2)) == 16, "64 clients a pack at most"
-
-
-@pytest.mark.parametrize(
-    ("resources", "wanted", "trainers", "threads", "gpus"),
-    [
-        ({"CPU": 2}, 0, 1, 2, 0.0),
-        ({"CPU": 1}, 0, 1, 1, 0.0),
-        ({"CPU": 16}, 0, 4, 4, 0.0),
-        ({"CPU": 16}, 2, 2, 8, 0.0),
-        ({"CPU": 16, "GPU": 1}, 0, 1, 16, 1.0),
-        ({"CPU": 32, "GPU": 2}, 4, 4, 8, 0.5),
-        ({"CPU": 32, "GPU": 2}, 3, 3, 10, 0.5),
-        ({"CPU": 32, "GPU": 1}, 7, 7, 4, 0.1428),
-        ({"CPU": 2}, 3, 3, 1, 0.0),
-    ],
-)
-def test_shards(resources: dict[str, float], wanted: int, trainers: int, threads: int, gpus: float) -> None:
-    shards = plan_shards(resources, wanted)
-    assert len(shards) == trainers
-    assert {(shard.threads, shard.gpus) for shard in shards} == {(threads, gpus)}
 
 
 def test_a_length_that_the_model_cannot_take(tmp_path: Path) -> None:

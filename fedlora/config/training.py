@@ -144,7 +144,7 @@ class EngineConfig:
     pack: int = 0
     """Clients trained together; 0: automatic."""
     trainers: int = 0
-    """Trainer processes; 0: chosen from the machine."""
+    """Trainers on all machines together; 0: one for each GPU, or for every four cores where there is none."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
