@@ -105,6 +105,10 @@ def test_a_lost_trainers_packs_are_repeated_and_paid_for_and_it_comes_back(pool:
     assert [described.base_loads for described in after] == [1, 1]
     assert after[0].pid != before[0]
     assert after[1].pid == before[1]
+    unfit = TrainerPool.start(9, [Shard(threads=-1, gpus=0.0)], ray.get(pool.state.job.remote()))
+    with pytest.raises(TrainerLostError, match="trainer 0 could not start; this process's log says why"):
+        unfit.everywhere(describe)
+    unfit.stop()
     ray.kill(pool.actors[0], no_restart=True)
     until_gone(after[0].pid)  # Ray kills in its own time; until then the trainer answers
     assert [described.pid for described in list(pool.outcomes(describe, [None, None, None]))] == [before[1]] * 3
