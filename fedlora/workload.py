@@ -15,7 +15,7 @@ def examples_seen(rows: int, train: TrainConfig) -> int:
     if not rows:
         return 0
     epochs, rest = divmod(local_steps(rows, train), -(-rows // train.batch_size))
-    return epochs * rows + min(rest * train.batch_size, rows)
+    return epochs * rows + rest * train.batch_size  # those of an epoch that is not whole are full
 
 
 def predicted_tokens(examples: float, row_tokens: float) -> float:

@@ -7,9 +7,11 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import psutil
 import pytest
 import ray
@@ -17,11 +19,14 @@ import ray
 from clients.errors import TrainerDiffersError, TrainerLostError
 from clients.limits import SiteLimits
 from clients.pool import TrainerPool
+from clients.ray_site import RaySite
 from clients.shards import Pack, Shard
 from clients.site import Description, Job
 from clients.worker import Worker
 from fedlora.data import load_federated
-from fedlora.exchange import Instruction, Update
+from fedlora.engine import ClientResult, train_pack
+from fedlora.exchange import Instruction, Outcome, Update
+from fedlora.reduce import Reduction, fold
 from simulations.privacy import resolve_privacy
 from simulations.session import check_disk, check_trainers
 from simulations.setup import resolve
@@ -42,7 +47,7 @@ def pool(tmp_path: Path) -> Iterator[TrainerPool]:
         config = resolve_privacy(resolve(flat), data)
         shards = [Shard(threads=1, gpus=0.0)] * 2
         job = Job(config.to_flat(), data, SiteLimits(str(tmp_path / "sites")))
-        yield TrainerPool.start(7, shards, job, share=True)
+        yield TrainerPool.start(7, shards, job, share=True, train=partial(train_or_die, tmp_path / "doomed"))
     finally:
         ray.shutdown()
 
@@ -62,6 +67,21 @@ def train_and_die(worker: Worker, item: tuple[Instruction, int]) -> list[Update]
     if os.getpid() == item[1]:
         os.kill(os.getpid(), signal.SIGKILL)
     return updates
+
+
+def train_or_die(doomed: Path, *args: Any, **options: Any) -> list[ClientResult]:
+    """Train a pack, as :func:`train_pack` does; the process whose number is in a file is killed when it has."""
+    results = train_pack(*args, **options)
+    if doomed.exists() and int(doomed.read_text()) == os.getpid():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return results
+
+
+def assert_same_bits(one: Reduction, other: Reduction) -> None:
+    (ours, header), (theirs, expected) = one.encode(), other.encode()
+    assert header == expected
+    assert {name: own.keys() for name, own in ours.items()} == {name: own.keys() for name, own in theirs.items()}
+    assert all(np.array_equal(ours[name][key], theirs[name][key]) for name in ours for key in ours[name])
 
 
 def start(worker: Worker, clients: tuple[int, ...]) -> Instruction:
@@ -113,11 +133,30 @@ def test_a_lost_trainers_packs_are_repeated_and_paid_for_and_it_comes_back(pool:
     assert [described.base_loads for described in after] == [1, 1]
     assert after[0].pid != before[0]
     assert after[1].pid == before[1]
+    unfit = TrainerPool.start(9, [Shard(threads=-1, gpus=0.0)], ray.get(pool.state.job.remote()))
+    with pytest.raises(TrainerLostError, match="trainer 0 could not start; this process's log says why"):
+        unfit.everywhere(describe)
+    unfit.stop()
     assert pool.everywhere(mapped) == [rows] * 2, "a trainer that was restarted finds what the others have"
     pool.everywhere(lambda worker, _: worker.leave())
     assert not Path(rows).parents[1].exists()
+    job = ray.get(pool.state.job.remote())
+    pool.assign(replace(job, flat={key: value for key, value in job.flat.items() if not key.startswith("privacy.")}))
+    pool.deal([Pack(0, (0, 1)), Pack(1, (2, 3))])
+    (told,) = pool.results(start, [(0, 1, 2, 3)])
+    told = replace(told, pack=2)
+    reports, whole = fold(told, RaySite(pool).train(told))
+    (tmp_path / "doomed").write_text(str(after[0].pid))
+    found, reduced = RaySite(pool).reduce(told)
+    assert found == reports
+    assert [report.outcome for report in reports] == [Outcome.OK] * 4
+    assert_same_bits(reduced, whole)
+    (_, loss) = pool.losses()
+    assert (loss.pid, loss.packs, loss.repeated_on) == (after[0].pid, [[0, 1]], [1])
+    until_up(pool, 0, 3)
+    last = pool.standings()[0].pid
     ray.kill(pool.actors[0], no_restart=True)
-    until_gone(after[0].pid)  # Ray kills in its own time; until then the trainer answers
+    until_gone(last)  # Ray kills in its own time; until then the trainer answers
     assert [described.pid for described in list(pool.outcomes(describe, [None, None, None]))] == [before[1]] * 3
     assert pool.shares() == [0.0, 1.0], "it is dealt nothing any more"
     assert len(TrainerPool.connect(7)) == 2
@@ -135,7 +174,10 @@ def test_trainers_that_differ_are_refused(tmp_path: Path) -> None:
     other_model = tiny_worker(tmp_path / "two", **{"model.name": save_tiny_model(tmp_path / "other", seed=1)})
     job = one.loaded.job
     other_seed = Worker(lambda: replace(job, flat={**job.flat, "seed": 1}), 1)
-    for other, what in ((other_model, "hold the same base model, quantised alike, and"), (other_seed, "draw the same seeded tensors")):
+    for other, what in (
+        (other_model, "hold the same base model, quantised alike, and"),
+        (other_seed, "draw the same seeded tensors"),
+    ):
         with pytest.raises(ValueError, match=f"the trainers do not {what}"):
             check_trainers(InProcess([one, other]), one.loaded.model.config)
 

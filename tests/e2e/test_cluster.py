@@ -18,7 +18,7 @@ from fedlora.runs.folder import read_lines
 from simulations.superlink import free_ports
 from tests.support.runs import BIN, Family, fedlora, fedlora_run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # two runs and a cluster: half a minute on two idle cores
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]  # two runs and a cluster: two minutes on two busy cores
 
 STEPS: dict[str, Any] = {
     "rounds": 3,
