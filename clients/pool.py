@@ -1,8 +1,8 @@
 """A pool of trainers on Ray: named actors that outlive Flower's processes, on one machine or on those of a cluster.
 
-Flower's processes, which start trainers and hand them work, import this file and never torch. So the actor is a class
-of a few lines that imports the worker where it runs, and the work that is handed to it is a function of a worker:
-typed, where a method's name would be a string.
+Flower's processes, which start trainers and hand them work, import this file and never torch
+(:mod:`clients.trainer_process`). The work that is handed to a trainer is a function of a worker: typed, where a
+method's name would be a string.
 
 A trainer that is lost with its process or its machine is started again by Ray, on its machine or on another one. What
 it was working on is not left to Ray, which would wait for it: another trainer repeats it at once.
@@ -11,22 +11,18 @@ it was working on is not left to Ray, which would wait for it: another trainer r
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from clients.dispatch import NONE_LEFT, Dispatch, Done, cause_of
+from clients.dispatch import NONE_LEFT, Dispatch, cause_of
 from clients.errors import TrainerLostError
 from clients.pool_state import Loss, PoolState, Standing
 from clients.shards import Machine, Pack, Shard, deal, weights
 from clients.site import Job
+from clients.trainer_process import TrainerProcess
 
 if TYPE_CHECKING:
     from clients.trainer import TrainPack
@@ -40,38 +36,6 @@ _LEAVE_S = 10.0  # for which trainers that are ended may clear up; one that hang
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-@final
-class TrainerProcess:
-    """The actor that works: a :class:`clients.worker.Worker` in a process of its own.
-
-    Args:
-        state: The pool's :class:`clients.pool_state.PoolState` actor.
-        number: The trainer's number.
-        threads: CPU threads to use.
-        shared: What the trainers of one machine know their tokenized rows by; empty: each has its own.
-        train: Trains a pack; None: the engine.
-    """
-
-    def __init__(self, state: Any, number: int, threads: int, shared: str = "", train: TrainPack | None = None) -> None:
-        from clients.shared_rows import SharedRows  # and with it torch, in no other process
-        from clients.worker import Worker
-        from fedlora.engine import train_pack
-
-        rows = SharedRows(_ray_folder() / shared) if shared else None
-        self._worker = Worker(partial(_job_of, state), threads, train or train_pack, shared=rows)
-        node = ray.get_runtime_context().get_node_id()
-        ray.get(state.arrived.remote(number, node, socket.gethostname(), os.getpid()))
-
-    def here(self) -> None:
-        """Answer, once it has started and whatever it does is done."""
-
-    def do(self, work: Callable[[Worker, Any], Any], item: Any) -> Done:
-        """Do a piece of work."""
-        started = time.perf_counter()
-        result = work(self._worker, item)
-        return Done(result, time.perf_counter() - started)
 
 
 def machines() -> list[Machine]:
@@ -120,7 +84,7 @@ class TrainerPool:
             shards: What each trainer owns.
             job: What they work on.
             share: Whether tokenized rows may lie on the disk of each machine, so that its trainers share them.
-            train: Trains a pack; None: the engine.
+            train: Trains a pack; None: :func:`fedlora.engine.train_pack`.
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         state = (
@@ -315,14 +279,3 @@ def _answers(actor: Any) -> bool:
         return bool(done) and ray.get(call) is None
     except ray.exceptions.RayError:
         return False
-
-
-def _ray_folder() -> Path:
-    """Return the folder of this machine's Ray, which goes when Ray does, or its folder is cleared."""
-    context = ray.get_runtime_context()
-    return Path(context.get_temp_dir()) / str(context.get_session_name())
-
-
-def _job_of(state: Any) -> Job:
-    job: Job = ray.get(state.job.remote())
-    return job

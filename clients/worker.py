@@ -205,7 +205,12 @@ class Worker:
             return [Update(ClientReport.failed(client, reason)) for client in instruction.clients]
 
     def reduce(self, instruction: Instruction) -> tuple[list[ClientReport], Reduction]:
-        """Train a pack for a round; return its reports and its updates, reduced: one of them leaves for all."""
+        """Train a pack for a round; return its reports and its updates, reduced: one of them leaves for all.
+
+        Raises:
+            MemoryShortError: As :meth:`train` does; nothing is reduced then.
+            TrainerDiffersError: The same.
+        """
         return fold(instruction, self.train(instruction), self.threads)
 
     def report(self, instruction: Instruction) -> list[ClientReport]:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import psutil
 import pytest
 import ray
@@ -26,10 +25,11 @@ from clients.worker import Worker
 from fedlora.data import load_federated
 from fedlora.engine import ClientResult, train_pack
 from fedlora.exchange import Instruction, Outcome, Update
-from fedlora.reduce import Reduction, fold
+from fedlora.reduce import fold
 from simulations.privacy import resolve_privacy
 from simulations.session import check_disk, check_trainers
 from simulations.setup import resolve
+from tests.support.reduced import assert_same_bits
 from tests.support.tiny import save_texts, save_tiny_model
 from tests.support.trainers import InProcess, instruction, ledger, tiny_flat, tiny_worker
 
@@ -75,13 +75,6 @@ def train_or_die(doomed: Path, *args: Any, **options: Any) -> list[ClientResult]
     if doomed.exists() and int(doomed.read_text()) == os.getpid():
         os.kill(os.getpid(), signal.SIGKILL)
     return results
-
-
-def assert_same_bits(one: Reduction, other: Reduction) -> None:
-    (ours, header), (theirs, expected) = one.encode(), other.encode()
-    assert header == expected
-    assert {name: own.keys() for name, own in ours.items()} == {name: own.keys() for name, own in theirs.items()}
-    assert all(np.array_equal(ours[name][key], theirs[name][key]) for name in ours for key in ours[name])
 
 
 def start(worker: Worker, clients: tuple[int, ...]) -> Instruction:

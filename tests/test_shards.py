@@ -15,9 +15,11 @@ from clients.shards import MOST_CLIENTS, Machine, Shard, deal, plan_shards, spre
 from clients.worker import Worker
 from fedlora.engine import train_pack
 from fedlora.exchange import Outcome
+from fedlora.reduce import fold
 from simulations.dealing import DealtNodes
 from simulations.setup import resolve
 from tests.support.loop import LoopGrid
+from tests.support.reduced import assert_same_bits
 from tests.support.trainers import InProcess, dp_config, instruction, ledger, tiny_flat, tiny_job
 
 SIZES = {client: float(1 + 37 * client % 101) for client in range(40)}
@@ -165,6 +167,9 @@ def test_a_pack_that_does_not_fit_is_repeated_in_halves(tmp_path: Path) -> None:
         assert update.report.outcome is Outcome.OK
         for name, value in update.tensors.items():
             np.testing.assert_allclose(value, expected[client].tensors[name], rtol=0, atol=1e-10)
+    reports, reduced = RaySite(InProcess([tight])).reduce(told)
+    assert reports == [found[client].report for client in range(4)]
+    assert_same_bits(reduced, fold(told, found.values())[1])
 
 
 def no_memory(*_: object, **__: object) -> object:
