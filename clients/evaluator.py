@@ -26,6 +26,7 @@ from fedlora.runs.export import adapter_files
 from fedlora.runs.export_check import check_adapter
 
 _PROBED = 8  # rows of a client that a probe takes, at most
+_PROBED_ON_CPU = 4  # clients of a pack that it takes there
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -135,10 +136,14 @@ class PersonalEvaluator:
     def probe(self, instruction: Instruction) -> Speed:
         """Train and evaluate a few rows of each client, and time it; nothing is kept of it.
 
-        What only the first pass pays for is paid for before: on a CPU by one client, on a GPU, where shapes count, by
-        all of them.
+        What only the first pass pays for is paid for before, by the same clients: on a GPU shapes count, and how many
+        train together. On a CPU neither does, so a few clients are enough there, and one of them to begin with.
         """
         model, trainer = self.model, self._trainer
+        first = instruction
+        if model.engine.device.type == "cpu":
+            instruction = instruction.part(instruction.clients[:_PROBED_ON_CPU])
+            first = instruction.part(instruction.clients[:1])
         size = min(_PROBED, model.config.train.batch_size)
         batches = [[trainer.data.training_rows(client)[:size]] for client in instruction.clients]
         private: PrivateStep | None = None
@@ -147,7 +152,6 @@ class PersonalEvaluator:
         examples = model.examples["train"]
         rows = [int(row) for (batch,) in batches for row in batch]
         tokens = max(1, int(examples.cost[rows].sum()))
-        first = instruction if model.engine.device.type != "cpu" else instruction.part(instruction.clients[:1])
         for asked in (first, instruction):
             some = batches[: len(asked.clients)]
             noise = replace(private, randoms=private.randoms[: len(some)]) if private is not None else None
