@@ -142,7 +142,7 @@ class TrainerPool:
     # -- who is there, and who trains whom ----------------------------------------------------------------
 
     def standings(self) -> list[Standing]:
-        """Return how each trainer stands; one that was only out of reach for a while is taken back."""
+        """Return how each trainer stands; a lost one that answers is taken back."""
         if self.state is None:
             return [Standing(1, True) for _ in self.actors]
         standings: list[Standing] = ray.get(self.state.standings.remote())

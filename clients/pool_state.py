@@ -21,7 +21,7 @@ class Standing:
 
     Attributes:
         starts: How often its process has started; 0: it has not come yet.
-        up: Whether nobody has found it lost since then.
+        up: Whether nobody has found it lost since then, and one that came back has answered.
         node: Ray's number of the machine that it is on.
         host: That machine's name.
         pid: Its process there.
@@ -106,13 +106,16 @@ class PoolState:
         return self._job
 
     def arrived(self, trainer: int, node: str, host: str, pid: int) -> None:
-        """Take note that a trainer's process has started."""
+        """Take note that a trainer's process has started; one that comes back is lost until it answers.
+
+        Between the two Ray says of it that it is restarting, and refuses its work.
+        """
         starts, speed = self._standings[trainer].starts + 1, self._standings[trainer].speed
-        self._standings[trainer] = Standing(starts, True, node, host, pid, speed)
+        self._standings[trainer] = Standing(starts, starts == 1, node, host, pid, speed)
         self._places[trainer, starts] = (node, host, pid)
 
     def back(self, trainer: int) -> Standing:
-        """Take note that a trainer that was found lost answers, and return how it stands."""
+        """Take note that a trainer that was lost answers, and return how it stands."""
         self._standings[trainer] = replace(self._standings[trainer], up=True)
         return self._standings[trainer]
 

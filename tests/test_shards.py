@@ -117,6 +117,8 @@ def test_a_loss_is_noted_once_and_not_held_against_a_trainer_that_came_back(tmp_
     assert state.standings()[0].lost
     state.repeated(0, 1, 4, "died", (2, 3), 1)
     state.arrived(0, "n", "there", 12)
+    assert state.standings()[0].lost, "until it answers"
+    assert not state.back(0).lost
     state.lost(0, 1, 4, "died")  # another node's ClientApp finds out later
     state.repeated(0, 1, 4, "died", (5,), 1)
     assert not state.standings()[0].lost
