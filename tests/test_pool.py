@@ -146,7 +146,7 @@ def test_a_lost_trainers_packs_are_repeated_and_paid_for_and_it_comes_back(pool:
     assert_same_bits(reduced, whole)
     (_, loss) = pool.losses()
     assert (loss.pid, loss.packs, loss.repeated_on) == (after[0].pid, [[0, 1]], [1])
-    until_up(pool, 0, 3)
+    until_back(pool, 0)
     last = pool.standings()[0].pid
     ray.kill(pool.actors[0], no_restart=True)
     until_gone(last)  # Ray kills in its own time; until then the trainer answers
