@@ -27,6 +27,7 @@ import transformers
 
 from fedlora.config import Config, MethodConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine, train_pack
+from fedlora.engine.fast import settle
 from fedlora.methods import build_method, initial_tensors
 from fedlora.models import Base, prepare_base
 from fedlora.models.quiet import quiet
@@ -78,7 +79,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     base = load(options.shape, options.kind, options.tokens, device)
     method = build_method(Config(method=MethodConfig("lora", rank=8)), base.structure.adapted, ())
-    engine = Engine.build(base, method, CausalLM(0))
+    start = initial_tensors(method.specs(), Seeded(0), "float32")
+    engine = settle(Engine.build(base, method, CausalLM(0)), start)
     if options.max_cost:
         engine = replace(engine, max_cost=options.max_cost)
     structure, cuda = base.structure, device.type == "cuda"

@@ -14,6 +14,7 @@ from clients.shared_rows import SharedRows
 from fedlora.config import Config
 from fedlora.data import Corpus, Table
 from fedlora.engine import Batching, Engine, find_batching
+from fedlora.engine.fast import like, settle
 from fedlora.engine.rehearsal import rehearse
 from fedlora.methods import TensorSpec, build_method, initial_tensors
 from fedlora.models import Base, Structure, check_length, head_words, keeps_head, load_base
@@ -99,7 +100,7 @@ class Resident:
         self._key: tuple[Any, ...] = ()
         self._engine: Engine | None = None
         self._examples: dict[str, tuple[tuple[Any, ...], Rows]] = {}
-        self._batchings: dict[tuple[Any, ...], Batching] = {}  # of the resident base model
+        self._settled: dict[tuple[Any, ...], Engine] = {}  # of the resident base model, by what was tried
 
     def load(self, config: Config, corpus: Corpus) -> LoadedModel:
         """Load the base model and tokenize the rows, but for what is resident already.
@@ -128,12 +129,13 @@ class Resident:
         head_start = _head_start(base, config, corpus.classes)
         initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype) | head_start
         # Of the base model, the method and the task, with the rows that it makes up: nothing else is tried.
-        tried = (config.method, config.plugin_options, *own, config.train.max_length)
-        if tried not in self._batchings:
-            self._batchings[tried] = self._batching(engine, initial, config, outputs)
+        tried = (config.method, config.plugin_options, *own, config.train.max_length, config.engine.compile)
+        if tried not in self._settled:
+            settled = settle(engine, initial, compiled=config.engine.compile)
+            self._settled[tried] = replace(settled, batching=self._batching(settled, initial, config, outputs))
         return LoadedModel(
             config=config,
-            engine=replace(engine, batching=self._batchings[tried]),
+            engine=replace(like(engine, self._settled[tried]), batching=self._settled[tried].batching),
             specs=specs,
             initial=initial,
             head_start=head_start,
@@ -166,7 +168,7 @@ class Resident:
         key = (config.model, TASKS[config.task], outputs, config.method.target_modules)
         if self._engine is not None and self._key == (*key, config.engine.dtype):
             return self._engine.base
-        self._engine, self._batchings = None, {}  # two base models might not fit
+        self._engine, self._settled = None, {}  # two base models might not fit
         base = load_base(
             *key,
             dtype=getattr(torch, config.engine.dtype),

@@ -17,9 +17,9 @@ from torch.nn import functional
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
 from fedlora.engine.rowwise import Flat
-from fedlora.transfer import Spans
 from fedlora.privacy import Mechanism
 from fedlora.privacy.step import PrivateStep, clip_factors
+from fedlora.transfer import Spans
 from tests.support.families import FAMILIES, random_examples
 from tests.support.formulas import penalty
 from tests.support.matrix import CONFIGS, Arrays, engine_of, proximal_step, random_start, row_loss

@@ -34,7 +34,7 @@ from fedlora.methods import (
     initial_tensors,
 )
 from fedlora.privacy import Entry, Mechanism, PrivateRandom, default_delta, epsilon, least_noise_multiplier
-from fedlora.privacy.step import PrivateStep, clip_rows
+from fedlora.privacy.step import PrivateStep, clip_factors
 from fedlora.runs.privacy import client_record
 from fedlora.seeded import Seeded
 from simulations.privacy import participations
@@ -144,7 +144,7 @@ def test_9_a_threshold_that_depends_on_the_batch() -> None:
     grads = torch.tensor([[1.0, 0.0], [1.0, 0.0], [10.0, 0.0], [10.0, 0.0], [90.0, 0.0]], dtype=torch.float64)
 
     def change(clip: Callable[[torch.Tensor], float]) -> float:
-        with_it, without = (clip_rows(part, clip(part))[0].sum(0) for part in (grads, grads[:-1]))
+        with_it, without = (clip_factors(part.norm(dim=1), clip(part)) @ part for part in (grads, grads[:-1]))
         return float((with_it - without).norm())
 
     assert change(lambda part: 10.0) <= 10.0

@@ -75,9 +75,17 @@ class Job:
         """Return what the engine is given; client k starts at ``starts[k % len(starts)]``."""
         batches = self.batches()
         return [
-            ClientWork(client, rows, len(rows), batches, starts[client % len(starts)])
-            for client, rows in enumerate(self.examples)
+            ClientWork(
+                client, self.table, count, [rows + client * count for rows in batches], starts[client % len(starts)]
+            )
+            for client, count in enumerate(map(len, self.examples))
         ]
+
+    @cached_property
+    def table(self) -> Examples:
+        """All clients' rows in one table, as a simulation has them."""
+        parts = [(rows, row) for rows in self.examples for row in range(len(rows))]
+        return self.shape.built_task().join(parts)
 
     @cached_property
     def _tensors(self) -> dict[int, tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from benchmarks.engine.jobs import Arrays, Job, start_tensors
 from benchmarks.engine.shapes import Shape, base_of, twin
 from fedlora.config import Config, MethodConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine, train_pack
+from fedlora.engine.fast import settle
 from fedlora.methods import Method, build_method
 from fedlora.privacy import Mechanism, PrivateRandom
 from fedlora.privacy.step import PrivateStep
@@ -39,8 +40,8 @@ class Packed:
         base = base_of(twin(model), shape)
         config = Config(method=MethodConfig("lora" if method == "ffa-lora" else method, rank=rank, alpha=2.0 * rank))
         built = build_method(config, base.structure.adapted, base.structure.head)
-        self.engine = Engine.build(base, built, shape.built_task())
         start = start_tensors(built)
+        self.engine = settle(Engine.build(base, built, shape.built_task()), start)
         fixed = {name for name, spec in built.specs().items() if method == "ffa-lora" and spec.kind == "A"}
         self.common: Arrays = {name: start[name] for name in fixed}
         trained = {name: value for name, value in start.items() if name not in fixed}

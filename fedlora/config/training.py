@@ -145,6 +145,9 @@ class EngineConfig:
     """Clients trained together; 0: automatic."""
     trainers: int = 0
     """Trainers on all machines together; 0: one for each GPU, or for every four cores where there is none."""
+    compile: bool = True
+    """Whether a GPU runs the model's repeated blocks compiled (torch.compile): steps are up to twice as fast, the first
+    load of a model takes up to a minute longer. Not read on a CPU."""
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -93,6 +93,7 @@ class Engine:
         max_cost: Bound on the cost of one forward pass: rows times the cost of the longest.
         batching: Which rows may go through the model together (:mod:`fedlora.engine.apart`).
         kernels: Whether the low-rank kernel computes the adapted layers' updates (:mod:`fedlora.engine.fast`).
+        less_memory: Whether the task is the one that :meth:`fedlora.tasks.Task.with_less_memory` gives.
         probed: What :mod:`fedlora.engine.watch` found so far, by what it depends on; ``replace`` starts it anew.
         shortages: The bounds at which memory was short; each halved the next. ``replace`` starts it anew.
     """
@@ -107,6 +108,7 @@ class Engine:
     max_cost: int
     batching: Batching = Batching()
     kernels: bool = False
+    less_memory: bool = False
     probed: dict[Hashable, Probed] = field(init=False, repr=False, compare=False, default_factory=dict)
     shortages: list[int] = field(init=False, repr=False, compare=False, default_factory=list)
 
@@ -116,9 +118,6 @@ class Engine:
         weight = next(base.model.parameters())
         structure = base.structure
         grouped = GroupedModel(base.model, [layer.name for layer in (*structure.adapted, *structure.head)])
-        config: Any = base.model.config
-        width = max((layer.d_in for layer in structure.adapted), default=1)
-        most = _COST_CPU if weight.device.type == "cpu" else _FEATURES_GPU // width
         return cls(
             base=base,
             method=method,
@@ -127,7 +126,7 @@ class Engine:
             dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
             compute=weight.dtype,
             device=weight.device,
-            max_cost=max(1, min(most, _OUTPUTS // task.outputs(config))),
+            max_cost=most_cost(base, task),
         )
 
     def tensor(self, array: NDArray[np.floating]) -> Tensor:
@@ -149,10 +148,16 @@ class Engine:
         copies = _COPIES_CPU if self.device.type == "cpu" else _COPIES_GPU
         return passes(cost_n, part_n, self.room, max(1, copies // copied) if copied else len(cost_n))
 
-    def halve(self) -> bool:
-        """Halve what goes through the model at once, since memory was short; return whether there was anything left."""
+    def halve(self, least: int) -> bool:
+        """Halve what goes through the model at once, since memory was short; return False where it is one row already.
+
+        Args:
+            least: The cost of a row, below which a pass cannot be cut.
+        """
+        if self.room <= least:
+            return False
         self.shortages.append(self.room)
-        return self.room >= 1
+        return True
 
     @property
     def room(self) -> int:
@@ -162,6 +167,14 @@ class Engine:
     def layout(self, group_n: NDArray[np.int64], groups: int) -> Layout:
         """Return the layout of a pass whose rows, sorted by group, belong to these groups."""
         return Layout.of(group_n, groups, self.device, kernel=self.kernels)
+
+
+def most_cost(base: Base, task: Task) -> int:
+    """Return the bound on a pass's cost, as long as memory allows."""
+    width = max((layer.d_in for layer in base.structure.adapted), default=1)
+    on_cpu = next(base.model.parameters()).device.type == "cpu"
+    config: Any = base.model.config
+    return max(1, min(_COST_CPU if on_cpu else _FEATURES_GPU // width, _OUTPUTS // task.outputs(config)))
 
 
 @final

@@ -14,20 +14,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
 
 from fedlora.config import TrainConfig
 from fedlora.engine.apart import random_tensors
-from fedlora.engine.core import Engine
+from fedlora.engine.blocks import blocks_of
+from fedlora.engine.core import Engine, most_cost
 from fedlora.engine.kernels import attention
 from fedlora.engine.pack import Pack
 from fedlora.engine.work import Arrays, ClientWork
 
 Way = Callable[[Engine], tuple[Engine, Callable[[], None]]]
 """From an engine one that computes in another way, and what takes that back."""
+
+Numbers = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Losses, and gradients."""
 
 _logger = logging.getLogger(__name__)
 _SHORT = (torch.bfloat16, torch.float16)
@@ -42,28 +47,56 @@ def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True) -> Engine:
     """Return the engine with the fast ways that give what the plain one does, and passes that fit into the memory.
 
     Args:
-        engine: The engine, on any device; on a CPU it is returned as it is.
+        engine: The engine, on any device.
         tensors: All of the method's tensors, for their shapes.
         compiled: Whether blocks may be compiled, which takes about a minute once on a machine.
     """
+    _plain(engine)
     ways: list[Way] = [_with_less_memory] if engine.task.with_less_memory(engine.base.model) else []
     on_gpu = engine.device.type == "cuda" and engine.compute != torch.float64
     if on_gpu:
         ways += [_with_attention, _with_kernel, *([_with_compiled] if compiled else [])]
-    expected = _numbers(engine, tensors) if ways else None
+    if not ways:
+        return engine
+    expected = _numbers(engine, tensors)
     for way in ways:
         engine = _tried(engine, way, tensors, expected)
     return replace(engine, max_cost=_fitting(engine, tensors)) if on_gpu else engine
 
 
+def like(engine: Engine, settled: Engine) -> Engine:
+    """Return an engine that computes as a settled one: of the same base model, and of the same kind of method and task.
+
+    Args:
+        engine: The engine, built like the one that was settled.
+        settled: What :func:`settle` made of that.
+    """
+    less = engine.task.with_less_memory(engine.base.model) if settled.less_memory else None
+    return replace(
+        engine,
+        task=less or engine.task,
+        kernels=settled.kernels,
+        max_cost=settled.max_cost,
+        less_memory=less is not None,
+    )
+
+
+def _plain(engine: Engine) -> None:
+    """Have the base model compute in the plain way."""
+    config: Any = engine.base.model.config
+    if config._attn_implementation == attention.NAME:
+        config._attn_implementation = "sdpa"
+    engine.grouped.blocks.clear()
+
+
 def _with_less_memory(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     task = engine.task.with_less_memory(engine.base.model)
     assert task is not None, "asked before"
-    return replace(engine, task=task), lambda: None
+    return replace(engine, task=task, less_memory=True, max_cost=most_cost(engine.base, task)), lambda: None
 
 
 def _with_attention(engine: Engine) -> tuple[Engine, Callable[[], None]]:
-    config = engine.base.model.config
+    config: Any = engine.base.model.config
     before = config._attn_implementation
     if engine.compute in _SHORT and before == "sdpa":
         attention.register()
@@ -86,29 +119,17 @@ def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     return engine, grouped.blocks.clear
 
 
-def blocks_of(engine: Engine) -> list[nn.Module]:
-    """Return the modules that a model repeats: the outermost lists of modules of one kind that hold adapted layers."""
-    names = [layer.name for layer in engine.base.structure.adapted]
-    found: list[nn.Module] = []
-    within: list[str] = []
-    for name, module in engine.base.model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in within):
-            continue
-        if len({type(block) for block in module}) == 1 and any(layer.startswith(f"{name}.") for layer in names):
-            within.append(name)
-            found += list(module)
-    return found
-
-
 def _tried(
     engine: Engine,
     way: Way,
     tensors: Arrays,
-    expected: tuple[np.ndarray, np.ndarray],
+    expected: Numbers,
 ) -> Engine:
     changed, undo = way(engine)
     name = way.__name__.removeprefix("_with_")
     try:
+        if changed.grouped.blocks:
+            _pass(changed, tensors, _MEASURED[1])  # kernels are chosen by the first shapes that are seen
         off = _apart(_numbers(changed, tensors), expected)
     except Exception as error:  # whatever a model's own code raises: the plain way is there
         _logger.warning("%s: the plain way computes, this model does not take the fast one (%s)", name, error)
@@ -120,7 +141,7 @@ def _tried(
     return engine
 
 
-def _numbers(engine: Engine, tensors: Arrays) -> tuple[np.ndarray, np.ndarray]:
+def _numbers(engine: Engine, tensors: Arrays) -> Numbers:
     """Return the losses of two clients on rows that are nobody's, and their gradients, short and long ones."""
     losses, grads = [], []
     for long in (False, True):
@@ -136,10 +157,10 @@ def _numbers(engine: Engine, tensors: Arrays) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(losses), np.concatenate(grads)
 
 
-def _apart(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> float:
+def _apart(found: Numbers, expected: Numbers) -> float:
     """Return the largest relative difference in norm."""
     pairs = zip(found, expected, strict=True)
-    return max(float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)) for a, b in pairs)
+    return max(float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-30) for a, b in pairs)
 
 
 def _fitting(engine: Engine, tensors: Arrays) -> int:
@@ -147,22 +168,26 @@ def _fitting(engine: Engine, tensors: Arrays) -> int:
 
     What a pass holds for the backward pass grows with its cost, and nothing else of it does.
     """
-    rows = engine.task.made_up_rows(long=True)
-    longest, start = len(rows) - 1, random_tensors(tensors)
-    taken: list[tuple[int, int]] = []
-    for cost in (_MEASURED[0], *_MEASURED):  # the first time anything may be made that stays
-        count = max(1, cost // int(rows.cost[longest]))
-        pack = Pack(
-            engine, [ClientWork(0, rows, count, [np.full(count, longest)], start)], {}, TrainConfig(learning_rate=0.01)
-        )
-        before = torch.cuda.memory_allocated(engine.device)
-        torch.cuda.reset_peak_memory_stats(engine.device)
-        for turn in pack.turns:
-            pack.backward(turn)
-        taken.append((count * int(rows.cost[longest]), torch.cuda.max_memory_allocated(engine.device) - before))
-    _, (small, low), (large, high) = taken
+    _pass(engine, tensors, _MEASURED[0])  # the first time anything may be made that stays
+    (small, low), (large, high) = (_pass(engine, tensors, cost) for cost in _MEASURED)
     slope = (high - low) / (large - small) if large > small else high / large
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(engine.device)[0]
     _logger.info("a pass takes %.0f kB a token, %.1f GB are free", slope / 1e3, free / 1e9)
     return max(1, min(engine.max_cost, int(_SHARE * free / max(slope, 1.0))))
+
+
+def _pass(engine: Engine, tensors: Arrays, cost: int) -> tuple[int, int]:
+    """Take the gradients of two clients in a pass of about this cost; return its cost, and the bytes that it took."""
+    rows = engine.task.made_up_rows(long=True)
+    longest = len(rows) - 1
+    count = max(1, cost // (2 * int(rows.cost[longest])))
+    works = [
+        ClientWork(g, rows, count, [np.full(count, longest)], random_tensors(tensors, "group", g)) for g in range(2)
+    ]
+    pack = Pack(replace(engine, max_cost=cost + int(rows.cost[longest])), works, {}, TrainConfig(learning_rate=0.01))
+    before = torch.cuda.memory_allocated(engine.device)
+    torch.cuda.reset_peak_memory_stats(engine.device)
+    for turn in pack.turns:
+        pack.backward(turn)
+    return 2 * count * int(rows.cost[longest]), torch.cuda.max_memory_allocated(engine.device) - before

@@ -131,12 +131,11 @@ class GroupedLayer(nn.Module):
         if self.factor is None:
             return self.base(x)  # type: ignore[no-any-return]
         assert self.layout is not None, "a factor without a layout"
-        spans = self.layout.spans
-        if isinstance(self.factor, LowRank) and spans is not None and self.probe is None:
-            # First, and by tensors' shapes alone: what is compiled holds for any number of groups.
-            if x.shape[0] == spans.group_n.shape[0]:
-                a, b = self.factor.A.to(x.dtype), self.factor.scaled_b().to(x.dtype)
-                return low_rank.added(self._fixed(x), x, a, b, spans)
+        spans = self.layout.spans if self.probe is None else None
+        # First, and by tensors' shapes alone: what is compiled holds for any number of groups.
+        if spans is not None and isinstance(self.factor, LowRank) and x.shape[0] == spans.group_n.shape[0]:
+            a, b = self.factor.A.to(x.dtype), self.factor.scaled_b().to(x.dtype)
+            return low_rank.added(self._fixed(x), x, a, b, spans)
         if self.layout.groups > 1 and x.shape[0] != self.layout.rows:
             raise NoRowsError(self.name)
         added = isinstance(self.factor, LowRank)
@@ -195,12 +194,15 @@ class GroupedModel:
         layers: Names of the layers to wrap.
 
     Attributes:
-        blocks: Modules of the base model that run compiled, with what they then run.
+        blocks: Modules of the base model that do not run as they are, with what runs in their place: compiled, or
+            checkpointed (:mod:`fedlora.engine.blocks`).
+        checkpointed: Whether they are the latter.
     """
 
     def __init__(self, model: nn.Module, layers: list[str]) -> None:
         self.model = model
         self.blocks: dict[nn.Module, Callable[..., Any]] = {}
+        self.checkpointed = False
         self._slots: dict[str, GroupedLayer] = {}
         for name in layers:
             self._slots[name] = GroupedLayer(model.get_submodule(name), name)
@@ -221,14 +223,14 @@ class GroupedModel:
             factors: What each wrapped layer computes, by name.
             layout: Which row belongs to which group.
             probe: Stands in for the layers' sum of base and update, to find out what is connected to what.
-            compiled: Whether the model's blocks run compiled, where there are such.
+            compiled: Whether ``blocks`` run what they have in their place.
         """
         assert factors.keys() == self._slots.keys(), "factors for other layers than the wrapped ones"
         for name, slot in self._slots.items():
             slot.factor, slot.layout, slot.probe = factors[name], layout, probe
         blocks = self.blocks if compiled and probe is None else {}
         for block, forward in blocks.items():
-            block.forward = forward  # type: ignore[method-assign]
+            block.forward = forward
         try:
             yield self.model
         finally:

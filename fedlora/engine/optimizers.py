@@ -23,8 +23,8 @@ from fedlora.transfer import Places
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
 
 Update = Callable[..., tuple[Tensor, ...]]
-"""From numbers, their moments and their gradients, [a, P] each, and what a client's step has for all its numbers, [a, 1]
-each: the new numbers and moments."""
+"""From numbers, their moments and their gradients, [a, P] each, and what a client's step has for all its numbers,
+[a, 1] each: the new numbers and moments."""
 
 
 def clip_groups(grads: Tensor, max_norm: float) -> None:
@@ -70,7 +70,7 @@ def _step(
 ) -> None:
     """Move numbers and their moments, in place."""
     moved, *renewed = update(values, moments, grads.to(values.dtype), *scalars)
-    if l1 is not None:
+    if l1 is not None and threshold is not None:
         moved = soft_threshold(moved, threshold * l1)
     for old, new in zip((values, *moments), (moved, *renewed), strict=True):
         old.copy_(new)

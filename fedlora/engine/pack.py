@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.config import TrainConfig
+from fedlora.engine.blocks import checkpoint_blocks
 from fedlora.engine.core import Engine
 from fedlora.engine.layers import LayerProbe
 from fedlora.engine.local import NO_TERMS, LocalGradient
@@ -96,7 +97,7 @@ class Pack:
     def backward(self, turn: Turn, probe: LayerProbe | None = None) -> Tensor:
         """Return the gradients of a turn [a, P]: of the mean row loss, or under DP sums of clipped rows.
 
-        Where memory is short, forward passes are halved and the turn is computed again.
+        Where memory is short, forward passes are halved, those of one row checkpointed, and the turn is computed again.
 
         Args:
             turn: The turn.
@@ -106,11 +107,17 @@ class Pack:
             try:
                 return self._backward(turn, probe)
             except torch.OutOfMemoryError:
-                if not self._engine.halve():
+                engine = self._engine
+                if not engine.halve(int(turn.cost_n.max(initial=0))) and not checkpoint_blocks(engine):
                     raise
             gc.collect()  # what the exception held is free only here
             torch.cuda.empty_cache()
-            _logger.warning("out of memory on %s: forward passes are halved", self._engine.device)
+            how = (
+                "blocks are computed twice"
+                if engine.grouped.checkpointed
+                else f"passes of at most {engine.room} tokens"
+            )
+            _logger.warning("out of memory on %s; from now on %s", engine.device, how)
 
     def _backward(self, turn: Turn, probe: LayerProbe | None) -> Tensor:
         engine, private = self._engine, self.private_sum
@@ -144,10 +151,13 @@ class Pack:
 
     def _batch(self, turn: Turn, chosen: NDArray[np.int64]) -> Batch:
         """Return these rows of a turn as a batch on the device."""
-        task = self._engine.task
+        task, device = self._engine.task, self._engine.device
         owners, rows = turn.groups[turn.slot_n[chosen]].tolist(), turn.rows[chosen].tolist()
+        first = self._works[owners[0]].examples
+        if all(self._works[g].examples is first for g in set(owners)):  # as in a simulation, which has one table
+            return task.collate(first, rows, device)
         joined = task.join([(self._works[g].examples, row) for g, row in zip(owners, rows, strict=True)])
-        return task.collate(joined, range(len(rows)), self._engine.device)
+        return task.collate(joined, range(len(rows)), device)
 
     def _together(
         self,

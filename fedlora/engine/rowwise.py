@@ -115,7 +115,7 @@ class _DenseRows(torch.autograd.Function):
         return layout.to_rows(with_bias(layout.to_groups(x) @ weight_g.mT, dense.own.bias), x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
         (x,) = ctx.saved_tensors
         dense: _RowDense = ctx.dense
         dense.seen.append((x.detach(), dy))

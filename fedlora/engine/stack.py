@@ -105,9 +105,7 @@ class Stack:
         named = {name: value.numpy() for name, value in self.named(host).items()}
         return [
             {
-                name: named[name][g]
-                if shape == self.shapes[name]
-                else np.ascontiguousarray(named[name][(g, *map(slice, shape))])
+                name: named[name][g] if shape == self.shapes[name] else _first(named[name][g], shape)
                 for name, shape in own.items()
             }
             for g, own in enumerate(self._own)
@@ -119,6 +117,11 @@ class Stack:
         for name, number in numbers.items():
             row[self.places[name]] = number
         return row
+
+
+def _first(value: NDArray[np.floating], shape: Shape) -> NDArray[np.floating]:
+    """Return an array without what :func:`pad` put behind it."""
+    return np.ascontiguousarray(value[tuple(slice(size) for size in shape)])
 
 
 def pad(value: NDArray[np.floating], shape: Shape) -> NDArray[np.floating]:

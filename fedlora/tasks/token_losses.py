@@ -29,7 +29,7 @@ class _Losses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         size = max(1, _NUMBERS // len(weight))
         losses, right, grads = [], [], []
-        for some, wanted in zip(hidden.split(size), answers.split(size), strict=True):
+        for some, wanted in zip(torch.split(hidden, size), torch.split(answers, size), strict=True):
             loss, likeliest, slope = fused(_softmax)(functional.linear(some, weight, bias), wanted)
             losses.append(loss)
             right.append(likeliest)
@@ -42,7 +42,7 @@ class _Losses(torch.autograd.Function):
         return torch.cat(losses), whole
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         return (slopes * grad[:, None]).to(slopes.dtype), None, None, None
 

@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from fedlora.engine.kernels.common import like_rows
+
 NAME = "fedlora-short-rows"
 LONGEST = 128
 _FEATURES = (16, 32, 64, 128)
@@ -53,7 +55,7 @@ def mask(
     if plain and attention_mask is not None and q_length == kv_length <= LONGEST and not q_offset and not kv_offset:
         length_n = attention_mask.sum(-1, dtype=torch.int32)
         return length_n[:, None] if mask_function is causal_mask_function else length_n
-    return sdpa_mask(
+    seen: Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -63,6 +65,7 @@ def mask(
         attention_mask=attention_mask,
         **kwargs,
     )
+    return seen
 
 
 def attend(
@@ -70,15 +73,20 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the attention of queries [N, H, T, d] over keys and values [N, K, T, d], as [N, T, H, d]."""
     if attention_mask is None or attention_mask.dim() > 2:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
     dim, causal = query.shape[-1], attention_mask.dim() == 2
     plain = all(name in _PLAIN or given is None for name, given in kwargs.items()) and not kwargs.get("dropout")
     if not plain or dim not in _FEATURES or value.shape[-1] != dim or query.dtype not in _SHORT:
         seen = _seen(attention_mask.reshape(-1), query.shape[2], causal)
-        return sdpa_attention_forward(module, query, key, value, seen, **kwargs)
+        return _sdpa(module, query, key, value, seen, **kwargs)
     scale = kwargs.get("scaling") or dim**-0.5
     out: Tensor = torch.ops.fedlora.short_attention(query, key, value, attention_mask.reshape(-1), scale, causal)
     return out, None
+
+
+def _sdpa(module: nn.Module, *arguments: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, *arguments, **kwargs)
+    return found
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, length_n: Tensor, scale: float, causal: bool) -> Tensor:
@@ -121,12 +129,6 @@ def _backward(
 @_backward.register_fake
 def _(dy: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(like_rows(one) for one in (query, key, value))  # type: ignore[return-value]
-
-
-def like_rows(one: Tensor) -> Tensor:
-    """Return an empty tensor of the shape [N, H, T, d] whose memory is [N, T, H, d], as a linear layer gives it."""
-    rows, heads, width, dim = one.shape
-    return one.new_empty((rows, width, heads, dim)).transpose(1, 2)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora.engine.kernels.attention import like_rows
+from fedlora.engine.kernels.common import like_rows
 
 
 @triton.jit

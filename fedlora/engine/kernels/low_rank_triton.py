@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedlora.engine.kernels.low_rank import A, B, X
+from fedlora.engine.kernels.common import A, B, X
 
 _FEATURES = 128  # a block's features
 _POSITIONS = 64  # and positions, at most
@@ -152,7 +152,7 @@ def backward(
         group_n: Each row's group, [N].
         first_g: Each group's first row, and N after the last, [G + 1].
         width: T.
-        wanted: Which gradients, see :data:`fedlora.engine.kernels.low_rank.X`; the others come back without rows.
+        wanted: Which gradients, see :data:`fedlora.engine.kernels.common.X`; the others come back without rows.
     """
     positions, ranks = _blocks(width, a.shape[1])
     dx = x.new_empty(x.shape if wanted & X else (0, x.shape[1]))

@@ -9,7 +9,7 @@ from fedlora.transfer import Spans
 
 
 def add(sums: Tensor, rows: Tensor, factor_n: Tensor, spans: Spans) -> None:
-    """Add to each group's sum [G, p], in place, its rows [N, p], each times its factor; a factor of 0 drops NaN, too."""
+    """Add to each group's sum [G, p], in place, its rows [N, p] times their factors; a factor of 0 drops NaN, too."""
     if rows.is_cuda and rows.dtype != torch.float64:
         from fedlora.engine.kernels import row_sums_triton
 

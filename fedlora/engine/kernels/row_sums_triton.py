@@ -15,9 +15,9 @@ def _add(sums_ptr, rows_ptr, factor_ptr, first_ptr, size, sums_stride, rows_stri
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.load(sums_ptr + group * sums_stride + at, mask=inside, other=0.0)
-    for row in range(tl.load(first_ptr + group), tl.load(first_ptr + group + 1)):
+    for row in range(tl.load(first_ptr + group), tl.load(first_ptr + group + 1)):  # int64, as places are
         factor = tl.load(factor_ptr + row).to(tl.float32)
-        value = tl.load(rows_ptr + row.to(tl.int64) * rows_stride + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(rows_ptr + row * rows_stride + at, mask=inside, other=0.0).to(tl.float32)
         total += tl.where(factor > 0, factor * value, 0.0)
     tl.store(sums_ptr + group * sums_stride + at, total, mask=inside)
 

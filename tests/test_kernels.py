@@ -1,0 +1,151 @@
+"""What kernels compute, in plain torch, against the layers and transformers; on a GPU the kernels themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from fedlora.engine.kernels import attention, low_rank, row_sums
+from fedlora.engine.layers import GroupedLayer, Layout
+from fedlora.methods import LowRank
+from fedlora.tasks.token_losses import token_losses
+from fedlora.transfer import Spans
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+GROUPS = np.array([0, 0, 1, 2, 2, 2, 2])
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> torch.Tensor:
+    value = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return value.to(dtype).to(device).requires_grad_()
+
+
+def off(one: torch.Tensor, two: torch.Tensor) -> float:
+    one, two = one.detach().double(), two.detach().double()
+    return float((one - two).norm() / two.norm())
+
+
+def test_the_low_rank_update_is_a_grouped_layers() -> None:
+    x, a, b = drawn(7, 5, 6), drawn(3, 2, 6, seed=1), drawn(3, 4, 2, seed=2)
+    base = nn.Linear(6, 4).double()
+    layer = GroupedLayer(base, "layer")
+    layer.factor, layer.layout = LowRank(a, b, 1.0), Layout.of(GROUPS, 3, torch.device("cpu"))
+    y = low_rank.plain(base(x), x, a, b, Spans.of(GROUPS, 3, torch.device("cpu")))
+    assert off(y, layer(x)) < 1e-14
+
+
+def test_short_attention_is_sdpas() -> None:
+    query, key, value = drawn(3, 4, 9, 8), drawn(3, 2, 9, 8, seed=1), drawn(3, 2, 9, 8, seed=2)
+    lengths = torch.tensor([9, 4, 1], dtype=torch.int32)
+    padding = torch.arange(9) < lengths[:, None]
+    sizes = {"batch_size": 3, "q_length": 9, "kv_length": 9, "attention_mask": padding}
+    for causal, function in ((True, causal_mask_function), (False, bidirectional_mask_function)):
+        made = attention.mask(**sizes, mask_function=function)
+        assert made is not None
+        assert made.flatten().tolist() == [9, 4, 1]
+        assert made.dim() == 1 + causal
+        module: Any = nn.Module()
+        module.num_key_value_groups, module.is_causal = 2, causal
+        mine = attention.plain(query, key, value, lengths, 0.3, causal)
+        seen, _ = attention.attend(module, query, key, value, made, scaling=0.3)  # on a CPU: sdpa with a mask
+        for row, length in enumerate(lengths.tolist()):
+            assert off(mine[row, :length], seen[row, :length]) < 1e-12
+    other = attention.mask(**sizes, mask_function=lambda *_: torch.tensor(True), use_vmap=True)
+    assert other is not None
+    assert other.dim() == 4, "a mask of another kind stays a mask"
+    long = {"batch_size": 1, "q_length": 200, "kv_length": 200, "attention_mask": torch.ones(1, 200, dtype=torch.bool)}
+    long["attention_mask"][0, 150:] = False  # type: ignore[index]
+    assert attention.mask(**long).dim() == 4  # type: ignore[arg-type, union-attr]
+
+
+def test_sums_of_rows_drop_what_is_not_finite() -> None:
+    spans = Spans.of(GROUPS, 4, torch.device("cpu"))
+    rows, factor = drawn(7, 5).detach(), torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 1.0, 0.1], dtype=torch.float64)
+    rows[3, 2] = torch.nan
+    sums = torch.ones(4, 5, dtype=torch.float64)
+    row_sums.add(sums, rows, factor, spans)
+    expected = torch.ones(4, 5, dtype=torch.float64)
+    for row, group in enumerate(GROUPS):
+        if row != 3:
+            expected[group] += factor[row] * rows[row]
+    assert off(sums, expected) < 1e-15
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_losses_of_tokens(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks as at once, with gradients."""
+    from fedlora.tasks import token_losses as module
+
+    head = nn.Linear(6, 11, bias=bias).double().requires_grad_(requires_grad=False)
+    hidden, answers = drawn(13, 6), torch.arange(13) % 11
+    weights = torch.arange(1.0, 14.0, dtype=torch.float64)
+    expected = functional.cross_entropy(head(hidden), answers, reduction="none")
+    (slope,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    for numbers in (2**28, 44, 1):
+        monkeypatch.setattr(module, "_NUMBERS", numbers)
+        losses, right = token_losses(hidden, head, answers)
+        assert off(losses, expected) < 1e-14
+        assert right.tolist() == (head(hidden).argmax(-1) == answers).tolist()
+        assert off(torch.autograd.grad((losses * weights).sum(), hidden)[0], slope) < 1e-14
+    with torch.no_grad():
+        assert off(token_losses(hidden, head, answers)[0], expected) < 1e-14
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------
+
+
+@GPU
+@pytest.mark.parametrize("shape", [(7, 13, 64, 64, 8), (7, 5, 384, 1536, 3), (7, 1, 48, 40, 16), (7, 130, 96, 32, 4)])
+def test_the_low_rank_kernel(shape: tuple[int, int, int, int, int]) -> None:
+    rows, width, d_in, d_out, rank = shape
+    spans = Spans.of(GROUPS, 4, torch.device("cuda"))  # the last group has no rows
+    sizes = ((rows, width, d_out), (rows, width, d_in), (4, rank, d_in), (4, d_out, rank))
+    given = [drawn(*size, seed=n, dtype=torch.bfloat16, device="cuda") for n, size in enumerate(sizes)]
+    exact = [value.detach().double().requires_grad_() for value in given]
+    grad = torch.randn(sizes[0], device="cuda", dtype=torch.bfloat16)
+    mine, reference = low_rank.added(*given, spans), low_rank.plain(*exact, spans)
+    grads = torch.autograd.grad(mine, given, grad)
+    assert off(mine, reference) < 5e-3
+    for one, two in zip(grads, torch.autograd.grad(reference, exact, grad.double()), strict=True):
+        assert off(one, two) < 5e-3
+    again = torch.autograd.grad(low_rank.added(*given, spans), given, grad)
+    assert all(torch.equal(one, two) for one, two in zip(grads, again, strict=True))
+
+
+@GPU
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(5, 4, 4, 13, 32), (3, 6, 2, 128, 64), (3, 4, 4, 70, 128), (9, 2, 1, 3, 16)])
+def test_the_attention_kernel(shape: tuple[int, int, int, int, int], causal: bool) -> None:
+    rows, heads, keys, width, dim = shape
+    given = [
+        drawn(rows, width, count, dim, seed=n, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        for n, count in enumerate((heads, keys, keys))
+    ]
+    exact = [value.detach().double().requires_grad_() for value in given]
+    lengths = torch.randint(1, width + 1, (rows,), dtype=torch.int32, device="cuda")
+    grad = torch.randn(rows, width, heads, dim, device="cuda", dtype=torch.bfloat16)
+    mine = torch.ops.fedlora.short_attention(*given, lengths, dim**-0.5, causal)
+    reference = attention.plain(*exact, lengths, dim**-0.5, causal)
+    assert off(mine, reference) < 5e-3
+    pairs = zip(
+        torch.autograd.grad(mine, given, grad), torch.autograd.grad(reference, exact, grad.double()), strict=True
+    )
+    assert all(off(one, two) < 1e-2 for one, two in pairs)
+
+
+@GPU
+def test_the_kernel_of_sums() -> None:
+    spans = Spans.of(GROUPS, 4, torch.device("cuda"))
+    rows, factor = drawn(7, 5000, dtype=torch.bfloat16, device="cuda").detach(), torch.rand(7, device="cuda") + 0.1
+    rows[3, 2], factor[3] = torch.nan, 0.0
+    sums = torch.ones(4, 5000, device="cuda")
+    row_sums.add(sums, rows, factor, spans)
+    expected = torch.ones(4, 5000, dtype=torch.float64, device="cuda")
+    row_sums.add(expected, rows.double(), factor.double(), spans)  # in plain torch
+    assert off(sums, expected) < 1e-6
