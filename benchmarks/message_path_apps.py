@@ -23,13 +23,12 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Result
 
 if TYPE_CHECKING:
-    from clients.site import Job
     from fedlora.engine import ClientResult, ClientWork, Engine
 
 TENSORS, NUMBERS = 96, 786_432
 _UPDATES = 8  # different ones; clients take them in turn
 
-_PROCESSES = {"ray::ClientA": "client_app", "ray::IdlePro": "trainer"}
+_PROCESSES = {"ray::ClientA": "client_app", "ray::Trainer": "trainer"}
 
 our_server = ServerApp()
 flower_server = ServerApp()
@@ -66,29 +65,17 @@ def without_arithmetic(
     ]
 
 
-class IdleProcess:
-    """A trainer's actor whose worker does everything but train: :class:`clients.ray_site.TrainerProcess`."""
-
-    def __init__(self, job: Callable[[], Job], threads: int, _: str) -> None:
-        from clients.worker import Worker
-
-        self._worker = Worker(job, threads, without_arithmetic)
-
-    def do(self, work: Callable[[Any, Any], Any], item: Any) -> Any:
-        """Do a piece of work and return its result."""
-        return work(self._worker, item)
-
-
 @our_server.main()
 def run_ours(grid: Grid, context: Context) -> None:
     """Run rounds on trainers that do not train."""
     import ray
 
     from clients.limits import SiteLimits
-    from clients.ray_site import TrainerPool
+    from clients.pool import TrainerPool, machines
     from clients.shards import plan_shards
     from clients.site import Job
     from fedlora.server import FlowerStrategy
+    from simulations.dealing import DealtNodes
     from simulations.session import check_trainers
     from simulations.setup import federation_of, resolve, settle
     from strategies.build import build_strategy
@@ -99,12 +86,13 @@ def run_ours(grid: Grid, context: Context) -> None:
         time.sleep(0.1)
     config, data = settle(resolve(own), nodes)
     job = Job(config.to_flat(), data, SiteLimits(str(Path(str(context.run_config["bench.out"])).parent)))
-    shards = plan_shards(ray.cluster_resources(), config.engine.trainers)
-    pool = TrainerPool.start(context.run_id, shards, job, IdleProcess)
+    shards = plan_shards(machines(), config.engine.trainers)
+    pool = TrainerPool.start(context.run_id, shards, job, train=without_arithmetic)
     try:
         specs = check_trainers(pool, config)
         strategy = build_strategy(config, specs.specs)
-        flower = FlowerStrategy(strategy, federation_of(config), strategy.initial(specs.initial(config)))
+        dealt = DealtNodes(pool, config.engine.pack, dict.fromkeys(range(len(data.clients)), 1.0))
+        flower = FlowerStrategy(strategy, federation_of(config), strategy.initial(specs.initial(config)), dealt)
         watch = Watch(len(pool), nodes)
         flower.start(grid, flower.arrays, num_rounds=config.rounds, on_round=watch.round_of(flower))
     finally:

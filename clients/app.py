@@ -62,9 +62,10 @@ def _site(context: Context) -> Site:
     socket = _socket(context)
     if socket:
         return SocketSite(socket)
-    from clients.ray_site import RaySite, TrainerPool  # Ray takes half a second to import
+    from clients.pool import TrainerPool  # Ray takes half a second to import
+    from clients.ray_site import RaySite
 
-    return RaySite(TrainerPool.connect(context.run_id), first=int(context.node_config.get("partition-id", 0)))
+    return RaySite(TrainerPool.connect(context.run_id))
 
 
 def _instruction(message: Message, context: Context) -> Instruction:

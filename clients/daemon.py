@@ -24,7 +24,7 @@ from clients.deployed import DeployedSite
 from clients.errors import WITHHELD
 from clients.own_ray import own_ray
 from clients.protocol import Frame, receive, send
-from clients.shards import plan_shards
+from clients.shards import Machine, plan_shards
 from clients.site import Job, LoadedSite
 from clients.site_file import SiteFile
 from fedlora.codec import WireError
@@ -33,7 +33,7 @@ from fedlora.headers import read_instruction_header, reports_header
 from fedlora.joining import JoinRequest
 
 if TYPE_CHECKING:
-    from clients.ray_site import TrainerPool
+    from clients.pool import TrainerPool
 
 _logger = logging.getLogger(__name__)
 _CREDENTIALS = struct.Struct("3i")  # process, user and group of the other end
@@ -55,9 +55,9 @@ def run(path: Path) -> None:
     try:
         with (
             FileLock(file.state / "daemon.lock", timeout=0),
-            own_ray(file.state / "ray-folder", file.trainers.ray_address, file.trainers.threads) as resources,
+            own_ray(file.state / "ray-folder", file.trainers.ray_address, file.trainers.threads) as machines,
         ):
-            trainers = Trainers(dict(resources), file.trainers.count)
+            trainers = Trainers(machines, file.trainers.count)
             try:
                 _serve(file, DeployedSite(file, trainers), users)
             finally:
@@ -71,17 +71,18 @@ class Trainers:
     """Trainers on the site's own Ray, started with the first job.
 
     Args:
-        resources: ``CPU`` and ``GPU`` counts.
+        machines: The machines of its Ray.
         count: How many trainers; 0: as many as in a simulation.
     """
 
-    def __init__(self, resources: dict[str, float], count: int) -> None:
-        self._shards = plan_shards(resources, count)
+    def __init__(self, machines: list[Machine], count: int) -> None:
+        self._shards = plan_shards(machines, count)
         self._pool: TrainerPool | None = None
 
     def assign(self, job: Job) -> tuple[LoadedSite, int]:
         """Give the trainers a job; see :class:`clients.deployed.Workplace`."""
-        from clients.ray_site import RaySite, TrainerPool  # not before Ray's token is set
+        from clients.pool import TrainerPool  # not before Ray's token is set
+        from clients.ray_site import RaySite
 
         if self._pool is None:
             self._pool = TrainerPool.start(os.getpid(), self._shards, job)

@@ -21,5 +21,17 @@ class RefusedError(RuntimeError):
         self.outcome = outcome
 
 
+class TrainerDiffersError(RefusedError):
+    """A trainer came back where it must not work: it sees another disk, or runs another code or base model."""
+
+
 class SiteError(RuntimeError):
     """What a site lets out of an error; the message is for the server."""
+
+
+class MemoryShortError(RuntimeError):
+    """A trainer had too little memory for a pack; the message may leave the site."""
+
+
+class TrainerLostError(RuntimeError):
+    """A trainer is gone, or never came; the message may leave the site."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from clients.answers import write_answers
@@ -24,6 +26,14 @@ from fedlora.runs.export import adapter_files
 from fedlora.runs.export_check import check_adapter
 
 _PROBED = 8  # rows of a client that a probe takes, at most
+_PROBED_ON_CPU = 4  # clients of a pack that it takes there
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Return the most memory that this process has had: on its GPU, or on a machine without one in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @final
@@ -126,10 +136,14 @@ class PersonalEvaluator:
     def probe(self, instruction: Instruction) -> Speed:
         """Train and evaluate a few rows of each client, and time it; nothing is kept of it.
 
-        What only the first pass pays for is paid for before: on a CPU by one client, on a GPU, where shapes count, by
-        all of them.
+        What only the first pass pays for is paid for before, by the same clients: on a GPU shapes count, and how many
+        train together. On a CPU neither does, so a few clients are enough there, and one of them to begin with.
         """
         model, trainer = self.model, self._trainer
+        first = instruction
+        if model.engine.device.type == "cpu":
+            instruction = instruction.part(instruction.clients[:_PROBED_ON_CPU])
+            first = instruction.part(instruction.clients[:1])
         size = min(_PROBED, model.config.train.batch_size)
         batches = [[trainer.data.training_rows(client)[:size]] for client in instruction.clients]
         private: PrivateStep | None = None
@@ -138,7 +152,6 @@ class PersonalEvaluator:
         examples = model.examples["train"]
         rows = [int(row) for (batch,) in batches for row in batch]
         tokens = max(1, int(examples.cost[rows].sum()))
-        first = instruction if model.engine.device.type != "cpu" else instruction.part(instruction.clients[:1])
         for asked in (first, instruction):
             some = batches[: len(asked.clients)]
             noise = replace(private, randoms=private.randoms[: len(some)]) if private is not None else None
@@ -152,4 +165,5 @@ class PersonalEvaluator:
             evaluate_s=(evaluated - trained) / tokens,
             row_tokens=float(examples.cost.mean()),
             measured_tokens=int(model.examples[model.measured].cost.sum()),
+            memory_bytes=_peak_memory(model.engine.device),
         )

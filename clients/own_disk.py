@@ -10,7 +10,7 @@ import secrets
 import socket
 from pathlib import Path
 
-from clients.errors import RefusedError
+from clients.errors import TrainerDiffersError
 from fedlora.storage import write_whole
 
 _NAME = "site-id"
@@ -34,14 +34,14 @@ def check_folder(folder: Path, expected: str) -> None:
         expected: What the daemon knows it by; empty: in a simulation, which has no daemon.
 
     Raises:
-        RefusedError: It does not.
+        TrainerDiffersError: It does not.
     """
     if not expected:
         return
     file = folder / _NAME
     if not file.is_file() or file.read_text(encoding="utf-8") != expected:
         _logger.error("%s has no state folder %s, or another", socket.gethostname(), folder)
-        raise RefusedError(
+        raise TrainerDiffersError(
             "a trainer of the site does not see the site's state folder; a Ray cluster of several machines needs it on "
             "storage that they share"
         )

@@ -7,9 +7,13 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clients.shards import Machine
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -23,8 +27,8 @@ _LOOPBACK = "127.0.0.2"  # Ray takes 127.0.0.1 for the machine's address on the 
 
 
 @contextmanager
-def own_ray(remember: Path, address: str = "", threads: int = 0) -> Iterator[Mapping[str, float]]:
-    """Connect to a site's Ray for the time of the block, and yield its ``CPU`` and ``GPU`` counts.
+def own_ray(remember: Path, address: str = "", threads: int = 0) -> Iterator[list[Machine]]:
+    """Connect to a site's Ray for the time of the block, and yield its machines.
 
     Whoever can talk to Ray can have it run code. A Ray of this machine therefore answers nobody who lacks a token that
     is drawn for this process, its files are in a folder that no other user may enter, and it knows itself by a loopback
@@ -45,10 +49,12 @@ def own_ray(remember: Path, address: str = "", threads: int = 0) -> Iterator[Map
         os.environ.pop("RAY_ADDRESS", None)
     import ray
 
+    from clients.pool import machines
+
     if address:
         ray.init(address=address, log_to_driver=False)
         try:
-            yield ray.cluster_resources()
+            yield machines()
         finally:
             ray.shutdown()
         return
@@ -64,7 +70,7 @@ def own_ray(remember: Path, address: str = "", threads: int = 0) -> Iterator[Map
             _node_ip_address=_LOOPBACK,
             _temp_dir=folder,
         )
-        yield ray.cluster_resources()
+        yield machines()
     finally:
         ray.shutdown()
         _clear(remember)

@@ -33,6 +33,7 @@ class Job:
         limits: What the site demands.
         store: Folder of what clients keep between rounds; empty: that of the limits, beside the ledgers.
         folder_id: What the limits' folder is known by (:mod:`clients.own_disk`); empty: it is not asked for.
+        agreed: What trainers had in common when they were compared, :attr:`Description.agreed`; empty: they were not.
     """
 
     flat: Mapping[str, Scalar]
@@ -40,6 +41,7 @@ class Job:
     limits: SiteLimits
     store: str = ""
     folder_id: str = ""
+    agreed: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Description:
         fingerprint: Of the code it runs, with its folders.
         device: Where it computes.
         threads: CPU threads that it uses.
+        host: Its machine.
         pid: Its process.
         base_loads: How often this process loaded the base model.
         remarks: What may surprise of the model: where the head starts, which rows may go through it together.
@@ -74,9 +77,15 @@ class Description:
     fingerprint: tuple[str, str]
     device: str
     threads: int
+    host: str
     pid: int
     base_loads: int
     remarks: tuple[str, ...] = ()
+
+    @property
+    def agreed(self) -> str:
+        """What one that is started later must have in common with it: code, base model, seeded tensors, indices."""
+        return "/".join((self.fingerprint[0], self.digest, self.initial_digest, self.constants_digest))
 
     def initial(self, config: Config) -> dict[str, NDArray[np.floating]]:
         """Return the tensors that a run starts with, without a group axis: drawn here, but for the checkpoint's."""
@@ -107,12 +116,14 @@ class Speed:
         evaluate_s: Seconds to evaluate one token.
         row_tokens: Mean tokens of a training row.
         measured_tokens: Tokens that a round is measured on.
+        memory_bytes: The most memory that the process has had by then, the base model included.
     """
 
     train_s: float
     evaluate_s: float
     row_tokens: float
     measured_tokens: int
+    memory_bytes: int
 
 
 class Site(Protocol):

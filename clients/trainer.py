@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from clients.accounts import Accounts
-from clients.errors import RefusedError
+from clients.errors import MemoryShortError, RefusedError
 from clients.start import VARIATE, StartTensors
 from fedlora.config import TrainConfig
 from fedlora.data import FederatedData
@@ -54,6 +55,7 @@ class Trainer:
 
         Raises:
             RefusedError: Under DP, what was sent cannot train, or training failed.
+            MemoryShortError: There is too little memory for the pack.
         """
         whole = self.model.config.method.rank
         if any(not 1 <= rank <= whole for rank in instruction.ranks):
@@ -98,15 +100,19 @@ class Trainer:
                 )
             )
         fixed = {name: value for name, value in common.items() if name not in trained}
-        return self._train_pack(
-            self.model.engine,
-            works,
-            fixed,
-            self.model.config.train,
-            private,
-            terms=instruction.local,
-            shared=frozenset(self.start.sent_up(instruction)),
-        )
+        try:
+            return self._train_pack(
+                self.model.engine,
+                works,
+                fixed,
+                self.model.config.train,
+                private,
+                terms=instruction.local,
+                shared=frozenset(self.start.sent_up(instruction)),
+            )
+        except (MemoryError, torch.OutOfMemoryError):
+            short = MemoryShortError(f"there is too little memory to train {len(works)} client(s) together")
+        raise short  # here, where what the pack had in memory is held no more
 
     def _update(
         self,
@@ -163,6 +169,8 @@ class Trainer:
         try:
             results = self._private_results(instruction, accounts) if paid else []
         except Exception as error:  # its text may quote a row, and its kind may depend on one
+            if isinstance(error, MemoryShortError) and len(paid) > 1:
+                raise  # it is repeated in smaller packs, and paid for once more
             for client in paid:
                 accounts.note(client, instruction.round, {"error": f"{type(error).__name__}: {error}"})
             raise RefusedError("training failed at the site; its own diagnostics.jsonl says why") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.accounts import Accounts
-from clients.errors import WITHHELD, RefusedError, SiteError
+from clients.errors import WITHHELD, MemoryShortError, RefusedError, SiteError, TrainerDiffersError
 from clients.evaluator import Evaluator, PersonalEvaluator
 from clients.own_disk import check_folder
 from clients.personal import PersonalStore
@@ -130,6 +131,11 @@ class Worker:
             store = PersonalStore(Path(job.store or job.limits.folder))
             accounts = Accounts(job.limits, config, self._sync) if config.privacy.mode == "dp" else None
             trainer = Trainer(StartTensors(model, store), job.data, accounts, self._train)
+            if job.agreed and job.agreed != self._description(model).agreed:
+                raise TrainerDiffersError(
+                    f"a trainer that was started again on {socket.gethostname()} runs other code, or has another base "
+                    "model or other seeded tensors, than those with which the run began"
+                )
             self._loaded = LoadedJob(job, model, store, accounts, trainer, Evaluator(model), PersonalEvaluator(trainer))
         return self._loaded
 
@@ -159,6 +165,12 @@ class Worker:
         """Return PEFT adapters of clients: :meth:`clients.evaluator.PersonalEvaluator.export`."""
         return self.loaded.personal.export(instruction)
 
+    def row_tokens(self) -> list[float]:
+        """Return the mean tokens of each client's training rows; 0 where it has none."""
+        cost, data = self.loaded.model.examples["train"].cost, self.loaded.job.data
+        rows = map(data.training_rows, range(len(data.clients)))
+        return [float(cost[own].mean()) if len(own) else 0.0 for own in rows]
+
     def probe(self, instruction: Instruction) -> Speed:
         """Measure how fast this process is: :meth:`clients.evaluator.PersonalEvaluator.probe`."""
         return self.loaded.personal.probe(instruction)
@@ -172,21 +184,33 @@ class Worker:
             SiteError: The job cannot be loaded, in words that may leave.
         """
         try:
-            return self._description()
+            return self._description(self.loaded.model)
         except Exception as error:
             raise SiteError(self._reason(error)) from None
 
     def train(self, instruction: Instruction) -> list[Update]:
-        """Train a pack for a round; one update a client, in order, also where it came to nothing."""
+        """Train a pack for a round; one update a client, in order, also where it came to nothing.
+
+        Raises:
+            MemoryShortError: It takes more memory than there is; a smaller pack may not.
+            TrainerDiffersError: It is for another trainer to do.
+        """
         try:
             self._check(instruction)
             return self.loaded.trainer.train(instruction)
+        except (MemoryShortError, TrainerDiffersError):
+            raise
         except Exception as error:
             reason = self._reason(error)
             return [Update(ClientReport.failed(client, reason)) for client in instruction.clients]
 
     def reduce(self, instruction: Instruction) -> tuple[list[ClientReport], Reduction]:
-        """Train a pack for a round; return its reports and its updates, reduced: one of them leaves for all."""
+        """Train a pack for a round; return its reports and its updates, reduced: one of them leaves for all.
+
+        Raises:
+            MemoryShortError: As :meth:`train` does; nothing is reduced then.
+            TrainerDiffersError: The same.
+        """
         return fold(instruction, self.train(instruction), self.threads)
 
     def report(self, instruction: Instruction) -> list[ClientReport]:
@@ -199,6 +223,8 @@ class Worker:
             if self.loaded.accounts is not None:
                 raise RefusedError("a client under DP does not report how its model does on its rows")
             return self.evaluate_personal(instruction)
+        except TrainerDiffersError:
+            raise
         except Exception as error:
             reason = self._reason(error)
             return [ClientReport.failed(client, reason) for client in instruction.clients]
@@ -208,8 +234,7 @@ class Worker:
         model = self.loaded.model
         self.loaded.job.limits.check_instruction(instruction, model.specs, model.config)
 
-    def _description(self) -> Description:
-        model = self.loaded.model
+    def _description(self, model: LoadedModel) -> Description:
         structure = model.engine.base.structure
         return Description(
             specs=model.specs,
@@ -223,6 +248,7 @@ class Worker:
             fingerprint=plugins.fingerprint(model.config.run.plugins),
             device=str(model.engine.device),
             threads=self.threads,
+            host=socket.gethostname(),
             pid=os.getpid(),
             base_loads=self._resident.loads,
             remarks=model.remarks,

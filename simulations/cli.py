@@ -22,6 +22,7 @@ from fedlora.runs.lock import held, refuse_held
 from fedlora.storage import StorageError, check_can_write, write_whole, writing
 from simulations import push, try_adapter
 from simulations.advice import check_can_suggest, suggest
+from simulations.cluster import check_options
 from simulations.exits import exit_with
 from simulations.launch import end_abandoned, launch, run_side_by_side
 from simulations.options import absolute_paths, for_tuning, read_options, read_overrides
@@ -118,6 +119,7 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         return _audit(config, console)
     if options.command == "tune":
         return _tune(config, options, console)
+    check_options(options.federation_config)
     end_abandoned(run_path(config))
     RunFolder.check(config)
     tried = Preflight(_NODES, rows=_TRIED)
@@ -134,6 +136,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: must be at least 1.")
+    check_options(options.federation_config, options.workers)
     app = Path(options.app).expanduser().resolve()
     asked = Sweep.read(str(options.file), read_overrides(app, []), read_options(options.run_config))
     grid = {key: [absolute_paths({**asked.base, key: value})[key] for value in asked.grid[key]] for key in asked.grid}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import final
 
 from clients.limits import SiteLimits
-from clients.shards import split_packs
+from clients.shards import deal
 from clients.site import Job
 from clients.worker import Worker
 from fedlora.config import Config
@@ -113,4 +113,4 @@ class InProcess:
         return task.metrics({name: value / rows for name, value in task.sums(facts).items()})
 
     def _packs(self, told: Instruction) -> Sequence[Instruction]:
-        return [told.part(pack) for pack in split_packs(told.clients, told.pack, trainers=1)]
+        return [told.part(pack.clients) for pack in deal(told.clients, told.pack, [1.0])]

@@ -11,7 +11,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from clients.shards import split_packs
+from clients.shards import Pack, Shard, deal, weights
+from clients.site import Speed
 from fedlora.config import Config
 from fedlora.data import FederatedData
 from fedlora.data.targets import spread_note
@@ -19,12 +20,14 @@ from fedlora.methods import TensorSpec, count_parameters, payload_bytes
 from fedlora.reports.format import human_bytes
 from fedlora.reports.tables import clients_table
 from fedlora.roles import TRAINED, UP, Role
-from fedlora.server import Federation, Payloads, assigned
+from fedlora.server import Federation, Payloads
 from fedlora.strategy import Strategy
 from fedlora.tasks import TASKS
+from fedlora.workload import examples_seen, local_steps, predicted_tokens
 from simulations.advice import learns_from, verdict
 from simulations.privacy import PrivacyPlan
 from simulations.rates import rate_line
+from simulations.shard_plan import shards_lines, shards_record
 from strategies.server_optimizers import learning_rate
 
 
@@ -43,6 +46,8 @@ class Plan:
         nodes: SuperNodes to which clients are assigned.
         trainers: Trainers that work side by side.
         remarks: What may surprise of the model.
+        shards: What each trainer owns; empty: it is not known yet.
+        row_tokens: Mean tokens of each client's training rows; empty: they are not known yet, and all alike.
     """
 
     config: Config
@@ -55,6 +60,8 @@ class Plan:
     nodes: int
     trainers: int
     remarks: tuple[str, ...] = ()
+    shards: tuple[Shard, ...] = ()
+    row_tokens: tuple[float, ...] = ()
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -65,6 +72,11 @@ class Plan:
     def privacy(self) -> PrivacyPlan | None:
         """What its privacy comes to; None where it has none."""
         return PrivacyPlan(self.config, trained_in_a_round(self.strategy)) if self.config.privacy.mode == "dp" else None
+
+    @property
+    def keeps_at_clients(self) -> bool:
+        """Whether clients keep something in the run folder: ledgers, personal tensors, control variates."""
+        return self.privacy is not None or self.strategy.has_personal or self.strategy.local(1).scaffold > 0
 
     @property
     def sampled(self) -> int:
@@ -105,40 +117,44 @@ class Plan:
 
     def steps(self) -> list[int]:
         """Return each client's local steps in a round that it takes part in."""
-        train = self.config.train
         if self.privacy is not None:
             return [self.privacy.mechanism.steps] * len(self.data.clients)
-        rows = [len(self.data.training_rows(client)) for client in range(len(self.data.clients))]
-        return [train.local_steps or train.local_epochs * -(-count // train.batch_size) for count in rows]
+        return [local_steps(rows, self.config.train) for rows in self._rows()]
 
     def examples_by_client(self) -> list[int]:
         """Return the examples that each client sees in a round that it takes part in; under DP what it expects to."""
-        train = self.config.train
-        seen = []
         if self.privacy is not None:
             rate = self.privacy.mechanism.sample_rate
-            return [
-                round(steps * rate * len(self.data.training_rows(client))) for client, steps in enumerate(self.steps())
-            ]
-        for client, steps in enumerate(self.steps()):
-            rows = len(self.data.training_rows(client))
-            per_epoch = -(-rows // train.batch_size)
-            epochs, rest = divmod(steps, per_epoch)
-            seen.append(epochs * rows + min(rest * train.batch_size, rows))
-        return seen
+            return [round(steps * rate * rows) for steps, rows in zip(self.steps(), self._rows(), strict=True)]
+        return [examples_seen(rows, self.config.train) for rows in self._rows()]
+
+    def _rows(self) -> list[int]:
+        """Return each client's training rows."""
+        return [len(self.data.training_rows(client)) for client in range(len(self.data.clients))]
+
+    @cached_property
+    def work(self) -> dict[int, float]:
+        """The tokens of each client's round, by which it is dealt to a trainer; examples where tokens are not known."""
+        seen = self.examples_by_client()
+        tokens = self.row_tokens or (1.0,) * len(seen)
+        return {client: predicted_tokens(seen[client], tokens[client]) for client in range(len(seen))}
 
     def examples(self, rounds: int) -> int:
         """Return the examples that all clients see in so many rounds."""
         seen = self.examples_by_client()
         return sum(seen[client] for number in range(1, rounds + 1) for client in self.federation.cohort(number))
 
-    def packs(self) -> int:
-        """Return the packs of the first round."""
-        nodes = assigned(self.federation.cohort(1), range(self.nodes))
-        return sum(len(split_packs(own, self.config.engine.pack, self.trainers)) for own in nodes.values())
+    @cached_property
+    def packs(self) -> list[Pack]:
+        """The packs of the first round, before any trainer was measured."""
+        return deal(self.federation.cohort(1), self.config.engine.pack, weights([0.0] * self.trainers), self.work)
 
-    def record(self) -> dict[str, Any]:
-        """Return the plan as plain values, for ``plan.json``."""
+    def record(self, speed: Speed | None = None) -> dict[str, Any]:
+        """Return the plan as plain values, for ``plan.json``.
+
+        Args:
+            speed: What a probe measured; None: there was none.
+        """
         measure = TASKS[self.config.task].measure
         up, down, cached = self.payloads.cycle()
         return {
@@ -156,9 +172,10 @@ class Plan:
             "bytes_down_cached_per_client": cached,
             "bytes_up_by_round": self.traffic[0],
             "bytes_down_by_round": self.traffic[1],
-            "packs": self.packs(),
+            "packs": len(self.packs),
             "nodes": self.nodes,
             "trainers": self.trainers,
+            **({"shards": shards_record(self.shards, self.packs, speed)} if self.shards else {}),
             **({"privacy": self._privacy_record(self.privacy)} if self.privacy is not None else {}),
         }
 
@@ -205,10 +222,11 @@ class Plan:
             f"base model: {self.num_parameters:,} parameters, {self.num_layers} adapted layers, "
             f"{self.trained_parameters():,} trained parameters a client",
             *self.remarks,
-            f"rounds: {config.rounds} of {self.sampled} of {config.federation.num_clients} clients, in {self.packs()} "
-            f"pack(s) on {self.trainers} trainer(s); {min(steps)} to {max(steps)} local steps of "
+            f"rounds: {config.rounds} of {self.sampled} of {config.federation.num_clients} clients, in "
+            f"{len(self.packs)} pack(s) on {self.trainers} trainer(s); {min(steps)} to {max(steps)} local steps of "
             f"{config.train.batch_size} examples",
             rate_line(config),
+            *shards_lines(self.shards, self.packs),
             *([f"data: {self.data.corpus.shape}"] if self.data.corpus.shape else []),
             f"reported: {self.measure.replace('_', ' ')}"
             + (" (each client on the rows it holds out)" if self.strategy.has_personal else ""),

@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
+import numpy as np
+from numpy.typing import NDArray
+
+from clients.shards import plan_shards
 from fedlora.config import Config
-from fedlora.data import Corpus, load_corpus, partitioned
+from fedlora.data import Corpus, FederatedData, load_corpus, partitioned
 from fedlora.data.partition import check_enough
 from fedlora.hub import check_model
 from fedlora.methods import build_method
 from fedlora.tasks import TASKS
+from simulations.cluster import machines_of_a_run
 from simulations.plan import Plan
 from simulations.setup import asked_clients, federation_of, settle
 from strategies.build import build_strategy
@@ -68,6 +73,8 @@ class Preflight:
         if clients not in self._data:
             self._data[clients] = partitioned(corpus, config, clients)
         config, data = settle(config, self._nodes, self._data[clients])
+        remarks, cost = self._tried(config, structure, corpus, labels)
+        shards = tuple(plan_shards(self._once("machines", make=machines_of_a_run), config.engine.trainers))
         plan = Plan(
             config=config,
             data=data,
@@ -77,8 +84,10 @@ class Preflight:
             num_parameters=structure.num_parameters,
             num_layers=len(structure.adapted),
             nodes=self._nodes,
-            trainers=config.engine.trainers or 1,
-            remarks=self._tried(config, structure, corpus, labels),
+            trainers=len(shards),
+            remarks=remarks,
+            shards=shards,
+            row_tokens=self._row_tokens(data, cost),
         )
         return plan, structure
 
@@ -124,8 +133,17 @@ class Preflight:
         check_length(structure, config.train.max_length)
         return structure, labels
 
-    def _tried(self, config: Config, structure: Structure, corpus: Corpus, labels: tuple[str, ...]) -> tuple[str, ...]:
-        """Tokenize the rows and rehearse the model; return what may surprise."""
+    def _row_tokens(self, data: FederatedData, cost: NDArray[np.int64]) -> tuple[float, ...]:
+        """Return the mean tokens of each client's training rows; nothing where not all rows were tokenized."""
+        if self._rows is not None and len(data.corpus.train) > self._rows:
+            return ()
+        rows = map(data.training_rows, range(len(data.clients)))
+        return tuple(float(cost[own].mean()) if len(own) else 0.0 for own in rows)
+
+    def _tried(
+        self, config: Config, structure: Structure, corpus: Corpus, labels: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+        """Tokenize the rows and rehearse the model; return what may surprise, and the tokens of training rows."""
         from clients.resident import model_remarks
         from fedlora.engine.rehearsal import rehearse
         from fedlora.models import load_tokenizer
@@ -135,19 +153,21 @@ class Preflight:
         inputs = (config.model, config.task, config.data.chat_template, config.plugin_options, length)
         task: Any = self._once("task", *inputs, make=lambda: TASKS[config.task].build(tokenizer, config))
 
-        def encode() -> None:
-            for table in corpus.splits.values():
-                task.encode(table.first(self._rows), tokenizer, length)
+        def encode() -> Any:
+            return {
+                split: task.encode(table.first(self._rows), tokenizer, length).cost
+                for split, table in corpus.splits.items()
+            }
 
         def batching() -> Batching | None:
             engine = rehearse(config, structure, task, tokenizer, outputs)
             return engine.batching if engine else None
 
-        self._once("rows", *inputs, self._read, make=encode)
+        cost = self._once("rows", *inputs, self._read, make=encode)["train"]
         found = self._once("batching", *inputs, outputs, config.method.target_modules, make=batching)
         remarks = model_remarks(structure, labels, found, config, corpus.classes)
         untried = "note: whether rows can be kept apart in this model is found out when it is loaded"
-        return remarks if found is not None else (*remarks, untried)
+        return (remarks if found is not None else (*remarks, untried)), cost
 
 
 def _outputs(config: Config, corpus: Corpus) -> int:

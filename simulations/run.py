@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Result
 from rich.console import Console
 
 from clients.accounts import Accounts
-from clients.site import Description
+from clients.site import Description, Speed
 from fedlora.fingerprint import CLIENT_PACKAGES, code_fingerprint
 from fedlora.reports.format import human_time
 from fedlora.reports.plots import plot_partition
@@ -35,8 +35,11 @@ from fedlora.server.personal import Sums
 from fedlora.state import ServerState
 from fedlora.tasks import TASKS
 from fedlora.wire import named_arrays
+from simulations.dealing import DealtNodes
+from simulations.losses import TrainerLosses
 from simulations.plan import Plan
 from simulations.researcher import PrivacyFile, SiteNotes, epsilon_spent
+from simulations.shard_plan import busiest
 from simulations.trainers import TrainerEvaluator
 
 Baselines = Callable[["Run"], Mapping[str, float]]
@@ -81,11 +84,12 @@ class Run:
     def __init__(self, parts: Parts, started: float) -> None:
         self.parts, self.plan, self.started = parts, parts.plan, started
         self.task = TASKS[parts.plan.config.task]
-        self.flower = FlowerStrategy(parts.plan.strategy, parts.plan.federation)
+        self.flower = FlowerStrategy(parts.plan.strategy, parts.plan.federation, nodes=_nodes(parts))
         self.lines: list[dict[str, Any]] = []
         self.before: dict[str, float] = {}
         self.sums: Mapping[int, Sums] = {}
         self.privacy = PrivacyFile(parts.plan, parts.folder, parts.accounts, parts.description.device)
+        self._losses = TrainerLosses(parts.evaluator.pool, parts.folder, parts.console)
         self._trackers: Trackers | None = None
 
     @property
@@ -109,6 +113,7 @@ class Run:
             )
         finally:
             self.privacy.write(self.flower.state.clients)  # what a round that did not end has cost, too
+            self._losses.write()
         personal = self.flower.personal
         if personal is not None and not self.sums:
             self.sums = personal.sums  # of a run that was continued after its last round
@@ -140,7 +145,7 @@ class Run:
                 )
         self._write_start()
         if not parts.console.quiet and completed < config.rounds:
-            self._estimate(completed)
+            parts.folder.write_json("plan.json", self.plan.record(self._estimate(completed)))
         return completed
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -151,7 +156,7 @@ class Run:
 
     def _packing(self) -> dict[str, int]:
         """What decides, beside the configuration, which clients are packed together."""
-        return {"nodes": self.plan.nodes, "trainers": self.plan.trainers}
+        return {"trainers": self.plan.trainers}
 
     def _write_start(self) -> None:
         folder, data = self.parts.folder, self.plan.data
@@ -172,8 +177,8 @@ class Run:
             f"{self.plan.trainers} trainer(s) of {described.threads} thread(s) on {described.device}"
         )
 
-    def _estimate(self, completed: int) -> None:
-        """Print how long the rounds will take, by a short probe."""
+    def _estimate(self, completed: int) -> Speed:
+        """Print how long the rounds will take, by a short probe, and return what it measured."""
         plan, number = self.plan, completed + 1
         cohort, roles = plan.federation.cohort(number), plan.strategy.all_roles(number)
         speed = self.parts.evaluator.probe(self.tensors, roles, number, cohort)
@@ -187,6 +192,9 @@ class Run:
             f"estimate from a probe: {human_time(total_s)} for {rounds} round(s), at {1 / speed.train_s:,.0f} tokens/s "
             f"in training and {1 / speed.evaluate_s:,.0f} in evaluation on each trainer"
         )
+        for line in busiest(plan.shards, plan.packs, speed):
+            self.parts.console.print(line, markup=False)
+        return speed
 
     # -- rounds -------------------------------------------------------------------------------------------
 
@@ -205,6 +213,7 @@ class Run:
             self._trackers,
             Checkpoints(parts.folder, self._checkpoint_facts),
             Progress(parts.console, plan.config.rounds, plan.measure, beside),
+            self._losses,
             *notes,
         ]
 
@@ -253,3 +262,7 @@ class Run:
             "before": self.before,
             "seconds": time.monotonic() - self.started,
         }
+
+
+def _nodes(parts: Parts) -> DealtNodes:
+    return DealtNodes(parts.evaluator.pool, parts.plan.config.engine.pack, parts.plan.work)

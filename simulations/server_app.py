@@ -9,7 +9,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid
 from rich.console import Console
 
-from clients.ray_site import TrainerLostError
+from clients.errors import TrainerLostError
 from fedlora.server import FederationError
 from fedlora.storage import StorageError
 from simulations.session import Session

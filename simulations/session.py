@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,8 +13,10 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from clients.accounts import Accounts
+from clients.errors import RefusedError
 from clients.limits import SiteLimits
-from clients.ray_site import TrainerPool
+from clients.own_disk import check_folder, folder_id
+from clients.pool import TrainerPool, machines
 from clients.shards import Shard, plan_shards
 from clients.site import Description, Job
 from fedlora import plugins
@@ -77,6 +80,7 @@ class Session:
         pool = self.assigned(config, data)
         description = check_trainers(pool, config)
         strategy = build_strategy(config, description.specs, frozen)
+        (row_tokens,) = pool.results(lambda worker, _: worker.row_tokens(), [None])
         plan = Plan(
             config=config,
             data=data,
@@ -88,9 +92,15 @@ class Session:
             nodes=self.nodes,
             trainers=len(pool),
             remarks=description.remarks,
+            shards=tuple(self._shards),
+            row_tokens=tuple(row_tokens),
         )
         # Not before: a model that is not there should not take the run's name.
         with RunFolder.opened(config) as folder:
+            apart = len({shard.node for shard in self._shards}) > 1 and plan.keeps_at_clients
+            known = check_disk(pool, config) if apart else ""
+            job = Job(config.to_flat(), data, _limits(config), folder_id=known, agreed=description.agreed)
+            pool.expect(job)
             evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.setting.ranks)
             accounts = Accounts(_limits(config), config) if config.privacy.mode == "dp" else None
             run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)
@@ -137,7 +147,7 @@ class Session:
     def assigned(self, config: Config, data: FederatedData) -> TrainerPool:
         """Return trainers at work on a run: those that are there, or new ones where they should be others."""
         job = Job(config.to_flat(), data, _limits(config))
-        shards = plan_shards(ray.cluster_resources(), config.engine.trainers)
+        shards = plan_shards(machines(), config.engine.trainers)
         if self._pool is not None and self._shards == shards:
             self._pool.assign(job)
             return self._pool
@@ -168,9 +178,10 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
         digest, elsewhere = other.fingerprint
         if digest != own:
             raise ValueError(
-                f"the server runs the code in {folders}, but the trainers imported {elsewhere}: a SuperLink that was "
-                "started in another checkout lends them its working directory. End that flower-superlink process and "
-                "start the run again from here."
+                f"the server runs the code in {folders}, but a trainer on {other.host} imported {elsewhere}: on a "
+                "machine of a Ray cluster the same commit of fedlora must be installed; on this one, a SuperLink that "
+                "was started in another checkout lends trainers its working directory: end that flower-superlink "
+                "process and start the run again from here."
             )
         if other.digest != first.digest:
             raise ValueError(
@@ -184,6 +195,28 @@ def check_trainers(pool: TrainerPool, config: Config) -> Description:
                 "must be the same on every machine, and nothing may change what they give."
             )
     return first
+
+
+def check_disk(pool: TrainerPool, config: Config) -> str:
+    """Return what the folder of what clients keep is known by; refuse machines that do not share it.
+
+    What a client kept on one machine's disk would be missing where it is dealt to another machine: a ledger that
+    began anew there would be a new budget.
+
+    Raises:
+        ValueError: They do not.
+    """
+    limits = _limits(config)
+    known = folder_id(Path(limits.folder))
+    try:
+        pool.everywhere(lambda worker, _: check_folder(Path(limits.folder), known))
+    except RefusedError:
+        raise ValueError(
+            f"run.dir = {config.run.dir!r}: not every machine of the Ray cluster sees {limits.folder}, where "
+            "clients keep their privacy ledgers and what they do not send; set run.dir to storage that all of them "
+            "share."
+        ) from None
+    return known
 
 
 def _wait_for_nodes(grid: Grid) -> int:

@@ -23,6 +23,7 @@ import psutil
 
 from clients.own_ray import RAY_ENVIRONMENT
 from fedlora.runs.lock import COMMAND, this_command
+from simulations import cluster
 from simulations.keeper import end_processes
 
 # What Flower does by itself at start-up and a run must not: install [project].dependencies anew (torch among
@@ -65,6 +66,9 @@ def begin_superlink(home: Path) -> SuperLink:
     """Begin to start a SuperLink for simulations whose files are in ``home``; :func:`start_superlink` waits for it."""
     # What Ray leaves goes with the home; a run folder's lock names the command.
     environment = {"RAY_TMPDIR": str(home), **flower_environment(home), COMMAND: this_command()}
+    if cluster.named():
+        cluster.put_command(home / "bin")
+        environment["PATH"] = os.pathsep.join([str(home / "bin"), environment["PATH"]])
     command = [flower_command("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(_port(environment)), "--database", str(home / "state.db")]
     with superlink_log(home).open("ab") as log:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.ray_site import TrainerPool
-from clients.shards import split_packs
+from clients.pool import TrainerPool
+from clients.shards import Pack, deal, spread_rows
 from clients.site import Speed
 from fedlora.exchange import Instruction, Tensors
 from fedlora.generated import Answer
@@ -33,11 +34,11 @@ class TrainerEvaluator:
 
     def facts(self, tensors: Tensors, split: str, rows: Sequence[int]) -> dict[str, NDArray[np.float64]]:
         """Return facts of each of these rows of a split under the server's tensors, by name, [rows] each."""
-        shares = [np.arange(first, len(rows), len(self.pool)) for first in range(len(self.pool))]
-        shares = [share for share in shares if len(share)]
+        packs, shares = self._shares(len(rows))
         parts = self.pool.results(
             lambda worker, item: worker.evaluate(*item),
-            [(tensors, split, [rows[int(at)] for at in share]) for share in shares],
+            [(tensors, split, [rows[at] for at in share]) for share in shares],
+            packs=packs,
         )
         facts = {name: np.zeros(len(rows)) for name in parts[0]}
         for share, part in zip(shares, parts, strict=True):
@@ -57,33 +58,42 @@ class TrainerEvaluator:
             clients: The clients.
             split: Evaluate each on all rows of this split; empty: on those that it holds out.
         """
-        packs = split_packs(sorted(clients), self.pack, len(self.pool))
-        items = [(self._instruction(tensors, roles, server_round, pack), split) for pack in packs]
-        parts = self.pool.results(lambda worker, item: worker.evaluate_personal(*item), items)
+        packs = self._packs(clients)
+        items = [(self._instruction(tensors, roles, server_round, pack.clients), split) for pack in packs]
+        parts = self.pool.results(lambda worker, item: worker.evaluate_personal(*item), items, packs=packs)
         return {report.client: sums_of(report) for part in parts for report in part}
 
     def answers(self, tensors: Tensors, split: str, rows: Sequence[int]) -> list[Answer]:
         """Return what the server's model writes for each of these rows of a split."""
-        shares = [rows[first :: len(self.pool)] for first in range(min(len(self.pool), len(rows)))]
+        packs, shares = self._shares(len(rows))
         parts = self.pool.results(
-            lambda worker, item: worker.answers(*item), [(tensors, split, list(share)) for share in shares]
+            lambda worker, item: worker.answers(*item),
+            [(tensors, split, [rows[at] for at in share]) for share in shares],
+            packs=packs,
         )
         written: dict[int, Answer] = {}
         for share, part in zip(shares, parts, strict=True):
-            written |= dict(zip(share, part, strict=True))
+            written |= dict(zip((rows[at] for at in share), part, strict=True))
         return [written[row] for row in rows]
 
     def answers_personal(
         self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, counts: Mapping[int, int]
     ) -> list[Answer]:
         """Return what clients' own models write for the first rows that each holds out, so many of each client."""
-        packs = split_packs(sorted(counts), self.pack, len(self.pool))
+        packs = self._packs(list(counts))
         items = [
-            (self._instruction(tensors, roles, server_round, pack), [counts[client] for client in pack])
+            (
+                self._instruction(tensors, roles, server_round, pack.clients),
+                [counts[client] for client in pack.clients],
+            )
             for pack in packs
         ]
-        parts = self.pool.results(lambda worker, item: worker.answers_personal(*item), items)
-        return [answer for part in parts for answer in part]
+        parts = self.pool.results(lambda worker, item: worker.answers_personal(*item), items, packs=packs)
+        own: dict[int, Sequence[Answer]] = {}
+        for pack, part in zip(packs, parts, strict=True):
+            ends = np.cumsum([counts[client] for client in pack.clients])
+            own |= {client: part[end - counts[client] : end] for client, end in zip(pack.clients, ends, strict=True)}
+        return [answer for client in sorted(own) for answer in own[client]]
 
     def export(
         self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int] = ()
@@ -96,10 +106,20 @@ class TrainerEvaluator:
 
     def probe(self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int]) -> Speed:
         """Return how fast a trainer trains and evaluates a few rows of a pack of these clients."""
-        pack = split_packs(clients, self.pack, len(self.pool))[0]
-        item = self._instruction(tensors, roles, server_round, pack)
-        (speed,) = self.pool.results(lambda worker, item: worker.probe(item), [item])
+        pack = self._packs(clients)[0]
+        item = self._instruction(tensors, roles, server_round, pack.clients)
+        (speed,) = self.pool.results(lambda worker, item: worker.probe(item), [item], packs=[pack])
         return speed
+
+    def _packs(self, clients: Sequence[int]) -> list[Pack]:
+        """Return packs of clients, dealt to the trainers that are there."""
+        return [replace(pack, work=0.0) for pack in deal(clients, self.pack, self.pool.shares())]
+
+    def _shares(self, rows: int) -> tuple[list[Pack], list[list[int]]]:
+        """Return the places of the rows that trainers evaluate, and who does each part."""
+        shares = spread_rows(rows, self.pool.shares())
+        able = [(Pack(trainer, ()), share) for trainer, share in enumerate(shares) if share]
+        return [pack for pack, _ in able], [share for _, share in able]
 
     def _instruction(
         self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int]
@@ -110,5 +130,11 @@ class TrainerEvaluator:
 
 def describe(pool: TrainerPool) -> list[dict[str, Any]]:
     """Return what each trainer reports of itself, for ``trainers.json``."""
-    kept = ("device", "threads", "pid", "base_loads", "digest")
-    return [{key: getattr(one, key) for key in kept} for one in pool.everywhere(lambda worker, _: worker.describe())]
+    kept = ("device", "threads", "host", "pid", "base_loads", "digest")
+    described = {(one.host, one.pid): one for one in pool.everywhere(lambda worker, _: worker.describe())}
+    return [
+        {"trainer": number, "node": one.node, "tokens_per_s": one.speed}
+        | {key: getattr(described[one.host, one.pid], key) for key in kept}
+        for number, one in enumerate(pool.standings())
+        if (one.host, one.pid) in described
+    ]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clients.shards import Shard
+from clients.site import Speed
 from fedlora.engine import plan_batches
 from fedlora.seeded import Seeded
 from strategies import STRATEGIES
 from tests.support.plans import plan, shown
+from tests.support.trainers import tiny_worker
 
 
 def test_clients_with_one_class_are_named(tmp_path: Path) -> None:
@@ -39,6 +43,31 @@ def test_examples_are_those_that_training_sees(tmp_path: Path, train: dict[str, 
             assert len(batches) == one.steps()[client]
             seen += sum(map(len, batches))
     assert one.examples(3) == seen
+
+
+def test_predicted_work_is_the_tokens_that_training_sees(tmp_path: Path) -> None:
+    """Exactly, where each row is seen as often as any other; and all that a run prints of shards goes by it."""
+    changes = {"data.alpha": 0.3, "train.local-steps": 0, "train.local-epochs": 2}
+    worker = tiny_worker(tmp_path, **changes)
+    one = replace(
+        plan(tmp_path, **changes),
+        row_tokens=tuple(worker.row_tokens()),
+        trainers=2,
+        shards=(Shard(4, 0.5, "n", "node7"), Shard(2, 0.0)),
+    )
+    cost = worker.loaded.model.examples["train"].cost
+    for client, predicted in one.work.items():
+        batches = plan_batches(Seeded(0), 1, client, one.data.training_rows(client), one.config.train)
+        assert predicted == pytest.approx(sum(int(cost[batch].sum()) for batch in batches))
+    assert len(set(one.work.values())) == 4, "clients differ"
+    first, second = one.record(Speed(1e-3, 1e-4, 10.0, 1000, 2**30))["shards"]
+    assert first["work"] + second["work"] == pytest.approx(1)
+    assert first["seconds"] == pytest.approx(1e-3 * sum(one.work[client] for client in first["clients"]))
+    assert first["memory_bytes"] == 2**30
+    clients = ", ".join(map(str, first["clients"]))
+    said = f"trainer 0 on node7, 0.5 of a GPU and 4 thread(s): client(s) {clients} in 1 pack(s), {first['work']:.0%} of"
+    assert said in shown(one)
+    assert "trainer 1 on this machine, 2 thread(s): client(s) " in shown(one)
 
 
 def test_what_is_measured(tmp_path: Path) -> None:

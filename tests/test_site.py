@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clients.errors import WITHHELD, RefusedError, SiteError
-from clients.ray_site import RaySite, TrainerLostError
+from clients.errors import WITHHELD, RefusedError, SiteError, TrainerLostError
+from clients.ray_site import RaySite
 from clients.site import Job
 from clients.worker import Worker
 from fedlora.engine import ClientResult
@@ -97,7 +97,7 @@ class Failing(InProcess):
 
     error: Exception
 
-    def outcomes(self, work: Any, items: Any, *, first: int = 0, timeout: float | None = None) -> Iterator[Any]:
+    def outcomes(self, work: Any, items: Any, *, packs: Any = (), server_round: int = 0) -> Iterator[Any]:
         yield from [self.error] * len(items)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,21 @@ import numpy as np
 import pytest
 
 from clients import resident
+from clients.limits import SiteLimits
 from clients.personal import PersonalStore
-from clients.shards import plan_shards, split_packs
+from clients.site import Job
 from clients.worker import Worker
-from fedlora.data import load_corpus
-from fedlora.engine import Batching, Engine
+from fedlora.data import load_corpus, load_federated
+from fedlora.engine import Batching, Engine, train_pack
 from fedlora.exchange import Instruction, Outcome
 from fedlora.plugins import read_config
 from fedlora.reduce import Reduced
 from fedlora.roles import Role
 from simulations.setup import resolve
 from strategies.build import build_strategy
+from tests.support import trainers
 from tests.support.tiny import save_tiny_model
-from tests.support.trainers import tiny_flat, tiny_worker
+from tests.support.trainers import dp_config, tiny_flat, tiny_worker
 
 ROLES = {"A": Role.FROZEN, "B": Role.SHARED, "head": Role.PERSONAL}
 
@@ -160,33 +163,6 @@ def test_store_drops_what_the_server_went_back_from(tmp_path: Path) -> None:
     assert store.load(8, 3) is None
 
 
-def test_packs() -> None:
-    assert split_packs([3, 1, 2, 0, 4], 2, 9) == [(0, 1), (2, 3), (4,)]
-    assert split_packs(range(10), 0, 4) == [(0, 1, 2), (3, 4, 5), (6, 7, 8), (9,)]
-    assert split_packs([5], 0, 3) == [(5,)]
-    assert len(split_packs(range(1000), 0, 2)) == 16, "64 clients a pack at most"
-
-
-@pytest.mark.parametrize(
-    ("resources", "wanted", "trainers", "threads", "gpus"),
-    [
-        ({"CPU": 2}, 0, 1, 2, 0.0),
-        ({"CPU": 1}, 0, 1, 1, 0.0),
-        ({"CPU": 16}, 0, 4, 4, 0.0),
-        ({"CPU": 16}, 2, 2, 8, 0.0),
-        ({"CPU": 16, "GPU": 1}, 0, 1, 16, 1.0),
-        ({"CPU": 32, "GPU": 2}, 4, 4, 8, 0.5),
-        ({"CPU": 32, "GPU": 2}, 3, 3, 10, 0.5),
-        ({"CPU": 32, "GPU": 1}, 7, 7, 4, 0.1428),
-        ({"CPU": 2}, 3, 3, 1, 0.0),
-    ],
-)
-def test_shards(resources: dict[str, float], wanted: int, trainers: int, threads: int, gpus: float) -> None:
-    shards = plan_shards(resources, wanted)
-    assert len(shards) == trainers
-    assert {(shard.threads, shard.gpus) for shard in shards} == {(threads, gpus)}
-
-
 def test_a_length_that_the_model_cannot_take(tmp_path: Path) -> None:
     worker = tiny_worker(tmp_path, **{"train.max-length": 65})
     with pytest.raises(ValueError, match=r"train.max-length = 65: the model takes 64 tokens at most"):
@@ -224,3 +200,24 @@ def test_padding_token_inside_a_text_is_refused(tmp_path: Path) -> None:
 def test_configuration_survives_the_way_to_a_trainer(tmp_path: Path) -> None:
     config = resolve(tiny_flat(tmp_path))
     assert read_config(config.to_flat()) == config
+
+
+@pytest.mark.parametrize("dp", [False, True])
+def test_a_probe_on_a_cpu_takes_a_few_clients_after_one(dp: bool, tmp_path: Path) -> None:
+    """What it measures is by token, so a pack of thousands need not train for an estimate; nothing is paid for it."""
+    packs: list[list[int]] = []
+
+    def watched(engine: Any, works: Any, *args: Any, **more: Any) -> Any:
+        packs.append([work.client for work in works])
+        return train_pack(engine, works, *args, **more)
+
+    folder = tmp_path
+    config = dp_config(folder) if dp else resolve(tiny_flat(folder))
+    data = load_federated(config, 6)
+    job = Job(config.to_flat(), data, SiteLimits(str(folder / "sites")))
+    worker = Worker(lambda: job, 1, watched)
+    speed = worker.probe(replace(trainers.instruction(worker), clients=tuple(range(6)), ledger_heads=()))
+    assert packs == [[0], [0, 1, 2, 3]]
+    assert min(speed.train_s, speed.evaluate_s) > 0
+    assert speed.measured_tokens == int(worker.loaded.model.examples["test"].cost.sum())
+    assert not list((folder / "sites").glob("*/ledger.jsonl"))

@@ -144,7 +144,7 @@ class EngineConfig:
     pack: int = 0
     """Clients trained together; 0: automatic."""
     trainers: int = 0
-    """Trainer processes; 0: chosen from the machine."""
+    """Trainers on all machines together; 0: one for each GPU, or for every four cores where there is none."""
     compile: bool = True
     """Whether a GPU runs the model's repeated blocks compiled (torch.compile): steps are up to twice as fast, the first
     load of a model takes up to a minute longer. Not read on a CPU."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
@@ -17,6 +17,7 @@ from fedlora.config import Config, ConfigError, from_toml
 from fedlora.config.data_section import column_names
 from fedlora.metrics import OUTSIDE, Metric, Population, is_covered
 from fedlora.plugins import schema
+from fedlora.reports.losses import FILE as LOSSES_FILE
 from fedlora.runs.folder import read_lines
 from fedlora.runs.privacy import FILE as PRIVACY_FILE
 from fedlora.runs.ranks import read_strengths
@@ -36,6 +37,7 @@ class Run:
         scores: Lines of ``scores.jsonl``: each client on its own rows; empty where that is not measured.
         privacy: ``privacy.json``: what left the clients, under which guarantee, and what it cost.
         result: ``result.json``, or None where the run did not finish.
+        losses: Lines of ``losses.jsonl``: trainers that were lost; empty where none was.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Run:
     scores: list[dict[str, Any]]
     privacy: dict[str, Any]
     result: dict[str, Any] | None
+    losses: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -66,7 +69,8 @@ class Run:
             privacy = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"guarantee": "none"}
             done = path / "result.json"
             result = json.loads(done.read_text(encoding="utf-8")) if done.is_file() else None
-            return cls(path, config, lines("metrics.jsonl"), partition, plan, lines("scores.jsonl"), privacy, result)
+            metrics, scores, losses = (lines(name) for name in ("metrics.jsonl", "scores.jsonl", LOSSES_FILE))
+            return cls(path, config, metrics, partition, plan, scores, privacy, result, losses)
         except (OSError, tomllib.TOMLDecodeError, json.JSONDecodeError, ConfigError) as error:
             raise ValueError(f"{path} is not a run folder that can be read: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedlora.reports.format import number
+from fedlora.reports.losses import loss_line
 from fedlora.reports.plots import draw_clients, draw_curves, draw_epsilon, draw_ranks, plot_partition, write_plot
 from fedlora.reports.run import Run
 from fedlora.reports.tables import outcome
@@ -74,6 +75,8 @@ def _rounds(run: Run) -> list[str]:
             for line in run.metrics
         ),
         "",
+        *(f"- {loss_line(loss)}" for loss in run.losses),
+        *([""] if run.losses else []),
     ]
 
 

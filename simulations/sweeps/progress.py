@@ -10,7 +10,7 @@ from typing import Any, final
 
 from rich.console import Console
 
-from clients.ray_site import TrainerLostError
+from clients.errors import TrainerLostError
 from fedlora.messages import first_line
 from fedlora.reports.format import human_time
 from fedlora.storage import write_whole

@@ -38,6 +38,7 @@ def test_plain_flwr_run_with_one_client_a_node(flower: dict[str, str], tmp_path:
             "rounds": 3,
             "method.head": "personal",
             "engine.dtype": "float32",
+            "engine.pack": 1,
         },
     )
     config = tmp_path / "config.toml"

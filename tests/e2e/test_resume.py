@@ -109,6 +109,9 @@ def test_a_killed_trainer_is_restarted_and_its_pack_repeated(packed: Finished, t
     assert [line["clients_refused"] for line in run.metrics] == [0, 0, 0, 0]
     expected, tensors = packed.checkpoint(), run.checkpoint()
     assert tensors.keys() == expected.keys()
+    # Trainers of one thread beside one of two: their matrix products round differently.
     assert max(float(np.abs(tensors[name] - expected[name]).max()) for name in expected) < 1e-10
     loads = [trainer["base_loads"] for trainer in run.json("trainers.json")]
-    assert loads == [1, 1], "once in each process, the new one included"
+    assert set(loads) == {1}, "once in each process, the new one included, where the run was not over before"
+    (loss,) = read_lines(run.folder / "losses.jsonl")
+    assert f"trainer {loss['trainer']} on {loss['host']} was lost in round {loss['round']} (" in run.output

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from clients.errors import MemoryShortError
 from clients.limits import SiteLimits
-from clients.ray_site import TrainerPool
+from clients.pool import TrainerPool
+from clients.shards import Pack
 from clients.site import Job
 from clients.worker import Worker
 from fedlora.config import Config
@@ -93,10 +95,22 @@ class InProcess(TrainerPool):
     """Real workers in this process, called in turn."""
 
     def outcomes(
-        self, work: Callable[[Any, Any], Any], items: Sequence[Any], *, first: int = 0, timeout: float | None = None
+        self,
+        work: Callable[[Any, Any], Any],
+        items: Sequence[Any],
+        *,
+        packs: Sequence[Pack] = (),
+        server_round: int = 0,
     ) -> Iterator[Any]:
         for number, item in enumerate(items):
-            yield work(self.actors[(first + number) % len(self.actors)], item)
+            trainer = packs[number].trainer if packs else number % len(self.actors)
+            try:
+                yield work(self.actors[trainer], item)
+            except MemoryShortError as error:
+                yield error
+
+    def everywhere(self, work: Callable[[Any, None], Any], *, timeout: float | None = None) -> list[Any]:
+        return [work(worker, None) for worker in self.actors]
 
 
 class TokenMean(Classification):  # type: ignore[misc]

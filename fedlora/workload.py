@@ -1,0 +1,28 @@
+"""What a client's round amounts to before it is trained: steps, examples, tokens; arithmetic on counts alone."""
+
+from __future__ import annotations
+
+from fedlora.config import TrainConfig
+
+
+def local_steps(rows: int, train: TrainConfig) -> int:
+    """Return the steps that a client with so many training rows takes in a round."""
+    return train.local_steps or train.local_epochs * -(-rows // train.batch_size)
+
+
+def examples_seen(rows: int, train: TrainConfig) -> int:
+    """Return the examples that it sees: epoch after epoch, the last batch of each short."""
+    if not rows:
+        return 0
+    epochs, rest = divmod(local_steps(rows, train), -(-rows // train.batch_size))
+    return epochs * rows + rest * train.batch_size  # those of an epoch that is not whole are full
+
+
+def predicted_tokens(examples: float, row_tokens: float) -> float:
+    """Return the tokens of a client's round, by which it is dealt to a trainer.
+
+    Args:
+        examples: The examples that it sees; under DP those that it is expected to draw.
+        row_tokens: The mean tokens of its rows.
+    """
+    return examples * row_tokens
