@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo demo-dp test test-slow test-deploy check format config tables clean
+.PHONY: setup demo demo-dp test test-slow test-quantised test-deploy check format config tables clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,14 @@ test: setup
 test-slow: setup
 	$(UNIT) -m "not e2e and slow"
 	$(E2E) -m "e2e and slow"
+	$(MAKE) test-quantised
+
+# A quantised base. bitsandbytes lies apart: where it is installed, every process that imports PEFT imports it, for seconds.
+QUANTISATION := $(VENV)/quantisation
+test-quantised: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(QUANTISATION) \
+		--constraint constraints.txt bitsandbytes
+	PYTHONPATH=$(QUANTISATION) $(UNIT) tests/test_quantised.py tests/test_quantised_runs.py tests/test_cuda_quantised.py
 
 # A deployed federation under faults and attacks: kills, cut networks, malicious sites and servers (docs/reliability.md).
 test-deploy: setup
