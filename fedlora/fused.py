@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
+
+_logger = logging.getLogger(__name__)
 
 
 def fused(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,13 +20,34 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
         function: A function of a module, so that what is compiled is kept; one of its arguments is a tensor.
     """
 
-    def run(*args: Any, **settings: Any) -> Any:
+    def run(*args: Any) -> Any:
         on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in args)
-        return (_compiled(function) if on_gpu else function)(*args, **settings)
+        return (_compiled(function) if on_gpu else function)(*args)
 
     return run
 
 
+@final
+class _Compiled:
+    """A compiled function, and the function itself, for machines that cannot compile (without a C compiler, say)."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._plain = function
+        self._fast = torch.compile(function, dynamic=True)
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self._fast(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if self._fast is self._plain:
+                raise
+            _logger.warning("%s runs in several passes: torch.compile failed (%s)", self._plain.__name__, error)
+            self._fast = self._plain
+            return self._plain(*args)
+
+
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+def _compiled(function: Callable[..., Any]) -> _Compiled:
+    return _Compiled(function)

@@ -193,13 +193,16 @@ class GroupTensors:
         shapes = common_shapes(engine.method.specs(), own, common)
         self._stack = Stack(own, shapes, engine.dtype, engine.device)
 
-    def placed(self, group: NDArray[np.int64], *, compiled: bool = True) -> AbstractContextManager[nn.Module]:
-        """Put the factors of a batch in place, for the time of a block, whose rows are sorted by these groups."""
+    def placed(self, group: NDArray[np.int64]) -> AbstractContextManager[nn.Module]:
+        """Put the factors of a batch in place, for the time of a block, whose rows are sorted by these groups.
+
+        The model's blocks do not run compiled: a forward pass alone gains little, and would be compiled for itself.
+        """
         engine = self._engine
         present, slot_n = np.unique(group, return_inverse=True)
         here = self._stack.values[to_places(present, engine.device)].to(engine.compute)
         factors = engine.method.factors({**self._fixed, **self._stack.named(here)})
-        return engine.grouped.placed(factors, engine.layout(slot_n, len(present)), compiled=compiled)
+        return engine.grouped.placed(factors, engine.layout(slot_n, len(present)), compiled=False)
 
 
 def evaluate(

@@ -57,7 +57,7 @@ def generate(
             rows = alike[chosen]
             rows = rows[np.argsort(group[rows], kind="stable")]
             ids = torch.from_numpy(np.stack([prompts[row] for row in rows])).to(engine.device)
-            with tensors.placed(group[rows], compiled=False) as model:
+            with tensors.placed(group[rows]) as model:
                 new = greedy(model, ids, max(rooms[row] for row in rows), ends, engine.base.tokenizer.pad_token_id)
             for row, answer in zip(rows, new, strict=True):
                 written[row] = answer[: rooms[row]]

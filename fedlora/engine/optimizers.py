@@ -109,6 +109,7 @@ class GroupedOptimizer(ABC):
             groups: Their places.
         """
         if self.config.clip_norm > 0:
+            grads = grads.to(self.values.dtype)  # as they come they may be of 16 bits: too coarse for a norm
             clip_groups(grads, self.config.clip_norm)
         rate = self._learning_rate(groups)
         self.count_g[groups] += 1

@@ -1,0 +1,33 @@
+"""Compiled elementwise steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedlora import fused
+
+
+def double(value: torch.Tensor) -> None:
+    value.mul_(2.0)
+
+
+def test_a_machine_that_cannot_compile_computes_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    """Without a C compiler, torch.compile fails at the first call; here it is a backend that does."""
+    compiled = fused._Compiled(double)
+
+    def no_compiler(*_: object) -> object:
+        raise RuntimeError("Failed to find C compiler")
+
+    compiled._fast = torch.compile(double, backend=no_compiler)
+    value = torch.ones(3)
+    compiled(value)
+    compiled(value)
+    assert value.tolist() == [4.0] * 3
+    assert caplog.text.count("double runs in several passes") == 1
+
+
+def test_a_cpu_runs_the_function_itself() -> None:
+    value = torch.ones(2)
+    fused.fused(double)(value)
+    assert value.tolist() == [2.0] * 2
