@@ -420,7 +420,7 @@ def test_a_digest_is_that_of_the_task(federation: Path) -> None:
 
 
 def test_a_models_digest_is_what_a_run_compares(federation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a run of its dtype and quantisation: bases of others have other digests (of quantised ones: test_quantised)."""
+    """For a run of its dtype: bases of others have other digests, and so have quantised ones (test_quantised)."""
     digests = {}
     for loaded_as in (LoadedAs(), LoadedAs("bfloat16")):
         findings = site_findings(federation, load_models=True, loaded_as=loaded_as)
