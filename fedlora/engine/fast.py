@@ -12,7 +12,7 @@ A family of models that a fast way does not fit is trained the plain way, and th
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from fedlora.engine.core import Engine, most_cost
 from fedlora.engine.kernels import attention
 from fedlora.engine.pack import Pack
 from fedlora.engine.work import Arrays, ClientWork
+from fedlora.tasks import Rows
 
 Way = Callable[[Engine], tuple[Engine, Callable[[], None]]]
 """From an engine one that computes in another way, and what takes that back."""
@@ -146,15 +147,18 @@ def _numbers(engine: Engine, tensors: Arrays) -> Numbers:
     losses, grads = [], []
     for long in (False, True):
         rows = engine.task.made_up_rows(long=long)
-        batches = (np.arange(len(rows)), np.arange(1, len(rows)))
-        works = [
-            ClientWork(g, rows, len(rows), [batch], random_tensors(tensors, "group", g))
-            for g, batch in enumerate(batches)
-        ]
-        pack = Pack(engine, works, {}, TrainConfig(learning_rate=0.01))
+        pack = _pack(engine, tensors, rows, [np.arange(len(rows)), np.arange(1, len(rows))])
         grads += [pack.backward(turn).double().cpu().numpy().ravel() for turn in pack.turns]
         losses.append(pack.losses())
     return np.concatenate(losses), np.concatenate(grads)
+
+
+def _pack(engine: Engine, tensors: Arrays, rows: Rows, batches: Sequence[NDArray[np.int64]]) -> Pack:
+    """Return clients of random tensors, each with one step on its batch of these rows."""
+    works = [
+        ClientWork(g, rows, len(batch), [batch], random_tensors(tensors, "group", g)) for g, batch in enumerate(batches)
+    ]
+    return Pack(engine, works, {}, TrainConfig(learning_rate=0.01))
 
 
 def _apart(found: Numbers, expected: Numbers) -> float:
@@ -182,10 +186,8 @@ def _pass(engine: Engine, tensors: Arrays, cost: int) -> tuple[int, int]:
     rows = engine.task.made_up_rows(long=True)
     longest = len(rows) - 1
     count = max(1, cost // (2 * int(rows.cost[longest])))
-    works = [
-        ClientWork(g, rows, count, [np.full(count, longest)], random_tensors(tensors, "group", g)) for g in range(2)
-    ]
-    pack = Pack(replace(engine, max_cost=cost + int(rows.cost[longest])), works, {}, TrainConfig(learning_rate=0.01))
+    whole = replace(engine, max_cost=cost + int(rows.cost[longest]))
+    pack = _pack(whole, tensors, rows, [np.full(count, longest)] * 2)
     before = torch.cuda.memory_allocated(engine.device)
     torch.cuda.reset_peak_memory_stats(engine.device)
     for turn in pack.turns:

@@ -63,10 +63,6 @@ class Stack:
         if ragged:
             self.real = self.rows([{name: np.ones(shape) for name, shape in own.items()} for own in self._own]) != 0
 
-    def __len__(self) -> int:
-        """Return G."""
-        return len(self._own)
-
     def named(self, rows: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return rows of numbers as tensors by name, [n, ...].
 
