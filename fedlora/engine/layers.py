@@ -197,12 +197,14 @@ class GroupedModel:
         blocks: Modules of the base model that do not run as they are, with what runs in their place: compiled, or
             checkpointed (:mod:`fedlora.engine.blocks`).
         checkpointed: Whether they are the latter.
+        placement: Moves what a pass puts in place to where layers are (:mod:`fedlora.engine.cards`); None: it is there.
     """
 
     def __init__(self, model: nn.Module, layers: list[str]) -> None:
         self.model = model
         self.blocks: dict[nn.Module, Callable[..., Any]] = {}
         self.checkpointed = False
+        self.placement: Callable[[], None] | None = None
         self._slots: dict[str, GroupedLayer] = {}
         for name in layers:
             self._slots[name] = GroupedLayer(model.get_submodule(name), name)
@@ -228,14 +230,19 @@ class GroupedModel:
         assert factors.keys() == self._slots.keys(), "factors for other layers than the wrapped ones"
         for name, slot in self._slots.items():
             slot.factor, slot.layout, slot.probe = factors[name], layout, probe
+        if self.placement is not None:
+            self.placement()
         blocks = self.blocks if compiled and probe is None else {}
+        before = {block: vars(block).get("forward") for block in blocks}  # of a block on its own GPU: accelerate's
         for block, forward in blocks.items():
             block.forward = forward
         try:
             yield self.model
         finally:
-            for block in blocks:
+            for block, hooked in before.items():
                 del block.forward
+                if hooked is not None:
+                    block.forward = hooked
             for slot in self._slots.values():
                 slot.factor, slot.layout, slot.probe = None, None, None
 
