@@ -72,6 +72,7 @@ class Worker:
         train: Trains a pack.
         sync: Puts an open file of a ledger on the disk.
         shared: What the trainers of this machine have tokenized; None: nothing is shared.
+        cards: GPUs that the base model is spread over; 1: it is on one, or on a machine without any on the CPU.
     """
 
     def __init__(
@@ -81,12 +82,13 @@ class Worker:
         train: TrainPack = train_pack,
         sync: Callable[[int], None] = os.fsync,
         shared: SharedRows | None = None,
+        cards: int = 1,
     ) -> None:
         self._fetch = job
         self.threads = threads
         self._train = train
         self._sync = sync
-        self._resident, self._shared = Resident(threads, shared), shared
+        self._resident, self._shared = Resident(threads, shared, cards), shared
         self._job: Job | None = None
         self._loaded: LoadedJob | None = None
 
@@ -246,7 +248,7 @@ class Worker:
             initial_digest=tensors_digest(model.initial),
             constants_digest=tensors_digest(model.engine.method.constants()),
             fingerprint=plugins.fingerprint(model.config.run.plugins),
-            device=str(model.engine.device),
+            device=", ".join(map(str, model.engine.cards)),
             threads=self.threads,
             host=socket.gethostname(),
             pid=os.getpid(),
