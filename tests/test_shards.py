@@ -11,8 +11,9 @@ import torch
 
 from clients.pool_state import PoolState
 from clients.ray_site import RaySite
-from clients.shards import MOST_CLIENTS, Machine, Shard, deal, plan_shards, spread_rows, weights
+from clients.shards import MOST_CLIENTS, Machine, Shard, deal, most_clients, plan_shards, spread_rows, weights
 from clients.worker import Worker
+from fedlora.config import ConfigError
 from fedlora.engine import train_pack
 from fedlora.exchange import Outcome
 from fedlora.reduce import fold
@@ -87,6 +88,79 @@ def test_packs_of_an_automatic_size() -> None:
     assert max(len(one.clients) for one in many) <= MOST_CLIENTS
     assert len(many) == 16
     assert [one.trainer for one in many[:4]] == [0, 1, 0, 1], "every trainer's first pack before any second"
+
+
+GB = 10**9
+H100, SMALL = Machine("h", "big", 32, 2, 85 * GB), Machine("s", "small", 16, 4, 24 * GB)
+
+
+@pytest.mark.parametrize(
+    ("weights", "gpus", "cards"),
+    [
+        (1 * GB, 0, [1, 1, 1, 1, 1, 1]),
+        (19 * GB, 0, [1, 1, 1, 1, 1, 1]),  # 0.8 of 24
+        (20 * GB, 0, [1, 1, 2, 2]),
+        (65 * GB, 0, [1, 1, 4]),
+        (70 * GB, 0, [2, 4]),
+        (90 * GB, 0, [2, 4]),  # all of the small ones, where only that is enough
+        (100 * GB, 0, [2]),
+        (150 * GB, 0, [2]),
+        (0, 0, [1] * 6),
+        (1 * GB, 2, [2, 2, 2]),
+        (1 * GB, 4, [4]),
+        (150 * GB, 1, [1] * 6),
+    ],
+)
+def test_a_base_model_takes_as_few_gpus_of_a_machine_as_hold_it(weights: int, gpus: int, cards: list[int]) -> None:
+    """By predicted bytes, unless ``engine.gpus`` says how many; machines with too few are left out."""
+    shards = plan_shards([H100, SMALL, Machine("c", "cpu", 8, 0)], 0, gpus=gpus, weights=weights)
+    assert [shard.cards for shard in shards] == cards
+    assert [shard.gpus for shard in shards] == [float(count) for count in cards]
+    for machine in (H100, SMALL):
+        own = [shard for shard in shards if shard.node == machine.node]
+        assert sum(shard.cards for shard in own) <= machine.gpus
+        assert {shard.gpu_bytes for shard in own} <= {machine.gpu_bytes}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "weights", "said"),
+    [
+        (0, 8, 0, r"engine.gpus = 8: no machine has more than 4 GPU\(s\); lower it"),
+        (3, 4, 0, r"engine.trainers = 3: .* takes 4 GPUs of a trainer \(engine.gpus\), .* enough for 1 trainer\(s\)"),
+        (2, 0, 100 * GB, r"engine.trainers = 2: .* enough for 1 trainer\(s\); lower it to that"),
+        (0, 0, 200 * GB, r"weights take 200.00 GB, and no machine has GPUs for them \(the largest has 2 of 85.00 GB\)"),
+    ],
+)
+def test_what_the_machines_cannot_hold_is_refused(wanted: int, gpus: int, weights: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan_shards([H100, SMALL], wanted, gpus=gpus, weights=weights)
+
+
+def test_several_gpus_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"engine.gpus = 2: no machine has more than 0 GPU\(s\); lower it"):
+        plan_shards([Machine("", "", 8, 0)], 0, gpus=2)
+
+
+def test_trainers_of_several_gpus() -> None:
+    shards = plan_shards([H100, SMALL], 2, gpus=2)
+    assert [(shard.node, shard.threads, shard.gpus) for shard in shards] == [("h", 32, 2.0), ("s", 16, 2.0)]
+    assert "2 GPUs, over which the base model is spread, and " in shards[0].words
+
+
+def test_packs_on_a_gpu_are_as_large_as_the_memory_of_their_tensors_lets_them() -> None:
+    gpu = plan_shards([H100], 0)
+    assert most_clients(gpu, 1 * GB, 60 * 10**6) == 256, "RoBERTa-large at rank 8: beyond that nothing was gained"
+    assert most_clients(gpu, 14 * GB, 134 * 10**6) == 158, "Llama-2-7B"
+    assert most_clients(gpu, 14 * GB, 5 * GB) == 4
+    assert most_clients(gpu, 84 * GB, 5 * GB) == 1
+    assert most_clients(plan_shards([H100], 0, gpus=2), 14 * GB, 134 * 10**6) == 174, "half of the weights beside them"
+    assert most_clients(plan_shards([H100], 4), 14 * GB, 134 * 10**6) == 63, "two trainers on each"
+    for unknown in (plan_shards([Machine("", "", 32, 2)], 0), plan_shards([Machine("", "", 8, 0)], 0), []):
+        assert most_clients(unknown, GB, 1) == MOST_CLIENTS
+    for clients, sizes in ((64, [64]), (127, [127]), (128, [64, 64]), (500, [125] * 4), (2000, [250] * 8)):
+        made = deal(range(clients), 0, [1.0], most=256)
+        assert [len(one.clients) for one in made] == sizes
+    assert len(deal(range(100), 0, [1.0], most=3)) == 34
 
 
 def test_a_slow_trainer_gets_less_and_noise_changes_nothing() -> None:
