@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from clients.accounts import Accounts
 from clients.errors import WITHHELD, MemoryShortError, RefusedError, SiteError, TrainerDiffersError
 from clients.evaluator import Evaluator, PersonalEvaluator
+from clients.memory import memory_was_short
 from clients.own_disk import check_folder
 from clients.personal import PersonalStore
 from clients.resident import LoadedModel, Resident
@@ -213,7 +214,13 @@ class Worker:
             MemoryShortError: As :meth:`train` does; nothing is reduced then.
             TrainerDiffersError: The same.
         """
-        return fold(instruction, self.train(instruction), self.threads)
+        updates = self.train(instruction)
+        try:
+            return fold(instruction, updates, self.threads)
+        except Exception as error:
+            if not memory_was_short(error):
+                raise
+        raise MemoryShortError(f"there is too little memory to add up the updates of {len(updates)} client(s)")
 
     def report(self, instruction: Instruction) -> list[ClientReport]:
         """Return each client's evaluation of its own model; one report a client, in order.

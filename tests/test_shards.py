@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,8 @@ from clients.shards import MOST_CLIENTS, Machine, Shard, deal, most_clients, pla
 from clients.worker import Worker
 from fedlora.config import ConfigError
 from fedlora.engine import train_pack
-from fedlora.exchange import Outcome
+from fedlora.exchange import Instruction, Outcome, Update
+from fedlora.messages import first_line
 from fedlora.reduce import fold
 from simulations.dealing import DealtNodes
 from simulations.setup import resolve
@@ -246,6 +250,64 @@ def test_a_pack_that_does_not_fit_is_repeated_in_halves(tmp_path: Path) -> None:
     reports, reduced = RaySite(InProcess([tight])).reduce(told)
     assert reports == [found[client].report for client in range(4)]
     assert_same_bits(reduced, fold(told, found.values())[1])
+
+
+def real_shortages() -> list[Exception]:
+    """What says that memory is short, of the allocators of this machine themselves: a petabyte."""
+    found: list[Exception] = []
+    for ask in (
+        lambda: bytearray(2**50),
+        lambda: np.empty(2**50, dtype=np.uint8),
+        lambda: torch.empty(2**50, dtype=torch.uint8),
+        lambda: mmap.mmap(-1, 2**50),
+    ):
+        try:
+            ask()
+        except Exception as error:
+            found.append(error)
+    assert [type(error) for error in found[::2]] == [MemoryError, RuntimeError]
+    assert isinstance(found[1], MemoryError)
+    assert isinstance(found[3], OSError)
+    return found
+
+
+def test_whatever_allocator_says_it(tmp_path: Path) -> None:
+    """Packs that do not fit by any of them are repeated in halves; what is not about memory is not."""
+    cuda = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory\nCUDA kernel")]
+    others = [RuntimeError("shapes cannot be multiplied"), OSError(2, "No such file"), ValueError("out of memory")]
+    job = tiny_job(resolve(tiny_flat(tmp_path)), tmp_path)
+    for error, reasons in (
+        *((one, {""}) for one in (*real_shortages(), *cuda)),
+        *((one, {f"{type(one).__name__}: {first_line(one)}"}) for one in others),
+    ):
+        worker = Worker(lambda: job, 1, partial(failing_beyond_two, error))
+        reports, reduced = RaySite(InProcess([worker])).reduce(instruction(worker))
+        assert {report.reason for report in reports} == reasons
+        assert reduced.count == (4 if reasons == {""} else 0)
+
+
+def failing_beyond_two(error: Exception, engine: object, works: list[object], *args: object, **options: object) -> Any:
+    if len(works) > 2:
+        raise error
+    return train_pack(engine, works, *args, **options)  # type: ignore[arg-type]
+
+
+def test_updates_that_cannot_be_added_up_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pack is repeated in halves then, too: what its clients keep of the first time is theirs of the same round."""
+    job = tiny_job(resolve(tiny_flat(tmp_path, **{"strategy.name": "fedsa-lora"})), tmp_path)
+    worker = Worker(lambda: job, 1)
+    expected = fold(instruction(worker), worker.train(instruction(worker)))
+
+    def tight(told: Instruction, updates: list[Update], threads: int) -> object:
+        if len(updates) > 2:
+            np.empty(2**50, dtype=np.uint8)
+        return fold(told, updates, threads)
+
+    monkeypatch.setattr("clients.worker.fold", tight)
+    reports, reduced = RaySite(InProcess([worker])).reduce(instruction(worker))
+    assert [(report.outcome, report.steps) for report in reports] == [(Outcome.OK, 3)] * 4
+    for name, mean in expected[1].reduced().mean.items():
+        np.testing.assert_allclose(reduced.reduced().mean[name], mean, rtol=0, atol=1e-10)
 
 
 def no_memory(*_: object, **__: object) -> object:
