@@ -25,6 +25,7 @@ from fedlora.hub import num_weights
 from fedlora.methods import build_method
 from fedlora.models import prepare_base
 from fedlora.models.cards import check_spread, device_map
+from fedlora.plugins import read_config
 from simulations.cluster import shards_of_a_run
 from simulations.setup import resolve
 from tests.support.cards import split
@@ -127,6 +128,10 @@ def test_what_cannot_be_spread_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=r"engine.gpus = 2: a quantised base model stays on one GPU; set"):
             device_map(model, SimpleNamespace(quantization_config=saved), 2)
+    with pytest.raises(
+        ConfigError, match=r"engine.gpus = 2: a base model with model.quantization = 'nf4' stays on one"
+    ):
+        read_config({"engine.gpus": 2, "engine.dtype": "float32", "model.quantization": "nf4"})
     with pytest.raises(ConfigError, match=r"engine.gpus = 64: this process has \d+ GPU\(s\); lower it"):
         device_map(ModelConfig("minilm"), config, 64)
     model = small_model("bert")
