@@ -66,7 +66,9 @@ def _gpu_bytes(nodes: tuple[str, ...]) -> dict[str, int]:
         ask.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
         for node in nodes
     }
-    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=_ASK_S) if calls else ([], [])
+    done, late = ray.wait(list(calls), num_returns=len(calls), timeout=_ASK_S) if calls else ([], [])
+    for call in late:
+        _logger.warning("node %s has not said in %.0f s what its GPUs hold", calls[call], _ASK_S)
     found: dict[str, int] = {}
     for call in done:
         try:

@@ -20,9 +20,10 @@ _THREADS = 4  # threads of one trainer beyond which small models gain little on 
 _WEIGHTS = 0.8  # of a GPU's memory, for a base model's weights: the rest is for a pass, and for a small pack
 MOST_CLIENTS: Final = 64
 """Clients of a pack whose size is chosen automatically, at most; on a GPU see :func:`most_clients`."""
-_MOST_ON_GPU = 256  # more gain nothing that was measured
+_MOST_ON_GPU = 256  # more gain nothing that was measured, and fewer lose half the speed where a step has 64 tokens
 _STACKS = 0.3  # of a GPU's memory beside the base model, for what a pack trains: the engine gives passes the rest
-_PACKS = 4  # of a trainer in a round, where each has MOST_CLIENTS: a loss repeats one, and results come back meanwhile
+# Packs of a trainer in a round, where each has as many clients: a loss repeats one, and results come back meanwhile.
+_PACKS, _WORTH_A_PACK = 4, 128
 _ALIKE = 0.8  # of the fastest: a clock's noise must not change who is packed with whom
 
 
@@ -241,7 +242,7 @@ def most_clients(shards: Sequence[Shard], weights: int, client_bytes: int) -> in
 
 def _cut(clients: Sequence[int], most: int) -> list[tuple[int, ...]]:
     """Cut a trainer's clients, the largest first, into a few packs of nearly one size, or one if they are few."""
-    count = max(-(-len(clients) // most), min(_PACKS, len(clients) // MOST_CLIENTS))
+    count = max(-(-len(clients) // most), min(_PACKS, len(clients) // _WORTH_A_PACK))
     return _batches(clients, -(-len(clients) // count)) if count else []
 
 

@@ -77,7 +77,8 @@ def machines_of_a_run() -> list[Machine]:
     if not named():
         import torch
 
-        return [Machine("", "", os.cpu_count() or 1, torch.cuda.device_count(), gpu_bytes())]
+        gpus = torch.cuda.device_count()
+        return [Machine("", "", os.cpu_count() or 1, gpus, gpu_bytes() if gpus else 0)]
     import ray
 
     from clients.pool import machines

@@ -94,7 +94,7 @@ def test_a_client_takes_the_memory_that_packs_are_sized_by(optimizer: str) -> No
     train = TrainConfig(optimizer=optimizer, learning_rate=0.01)
     model: Any = small_model("bert", hidden_size=256, intermediate_size=256).to(torch.float32)
     base = prepare_base(model, None, "all-linear", device=torch.device("cuda"))
-    method = build_method(Config(method=MethodConfig(rank=64)), base.structure.adapted, base.structure.head)
+    method = build_method(Config(method=MethodConfig("lora", rank=64)), base.structure.adapted, base.structure.head)
     engine = Engine.build(base, method, small_task("bert"))
     start, rows = initial_tensors(method.specs(), Seeded(0), "float32"), random_examples(2, seed=0)
     taken = []

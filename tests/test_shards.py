@@ -161,7 +161,7 @@ def test_packs_on_a_gpu_are_as_large_as_the_memory_of_their_tensors_lets_them() 
     assert most_clients(plan_shards([H100], 4), 14 * GB, 134 * 10**6) == 63, "two trainers on each"
     for unknown in (plan_shards([Machine("", "", 32, 2)], 0), plan_shards([Machine("", "", 8, 0)], 0), []):
         assert most_clients(unknown, GB, 1) == MOST_CLIENTS
-    for clients, sizes in ((64, [64]), (127, [127]), (128, [64, 64]), (500, [125] * 4), (2000, [250] * 8)):
+    for clients, sizes in ((64, [64]), (255, [255]), (256, [128] * 2), (600, [150] * 4), (2000, [250] * 8)):
         made = deal(range(clients), 0, [1.0], most=256)
         assert [len(one.clients) for one in made] == sizes
     assert len(deal(range(100), 0, [1.0], most=3)) == 34
