@@ -1,7 +1,7 @@
 """The fast ways of a GPU, each tried against the plain one when a model is loaded, and used where it gives the same.
 
 - A language model's answers alone before its output layer (:mod:`fedlora.tasks.token_losses`), on any device;
-- short rows' attention in one program a row and head (:mod:`fedlora.engine.kernels.attention`);
+- the model's blocks on tokens side by side, without padding (:mod:`fedlora.engine.unpadded`);
 - the low-rank update in one pass over a layer's rows (:mod:`fedlora.engine.kernels.low_rank`);
 - the model's repeated blocks compiled, with shapes left open, so that other packs and lengths compile nothing anew.
 
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from fedlora.config import TrainConfig
 from fedlora.engine.apart import random_tensors
-from fedlora.engine.blocks import blocks_of
+from fedlora.engine.blocks import block_lists, blocks_of
 from fedlora.engine.core import Engine, most_cost
-from fedlora.engine.kernels import attention
+from fedlora.engine.kernels import attention, low_rank
 from fedlora.engine.pack import Pack
 from fedlora.engine.work import Arrays, ClientWork
 from fedlora.tasks import Rows
@@ -56,12 +56,12 @@ def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True) -> Engine:
     ways: list[Way] = [_with_less_memory] if engine.task.with_less_memory(engine.base.model) else []
     on_gpu = engine.device.type == "cuda" and engine.compute != torch.float64
     if on_gpu:
-        ways += [_with_attention, _with_kernel, *([_with_compiled] if compiled else [])]
+        ways += [without_padding, _with_kernel, *([_with_compiled] if compiled else [])]
     if not ways:
         return engine
-    expected = _numbers(engine, tensors)
+    expected = numbers(engine, tensors)
     for way in ways:
-        engine = _tried(engine, way, tensors, expected)
+        engine = tried(engine, way, tensors, expected)
     return replace(engine, max_cost=_fitting(engine, tensors)) if on_gpu else engine
 
 
@@ -88,6 +88,7 @@ def _plain(engine: Engine) -> None:
     if config._attn_implementation == attention.NAME:
         config._attn_implementation = "sdpa"
     engine.grouped.blocks.clear()
+    engine.grouped.run_unpadded(())
 
 
 def _with_less_memory(engine: Engine) -> tuple[Engine, Callable[[], None]]:
@@ -96,20 +97,25 @@ def _with_less_memory(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     return replace(engine, task=task, less_memory=True, max_cost=most_cost(engine.base, task)), lambda: None
 
 
-def _with_attention(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+def without_padding(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+    """Have a model's blocks run on tokens side by side, where there is one list of them; see :data:`Way`."""
     config: Any = engine.base.model.config
-    before = config._attn_implementation
-    if engine.compute in _SHORT and before == "sdpa":
+    before, grouped = config._attn_implementation, engine.grouped
+    lists = block_lists(engine)
+    if before == "sdpa" and len(lists) == 1 and engine.compute in (*_SHORT, torch.float64):
         attention.register()
         config._attn_implementation = attention.NAME
+        grouped.run_unpadded(lists[0])
 
     def undo() -> None:
         config._attn_implementation = before
+        grouped.run_unpadded(())
 
     return engine, undo
 
 
 def _with_kernel(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+    low_rank.register()
     return replace(engine, kernels=engine.compute in _SHORT), lambda: None
 
 
@@ -120,18 +126,21 @@ def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     return engine, grouped.blocks.clear
 
 
-def _tried(
-    engine: Engine,
-    way: Way,
-    tensors: Arrays,
-    expected: Numbers,
-) -> Engine:
+def tried(engine: Engine, way: Way, tensors: Arrays, expected: Numbers) -> Engine:
+    """Return the engine in another way where that gives what is expected, else as it is.
+
+    Args:
+        engine: The engine.
+        way: The way.
+        tensors: All of the method's tensors, for their shapes.
+        expected: What :func:`numbers` gives of the plain way.
+    """
     changed, undo = way(engine)
-    name = way.__name__.removeprefix("_with_")
+    name = way.__name__.removeprefix("_with_").removeprefix("_")
     try:
         if changed.grouped.blocks:
             _pass(changed, tensors, _MEASURED[1])  # kernels are chosen by the first shapes that are seen
-        off = _apart(_numbers(changed, tensors), expected)
+        off = _apart(numbers(changed, tensors), expected)
     except Exception as error:  # whatever a model's own code raises: the plain way is there
         _logger.warning("%s: the plain way computes, this model does not take the fast one (%s)", name, error)
     else:
@@ -142,7 +151,7 @@ def _tried(
     return engine
 
 
-def _numbers(engine: Engine, tensors: Arrays) -> Numbers:
+def numbers(engine: Engine, tensors: Arrays) -> Numbers:
     """Return the losses of two clients on rows that are nobody's, and their gradients, short and long ones."""
     losses, grads = [], []
     for long in (False, True):
