@@ -17,6 +17,9 @@ from fedlora.tasks.token_losses import token_losses
 from fedlora.transfer import Spans
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+if torch.cuda.is_available():
+    attention.register()
+    low_rank.register()
 GROUPS = np.array([0, 0, 1, 2, 2, 2, 2])
 
 

@@ -12,6 +12,7 @@ A family of models that a fast way does not fit is trained the plain way, and th
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,8 @@ _SHORT = (torch.bfloat16, torch.float16)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _COARSE = 5e-2  # of 16 bits
 _SPECIALISED = 64  # versions of a compiled block: of one row or many, of one client or many, with gradients or without
+# An analysis that is of no use to open shapes, and in torch 2.11 stops at some of them.
+_OPTIONS: dict[str, Any] = {"triton.coalesce_tiling_analysis": False}
 _SHARE = 0.7  # of the free memory that a pass may take; the rest is the pack's own
 _MEASURED = (2048, 4096)  # costs between which memory is measured
 
@@ -122,7 +125,9 @@ def _with_kernel(engine: Engine) -> tuple[Engine, Callable[[], None]]:
 def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SPECIALISED)
     grouped = engine.grouped
-    grouped.blocks = {block: torch.compile(block.forward, dynamic=True) for block in blocks_of(engine)}
+    grouped.blocks = {
+        block: torch.compile(block.forward, dynamic=True, options=_OPTIONS) for block in blocks_of(engine)
+    }
     return engine, grouped.blocks.clear
 
 
@@ -136,6 +141,7 @@ def tried(engine: Engine, way: Way, tensors: Arrays, expected: Numbers) -> Engin
         expected: What :func:`numbers` gives of the plain way.
     """
     changed, undo = way(engine)
+    began = time.perf_counter()
     name = way.__name__.removeprefix("_with_").removeprefix("_")
     try:
         if changed.grouped.blocks:
@@ -145,6 +151,7 @@ def tried(engine: Engine, way: Way, tensors: Arrays, expected: Numbers) -> Engin
         _logger.warning("%s: the plain way computes, this model does not take the fast one (%s)", name, error)
     else:
         if off <= _TOLERANCE.get(engine.compute, _COARSE):
+            _logger.info("%s: off by %.2g, tried in %.1f s", name, off, time.perf_counter() - began)
             return changed
         _logger.warning("%s: the plain way computes, the fast one is off by %.2g for this model", name, off)
     undo()

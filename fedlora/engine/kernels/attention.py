@@ -29,7 +29,7 @@ from fedlora.engine.kernels.common import at_least
 from fedlora.transfer import to_device
 
 NAME = "fedlora-rows"
-SIZES = (16, 32, 64, 128)
+SIZES = (32, 64, 128)
 LONGEST = SIZES[-1]
 _FEATURES = (16, 32, 64, 128)
 _PLAIN = {"dropout", "scaling", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
@@ -117,22 +117,24 @@ def attend(
         return plain(query, key, value, rows.start, scale, causal), None
     if rows.longest > LONGEST or dim not in _FEATURES or value.shape[-1] != dim:
         return _varlen(query, key, value, rows, scale, causal), None
-    size = at_least(rows.longest, SIZES)
-    out: Tensor = torch.ops.fedlora.row_attention(query[0], key[0], value[0], rows.start, size, scale, causal)
-    return out[None], None
+    query, key, value = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
+    out: Tensor = torch.ops.fedlora.row_attention(
+        query, key, value, rows.start, at_least(rows.longest, SIZES), scale, causal
+    )
+    return out.unsqueeze(0), None
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, causal: bool) -> Tensor:
     shared = query.shape[1] // key.shape[1]
     if shared > 1:
         key, value = (one.repeat_interleave(shared, 1) for one in (key, value))
-    query, key, value = (one[0].transpose(0, 1) for one in (query, key, value))
+    query, key, value = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
     window = (-1, 0) if causal else (-1, -1)
     found = varlen_attn(
         query, key, value, rows.start, rows.start, rows.longest, rows.longest, scale=scale, window_size=window
     )
     assert isinstance(found, Tensor), "nothing beside the output was asked for"
-    return found[None]
+    return found.unsqueeze(0)
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, start: Tensor, scale: float, causal: bool) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+FEATURES = 128
+"""Features that one program of the low-rank kernels works on at a time."""
 
 X, A, B = 1, 2, 4
 """Which gradients of a low-rank update are wanted, added up: of the input, of A, of B."""
@@ -21,7 +22,9 @@ def at_least(number: int, sizes: Sequence[int]) -> int:
     return sizes[-1]
 
 
-def like_rows(one: Tensor) -> Tensor:
-    """Return an empty tensor of the shape [H, M, d] whose memory is [M, H, d], as a linear layer gives it."""
-    heads, tokens, dim = one.shape
-    return one.new_empty((tokens, heads, dim)).transpose(0, 1)
+def at_most(number: int, sizes: Sequence[int]) -> int:
+    """Return the last of ascending sizes that is not above a number, else the first; likewise."""
+    for size in reversed(sizes[1:]):
+        if number >= size:
+            return size
+    return sizes[0]

@@ -14,11 +14,13 @@ import importlib
 import torch
 from torch import Tensor
 
-from fedlora.engine.kernels.common import at_least
+from fedlora.engine.kernels.common import FEATURES, at_least, at_most
 from fedlora.transfer import Spans
 
-_POSITIONS = (16, 32, 64)
+_POSITIONS = (32, 64)
 _RANKS = (16, 32, 64, 128, 256)
+_SPLITS = (1, 8)
+_PROGRAMS = 528  # four for each multiprocessor of an H100
 
 
 def register() -> None:
@@ -49,8 +51,17 @@ def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
         width,
         positions,
         at_least(a.shape[1], _RANKS),
+        _splits(flat, a, positions),
+        _splits(flat, b.mT, positions),
+        bool(x.shape[-1] % 16 == 0 and y.shape[-1] % 16 == 0),
     )[0]
     return added_to.view(y.shape)
+
+
+def _splits(x: Tensor, factor: Tensor, positions: int) -> int:
+    """Return in how many parts the sum of a group's tokens is computed, so that few groups have programs enough."""
+    blocks = factor.shape[0] * ((factor.shape[2] + FEATURES - 1) // FEATURES)
+    return at_most(min(_PROGRAMS // blocks, x.shape[0] // (factor.shape[0] * 4 * positions)), _SPLITS)
 
 
 def plain(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:

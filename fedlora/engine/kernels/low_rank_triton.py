@@ -13,10 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from fedlora.engine.kernels.common import A, B, X
-
-_FEATURES = 128  # a block's features
-_PROGRAMS = 528  # four for each multiprocessor of an H100
+from fedlora.engine.kernels.common import FEATURES, A, B, X
 
 
 @triton.jit
@@ -53,9 +50,12 @@ def _factor(w_ptr, at, size, w_d, w_r, rank, RB: tl.constexpr, BD: tl.constexpr)
 def _two_products(
     x_ptr, down_ptr, up_ptr, add_ptr, out_ptr, u_ptr, group_ptr, tokens, width, d_in, d_out, rank,
     down_g, down_r, down_d, up_g, up_d, up_r,
-    ADD: tl.constexpr, SECOND: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    ADD: tl.constexpr, SECOND: tl.constexpr, ALIGNED: tl.constexpr,
+    RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Write u = x down [.., rank], and out = u up, plus what is added to."""
+    if ALIGNED:  # said by arithmetic: whoever launches this leaves sizes open, and loads would be of single numbers
+        d_in, d_out = d_in // 16 * 16, d_out // 16 * 16
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     token = t.to(tl.int64)[:, None]
     inside, r, d = (t < tokens)[:, None], tl.arange(0, RB), tl.arange(0, BD)
@@ -91,8 +91,10 @@ def _two_products(
 @triton.jit
 def _sums(
     u_ptr, x_ptr, out_ptr, first_ptr, width, size, splits, rank, split_stride, group_stride,
-    RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    ALIGNED: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    if ALIGNED:
+        size = size // 16 * 16
     block, group, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = tl.load(first_ptr + group) * width
     last = tl.load(first_ptr + group + 1) * width
@@ -112,7 +114,7 @@ def _sums(
         total += tl.dot(u, x)
     tl.store(
         out_ptr + part * split_stride + group * group_stride + r[:, None] * size + d[None, :],
-        total,
+        total.to(out_ptr.dtype.element_ty),
         mask=(r < rank)[:, None] & (d < size)[None, :],
     )
 
@@ -128,6 +130,9 @@ def low_rank(
     width: int,
     positions: int,
     ranks: int,
+    splits_a: int,
+    splits_b: int,
+    aligned: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y + B A x`` [N T, d_out] and ``A x`` [N T, r].
 
@@ -141,6 +146,9 @@ def low_rank(
         width: T.
         positions: Of a block.
         ranks: Of a block, at least r.
+        splits_a: Parts in which each group's gradient of A is summed.
+        splits_b: Of B's.
+        aligned: Whether d_in and d_out are multiples of 16.
     """
     y, x = y.contiguous(), x.contiguous()
     tokens, rank = x.shape[0], a.shape[1]
@@ -148,7 +156,7 @@ def low_rank(
     wrap_triton(_two_products)[(triton.cdiv(tokens, positions),)](
         x, a, b, y, out, u, group_n, tokens, width, x.shape[1], y.shape[1], rank,
         a.stride(0), a.stride(1), a.stride(2), b.stride(0), b.stride(1), b.stride(2),
-        ADD=True, SECOND=True, RB=ranks, BT=positions, BD=_FEATURES,
+        ADD=True, SECOND=True, ALIGNED=aligned, RB=ranks, BT=positions, BD=FEATURES,
     )  # fmt: skip
     return out, u
 
@@ -165,6 +173,9 @@ def low_rank_backward(
     width: int,
     positions: int,
     ranks: int,
+    splits_a: int,
+    splits_b: int,
+    aligned: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x [N T, d_in], of A [G, r, d_in] and of B, transposed, [G, r, d_out]; as many as wanted.
@@ -180,6 +191,9 @@ def low_rank_backward(
         width: T.
         positions: Of a block.
         ranks: Of a block, at least r.
+        splits_a: Parts in which each group's gradient of A is summed.
+        splits_b: Of B's.
+        aligned: Whether d_in and d_out are multiples of 16.
         wanted: Which gradients, see :data:`fedlora.engine.kernels.common.X`; the others come back without rows.
     """
     dy, x = dy.contiguous(), x.contiguous()
@@ -191,27 +205,26 @@ def low_rank_backward(
         wrap_triton(_two_products)[(triton.cdiv(tokens, positions),)](
             dy, b, a, dy, dx, du, group_n, tokens, width, dy.shape[1], x.shape[1], rank,
             b.stride(0), b.stride(2), b.stride(1), a.stride(0), a.stride(2), a.stride(1),
-            ADD=False, SECOND=bool(wanted & X), RB=ranks, BT=positions, BD=_FEATURES,
+            ADD=False, SECOND=bool(wanted & X), ALIGNED=aligned, RB=ranks, BT=positions, BD=FEATURES,
         )  # fmt: skip
         if wanted & A:
-            da = _sum(du, x, first_g, width, positions, ranks)
+            da = _sum(du, x, first_g, width, positions, ranks, splits_a, aligned)
     if wanted & B:
-        db = _sum(u, dy, first_g, width, positions, ranks)
+        db = _sum(u, dy, first_g, width, positions, ranks, splits_b, aligned)
     return dx, da, db
 
 
-def _sum(u: Tensor, x: Tensor, first_g: Tensor, width: int, positions: int, ranks: int) -> Tensor:
+def _sum(
+    u: Tensor, x: Tensor, first_g: Tensor, width: int, positions: int, ranks: int, splits: int, aligned: bool
+) -> Tensor:
     """Return for each group the sum over its positions of ``u x^T``, [G, r, d]."""
     groups, rank, size = first_g.shape[0] - 1, u.shape[1], x.shape[1]
-    blocks = triton.cdiv(size, _FEATURES)
-    most = torch.sym_min(_PROGRAMS // (groups * blocks), x.shape[0] // (groups * 4 * positions))
-    splits = torch.sym_max(1, torch.sym_min(16, most))
-    out = x.new_empty((splits, groups, rank, size), dtype=torch.float32)
-    wrap_triton(_sums)[(blocks, groups, splits)](
+    out = x.new_empty((splits, groups, rank, size), dtype=torch.float32 if splits > 1 else x.dtype)
+    wrap_triton(_sums)[(triton.cdiv(size, FEATURES), groups, splits)](
         u, x, out, first_g, width, size, splits, rank, out.stride(0), out.stride(1),
-        RB=ranks, BT=positions, BD=_FEATURES,
+        ALIGNED=aligned, RB=ranks, BT=positions, BD=FEATURES,
     )  # fmt: skip
-    return out.sum(0).to(x.dtype)
+    return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -230,7 +243,7 @@ def _gradients(ctx, dy, _):
         (dx if needs[1] else None),
         (da if needs[2] else None),
         (db.mT if needs[3] else None),
-        *[None] * 5,
+        *[None] * 8,
     )
 
 
