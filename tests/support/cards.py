@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import backend_registration
 
 from fedlora.engine import Engine
-from fedlora.engine.layers import Layout
+from fedlora.engine.layout import Layout
 from fedlora.methods import build_method
 from fedlora.models import prepare_base
 from tests.support.families import small_model, small_task, task_of, without_float32
