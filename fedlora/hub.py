@@ -115,6 +115,8 @@ def num_weights(model: ModelConfig) -> int:
             files = [whole]
         if all(file is not None for file in files):
             return sum(_numbers_in(file) for file in files if file is not None)
+        if Path(model.name).is_dir() or constants.HF_HUB_OFFLINE or not hub_answers():
+            return 0
         return sum(get_safetensors_metadata(model.name, revision=model.revision or None).parameter_count.values())
     except Exception:  # of the hub's client, or of a broken file: what is wrong is said when it is loaded
         return 0

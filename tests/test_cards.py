@@ -93,6 +93,9 @@ def test_a_base_models_size_is_known_before_it_is_loaded(tmp_path: Path) -> None
     (whole / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     assert num_weights(ModelConfig(str(whole))) == 0
     assert num_weights(ModelConfig(str(tmp_path / "none"))) == 0
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text("{}")
+    assert num_weights(ModelConfig(str(tmp_path / "bin"))) == 0
     assert num_weights(ModelConfig("minilm")) == 0
     flat = {**tiny_flat(tmp_path), "model.name": str(tmp_path / "parts"), "engine.dtype": "float32"}
     for gpu_bytes, changes, cards in (
