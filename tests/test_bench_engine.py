@@ -119,7 +119,7 @@ def test_ways_take_turns_forwards_and_backwards_and_one_that_fails_stops_no_othe
         raise ImportError("no opacus")
 
     first, second, third, fourth = measure([way("a"), way("b"), Way("c", broken, 1), way("d")], 3, Budget(0), CPU)
-    assert "".join(order) == "abd" + "abd" + "dba" + "ad", "warm-up, then ABBA, b without its third round"
+    assert "".join(order) == "aabbdd" + "dba" + "ad", "each warm and timed, then backwards, b without its third round"
     assert [len(one.seconds) for one in (first, second, third, fourth)] == [3, 1, 0, 3]
     assert [one.error for one in (first, second, third, fourth)] == ["", "out of memory", "ImportError: no opacus", ""]
 

@@ -64,6 +64,11 @@ def _alone(bench: Bench, packed: Packed, job: Job, against: str) -> NDArray[np.f
     if against == ALONE:
         return np.array([packed.round(job, only=client, noisy=False)[0] for client in range(job.clients)])
     way = bench.sequential(against, job)
-    if against in PRIVATE:
-        way.optimizer.noise_multiplier = 0.0
-    return way.round(job, job.clients)
+    if against not in PRIVATE:
+        losses: NDArray[np.float64] = way.round(job, job.clients)
+        return losses
+    noise, way.optimizer.noise_multiplier = way.optimizer.noise_multiplier, 0.0
+    try:
+        return way.round(job, job.clients)  # type: ignore[no-any-return]
+    finally:
+        way.optimizer.noise_multiplier = noise
