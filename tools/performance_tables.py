@@ -135,9 +135,9 @@ def memory_table() -> list[str]:
     for _, whole in results("memory"):
         own, base = whole["arguments"], whole["arguments"]["quantization"]
         cells = [_model({**own, "device": device(whole)}), base if base != "none" else "bfloat16", str(own["clients"])]
-        cells += [_size(own), str(len(whole["lines"])), f"{whole['base_gib']:.2f}", f"{whole['peak_gib']:.2f}"]
+        cells += [_size(own), str(whole["rounds"]), f"{whole['base_gib']:.2f}", f"{whole['peak_gib']:.2f}"]
         share = whole["tflops"] / max(whole["ceiling_tflops"])
-        cells += [f"{whole['growth_gib']:+.3f}", f"{whole['ms']:.1f}", f"{share:.1%}"]
+        cells += [f"{whole['growth_gib']:+.3f}", _ms(whole), f"{share:.1%}"]
         rows.append([*cells[:-2], whole["error"], ""] if whole["error"] else cells)
     return table_of(columns, rows)
 
