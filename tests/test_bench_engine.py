@@ -66,7 +66,7 @@ def test_every_table_is_made_from_what_its_command_writes(tmp_path: Path, monkey
     assert min(check["fell"] for check in train["checks"] if "fell" in check) > 1e-3, "or it would say nothing"
     assert sum(line["share"] for line in profile["lines"]) > 0.999, "idle time fills up what kernels leave"
     for name, table in performance_tables.TABLES.items():
-        if name != "goals":  # of GPUs
+        if name not in ("goals", "kernels", "scaling"):  # of GPUs, and test_bench_scaling.py
             assert len(table()) > 2, name
 
 

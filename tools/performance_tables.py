@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.markdown import Table, rewrite
-from tools.performance_goals import rows_of
+from tools.performance_goals import rows_of, scaling_goal
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "engine"
 NONE_YET = ["Not measured yet."]
@@ -203,13 +203,13 @@ def runs_table() -> list[str]:
     names = ("run", "command", "machine", "ceiling, TFLOP/s", "load", "versions", "commit, day")
     columns = dict.fromkeys(names, "<")
     rows = []
-    for table in ("train", "regimes", "uneven", "memory", "profile", "curves"):
+    for table in ("train", "regimes", "uneven", "memory", "profile", "curves", "kernels", "scaling"):
         for name, whole in results(table):
             about = whole["machine"]
             versions = {key: about["versions"][key] for key in ("torch", "transformers", "peft")}
             cells = [name, f"`{about['command']}`", f"{device(whole)}, {about['cores']} cores"]
-            tops = [f"{top:.3g}" for top in (min(whole["ceiling_tflops"]), max(whole["ceiling_tflops"]))]
-            cells.append(" to ".join(dict.fromkeys(tops)))
+            tops = [f"{top:.3g}" for top in sorted(whole.get("ceiling_tflops", []))]
+            cells.append(" to ".join(dict.fromkeys([*tops[:1], *tops[-1:]])))
             cells += [f"{about['load'][0]:g} to {about['load_after'][0]:g}"]
             rows.append(
                 [
@@ -218,6 +218,43 @@ def runs_table() -> list[str]:
                     f"{about['commit']} {about['time'][:10]}".strip(),
                 ]
             )
+    return table_of(columns, rows)
+
+
+def kernels_table() -> list[str]:
+    """Return what each kernel takes on the device, and what a call of it costs the host."""
+    columns = dict.fromkeys(("kernel", "sizes", "way"), "<")
+    columns |= dict.fromkeys(("forward, us", "backward, us", "by moving the numbers once", "eager call, us"), ">")
+    rows = []
+    for _, whole in results("kernels"):
+        for line in whole["lines"]:
+            by = line["device_us"] / line["moved_us"]
+            cells = [line["kernel"], " x ".join(map(str, line["sizes"])), line["way"]]
+            cells += [f"{line['forward_us']:.0f}", f"{line['backward_us']:.0f}", f"{by:.2f}", f"{line['host_us']:.0f}"]
+            rows.append(cells)
+    return table_of(columns, rows)
+
+
+def scaling_table() -> list[str]:
+    """Return runs on one trainer and on several: a round's seconds, and where they go."""
+    columns = {"run": "<", "trainers": ">", "order": ">", "s a round": ">", "busiest trainer, s": ">"}
+    columns |= dict.fromkeys(("the rest, s", "most by least busy", "GPU busy", "start, s", "last loss"), ">")
+    rows = []
+    for name, whole in results("scaling"):
+        for number, line in enumerate(whole["lines"], 1):
+            cells = [f"{name}, {_model({**whole['arguments'], 'device': device(whole)})}", str(line["trainers"])]
+            cells.append(str(number))
+            if line["error"]:
+                rows.append([*cells, line["error"], *[""] * 6])
+                continue
+            own = line["round_s"]
+            cells += [f"{own['median']:.3g} ({own['min']:.3g} to {own['max']:.3g})"]
+            cells += [f"{line[key]:.3g}" for key in ("busiest_s", "rest_s", "uneven")]
+            cells += [", ".join(f"{share:.0%}" for share in line["gpu_busy"].values()), f"{line['start_s']:.0f}"]
+            rows.append([*cells, f"{line['rounds'][-1]['train_loss']:.4f}"])
+        if whole["times"]:
+            apart = f"losses {whole['off']:.0e} apart at most"
+            rows.append([f"{name}: **{whole['times']:.2f} times** as fast, {apart}", *[""] * 9])
     return table_of(columns, rows)
 
 
@@ -261,6 +298,9 @@ def goals_table() -> list[str]:
     lines = [line for line in lines_of("train", "regimes") if line["gpu"]]
     columns = {"model": "<", "tokens a client-step": ">", "what": "<", "aimed at": ">"}
     rows = rows_of(lines, (4, 20)) if lines else []
+    for _, whole in results("scaling"):
+        if whole["machine"]["cuda"] is not None:
+            rows.append(scaling_goal(whole["arguments"], whole["times"], (4, 20)))
     return table_of({**columns, "4 steps a round": ">", "20 steps a round": ">"}, rows)
 
 
@@ -275,6 +315,8 @@ TABLES: dict[str, Table] = {
     "profile": profile_table,
     "losses": losses_table,
     "curves": curves_table,
+    "kernels": kernels_table,
+    "scaling": scaling_table,
     "runs": runs_table,
 }
 

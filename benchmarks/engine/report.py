@@ -22,7 +22,7 @@ def write(
         lines: The table.
     """
     about = {**about, "load_after": [round(load, 2) for load in os.getloadavg()]}
-    arguments = {name: value for name, value in vars(options).items() if name not in ("out", "run", "device")}
+    arguments = {name: value for name, value in vars(options).items() if name not in ("out", "run", "device", "logs")}
     whole = {"table": table, "arguments": arguments, "machine": about, **found, "lines": lines}
     if options.out:
         path = Path(options.out)

@@ -243,17 +243,33 @@ def ceiling(device: torch.device) -> float:
     return 2.0 * size**3 / statistics.median(seconds[3:])  # the first warm up
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what it was measured on: command, versions, device, load."""
+def machine(device: torch.device, command: str = "benchmarks.engine") -> dict[str, Any]:
+    """Return what it was measured on: command, versions, device, load.
+
+    Args:
+        device: The device.
+        command: The module that runs.
+    """
     versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "numpy", "triton", "opacus", "bitsandbytes", "fedlora"):
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "numpy",
+        "triton",
+        "opacus",
+        "bitsandbytes",
+        "flwr",
+        "ray",
+        "fedlora",
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     cuda = device.type == "cuda"
     return {
-        "command": f"python -m benchmarks.engine {shlex.join(sys.argv[1:])}",
+        "command": f"python -m {command} {shlex.join(sys.argv[1:])}".strip(),
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),
