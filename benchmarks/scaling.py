@@ -176,20 +176,23 @@ def measure(
     line |= {"error": error, "whole_s": time.monotonic() - started, "start_s": ends[0] - use.started if ends else None}
     if error:
         print(f"-- {name}: {error}; the end of its output:\n{log.read_text(errors='replace')[-_TAIL:]}", flush=True)
+    if len(ends) < 2:
         return line
     line["gpu_busy"] = use.busy(ends[0], ends[-1])
-    return line | read_run(folder / "runs" / name)
+    return line | read_run(folder / "runs" / name)  # also of one that was ended: its rounds are whole
 
 
 def follow(process: subprocess.Popen[bytes], log: Path, limit_s: float) -> tuple[list[float], str]:
     """Wait for a run, for so many seconds; return when each of its rounds was shown, and what went wrong."""
-    started, ends = time.monotonic(), list[float]()
-    while process.poll() is None and time.monotonic() - started < limit_s:
+    started, ends = time.time(), list[float]()
+    while process.poll() is None and time.time() - started < limit_s:
         shown = sum(line.startswith(b"round ") for line in log.read_bytes().splitlines())
         ends += [time.time()] * (shown - len(ends))
         time.sleep(0.1)
     if process.poll() is None:
-        for link in sorted(Path(tempfile.gettempdir()).glob("fedlora-*/superlink.log")):
+        for link in Path(tempfile.gettempdir()).glob("fedlora-*/superlink.log"):
+            if link.stat().st_mtime < started:
+                continue  # another run's
             text = link.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
             print(f"-- {link}:\n{text}", flush=True)
             shutil.copyfile(link, log.with_suffix(".superlink.log"))
@@ -208,19 +211,20 @@ def read_run(folder: Path) -> dict[str, Any]:
     rounds = []
     for one in metrics:
         own = [pack for pack in packs if pack["round"] == one["round"]]
+        if not own:
+            continue  # the run was ended right there
         busy: dict[str, float] = {}
         for pack in own:
             busy[str(pack["trainer"])] = busy.get(str(pack["trainer"]), 0.0) + pack["seconds"]
         kept = ("round", "seconds", "train_loss", "test_accuracy", "test_loss", "clients_ok", "message_bytes_up")
         rounds.append({**{key: one[key] for key in kept}, "busy_s": busy, "packs": len(own)})
-    warm = rounds[1:] or rounds
+    warm = rounds[1:]
     each = [statistics.median(one["seconds"] for one in warm), *(f(one["seconds"] for one in warm) for f in (min, max))]
     return {
         "round_s": dict(zip(("median", "min", "max"), each, strict=True)),
         "busiest_s": statistics.median(max(one["busy_s"].values()) for one in warm),
         "rest_s": statistics.median(one["seconds"] - max(one["busy_s"].values()) for one in warm),
         "uneven": statistics.median(max(one["busy_s"].values()) / min(one["busy_s"].values()) for one in warm),
-        "devices": [one["device"] for one in json.loads((folder / "trainers.json").read_text())],
         "lost": (folder / "losses.jsonl").is_file(),
         "rounds": rounds,
     }
@@ -231,7 +235,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return medians by number of trainers, the ratio of the most to the least, and whether losses agree."""
-    done = [line for line in lines if not line["error"]]
+    done = [line for line in lines if "round_s" in line]
     by: dict[int, list[dict[str, Any]]] = {}
     for line in done:
         by.setdefault(line["trainers"], []).append(line)
@@ -242,7 +246,8 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
         for count, own in sorted(by.items())
     }
-    losses = [[one["train_loss"] for one in line["rounds"]] for line in done]
+    least = min((len(line["rounds"]) for line in done), default=0)
+    losses = [[one["train_loss"] for one in line["rounds"][:least]] for line in done]
     off = max((float(np.abs(np.subtract(losses[0], one)).max()) for one in losses), default=0.0)
     fell = losses[0][0] - losses[0][-1] if losses else 0.0
     return {

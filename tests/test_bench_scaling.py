@@ -42,7 +42,6 @@ def run_folder(path: Path, seconds: list[float], busy: list[list[float]], loss: 
     ]
     for name, lines in (("metrics.jsonl", metrics), ("packs.jsonl", packs)):
         (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (path / "trainers.json").write_text(json.dumps([{"device": "cuda"}] * len(busy[0])))
     found = {"run": path.name, "trainers": len(busy[0]), "error": "", "start_s": 30.0, "gpu_busy": {"0": 0.9}}
     return found | scaling.read_run(path)
 

@@ -244,7 +244,7 @@ def scaling_table() -> list[str]:
         for number, line in enumerate(whole["lines"], 1):
             cells = [f"{name}, {_model({**whole['arguments'], 'device': device(whole)})}", str(line["trainers"])]
             cells.append(str(number))
-            if line["error"]:
+            if "round_s" not in line:
                 rows.append([*cells, line["error"], *[""] * 6])
                 continue
             own = line["round_s"]

@@ -91,9 +91,10 @@ def _ways(bench: Bench, options: argparse.Namespace, kinds: list[Kind]) -> list[
     ways += [bench.baseline(name, job) for name in named if name in ("eager", "graph") for job in longest]
     ways += [bench.ours(job, kind) for kind in main if kind != LORA for job in jobs]
     ways += [bench.baseline(name, first[-1]) for name in named if name in PRIVATE]
-    ways += [bench.ours(job, kind) for kind in rest for job in first]
+    ways += [bench.ours(job, kind) for kind in rest if not kind.dp for job in first]
     ways += [bench.baseline(name, job) for name in named if name == "compile" for job in longest]
-    return ways + [bench.baseline(name, first[-1]) for name in named if name == "as-shipped"]
+    ways += [bench.baseline(name, first[-1]) for name in named if name == "as-shipped"]
+    return ways + [bench.ours(job, kind) for kind in rest if kind.dp for job in first]
 
 
 def as_lines(bench: Bench, measured: list[Measured], device: torch.device) -> list[dict[str, Any]]:
