@@ -40,7 +40,7 @@ from fedlora.runs.folder import read_lines
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "engine" / "scaling.json"
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # by number: RoBERTa's padding is 1
-_TEST_ROWS = 256
+_TEST_ROWS = 128
 _TAIL = 5000  # characters of a failed run's output
 _LEAVE_S = 30.0  # for which a run that took too long may clear up
 _ALIKE = (5e-3, 0.1)  # by how much losses may differ, and by what share of their fall: packs differ, and so rounding
