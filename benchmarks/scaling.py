@@ -165,7 +165,8 @@ def measure(
     line: dict[str, Any] = {"run": name, "trainers": trainers, "error": ""}
     if len(gpus) < trainers and not cpu:
         return {**line, "error": f"{trainers} trainers, one a GPU, and {len(gpus)} GPU(s)"}
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if cpu else ",".join(gpus), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if cpu else ",".join(gpus), "PYTHONPATH": path}
     command = [sys.executable, "-c", "from deploy.cli import main; main()", "run", str(ROOT), "-c", str(file)]
     log, started = logs / f"{name}.log", time.monotonic()
     with GpuUse(gpus if not cpu else []) as use, log.open("wb") as out:

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.engine import resident, uneven
 from benchmarks.engine.__main__ import main
+from benchmarks.engine.checks import ALONE
 from benchmarks.engine.families import (
     ATTENTION,
     COPIES,
@@ -62,7 +63,7 @@ def test_every_table_is_made_from_what_its_command_writes(tmp_path: Path, monkey
     errors = [line["error"] for line in train["lines"] if "ms" not in line]
     assert errors == ["ValueError: graph: CUDA graphs need a GPU"]
     compared = {check["against"] for check in train["checks"] if check.get("equal")}
-    assert compared == {"eager", "opacus-hooks", "opacus-ghost", "a pack of one"}
+    assert compared == {"eager", "opacus-hooks", "opacus-ghost", ALONE}
     assert min(check["fell"] for check in train["checks"] if "fell" in check) > 1e-3, "or it would say nothing"
     assert sum(line["share"] for line in profile["lines"]) > 0.999, "idle time fills up what kernels leave"
     for name, table in performance_tables.TABLES.items():

@@ -26,21 +26,22 @@ def own_method(method: str) -> str:
     return "lora" if method == "ffa-lora" else method
 
 
-def settled(model: Any, shape: Shape, method: str, rank: int) -> Engine:
-    """Return the engine of a method on the weights of a model that others use too, as a trainer has it.
-
-    Its blocks are compiled, which takes a minute: ranks, roles and privacy share one.
+def engine_of(model: Any, shape: Shape, method: str, rank: int, *, fast: bool) -> Engine:
+    """Return the engine of a method on the weights of a model that others use too.
 
     Args:
         model: The model.
         shape: Its shape.
         method: The method, see :func:`own_method`.
         rank: Of the method.
+        fast: Whether it computes as a trainer's does; compiled blocks take a minute, and ranks, roles and privacy share
+            them. Else it is the plain reference.
     """
     base = base_of(twin(model), shape)
     config = Config(method=MethodConfig(method, rank=rank, alpha=2.0 * rank))
     built = build_method(config, base.structure.adapted, base.structure.head)
-    return settle(Engine.build(base, built, shape.built_task()), start_tensors(built))
+    engine = Engine.build(base, built, shape.built_task())
+    return settle(engine, start_tensors(built)) if fast else engine
 
 
 @final
@@ -48,7 +49,7 @@ class Packed:
     """What trains packs of a method.
 
     Args:
-        engine: Its engine (:func:`settled`).
+        engine: Its engine (:func:`engine_of`).
         method: One of ``METHODS``.
         rank: Of the method.
         ragged: Whether clients have ranks from 2 up to ``rank``, in turn.

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.engine import peers, resident
 from benchmarks.engine.jobs import Arrays, Job
-from benchmarks.engine.packed import Packed, own_method, settled
+from benchmarks.engine.packed import Packed, engine_of, own_method
 from benchmarks.engine.resident import Resident
 from benchmarks.engine.shapes import SHAPES, random_model, twin, useful_flops
 from benchmarks.engine.timing import Round, Way, free
@@ -61,8 +61,8 @@ class Bench:
         self.dtype: torch.dtype = getattr(torch, own if dtype == "auto" else dtype)
         self.model = random_model(self.shape, device, self.dtype, quantization)
         self.base_bytes = self._allocated() - before
-        self._engines: dict[str, Engine] = {}
-        self._packed: dict[Kind, Packed] = {}
+        self._engines: dict[tuple[str, bool], Engine] = {}
+        self._packed: dict[tuple[Kind, bool], Packed] = {}
         self._sequential: dict[tuple[str, int, int, float], Any] = {}
 
     def _allocated(self) -> int:
@@ -76,14 +76,20 @@ class Bench:
         """Return the useful floating-point operations of a client-step."""
         return useful_flops(self.shape, self.model, job.tokens) * job.rows * job.tokens
 
-    def packed(self, kind: Kind = LORA) -> Packed:
-        """Return what trains packs, made once; what differs by roles, ranks and privacy alone shares its engine."""
-        if kind not in self._packed:
+    def packed(self, kind: Kind = LORA, *, fast: bool = True) -> Packed:
+        """Return what trains packs, made once; what differs by roles, ranks and privacy alone shares its engine.
+
+        Args:
+            kind: What is trained how.
+            fast: See :func:`benchmarks.engine.packed.engine_of`.
+        """
+        if (kind, fast) not in self._packed:
             method, noise = own_method(kind.method), peers.NOISE if kind.dp else None
-            if method not in self._engines:
-                self._engines[method] = settled(self.model, self.shape, method, self.rank)
-            self._packed[kind] = Packed(self._engines[method], kind.method, self.rank, ragged=kind.ragged, noise=noise)
-        return self._packed[kind]
+            if (method, fast) not in self._engines:
+                self._engines[method, fast] = engine_of(self.model, self.shape, method, self.rank, fast=fast)
+            engine = self._engines[method, fast]
+            self._packed[kind, fast] = Packed(engine, kind.method, self.rank, ragged=kind.ragged, noise=noise)
+        return self._packed[kind, fast]
 
     @property
     def start(self) -> Arrays:
