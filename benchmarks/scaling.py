@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -197,7 +196,7 @@ def follow(process: subprocess.Popen[bytes], log: Path, limit_s: float) -> tuple
             text = link.read_text(encoding="utf-8", errors="replace")[-_TAIL:]
             print(f"-- {link}:\n{text}", flush=True)
             shutil.copyfile(link, log.with_suffix(".superlink.log"))
-        process.send_signal(signal.SIGINT)  # it ends all that it has started
+        process.terminate()  # it ends all that it has started
         try:
             process.wait(_LEAVE_S)
         except subprocess.TimeoutExpired:

@@ -24,6 +24,7 @@ from benchmarks.engine.families import (
     busy_us,
     family,
 )
+from benchmarks.engine.jobs import Job
 from benchmarks.engine.shapes import SHAPES, random_model, useful_flops
 from benchmarks.engine.timing import Budget, Way, measure
 from tools import performance_tables
@@ -103,6 +104,18 @@ def test_graphs_and_profiles_on_a_gpu(tmp_path: Path, shape: str) -> None:
     assert all(line["peak_gib"] > 0 for line in train["lines"])
     profile = written("profile", tmp_path / "b.json", *small, shape=shape, device="cuda")
     assert profile["covered"] > 0.9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiled_baseline_is_one_graph_with_the_same_gradients() -> None:
+    """What a GPU's compiler is given; a part that it does not take would be timed uncompiled."""
+    shape = SHAPES["tiny-lm"]
+    adapted = resident.peft_model(random_model(shape, CPU, torch.float32), shape, 4)
+    trained = [one for one in adapted.parameters() if one.requires_grad]
+    ids, labels = (one[0] for one in Job(shape, 1, 1, 2, 8, 300).tensors(0))
+    compiled = torch.compile(resident.loss_of, dynamic=False, fullgraph=True, backend="aot_eager")
+    both = [torch.autograd.grad(loss(adapted, ids, labels), trained) for loss in (resident.loss_of, compiled)]
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
 
 
 def test_ways_take_turns_forwards_and_backwards_and_one_that_fails_stops_no_other() -> None:

@@ -183,7 +183,8 @@ def curves_table() -> list[str]:
     for _, whole in results("curves"):
         own = whole["arguments"]
         named = {(line["way"], line["dtype"]): line for line in whole["lines"]}
-        order = [named[way, dtype] for dtype in ("float32", "bfloat16") for way in ("eager", "fedlora")]
+        none: Line = {"steps": [], "losses": [], "off": []}  # of a command that was cut off
+        order = [named.get((way, dtype), none) for dtype in ("float32", "bfloat16") for way in ("eager", "fedlora")]
         for at, steps in enumerate(order[0]["steps"]):
             cells = [_model({**own, "device": device(whole)}), str(steps)]
             for line in order:
