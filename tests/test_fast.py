@@ -154,6 +154,7 @@ def test_the_fast_ways_of_a_gpu_train_as_the_plain_one(family: str, method: str,
     settled = settle(engines[1], random_start(engines[1]), compiled=compiled)
     assert settled.kernels
     assert bool(settled.grouped.blocks) == compiled
+    assert settled.grouped.unpadded
     for step in (1, 10, 50):
         losses = []
         for engine in (engines[0], settled):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from fedlora.engine.kernels import attention, low_rank, row_sums
 from fedlora.engine.layers import GroupedLayer, Layout
@@ -18,6 +17,9 @@ from fedlora.tasks.token_losses import token_losses
 from fedlora.transfer import Spans
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+if torch.cuda.is_available():
+    attention.register()
+    low_rank.register()
 GROUPS = np.array([0, 0, 1, 2, 2, 2, 2])
 
 
@@ -40,28 +42,32 @@ def test_the_low_rank_update_is_a_grouped_layers() -> None:
     assert off(y, layer(x)) < 1e-14
 
 
-def test_short_attention_is_sdpas() -> None:
-    query, key, value = drawn(3, 4, 9, 8), drawn(3, 2, 9, 8, seed=1), drawn(3, 2, 9, 8, seed=2)
-    lengths = torch.tensor([9, 4, 1], dtype=torch.int32)
-    padding = torch.arange(9) < lengths[:, None]
-    sizes = {"batch_size": 3, "q_length": 9, "kv_length": 9, "attention_mask": padding}
-    for causal, function in ((True, causal_mask_function), (False, bidirectional_mask_function)):
-        made = attention.mask(**sizes, mask_function=function)
-        assert made is not None
-        assert made.flatten().tolist() == [9, 4, 1]
-        assert made.dim() == 1 + causal
+def test_attention_of_rows_side_by_side_is_each_rows_own() -> None:
+    lengths = [9, 4, 1]
+    start = torch.tensor([0, 9, 13, 14], dtype=torch.int32)
+    query, key, value = drawn(1, 4, 14, 8), drawn(1, 2, 14, 8, seed=1), drawn(1, 2, 14, 8, seed=2)
+    for causal in (True, False):
         module: Any = nn.Module()
         module.num_key_value_groups, module.is_causal = 2, causal
-        mine = attention.plain(query, key, value, lengths, 0.3, causal)
-        seen, _ = attention.attend(module, query, key, value, made, scaling=0.3)  # on a CPU: sdpa with a mask
-        for row, length in enumerate(lengths.tolist()):
-            assert off(mine[row, :length], seen[row, :length]) < 1e-12
-    other = attention.mask(**sizes, mask_function=lambda *_: torch.tensor(True), use_vmap=True)
-    assert other is not None
-    assert other.dim() == 4, "a mask of another kind stays a mask"
-    long = {"batch_size": 1, "q_length": 200, "kv_length": 200, "attention_mask": torch.ones(1, 200, dtype=torch.bool)}
-    long["attention_mask"][0, 150:] = False  # type: ignore[index]
-    assert attention.mask(**long).dim() == 4  # type: ignore[arg-type, union-attr]
+        mine = attention.plain(query, key, value, start, 0.3, causal)
+        with attention.rows_in_place(attention.Rows(start, 16)):
+            assert torch.equal(attention.attend(module, query, key, value, None, scaling=0.3)[0], mine)
+        for first, length in zip(start.tolist(), lengths, strict=False):
+            here = slice(first, first + length)
+            own = [one[:, :, here] for one in (query, key, value)]
+            alone, _ = attention.attend(module, *own, None, scaling=0.3)  # outside of any batch: transformers' own
+            assert off(mine[:, here], alone) < 1e-12
+
+
+def test_attention_side_by_side_takes_no_more_than_rows() -> None:
+    given, module = (drawn(1, 1, 3, 8), drawn(1, 1, 3, 8), drawn(1, 1, 3, 8)), nn.Module()
+    rows = attention.Rows.of(np.array([0, 1, 3]), 2, torch.device("cpu"))
+    with attention.rows_in_place(rows):
+        for extra in ({"dropout": 0.1}, {"sliding_window": 4}, {"position_bias": given[0]}):
+            with pytest.raises(ValueError, match="has no mask, dropout, bias"):
+                attention.attend(module, *given, None, **extra)
+        with pytest.raises(ValueError, match="has no mask, dropout, bias"):
+            attention.attend(module, *given, torch.zeros(3, 3))
 
 
 def test_sums_of_rows_drop_what_is_not_finite() -> None:
@@ -119,19 +125,50 @@ def test_the_low_rank_kernel(shape: tuple[int, int, int, int, int]) -> None:
 
 
 @GPU
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_the_low_rank_kernel_where_groups_meet(side_by_side: bool) -> None:
+    """Blocks of positions with several groups: rows of one token, or short ones, of groups of any size."""
+    group = np.repeat(np.arange(9), [1, 40, 3, 0, 70, 64, 2, 1, 19])
+    spans, given = Spans.of(group, 9, torch.device("cuda")), (1, 200) if side_by_side else (200,)
+    sizes = ((*given, 72), (*given, 40), (9, 5, 40), (9, 72, 5))
+    tensors = [drawn(*size, seed=n, dtype=torch.bfloat16, device="cuda") for n, size in enumerate(sizes)]
+    exact = [value.detach().double().requires_grad_() for value in tensors]
+    rows = [value.reshape(200, -1) for value in exact[:2]]
+    mine, reference = low_rank.added(*tensors, spans), low_rank.plain(*rows, *exact[2:], spans)
+    assert off(mine.reshape(200, -1), reference) < 5e-3
+    grad = torch.randn(200, 72, device="cuda", dtype=torch.bfloat16)
+    grads = torch.autograd.grad(mine, tensors, grad.view(mine.shape))
+    for one, two in zip(grads, torch.autograd.grad(reference, exact, grad.double()), strict=True):
+        assert off(one, two) < 5e-3
+
+
+@GPU
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("shape", [(5, 4, 4, 13, 32), (3, 6, 2, 128, 64), (3, 4, 4, 70, 128), (9, 2, 1, 3, 16)])
-def test_the_attention_kernel(shape: tuple[int, int, int, int, int], causal: bool) -> None:
-    rows, heads, keys, width, dim = shape
+@pytest.mark.parametrize(
+    ("lengths", "heads", "keys", "dim"),
+    [
+        ([5, 13, 1, 2], 4, 4, 32),
+        ([128, 3, 70, 33, 17], 6, 2, 64),
+        ([70, 64, 65], 4, 4, 128),
+        ([3] * 9, 2, 1, 16),
+        ([300, 129, 5], 4, 2, 64),  # PyTorch's own
+        ([20, 9], 2, 2, 80),
+    ],
+)
+def test_the_attention_kernel(lengths: list[int], heads: int, keys: int, dim: int, causal: bool) -> None:
+    total, starts = sum(lengths), np.cumsum([0, *lengths])
     given = [
-        drawn(rows, width, count, dim, seed=n, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+        drawn(1, total, count, dim, seed=n, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
         for n, count in enumerate((heads, keys, keys))
     ]
     exact = [value.detach().double().requires_grad_() for value in given]
-    lengths = torch.randint(1, width + 1, (rows,), dtype=torch.int32, device="cuda")
-    grad = torch.randn(rows, width, heads, dim, device="cuda", dtype=torch.bfloat16)
-    mine = torch.ops.fedlora.short_attention(*given, lengths, dim**-0.5, causal)
-    reference = attention.plain(*exact, lengths, dim**-0.5, causal)
+    rows = attention.Rows.of(starts, max(lengths), torch.device("cuda"))
+    grad = torch.randn(1, total, heads, dim, device="cuda", dtype=torch.bfloat16)
+    module: Any = nn.Module()
+    module.is_causal = causal
+    with attention.rows_in_place(rows):
+        mine, _ = attention.attend(module, *given, None)
+    reference = attention.plain(*exact, rows.start, dim**-0.5, causal)
     assert off(mine, reference) < 5e-3
     pairs = zip(
         torch.autograd.grad(mine, given, grad), torch.autograd.grad(reference, exact, grad.double()), strict=True

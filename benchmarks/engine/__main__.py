@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import warnings
 
@@ -50,4 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fedlora").setLevel(logging.INFO)
     sys.exit(main())

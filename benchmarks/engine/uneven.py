@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from benchmarks.engine.packed import Packed
 from benchmarks.engine.report import show, write
@@ -18,7 +18,8 @@ from benchmarks.engine.shapes import CLASSES, LEAST_TOKEN, useful_flops
 from benchmarks.engine.timing import Budget, Way, ceiling, machine, measure
 from benchmarks.engine.ways import Bench, Kind
 from fedlora.config import TrainConfig
-from fedlora.engine import ClientWork, plan_batches
+from fedlora.engine import ClientWork, Engine, plan_batches
+from fedlora.engine.blocks import blocks_of
 from fedlora.seeded import Seeded
 from fedlora.tasks import Examples
 
@@ -62,11 +63,11 @@ def work_of(bench: Bench, packed: Packed, client: int, lengths: NDArray[np.int64
 
 
 @contextmanager
-def counted(model: Any) -> Iterator[list[int]]:
-    """Count the tokens that go through a model, padding included, at its embedding."""
+def counted(engine: Engine) -> Iterator[list[int]]:
+    """Count the tokens that go through a model's last block, padding included."""
     count: list[int] = []
-    embedding: nn.Module = model.get_input_embeddings()
-    handle = embedding.register_forward_pre_hook(lambda _module, inputs: count.append(int(inputs[0].numel())))
+    block = blocks_of(engine)[-1]
+    handle = block.register_forward_pre_hook(lambda _module, inputs: count.append(math.prod(inputs[0].shape[:-1])))
     try:
         yield count
     finally:
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
     ways: list[Way] = []
     facts: list[dict[str, Any]] = []
     for name, works in (("uneven clients", uneven), ("equal clients", equal)):
-        with counted(packed.engine.base.model) as through:
+        with counted(packed.engine) as through:
             packed.train(works, train)
         real = int(sum(work.examples.cost[batch].sum() for work in works for batch in work.batches))
         client_steps = sum(len(work.batches) for work in works)

@@ -10,18 +10,23 @@ from torch.utils.checkpoint import checkpoint
 from fedlora.engine.core import Engine
 
 
-def blocks_of(engine: Engine) -> list[nn.Module]:
+def block_lists(engine: Engine) -> list[list[nn.Module]]:
     """Return the modules that a model repeats: the outermost lists of modules of one kind that hold adapted layers."""
     names = [layer.name for layer in engine.base.structure.adapted]
-    found: list[nn.Module] = []
+    found: list[list[nn.Module]] = []
     within: list[str] = []
     for name, module in engine.base.model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in within):
             continue
         if len({type(block) for block in module}) == 1 and any(layer.startswith(f"{name}.") for layer in names):
             within.append(name)
-            found += list(module)
+            found.append(list(module))
     return found
+
+
+def blocks_of(engine: Engine) -> list[nn.Module]:
+    """Return the blocks of all such lists."""
+    return [block for blocks in block_lists(engine) for block in blocks]
 
 
 def checkpoint_blocks(engine: Engine) -> bool:

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlora.engine.layers import GroupedModel, Layout
+from fedlora.engine.layers import GroupedModel
+from fedlora.engine.layout import Layout, Unpadded
 from fedlora.engine.schedule import passes
 from fedlora.engine.stack import Stack, common_shapes
 from fedlora.engine.work import Arrays
@@ -26,9 +27,10 @@ FactsOf = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 # What goes through the model at once, in units of the rows' cost (tokens, padding included). It bounds the memory of
 # activations; results change by rounding only. A CPU gains nothing from more. On a GPU a pass has this many features of
-# a layer's input: it then takes a tenth of a second, beside which what the host does for it is little.
+# a layer's input: it then takes a tenth of a second, beside which what the host does for it is little. Layers narrower
+# than 1,024 do less for each feature, and the host as much for each layer: they get more, up to four times.
 _COST_CPU = 1024
-_FEATURES_GPU = 2**25
+_FEATURES_GPU, _WIDE, _MORE = 2**25, 1024, 4
 _COPIES_CPU, _COPIES_GPU = 2**26, 2**30  # trained numbers, where each row has a copy of them (DP-SGD)
 _OUTPUTS = 2**30  # and numbers that the model puts out, a logit for each token and word in a language model
 
@@ -146,7 +148,8 @@ class Engine:
             key = np.stack([cost_n * self.batching.equal_length, group_n * self.batching.one_group])
             _, part_n = np.unique(key, axis=1, return_inverse=True)
         copies = _COPIES_CPU if self.device.type == "cpu" else _COPIES_GPU
-        return passes(cost_n, part_n, self.room, max(1, copies // copied) if copied else len(cost_n))
+        most = max(1, copies // copied) if copied else len(cost_n)
+        return passes(cost_n, part_n, self.room, most, padded=not self.grouped.unpadded)
 
     def halve(self, least: int) -> bool:
         """Halve what goes through the model at once, since memory was short; return False where it is one row already.
@@ -164,9 +167,19 @@ class Engine:
         """The bound on a pass's cost, after what memory was short for."""
         return self.max_cost >> len(self.shortages)
 
-    def layout(self, group_n: NDArray[np.int64], groups: int) -> Layout:
-        """Return the layout of a pass whose rows, sorted by group, belong to these groups."""
-        return Layout.of(group_n, groups, self.device, kernel=self.kernels)
+    def layout(self, group_n: NDArray[np.int64], groups: int, cost_n: NDArray[np.int64] | None) -> Layout:
+        """Return the layout of a pass's rows, sorted by group.
+
+        Args:
+            group_n: The group of each row.
+            groups: Their number.
+            cost_n: The tokens of each row; None: rows go through the model with their padding.
+        """
+        kernel, device = self.kernels, self.device
+        unpadded = None
+        if cost_n is not None and self.grouped.unpadded:
+            unpadded = Unpadded.of(cost_n, group_n, groups, device, kernel=kernel)
+        return Layout.of(group_n, groups, device, kernel=kernel, unpadded=unpadded)
 
 
 def most_cost(base: Base, task: Task) -> int:
@@ -174,7 +187,8 @@ def most_cost(base: Base, task: Task) -> int:
     width = max((layer.d_in for layer in base.structure.adapted), default=1)
     on_cpu = next(base.model.parameters()).device.type == "cpu"
     config: Any = base.model.config
-    return max(1, min(_COST_CPU if on_cpu else _FEATURES_GPU // width, _OUTPUTS // task.outputs(config)))
+    most = _COST_CPU if on_cpu else int(_FEATURES_GPU / width * min(_MORE, max(1.0, _WIDE / width)))
+    return max(1, min(most, _OUTPUTS // task.outputs(config)))
 
 
 @final
@@ -193,16 +207,22 @@ class GroupTensors:
         shapes = common_shapes(engine.method.specs(), own, common)
         self._stack = Stack(own, shapes, engine.dtype, engine.device)
 
-    def placed(self, group: NDArray[np.int64]) -> AbstractContextManager[nn.Module]:
-        """Put the factors of a batch in place, for the time of a block, whose rows are sorted by these groups.
+    def placed(
+        self, group: NDArray[np.int64], cost: NDArray[np.int64] | None = None
+    ) -> AbstractContextManager[nn.Module]:
+        """Put the factors of a batch in place, for the time of a block.
 
         The model's blocks do not run compiled: a forward pass alone gains little, and would be compiled for itself.
+
+        Args:
+            group: Each row's group; rows are sorted by it.
+            cost: Its tokens; None: rows go through the model with their padding.
         """
         engine = self._engine
         present, slot_n = np.unique(group, return_inverse=True)
         here = self._stack.values[to_places(present, engine.device)].to(engine.compute)
         factors = engine.method.factors({**self._fixed, **self._stack.named(here)})
-        return engine.grouped.placed(factors, engine.layout(slot_n, len(present)), compiled=False)
+        return engine.grouped.placed(factors, engine.layout(slot_n, len(present), cost), compiled=False)
 
 
 def evaluate(
@@ -232,10 +252,11 @@ def evaluate(
     found: dict[str, list[Tensor]] = {}
     order: list[NDArray[np.int64]] = []
     with torch.inference_mode():
-        for chosen in engine.passes(rows.cost[list(numbers)], group):
+        cost = rows.cost[list(numbers)]
+        for chosen in engine.passes(cost, group):
             places = chosen[np.argsort(group[chosen], kind="stable")]
             batch = engine.task.collate(rows, [numbers[place] for place in places], engine.device)
-            with tensors.placed(group[places]) as model:
+            with tensors.placed(group[places], cost[places]) as model:
                 for name, values in facts_of(model, batch).items():
                     found.setdefault(name, []).append(values.double())
             order.append(places)

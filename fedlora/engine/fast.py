@@ -1,7 +1,7 @@
 """The fast ways of a GPU, each tried against the plain one when a model is loaded, and used where it gives the same.
 
 - A language model's answers alone before its output layer (:mod:`fedlora.tasks.token_losses`), on any device;
-- short rows' attention in one program a row and head (:mod:`fedlora.engine.kernels.attention`);
+- the model's blocks on tokens side by side, without padding (:mod:`fedlora.engine.unpadded`);
 - the low-rank update in one pass over a layer's rows (:mod:`fedlora.engine.kernels.low_rank`);
 - the model's repeated blocks compiled, with shapes left open, so that other packs and lengths compile nothing anew.
 
@@ -12,6 +12,7 @@ A family of models that a fast way does not fit is trained the plain way, and th
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 
 from fedlora.config import TrainConfig
 from fedlora.engine.apart import random_tensors
-from fedlora.engine.blocks import blocks_of
+from fedlora.engine.blocks import block_lists, blocks_of
 from fedlora.engine.core import Engine, most_cost
-from fedlora.engine.kernels import attention
+from fedlora.engine.kernels import attention, low_rank
 from fedlora.engine.pack import Pack
 from fedlora.engine.work import Arrays, ClientWork
 from fedlora.tasks import Rows
@@ -40,6 +41,8 @@ _SHORT = (torch.bfloat16, torch.float16)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _COARSE = 5e-2  # of 16 bits
 _SPECIALISED = 64  # versions of a compiled block: of one row or many, of one client or many, with gradients or without
+# An analysis that is of no use to open shapes, and in torch 2.11 stops at some of them.
+_OPTIONS: dict[str, Any] = {"triton.coalesce_tiling_analysis": False}
 _SHARE = 0.7  # of the free memory that a pass may take; the rest is the pack's own
 _MEASURED = (2048, 4096)  # costs between which memory is measured
 
@@ -56,12 +59,12 @@ def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True) -> Engine:
     ways: list[Way] = [_with_less_memory] if engine.task.with_less_memory(engine.base.model) else []
     on_gpu = engine.device.type == "cuda" and engine.compute != torch.float64
     if on_gpu:
-        ways += [_with_attention, _with_kernel, *([_with_compiled] if compiled else [])]
+        ways += [without_padding, _with_kernel, *([_with_compiled] if compiled else [])]
     if not ways:
         return engine
-    expected = _numbers(engine, tensors)
+    expected = numbers(engine, tensors)
     for way in ways:
-        engine = _tried(engine, way, tensors, expected)
+        engine = tried(engine, way, tensors, expected)
     return replace(engine, max_cost=_fitting(engine, tensors)) if on_gpu else engine
 
 
@@ -88,6 +91,7 @@ def _plain(engine: Engine) -> None:
     if config._attn_implementation == attention.NAME:
         config._attn_implementation = "sdpa"
     engine.grouped.blocks.clear()
+    engine.grouped.run_unpadded(())
 
 
 def _with_less_memory(engine: Engine) -> tuple[Engine, Callable[[], None]]:
@@ -96,53 +100,65 @@ def _with_less_memory(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     return replace(engine, task=task, less_memory=True, max_cost=most_cost(engine.base, task)), lambda: None
 
 
-def _with_attention(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+def without_padding(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+    """Have a model's blocks run on tokens side by side, where there is one list of them; see :data:`Way`."""
     config: Any = engine.base.model.config
-    before = config._attn_implementation
-    if engine.compute in _SHORT and before == "sdpa":
+    before, grouped = config._attn_implementation, engine.grouped
+    lists = block_lists(engine)
+    if before == "sdpa" and len(lists) == 1 and engine.compute in (*_SHORT, torch.float64):
         attention.register()
         config._attn_implementation = attention.NAME
+        grouped.run_unpadded(lists[0])
 
     def undo() -> None:
         config._attn_implementation = before
+        grouped.run_unpadded(())
 
     return engine, undo
 
 
 def _with_kernel(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+    low_rank.register()
     return replace(engine, kernels=engine.compute in _SHORT), lambda: None
 
 
 def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SPECIALISED)
     grouped = engine.grouped
-    grouped.blocks = {block: torch.compile(block.forward, dynamic=True) for block in blocks_of(engine)}
+    grouped.blocks = {
+        block: torch.compile(block.forward, dynamic=True, options=_OPTIONS) for block in blocks_of(engine)
+    }
     return engine, grouped.blocks.clear
 
 
-def _tried(
-    engine: Engine,
-    way: Way,
-    tensors: Arrays,
-    expected: Numbers,
-) -> Engine:
+def tried(engine: Engine, way: Way, tensors: Arrays, expected: Numbers) -> Engine:
+    """Return the engine in another way where that gives what is expected, else as it is.
+
+    Args:
+        engine: The engine.
+        way: The way.
+        tensors: All of the method's tensors, for their shapes.
+        expected: What :func:`numbers` gives of the plain way.
+    """
     changed, undo = way(engine)
-    name = way.__name__.removeprefix("_with_")
+    began = time.perf_counter()
+    name = way.__name__.removeprefix("_with_").removeprefix("_")
     try:
         if changed.grouped.blocks:
             _pass(changed, tensors, _MEASURED[1])  # kernels are chosen by the first shapes that are seen
-        off = _apart(_numbers(changed, tensors), expected)
+        off = _apart(numbers(changed, tensors), expected)
     except Exception as error:  # whatever a model's own code raises: the plain way is there
         _logger.warning("%s: the plain way computes, this model does not take the fast one (%s)", name, error)
     else:
         if off <= _TOLERANCE.get(engine.compute, _COARSE):
+            _logger.info("%s: off by %.2g, tried in %.1f s", name, off, time.perf_counter() - began)
             return changed
         _logger.warning("%s: the plain way computes, the fast one is off by %.2g for this model", name, off)
     undo()
     return engine
 
 
-def _numbers(engine: Engine, tensors: Arrays) -> Numbers:
+def numbers(engine: Engine, tensors: Arrays) -> Numbers:
     """Return the losses of two clients on rows that are nobody's, and their gradients, short and long ones."""
     losses, grads = [], []
     for long in (False, True):

@@ -6,76 +6,17 @@ Shapes: rows are sequences. `N` rows of a batch, `G` groups (clients of a pack),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, final
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.engine.kernels import low_rank
+from fedlora.engine.layout import Layout
+from fedlora.engine.unpadded import blocks_without_padding, side_by_side
 from fedlora.methods import Dense, Factor, LowRank, Scale
-from fedlora.transfer import Spans, to_device
-
-
-@final
-@dataclass(frozen=True)
-class Layout:
-    """Where the rows of a batch sit among the groups of a pack.
-
-    Attributes:
-        groups: G.
-        slots: S, the largest number of rows of a group.
-        index_n: For each row its place ``group * S + slot``; None when rows are sorted by group and every
-            group has exactly S (then places are row numbers).
-        spans: For the low-rank kernel each row's group and each group's first row; None: it is not used.
-    """
-
-    groups: int
-    slots: int
-    index_n: Tensor | None
-    spans: Spans | None = None
-
-    @classmethod
-    def of(cls, group_n: NDArray[np.int64], groups: int, device: torch.device, *, kernel: bool = False) -> Layout:
-        """Return the layout of rows that belong to the groups ``group_n`` ([N]), made on the host.
-
-        Args:
-            group_n: The group of each row.
-            groups: G.
-            device: Where the rows are.
-            kernel: Whether the low-rank kernel computes; rows are then sorted by group.
-        """
-        counts = np.bincount(group_n, minlength=groups)
-        slots, starts = int(counts.max()), np.cumsum(counts) - counts
-        order = np.argsort(group_n, kind="stable")
-        slot_n = np.empty_like(group_n)
-        slot_n[order] = np.arange(len(group_n)) - starts[group_n[order]]
-        index_n = group_n * slots + slot_n
-        even = len(index_n) == groups * slots and bool((index_n == np.arange(len(index_n))).all())
-        spans = Spans.of(group_n, groups, device) if kernel else None
-        return cls(groups, slots, None if even else to_device(index_n, device), spans)
-
-    @property
-    def rows(self) -> int:
-        """N, the number of rows."""
-        return self.groups * self.slots if self.index_n is None else len(self.index_n)
-
-    def to_groups(self, x_n: Tensor) -> Tensor:
-        """Turn [N, ..., d] into [G, S * ..., d]; places without a row are zero."""
-        if self.index_n is not None:
-            empty = x_n.new_zeros((self.groups * self.slots, *x_n.shape[1:]))
-            x_n = empty.index_copy(0, self.index_n, x_n)
-        return x_n.reshape(self.groups, -1, x_n.shape[-1])
-
-    def to_rows(self, x_g: Tensor, like: Tensor) -> Tensor:
-        """Turn [G, S * ..., d] back into [N, ..., d], with the middle dimensions of ``like``."""
-        x_n = x_g.reshape(-1, *like.shape[1:-1], x_g.shape[-1])
-        return x_n if self.index_n is None else x_n.index_select(0, self.index_n)
 
 
 class LayerProbe(Protocol):
@@ -133,10 +74,10 @@ class GroupedLayer(nn.Module):
         assert self.layout is not None, "a factor without a layout"
         spans = self.layout.spans if self.probe is None else None
         # First, and by tensors' shapes alone: what is compiled holds for any number of groups.
-        if spans is not None and isinstance(self.factor, LowRank) and x.shape[0] == spans.group_n.shape[0]:
+        if spans is not None and isinstance(self.factor, LowRank) and self.layout.of_rows(x, spans.group_n.shape[0]):
             a, b = self.factor.A.to(x.dtype), self.factor.scaled_b().to(x.dtype)
             return low_rank.added(self._fixed(x), x, a, b, spans)
-        if self.layout.groups > 1 and x.shape[0] != self.layout.rows:
+        if self.layout.groups > 1 and not self.layout.of_rows(x, self.layout.rows):
             raise NoRowsError(self.name)
         added = isinstance(self.factor, LowRank)
         if self.probe is not None:
@@ -197,16 +138,24 @@ class GroupedModel:
         blocks: Modules of the base model that do not run as they are, with what runs in their place: compiled, or
             checkpointed (:mod:`fedlora.engine.blocks`).
         checkpointed: Whether they are the latter.
+        unpadded: The model's blocks in their order, where they run on tokens side by side; none: on padded rows.
     """
 
     def __init__(self, model: nn.Module, layers: list[str]) -> None:
         self.model = model
         self.blocks: dict[nn.Module, Callable[..., Any]] = {}
         self.checkpointed = False
+        self.unpadded: Sequence[nn.Module] = ()
+        self._within: list[GroupedLayer] = []
         self._slots: dict[str, GroupedLayer] = {}
         for name in layers:
             self._slots[name] = GroupedLayer(model.get_submodule(name), name)
             self._place(name, self._slots[name])
+
+    def run_unpadded(self, blocks: Sequence[nn.Module]) -> None:
+        """Have these blocks, in the model's order, run on tokens side by side; none: on padded rows."""
+        self.unpadded = tuple(blocks)
+        self._within = [one for block in blocks for one in block.modules() if isinstance(one, GroupedLayer)]
 
     @contextmanager
     def placed(
@@ -229,10 +178,16 @@ class GroupedModel:
         for name, slot in self._slots.items():
             slot.factor, slot.layout, slot.probe = factors[name], layout, probe
         blocks = self.blocks if compiled and probe is None else {}
+        batch = layout.unpadded if probe is None else None
+        if batch is not None:
+            for slot in self._within:
+                slot.layout = batch.layout
+            blocks = blocks_without_padding(batch, self.unpadded, blocks)
         for block, forward in blocks.items():
             block.forward = forward
         try:
-            yield self.model
+            with nullcontext() if batch is None else side_by_side(batch):
+                yield self.model
         finally:
             for block in blocks:
                 del block.forward

@@ -136,10 +136,10 @@ class Pack:
             batch = self._batch(turn, chosen)
             share = to_device(share_n[chosen], engine.device).to(engine.dtype)
             if private is None or self._row_wise is None:
-                grads, losses_n = self._together(grads, here, batch, slot_n, share, probe)
+                grads, losses_n = self._together(grads, here, batch, slot_n, turn.cost_n[chosen], share, probe)
             else:
                 losses_n, parts = self._row_wise.gradients(
-                    self.stack, self._fixed_here, here, batch, slot_n, real, probe
+                    self.stack, self._fixed_here, here, batch, slot_n, turn.cost_n[chosen], real, probe
                 )
                 grads = self.stack.values.new_zeros(here.shape) if grads is None else grads
                 private.add(grads, parts, to_device(slot_n, engine.device))
@@ -165,6 +165,7 @@ class Pack:
         here: Tensor,
         batch: Batch,
         slot_n: NDArray[np.int64],
+        cost_n: NDArray[np.int64],
         share: Tensor,
         probe: LayerProbe | None,
     ) -> tuple[Tensor | None, Tensor]:
@@ -177,7 +178,7 @@ class Pack:
         at = None if len(present) == len(here) else to_device(present, engine.device)
         own = (here if at is None else here[at]).detach().requires_grad_()
         factors = engine.method.factors({**self._fixed_here, **self.stack.named(own)})
-        with engine.grouped.placed(factors, engine.layout(group_n, len(present)), probe) as model:
+        with engine.grouped.placed(factors, engine.layout(group_n, len(present), cost_n), probe) as model:
             losses_n = engine.task.row_losses(model, batch)
             if losses_n.requires_grad:  # what does not is reported by the watch, with names
                 (losses_n * share).sum().backward()  # type: ignore[no-untyped-call]

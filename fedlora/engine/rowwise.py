@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fedlora.engine.core import Engine
 from fedlora.engine.kernels import row_sums
-from fedlora.engine.layers import LayerProbe, Layout, Replaced, with_bias
+from fedlora.engine.layers import LayerProbe, Replaced, with_bias
+from fedlora.engine.layout import Layout
 from fedlora.engine.stack import Shape, Stack
 from fedlora.methods import Dense, Factor
 from fedlora.privacy.step import RowGradients
@@ -155,6 +156,7 @@ class RowWise:
         here: Tensor,
         batch: Batch,
         slot_n: NDArray[np.int64],
+        cost_n: NDArray[np.int64],
         real: Tensor | None = None,
         probe: LayerProbe | None = None,
     ) -> tuple[Tensor, Sequence[RowGradients]]:
@@ -166,6 +168,7 @@ class RowWise:
             here: Numbers of the turn's clients, [a, P].
             batch: The rows, sorted by client.
             slot_n: For each row its client's place in ``here``, [N].
+            cost_n: The cost of each row, [N].
             real: Which numbers of ``here`` are a client's own, bool [a, P]; None: all. Padding takes no part in norms.
             probe: See :meth:`fedlora.engine.layers.GroupedModel.placed`.
         """
@@ -184,7 +187,8 @@ class RowWise:
             own = factors[name]
             assert isinstance(own, Dense), "a dense layer of the head"
             factors[name] = dense[name] = _RowDense(own, layout, spans)
-        with engine.grouped.placed(factors, engine.layout(np.arange(len(slot_n)), len(slot_n)), probe) as model:
+        each = engine.layout(np.arange(len(slot_n)), len(slot_n), cost_n)
+        with engine.grouped.placed(factors, each, probe) as model:
             losses_n = engine.task.row_losses(model, batch)
             if losses_n.requires_grad:  # what does not is reported by the watch, with names
                 losses_n.sum().backward()  # type: ignore[no-untyped-call]

@@ -88,28 +88,34 @@ def turns(works: Sequence[ClientWork], fill: int) -> list[Turn]:
     return planned
 
 
-def passes(cost_n: NDArray[np.int64], part_n: NDArray[np.int64], most: int, rows: int) -> list[NDArray[np.int64]]:
-    """Cut rows into forward passes: alike in cost, within the bound, such as may go together.
+def passes(
+    cost_n: NDArray[np.int64], part_n: NDArray[np.int64], most: int, rows: int, *, padded: bool = True
+) -> list[NDArray[np.int64]]:
+    """Cut rows into forward passes within the bound, of such rows as may go together.
+
+    With padding, rows of a pass are alike in cost; without, they come in their order.
 
     Args:
         cost_n: Of each row.
         part_n: Rows of different parts never go together.
-        most: Bound on the cost of a pass, which is its rows times the cost of the longest; one row always fits.
+        most: Bound on the cost of a pass, which is with padding its rows times the cost of the longest; one row always
+            fits.
         rows: Bound on its rows.
+        padded: Whether there is padding.
 
     Returns:
         Positions in ``cost_n``, ascending within a pass; every position once.
     """
-    order = np.lexsort((np.arange(len(cost_n)), -cost_n, part_n))
+    order = np.lexsort((np.arange(len(cost_n)), -cost_n if padded else 0 * cost_n, part_n))
     costs, parts = cost_n[order].tolist(), part_n[order].tolist()
     starts: list[int] = []
     real = 0
     for at, (cost, part) in enumerate(zip(costs, parts, strict=True)):
         count = at - starts[-1] if starts else 0
         longest = costs[starts[-1]] if starts else 0
-        padded = longest * (count + 1)
-        full = padded > most or count == rows or not starts or part != parts[starts[-1]]
-        wasteful = longest * count >= _LEAST * most and padded - real - cost > _PADDING * padded
+        whole = longest * (count + 1) if padded else real + cost
+        full = whole > most or count == rows or not starts or part != parts[starts[-1]]
+        wasteful = longest * count >= _LEAST * most and whole - real - cost > _PADDING * whole
         if full or wasteful:
             starts.append(at)
             real = 0

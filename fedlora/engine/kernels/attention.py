@@ -1,146 +1,149 @@
-"""Attention of short rows: all of a row's keys at once, its padding known by its length, no mask.
+"""Attention of rows that lie side by side without padding: each token sees its own row.
 
-Libraries' kernels are made for long rows: at 32 to 128 positions they take two to six times what the memory's speed
-allows, and where rows are padded they read a mask of every query and key. Here one program holds all of a row's queries
-and keys of a head, forward and backward.
+transformers calls it by the name :data:`NAME`. Within :func:`rows_in_place` the batch is ``[1, M, d]``, and the rows'
+beginnings tell who sees whom: rows of up to :data:`LONGEST` tokens have a kernel that holds all of a row's queries and
+keys of a head, forward and backward, since libraries' kernels are made for long rows; longer ones take PyTorch's
+attention of variable lengths. Elsewhere it is transformers' own ``sdpa``, mask and all.
 
-transformers calls it by the name :data:`NAME`: :func:`mask` gives each layer the rows' lengths in place of a mask, and
-:func:`attend` computes. What is not a plain causal or two-sided attention over short rows in 16 bits goes to
-transformers' own ``sdpa``, mask and all.
-
-Shapes: `N` rows, `H` query heads, `K` key heads, `T` positions, `d` features a head.
+Shapes: `N` rows, `M` tokens of all of them, `H` query heads, `K` key heads, `d` features a head.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from fedlora.engine.kernels.common import like_rows
+from fedlora.engine.kernels.common import at_least
+from fedlora.transfer import to_device
 
-NAME = "fedlora-short-rows"
-LONGEST = 128
+NAME = "fedlora-rows"
+SIZES = (32, 64, 128)
+LONGEST = SIZES[-1]
 _FEATURES = (16, 32, 64, 128)
-_SHORT = (torch.float16, torch.bfloat16)
 _PLAIN = {"dropout", "scaling", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
+
+
+@final
+@dataclass(frozen=True)
+class Rows:
+    """Where rows lie side by side.
+
+    Attributes:
+        start: Each row's first token, and M after the last, int32 [N + 1].
+        longest: A bound on their lengths, a power of two, so that what is compiled holds for many.
+    """
+
+    start: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, starts: NDArray[np.int64], longest: int, device: torch.device) -> Self:
+        """Return the rows that begin at ``starts``, [N + 1], of at most ``longest`` tokens."""
+        return cls(to_device(starts.astype(np.int32), device), max(SIZES[0], 1 << (longest - 1).bit_length()))
+
+
+@final
+class _Batch:
+    """The batch that a model sees now."""
+
+    rows: Rows | None = None
+
+
+_batch = _Batch()
+
+
+@contextmanager
+def rows_in_place(rows: Rows) -> Iterator[None]:
+    """Have attention take rows as they lie side by side, for the time of a block; backward passes run inside, too."""
+    before, _batch.rows = _batch.rows, rows
+    try:
+        yield
+    finally:
+        _batch.rows = before
 
 
 def register() -> None:
     """Tell transformers the name."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, mask)
+    if torch.cuda.is_available():
+        importlib.import_module("fedlora.engine.kernels.attention_triton")  # its operators
 
 
-def mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """Return the rows' lengths for :func:`attend`, [N, 1] for causal attention and [N] for two-sided.
+def mask(*, mask_function: Any = causal_mask_function, **kwargs: Any) -> Tensor | None:
+    """Return the mask that ``sdpa`` needs; of rows side by side, none.
 
-    Where it is neither, or not of whole short rows: what ``sdpa`` needs.
+    Raises:
+        ValueError: Tokens do not see just their row, all of it or what comes before.
     """
-    plain = mask_function in (causal_mask_function, bidirectional_mask_function)
-    if plain and attention_mask is not None and q_length == kv_length <= LONGEST and not q_offset and not kv_offset:
-        length_n = attention_mask.sum(-1, dtype=torch.int32)
-        return length_n[:, None] if mask_function is causal_mask_function else length_n
-    seen: Tensor | None = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **kwargs,
-    )
-    return seen
+    if _batch.rows is None:
+        seen: Tensor | None = sdpa_mask(mask_function=mask_function, **kwargs)
+        return seen
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        raise ValueError("attention of another kind than causal or two-sided")
+    return None
 
 
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the attention of queries [N, H, T, d] over keys and values [N, K, T, d], as [N, T, H, d]."""
-    if attention_mask is None or attention_mask.dim() > 2:
-        return _sdpa(module, query, key, value, attention_mask, **kwargs)
-    dim, causal = query.shape[-1], attention_mask.dim() == 2
-    plain = all(name in _PLAIN or given is None for name, given in kwargs.items()) and not kwargs.get("dropout")
-    if not plain or dim not in _FEATURES or value.shape[-1] != dim or query.dtype not in _SHORT:
-        seen = _seen(attention_mask.reshape(-1), query.shape[2], causal)
-        return _sdpa(module, query, key, value, seen, **kwargs)
+    """Return the attention of queries [1, H, M, d] over keys and values [1, K, M, d], as [1, M, H, d]."""
+    rows = _batch.rows
+    if rows is None:
+        found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **kwargs
+        )
+        return found
+    plain_only = all(name in _PLAIN or given is None for name, given in kwargs.items()) and not kwargs.get("dropout")
+    if not plain_only or attention_mask is not None or query.shape[0] != 1:
+        raise ValueError("attention of rows side by side has no mask, dropout, bias or the like")
+    causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    dim = query.shape[-1]
     scale = kwargs.get("scaling") or dim**-0.5
-    out: Tensor = torch.ops.fedlora.short_attention(query, key, value, attention_mask.reshape(-1), scale, causal)
-    return out, None
+    if not query.is_cuda:
+        return plain(query, key, value, rows.start, scale, causal), None
+    if rows.longest > LONGEST or dim not in _FEATURES or value.shape[-1] != dim:
+        return _varlen(query, key, value, rows, scale, causal), None
+    query, key, value = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
+    out: Tensor = torch.ops.fedlora.row_attention(
+        query, key, value, rows.start, at_least(rows.longest, SIZES), scale, causal
+    )
+    return out.unsqueeze(0), None
 
 
-def _sdpa(module: nn.Module, *arguments: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    found: tuple[Tensor, Tensor | None] = sdpa_attention_forward(module, *arguments, **kwargs)
-    return found
+def _varlen(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float, causal: bool) -> Tensor:
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:
+        key, value = (one.repeat_interleave(shared, 1) for one in (key, value))
+    query, key, value = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
+    window = (-1, 0) if causal else (-1, -1)
+    found = varlen_attn(
+        query, key, value, rows.start, rows.start, rows.longest, rows.longest, scale=scale, window_size=window
+    )
+    assert isinstance(found, Tensor), "nothing beside the output was asked for"
+    return found.unsqueeze(0)
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, length_n: Tensor, scale: float, causal: bool) -> Tensor:
-    """Return the same in plain torch."""
-    seen = _seen(length_n, query.shape[2], causal)
+def plain(query: Tensor, key: Tensor, value: Tensor, start: Tensor, scale: float, causal: bool) -> Tensor:
+    """Return the same in plain torch, with a score for any two tokens."""
+    place = torch.arange(query.shape[2], device=query.device)
+    row = torch.searchsorted(start, place.to(start.dtype), right=True)
+    seen = row == row[:, None]
+    if causal:
+        seen = seen & (place <= place[:, None])
     key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], 1) for one in (key, value))
     scores = (query @ key.mT).mul(scale).masked_fill(~seen, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2)
-
-
-def _seen(length_n: Tensor, width: int, causal: bool) -> Tensor:
-    """Return which keys each query sees, bool [N, 1, 1 or T, T]."""
-    keys = torch.arange(width, device=length_n.device)
-    seen = (keys < length_n[:, None])[:, None, None, :]
-    return seen & (keys <= keys[:, None]) if causal else seen
-
-
-@torch.library.custom_op("fedlora::short_attention", mutates_args=())
-def _forward(query: Tensor, key: Tensor, value: Tensor, length_n: Tensor, scale: float, causal: bool) -> Tensor:
-    from fedlora.engine.kernels import attention_triton
-
-    return attention_triton.forward(query, key, value, length_n, scale, causal)
-
-
-@_forward.register_fake
-def _(query: Tensor, *_: Any) -> Tensor:
-    rows, heads, width, dim = query.shape
-    return query.new_empty((rows, width, heads, dim))
-
-
-@torch.library.custom_op("fedlora::short_attention_backward", mutates_args=())
-def _backward(
-    dy: Tensor, query: Tensor, key: Tensor, value: Tensor, length_n: Tensor, scale: float, causal: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    from fedlora.engine.kernels import attention_triton
-
-    return attention_triton.backward(dy, query, key, value, length_n, scale, causal)
-
-
-@_backward.register_fake
-def _(dy: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(like_rows(one) for one in (query, key, value))  # type: ignore[return-value]
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, length_n, scale, causal = inputs
-    ctx.save_for_backward(query, key, value, length_n)
-    ctx.scale, ctx.causal = scale, causal
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, length_n = ctx.saved_tensors
-    grads = torch.ops.fedlora.short_attention_backward(dy, query, key, value, length_n, ctx.scale, ctx.causal)
-    return (*grads, None, None, None)
-
-
-_forward.register_autograd(_gradients, setup_context=_setup)

@@ -1,12 +1,18 @@
-"""The kernels of :mod:`fedlora.engine.kernels.attention`: a program holds a row's queries and keys of one key head."""
+"""The kernels of :mod:`fedlora.engine.kernels.attention`: a program holds a row's queries and keys of one key head.
+
+A program is compiled for the longest row that a batch may have, with a form for short ones inside: a row of ten tokens
+among such of a hundred does not compute with a hundred. Tensors are [M, H, d], one token's heads after another's.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
-from fedlora.engine.kernels.common import like_rows
+_WARPS = {32: 2, 64: 4, 128: 8}
 
 
 @triton.jit
@@ -21,88 +27,158 @@ def _scores(q, k, t, length, scale, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, length_ptr, scale, width, shared,
-    q_n, q_h, q_t, k_n, k_h, k_t, v_n, v_h, v_t, o_n, o_h, o_t,
+def _forward_row(
+    q_ptr, k_ptr, v_ptr, o_ptr, length, scale, q_t, k_t,
     CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    n, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     t, d = tl.arange(0, T), tl.arange(0, D)
-    inside, length = (t < width)[:, None], tl.load(length_ptr + n)
-    kept = head // shared
-    at = d[None, :]
-    q = tl.load(q_ptr + n * q_n + head * q_h + t[:, None] * q_t + at, mask=inside, other=0.0)
-    k = tl.load(k_ptr + n * k_n + kept * k_h + t[:, None] * k_t + at, mask=inside, other=0.0)
-    v = tl.load(v_ptr + n * v_n + kept * v_h + t[:, None] * v_t + at, mask=inside, other=0.0)
+    inside = (t < length)[:, None]
+    of_queries, of_keys = t[:, None] * q_t + d[None, :], t[:, None] * k_t + d[None, :]
+    q = tl.load(q_ptr + of_queries, mask=inside, other=0.0)
+    k = tl.load(k_ptr + of_keys, mask=inside, other=0.0)
+    v = tl.load(v_ptr + of_keys, mask=inside, other=0.0)
     p = _scores(q, k, t, length, scale, CAUSAL)
-    o = tl.dot(p.to(v.dtype), v)
-    tl.store(o_ptr + n * o_n + head * o_h + t[:, None] * o_t + at, o.to(v.dtype), mask=inside)
+    tl.store(o_ptr + of_queries, tl.dot(p.to(v.dtype), v).to(v.dtype), mask=inside)
 
 
 @triton.jit
-def _backward(
-    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length_ptr, scale, width, shared,
-    y_n, y_h, y_t, q_n, q_h, q_t, k_n, k_h, k_t, v_n, v_h, v_t, dq_n, dq_h, dq_t, dk_n, dk_h, dk_t,
+def _forward(
+    q_ptr, k_ptr, v_ptr, o_ptr, start_ptr, scale, heads, keys,
     CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    n, kept = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    n, head = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(start_ptr + n).to(tl.int64), tl.load(start_ptr + n + 1).to(tl.int64)
+    length = (end - start).to(tl.int32)
+    q_t, k_t = heads * D, keys * D  # from a token to the next
+    of_queries, of_keys = start * q_t + head * D, start * k_t + head // (heads // keys) * D
+    q_ptr += of_queries
+    k_ptr += of_keys
+    v_ptr += of_keys
+    o_ptr += of_queries
+    if T > 32:
+        if length <= 32:
+            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, q_t, k_t, CAUSAL, 32, D)
+        else:
+            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, q_t, k_t, CAUSAL, T, D)
+    else:
+        _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, q_t, k_t, CAUSAL, T, D)
+
+
+@triton.jit
+def _backward_row(
+    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, shared, q_t, k_t,
+    CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
     t, d = tl.arange(0, T), tl.arange(0, D)
-    inside, length = (t < width)[:, None], tl.load(length_ptr + n)
-    at = d[None, :]
-    k = tl.load(k_ptr + n * k_n + kept * k_h + t[:, None] * k_t + at, mask=inside, other=0.0)
-    v = tl.load(v_ptr + n * v_n + kept * v_h + t[:, None] * v_t + at, mask=inside, other=0.0)
+    inside = (t < length)[:, None]
+    of_queries, of_keys = t[:, None] * q_t + d[None, :], t[:, None] * k_t + d[None, :]
+    k = tl.load(k_ptr + of_keys, mask=inside, other=0.0)
+    v = tl.load(v_ptr + of_keys, mask=inside, other=0.0)
     dk, dv = tl.zeros((T, D), dtype=tl.float32), tl.zeros((T, D), dtype=tl.float32)
-    for head in range(kept * shared, kept * shared + shared):
-        q = tl.load(q_ptr + n * q_n + head * q_h + t[:, None] * q_t + at, mask=inside, other=0.0)
-        dy = tl.load(dy_ptr + n * y_n + head * y_h + t[:, None] * y_t + at, mask=inside, other=0.0)
+    for head in range(0, shared):
+        q = tl.load(q_ptr + head * D + of_queries, mask=inside, other=0.0)
+        dy = tl.load(dy_ptr + head * D + of_queries, mask=inside, other=0.0)
         p = _scores(q, k, t, length, scale, CAUSAL)
         dv += tl.dot(tl.trans(p.to(dy.dtype)), dy)
         dp = tl.dot(dy, tl.trans(v))
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)
-        dq = tl.dot(ds, k)
-        tl.store(dq_ptr + n * dq_n + head * dq_h + t[:, None] * dq_t + at, dq.to(q.dtype), mask=inside)
+        tl.store(dq_ptr + head * D + of_queries, tl.dot(ds, k).to(q.dtype), mask=inside)
         dk += tl.dot(tl.trans(ds), q)
-    place = n * dk_n + kept * dk_h + t[:, None] * dk_t + at
-    tl.store(dk_ptr + place, dk.to(k.dtype), mask=inside)
-    tl.store(dv_ptr + place, dv.to(k.dtype), mask=inside)
+    tl.store(dk_ptr + of_keys, dk.to(k.dtype), mask=inside)
+    tl.store(dv_ptr + of_keys, dv.to(k.dtype), mask=inside)
 
 
-def _block(width: int) -> tuple[int, int]:
-    """Return the positions of a program, and its warps."""
-    block = max(16, triton.next_power_of_2(width))
-    return block, {16: 1, 32: 2, 64: 4}.get(block, 8)
+@triton.jit
+def _backward(
+    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, start_ptr, scale, heads, keys,
+    CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    n, kept = tl.program_id(0), tl.program_id(1)
+    start, end = tl.load(start_ptr + n).to(tl.int64), tl.load(start_ptr + n + 1).to(tl.int64)
+    length = (end - start).to(tl.int32)
+    shared = heads // keys
+    q_t, k_t = heads * D, keys * D
+    of_queries, of_keys = start * q_t + kept * shared * D, start * k_t + kept * D
+    dy_ptr += of_queries
+    q_ptr += of_queries
+    dq_ptr += of_queries
+    k_ptr += of_keys
+    v_ptr += of_keys
+    dk_ptr += of_keys
+    dv_ptr += of_keys
+    if T > 32:
+        if length <= 32:
+            _backward_row(
+                dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, shared, q_t, k_t, CAUSAL, 32, D
+            )
+        else:
+            _backward_row(
+                dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, shared, q_t, k_t, CAUSAL, T, D
+            )
+    else:
+        _backward_row(
+            dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, shared, q_t, k_t, CAUSAL, T, D
+        )
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, length_n: Tensor, scale: float, causal: bool) -> Tensor:
-    """Return the attention, [N, T, H, d]."""
-    query, key, value = (_dense(one) for one in (query, key, value))
-    rows, heads, width, dim = query.shape
-    out = query.new_empty((rows, width, heads, dim))
-    block, warps = _block(width)
-    _forward[(rows, heads)](
-        query, key, value, out, length_n, scale, width, heads // key.shape[1],
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.transpose(1, 2).stride()[:3],
-        CAUSAL=causal, T=block, D=dim, num_warps=warps, num_stages=1,
+@triton_op("fedlora::row_attention", mutates_args={})
+def row_attention(
+    query: Tensor, key: Tensor, value: Tensor, start: Tensor, longest: int, scale: float, causal: bool
+) -> Tensor:
+    """Return the attention of queries [M, H, d] over keys and values [M, K, d], like the queries.
+
+    Args:
+        query: The queries.
+        key: The keys.
+        value: The values.
+        start: Each row's first token, and M after the last, int32 [N + 1].
+        longest: A row's most tokens, one of :data:`fedlora.engine.kernels.attention.SIZES`.
+        scale: Of the scores.
+        causal: Whether a token sees only those before it, and itself.
+    """
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    out, heads = torch.empty_like(query), query.shape[1]
+    wrap_triton(_forward)[(start.shape[0] - 1, heads)](
+        query, key, value, out, start, scale, heads, key.shape[1],
+        CAUSAL=causal, T=longest, D=int(query.shape[2]), num_warps=_WARPS[longest], num_stages=1,
     )  # fmt: skip
     return out
 
 
-def backward(
-    dy: Tensor, query: Tensor, key: Tensor, value: Tensor, length_n: Tensor, scale: float, causal: bool
+@triton_op("fedlora::row_attention_backward", mutates_args={})
+def row_attention_backward(
+    dy: Tensor, query: Tensor, key: Tensor, value: Tensor, start: Tensor, longest: int, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values."""
-    dy, query, key, value = (_dense(one) for one in (dy.transpose(1, 2), query, key, value))
-    rows, heads, width, dim = query.shape
-    dq, dk, dv = like_rows(query), like_rows(key), like_rows(value)
-    block, warps = _block(width)
-    _backward[(rows, key.shape[1])](
-        dy, query, key, value, dq, dk, dv, length_n, scale, width, heads // key.shape[1],
-        *dy.stride()[:3], *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        *dq.stride()[:3], *dk.stride()[:3],
-        CAUSAL=causal, T=block, D=dim, num_warps=warps, num_stages=1,
+    """Return the gradients of queries, keys and values; see :func:`row_attention`.
+
+    Args:
+        dy: The gradient of the output, [M, H, d].
+        query: The queries.
+        key: The keys.
+        value: The values.
+        start: See there.
+        longest: See there.
+        scale: See there.
+        causal: See there.
+    """
+    dy, query, key, value = dy.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
+    dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    wrap_triton(_backward)[(start.shape[0] - 1, key.shape[1])](
+        dy, query, key, value, dq, dk, dv, start, scale, query.shape[1], key.shape[1],
+        CAUSAL=causal, T=longest, D=int(query.shape[2]), num_warps=_WARPS[longest], num_stages=1,
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _dense(one: Tensor) -> Tensor:
-    return one if one.stride(-1) == 1 else one.contiguous()
+def _setup(ctx, inputs, output) -> None:
+    query, key, value, start, longest, scale, causal = inputs
+    ctx.save_for_backward(query, key, value, start)
+    ctx.how = longest, scale, causal
+
+
+def _gradients(ctx, dy):
+    grads = torch.ops.fedlora.row_attention_backward(dy, *ctx.saved_tensors, *ctx.how)
+    return (*grads, None, None, None, None)
+
+
+row_attention.register_autograd(_gradients, setup_context=_setup)

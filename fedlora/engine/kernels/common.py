@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+
+FEATURES = 128
+"""Features that one program of the low-rank kernels works on at a time."""
 
 X, A, B = 1, 2, 4
 """Which gradients of a low-rank update are wanted, added up: of the input, of A, of B."""
 
 
-def like_rows(one: Tensor) -> Tensor:
-    """Return an empty tensor of the shape [N, H, T, d] whose memory is [N, T, H, d], as a linear layer gives it."""
-    rows, heads, width, dim = one.shape
-    return one.new_empty((rows, width, heads, dim)).transpose(1, 2)
+def at_least(number: int, sizes: Sequence[int]) -> int:
+    """Return the first of ascending sizes that is not below a number, else the last.
+
+    By comparisons alone, so that what is compiled for sizes left open holds for all numbers of one answer.
+    """
+    for size in sizes[:-1]:
+        if number <= size:
+            return size
+    return sizes[-1]
+
+
+def at_most(number: int, sizes: Sequence[int]) -> int:
+    """Return the last of ascending sizes that is not above a number, else the first; likewise."""
+    for size in reversed(sizes[1:]):
+        if number >= size:
+            return size
+    return sizes[0]

@@ -1,7 +1,8 @@
 """The low-rank kernels themselves, see :mod:`fedlora.engine.kernels.low_rank`.
 
-A program works on a block of positions of one row, which all have one group; or, for the sums, on a block of features
-of one group, over some of its positions. Products accumulate in float32.
+A program works on a block of positions, of one group as a rule; where groups meet in a block, each one's part is
+computed with its own factors. Or, for the sums, it works on a block of features of one group, over some of its
+positions. Products accumulate in float32, and are always added in the same order.
 """
 
 from __future__ import annotations
@@ -10,99 +11,103 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import triton_op, wrap_triton
 
-from fedlora.engine.kernels.common import A, B, X
-
-_FEATURES = 128  # a block's features
-_POSITIONS = 64  # and positions, at most
-_PROGRAMS = 528  # four for each multiprocessor of an H100
+from fedlora.engine.kernels.common import FEATURES, A, B, X
 
 
 @triton.jit
-def _forward(
-    y_ptr, x_ptr, a_ptr, b_ptr, out_ptr, u_ptr, group_ptr, width, d_in, d_out,
-    a_g, a_r, a_d, b_g, b_d, b_r,
-    R: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+def _projected(
+    x_ptr, w_ptr, token, inside, size, w_d, w_r, rank,
+    RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    row, block = tl.program_id(0), tl.program_id(1)
-    group = tl.load(group_ptr + row).to(tl.int64)
-    t = block * BT + tl.arange(0, BT)
-    token = (row.to(tl.int64) * width + t)[:, None]
-    inside, r, d = (t < width)[:, None], tl.arange(0, RB), tl.arange(0, BD)
+    """Return x W [BT, RB] for W [size, rank] of one group."""
+    r, d = tl.arange(0, RB), tl.arange(0, BD)
     u = tl.zeros((BT, RB), dtype=tl.float32)
-    for at in range(0, d_in, BD):
-        x = tl.load(x_ptr + token * d_in + (at + d)[None, :], mask=inside & ((at + d) < d_in)[None, :], other=0.0)
-        a = tl.load(
-            a_ptr + group * a_g + (at + d)[:, None] * a_d + r[None, :] * a_r,
-            mask=((at + d) < d_in)[:, None] & (r < R)[None, :],
+    for at in range(0, size, BD):
+        x = tl.load(x_ptr + token * size + (at + d)[None, :], mask=inside & ((at + d) < size)[None, :], other=0.0)
+        w = tl.load(
+            w_ptr + (at + d)[:, None] * w_d + r[None, :] * w_r,
+            mask=((at + d) < size)[:, None] & (r < rank)[None, :],
             other=0.0,
         )
-        u += tl.dot(x, a)
-    low = u.to(x_ptr.dtype.element_ty)
-    tl.store(u_ptr + token * R + r[None, :], low, mask=inside & (r < R)[None, :])
-    for at in range(0, d_out, BD):
-        keep = inside & ((at + d) < d_out)[None, :]
-        b = tl.load(
-            b_ptr + group * b_g + (at + d)[None, :] * b_d + r[:, None] * b_r,
-            mask=((at + d) < d_out)[None, :] & (r < R)[:, None],
-            other=0.0,
-        )
-        y = tl.load(y_ptr + token * d_out + (at + d)[None, :], mask=keep, other=0.0)
-        tl.store(out_ptr + token * d_out + (at + d)[None, :], (y + tl.dot(low, b)).to(y.dtype), mask=keep)
+        u += tl.dot(x, w)
+    return u
 
 
 @triton.jit
-def _backward(
-    dy_ptr, a_ptr, b_ptr, du_ptr, dx_ptr, group_ptr, width, d_in, d_out,
-    a_g, a_r, a_d, b_g, b_d, b_r,
-    WANTED: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+def _factor(w_ptr, at, size, w_d, w_r, rank, RB: tl.constexpr, BD: tl.constexpr):
+    """Return a block of columns of one group's W [rank, size]."""
+    r, d = tl.arange(0, RB), tl.arange(0, BD)
+    return tl.load(
+        w_ptr + (at + d)[None, :] * w_d + r[:, None] * w_r,
+        mask=((at + d) < size)[None, :] & (r < rank)[:, None],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _two_products(
+    x_ptr, down_ptr, up_ptr, add_ptr, out_ptr, u_ptr, group_ptr, tokens, width, d_in, d_out, rank,
+    down_g, down_r, down_d, up_g, up_d, up_r,
+    ADD: tl.constexpr, SECOND: tl.constexpr, ALIGNED: tl.constexpr,
+    RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    row, block = tl.program_id(0), tl.program_id(1)
-    group = tl.load(group_ptr + row).to(tl.int64)
-    t = block * BT + tl.arange(0, BT)
-    token = (row.to(tl.int64) * width + t)[:, None]
-    inside, r, d = (t < width)[:, None], tl.arange(0, RB), tl.arange(0, BD)
-    du = tl.zeros((BT, RB), dtype=tl.float32)
-    for at in range(0, d_out, BD):
-        dy = tl.load(dy_ptr + token * d_out + (at + d)[None, :], mask=inside & ((at + d) < d_out)[None, :], other=0.0)
-        b = tl.load(
-            b_ptr + group * b_g + (at + d)[:, None] * b_d + r[None, :] * b_r,
-            mask=((at + d) < d_out)[:, None] & (r < R)[None, :],
-            other=0.0,
-        )
-        du += tl.dot(dy, b)
-    low = du.to(dy_ptr.dtype.element_ty)
-    tl.store(du_ptr + token * R + r[None, :], low, mask=inside & (r < R)[None, :])
-    if WANTED:
-        for at in range(0, d_in, BD):
-            a = tl.load(
-                a_ptr + group * a_g + (at + d)[None, :] * a_d + r[:, None] * a_r,
-                mask=((at + d) < d_in)[None, :] & (r < R)[:, None],
-                other=0.0,
-            )
-            tl.store(
-                dx_ptr + token * d_in + (at + d)[None, :],
-                tl.dot(low, a).to(low.dtype),
-                mask=inside & ((at + d) < d_in)[None, :],
-            )
+    """Write u = x down [.., rank], and out = u up, plus what is added to."""
+    if ALIGNED:  # said by arithmetic: whoever launches this leaves sizes open, and loads would be of single numbers
+        d_in, d_out = d_in // 16 * 16, d_out // 16 * 16
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    token = t.to(tl.int64)[:, None]
+    inside, r, d = (t < tokens)[:, None], tl.arange(0, RB), tl.arange(0, BD)
+    group_t = tl.load(group_ptr + t // width, mask=t < tokens, other=0)
+    first = tl.load(group_ptr + (tl.program_id(0) * BT) // width)
+    last = tl.load(group_ptr + (tl.minimum(tl.program_id(0) * BT + BT, tokens) - 1) // width)
+    u = _projected(x_ptr, down_ptr + first * down_g, token, inside, d_in, down_d, down_r, rank, RB, BT, BD)
+    for group in range(first + 1, last + 1):
+        other = _projected(x_ptr, down_ptr + group * down_g, token, inside, d_in, down_d, down_r, rank, RB, BT, BD)
+        u = tl.where((group_t == group)[:, None], other, u)
+    low = u.to(x_ptr.dtype.element_ty)
+    tl.store(u_ptr + token * rank + r[None, :], low, mask=inside & (r < rank)[None, :])
+    if SECOND:
+        if first == last:
+            for at in range(0, d_out, BD):
+                keep, place = inside & ((at + d) < d_out)[None, :], token * d_out + (at + d)[None, :]
+                y = tl.dot(low, _factor(up_ptr + first * up_g, at, d_out, up_d, up_r, rank, RB, BD))
+                if ADD:
+                    y += tl.load(add_ptr + place, mask=keep, other=0.0)
+                tl.store(out_ptr + place, y.to(low.dtype), mask=keep)
+        else:
+            for at in range(0, d_out, BD):
+                keep, place = inside & ((at + d) < d_out)[None, :], token * d_out + (at + d)[None, :]
+                y = tl.zeros((BT, BD), dtype=tl.float32)
+                for group in range(first, last + 1):
+                    own = tl.where((group_t == group)[:, None], low, 0.0)
+                    y += tl.dot(own, _factor(up_ptr + group * up_g, at, d_out, up_d, up_r, rank, RB, BD))
+                if ADD:
+                    y += tl.load(add_ptr + place, mask=keep, other=0.0)
+                tl.store(out_ptr + place, y.to(low.dtype), mask=keep)
 
 
 @triton.jit
 def _sums(
-    u_ptr, x_ptr, out_ptr, first_ptr, width, size, split_stride, group_stride,
-    SPLITS: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    u_ptr, x_ptr, out_ptr, first_ptr, width, size, splits, rank, split_stride, group_stride,
+    ALIGNED: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
+    if ALIGNED:
+        size = size // 16 * 16
     block, group, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = tl.load(first_ptr + group) * width
     last = tl.load(first_ptr + group + 1) * width
-    share = tl.cdiv(tl.cdiv(last - first, SPLITS), BT) * BT
+    share = tl.cdiv(tl.cdiv(last - first, splits), BT) * BT
     start = first + part * share
     end = tl.minimum(start + share, last)
     d, r, t = block * BD + tl.arange(0, BD), tl.arange(0, RB), tl.arange(0, BT)
     total = tl.zeros((RB, BD), dtype=tl.float32)
     for at in range(start, end, BT):
         token = (at + t).to(tl.int64)
-        u = tl.load(u_ptr + token[None, :] * R + r[:, None], mask=(token < end)[None, :] & (r < R)[:, None], other=0.0)
+        u = tl.load(
+            u_ptr + token[None, :] * rank + r[:, None], mask=(token < end)[None, :] & (r < rank)[:, None], other=0.0
+        )
         x = tl.load(
             x_ptr + token[:, None] * size + d[None, :], mask=(token < end)[:, None] & (d < size)[None, :], other=0.0
         )
@@ -110,27 +115,54 @@ def _sums(
     tl.store(
         out_ptr + part * split_stride + group * group_stride + r[:, None] * size + d[None, :],
         total.to(out_ptr.dtype.element_ty),
-        mask=(r < R)[:, None] & (d < size)[None, :],
+        mask=(r < rank)[:, None] & (d < size)[None, :],
     )
 
 
-def _blocks(width: int, rank: int) -> tuple[int, int]:
-    return max(16, min(_POSITIONS, triton.next_power_of_2(width))), max(16, triton.next_power_of_2(rank))
+@triton_op("fedlora::low_rank", mutates_args={})
+def low_rank(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    group_n: Tensor,
+    first_g: Tensor,
+    width: int,
+    positions: int,
+    ranks: int,
+    splits_a: int,
+    splits_b: int,
+    aligned: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return ``y + B A x`` [N T, d_out] and ``A x`` [N T, r].
 
-
-def forward(y: Tensor, x: Tensor, a: Tensor, b: Tensor, group_n: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return ``y + B A x`` [N T, d_out] and ``A x`` [N T, r]."""
-    positions, ranks = _blocks(width, a.shape[1])
-    out, u = torch.empty_like(y), x.new_empty((len(x), a.shape[1]))
-    grid = (len(group_n), triton.cdiv(width, positions))
-    _forward[grid](
-        y, x, a, b, out, u, group_n, width, x.shape[1], y.shape[1], *a.stride(), *b.stride(),
-        R=a.shape[1], RB=ranks, BT=positions, BD=_FEATURES,
+    Args:
+        y: What is added to, [N T, d_out].
+        x: The input, [N T, d_in].
+        a: A, [G, r, d_in].
+        b: B, [G, d_out, r].
+        group_n: Each row's group, [N].
+        first_g: Each group's first row, and N after the last, [G + 1].
+        width: T.
+        positions: Of a block.
+        ranks: Of a block, at least r.
+        splits_a: Parts in which each group's gradient of A is summed.
+        splits_b: Of B's.
+        aligned: Whether d_in and d_out are multiples of 16.
+    """
+    y, x = y.contiguous(), x.contiguous()
+    tokens, rank = x.shape[0], a.shape[1]
+    out, u = torch.empty_like(y), x.new_empty((tokens, rank))
+    wrap_triton(_two_products)[(triton.cdiv(tokens, positions),)](
+        x, a, b, y, out, u, group_n, tokens, width, x.shape[1], y.shape[1], rank,
+        a.stride(0), a.stride(1), a.stride(2), b.stride(0), b.stride(1), b.stride(2),
+        ADD=True, SECOND=True, ALIGNED=aligned, RB=ranks, BT=positions, BD=FEATURES,
     )  # fmt: skip
     return out, u
 
 
-def backward(
+@triton_op("fedlora::low_rank_backward", mutates_args={})
+def low_rank_backward(
     dy: Tensor,
     x: Tensor,
     u: Tensor,
@@ -139,6 +171,11 @@ def backward(
     group_n: Tensor,
     first_g: Tensor,
     width: int,
+    positions: int,
+    ranks: int,
+    splits_a: int,
+    splits_b: int,
+    aligned: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x [N T, d_in], of A [G, r, d_in] and of B, transposed, [G, r, d_out]; as many as wanted.
@@ -152,34 +189,62 @@ def backward(
         group_n: Each row's group, [N].
         first_g: Each group's first row, and N after the last, [G + 1].
         width: T.
+        positions: Of a block.
+        ranks: Of a block, at least r.
+        splits_a: Parts in which each group's gradient of A is summed.
+        splits_b: Of B's.
+        aligned: Whether d_in and d_out are multiples of 16.
         wanted: Which gradients, see :data:`fedlora.engine.kernels.common.X`; the others come back without rows.
     """
-    positions, ranks = _blocks(width, a.shape[1])
-    dx = x.new_empty(x.shape if wanted & X else (0, x.shape[1]))
-    da, db = a.new_empty((0, a.shape[1], a.shape[2])), b.new_empty((0, a.shape[1], b.shape[1]))
+    dy, x = dy.contiguous(), x.contiguous()
+    tokens, rank = x.shape[0], a.shape[1]
+    dx = x.new_empty((tokens if wanted & X else 0, x.shape[1]))
+    da, db = a.new_empty((0, rank, a.shape[2])), b.new_empty((0, rank, b.shape[1]))
     if wanted & (X | A):
         du = torch.empty_like(u)
-        _backward[(len(group_n), triton.cdiv(width, positions))](
-            dy, a, b, du, dx, group_n, width, a.shape[2], dy.shape[1], *a.stride(), *b.stride(),
-            WANTED=bool(wanted & X), R=a.shape[1], RB=ranks, BT=positions, BD=_FEATURES,
+        wrap_triton(_two_products)[(triton.cdiv(tokens, positions),)](
+            dy, b, a, dy, dx, du, group_n, tokens, width, dy.shape[1], x.shape[1], rank,
+            b.stride(0), b.stride(2), b.stride(1), a.stride(0), a.stride(2), a.stride(1),
+            ADD=False, SECOND=bool(wanted & X), ALIGNED=aligned, RB=ranks, BT=positions, BD=FEATURES,
         )  # fmt: skip
         if wanted & A:
-            da = sums(du, x, first_g, width)
+            da = _sum(du, x, first_g, width, positions, ranks, splits_a, aligned)
     if wanted & B:
-        db = sums(u, dy, first_g, width)
+        db = _sum(u, dy, first_g, width, positions, ranks, splits_b, aligned)
     return dx, da, db
 
 
-def sums(u: Tensor, x: Tensor, first_g: Tensor, width: int) -> Tensor:
-    """Return for each group the sum over its positions of ``u x^T``, [G, r, d]; always added in the same order."""
-    groups, rank, size = len(first_g) - 1, u.shape[1], x.shape[1]
-    positions, ranks = _blocks(len(x) // max(1, groups), rank)
-    blocks = triton.cdiv(size, _FEATURES)
-    splits = max(1, min(16, _PROGRAMS // (groups * blocks), len(x) // (groups * 4 * positions)))
-    shape = (groups, rank, size)
-    out = x.new_empty((splits, *shape), dtype=x.dtype if splits == 1 else torch.float32)
-    _sums[(blocks, groups, splits)](
-        u, x, out, first_g, width, size, out.stride(0), out.stride(1),
-        SPLITS=splits, R=rank, RB=ranks, BT=positions, BD=_FEATURES,
+def _sum(
+    u: Tensor, x: Tensor, first_g: Tensor, width: int, positions: int, ranks: int, splits: int, aligned: bool
+) -> Tensor:
+    """Return for each group the sum over its positions of ``u x^T``, [G, r, d]."""
+    groups, rank, size = first_g.shape[0] - 1, u.shape[1], x.shape[1]
+    out = x.new_empty((splits, groups, rank, size), dtype=torch.float32 if splits > 1 else x.dtype)
+    wrap_triton(_sums)[(triton.cdiv(size, FEATURES), groups, splits)](
+        u, x, out, first_g, width, size, splits, rank, out.stride(0), out.stride(1),
+        ALIGNED=aligned, RB=ranks, BT=positions, BD=FEATURES,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, x, a, b, group_n, first_g, *ctx.how = inputs
+    ctx.save_for_backward(x, output[1], a, b, group_n, first_g)
+
+
+def _gradients(ctx, dy, _):
+    needs = ctx.needs_input_grad
+    wanted = X * needs[1] | A * needs[2] | B * needs[3]
+    dx = da = db = None
+    if wanted:
+        dx, da, db = torch.ops.fedlora.low_rank_backward(dy, *ctx.saved_tensors, *ctx.how, wanted)
+    return (
+        (dy if needs[0] else None),
+        (dx if needs[1] else None),
+        (da if needs[2] else None),
+        (db.mT if needs[3] else None),
+        *[None] * 8,
+    )
+
+
+low_rank.register_autograd(_gradients, setup_context=_setup)

@@ -1,0 +1,134 @@
+"""Blocks on tokens side by side: what they give is what padded rows give, and a model that mixes rows is found out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedlora.engine import Engine, evaluate, fast, train_pack
+from fedlora.engine.apart import random_tensors
+from fedlora.engine.blocks import checkpoint_blocks
+from fedlora.engine.kernels import attention
+from fedlora.engine.layout import Layout, Unpadded
+from tests.support.families import FAMILIES, random_examples
+from tests.support.matrix import random_start
+from tests.test_dp_step import private_step
+from tests.test_packing import ADAMW, make_engine, make_works
+
+CPU = torch.device("cpu")
+
+
+def tried(engine: Engine) -> Engine:
+    """Return the engine with its blocks unpadded, where the trial of every load finds nothing wrong with it."""
+    tensors = random_start(engine)
+    return fast.tried(engine, fast.without_padding, tensors, fast.numbers(engine, tensors))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dp", [False, True])
+def test_training_is_the_padded_one(family: str, dp: bool) -> None:
+    engine, other = make_engine(family), tried(make_engine(family))
+    assert other.grouped.unpadded, "a family that does not bear it"
+    private = (lambda: private_step(4)) if dp else (lambda: None)
+    one, two = (
+        train_pack(way, make_works(way, 4, ADAMW, family=family), {}, ADAMW, private()) for way in (engine, other)
+    )
+    rounding = 1e-16 / 1e-8 * ADAMW.learning_rate * 4  # of rows of one key, see test_packing
+    for a, b in zip(one, two, strict=True):
+        assert a.error == b.error
+        assert a.loss == pytest.approx(b.loss, abs=1e-12)
+        assert all(np.abs(a.tensors[n] - b.tensors[n]).max() < 1e-10 + rounding for n in a.tensors)
+    rows, own = random_examples(12, 3, family=family), [random_tensors(random_start(engine), g) for g in range(3)]
+    facts = [evaluate(way, {}, rows, range(12), own=own, group=np.arange(12) % 3) for way in (engine, other)]
+    assert all(np.abs(facts[0][name] - facts[1][name]).max() < 1e-10 for name in facts[0])
+
+
+def test_no_padding_enters_a_block() -> None:
+    engine, seen = tried(make_engine("bert")), []
+    block = engine.grouped.unpadded[-1]
+    works = make_works(engine, 3, ADAMW)
+    handle = block.register_forward_pre_hook(lambda _module, given: seen.append(given[0].shape[:2]))
+    train_pack(engine, works, {}, ADAMW)
+    handle.remove()
+    assert {shape[0] for shape in seen} == {1}
+    assert sum(shape[1] for shape in seen) == sum(int(w.examples.cost[b].sum()) for w in works for b in w.batches)
+
+
+def test_passes_without_padding_are_full() -> None:
+    engine = replace(tried(make_engine("bert")), max_cost=100)
+    cost = np.array([5, 60, 7, 30, 90, 3, 3, 2, 101])
+    passes = engine.passes(cost, np.zeros(9, dtype=np.int64))
+    assert [part.tolist() for part in passes] == [[0, 1, 2], [3], [4, 5, 6, 7], [8]]
+
+
+def test_checkpointed_blocks_without_padding_train_the_same() -> None:
+    engine, other = make_engine("llama-lm"), tried(make_engine("llama-lm"))
+    assert checkpoint_blocks(other)
+    one, two = (train_pack(way, make_works(way, 3, ADAMW, family="llama-lm"), {}, ADAMW) for way in (engine, other))
+    assert all(
+        np.abs(a.tensors[n] - b.tensors[n]).max() < 1e-9 for a, b in zip(one, two, strict=True) for n in a.tensors
+    )
+
+
+class Mixing(nn.Module):
+    """A block that adds the mean over positions, which without padding are those of all rows."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden: torch.Tensor = self.block(hidden_states, *args, **kwargs)
+        return hidden + hidden.mean(1, keepdim=True)
+
+
+def test_a_model_whose_blocks_mix_positions_stays_padded(caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine("bert")
+    layers: Any = engine.base.model.get_submodule("bert.encoder.layer")
+    for number, block in enumerate(layers):
+        layers[number] = Mixing(block)
+    assert not tried(engine).grouped.unpadded
+    assert "without_padding: the plain way computes, the fast one is off by" in caplog.text
+
+
+def test_a_window_of_attention_stays_padded(caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine("mistral-lm")
+    config: Any = engine.base.model.config
+    config.sliding_window = 4
+    assert not tried(engine).grouped.unpadded
+    assert "attention of another kind than causal or two-sided" in caplog.text
+    assert config._attn_implementation == "sdpa"
+
+
+def test_attention_forgets_the_batch_behind_an_error() -> None:
+    rows = attention.Rows.of(np.array([0, 2, 3]), 2, CPU)
+    with pytest.raises(KeyError), attention.rows_in_place(rows):
+        raise KeyError
+    assert (
+        attention.mask(batch_size=1, q_length=3, kv_length=3, attention_mask=torch.tensor([[1, 1, 0]]).bool())
+        is not None
+    )
+
+
+def test_tokens_go_and_come_back() -> None:
+    lengths, groups = np.array([3, 1, 2]), np.array([0, 0, 1])
+    batch = Unpadded.of(lengths, groups, 2, CPU)
+    x = torch.randn(3, 3, 4)
+    own = torch.arange(3) < torch.from_numpy(lengths)[:, None]
+    packed = batch.pack(x)
+    assert torch.equal(packed[0], x[own])
+    assert torch.equal(batch.unpack(packed), x * own[..., None])
+    assert torch.equal(batch.pack(x[:1])[0], x[:1].expand(3, -1, -1)[own])
+    assert batch.layout.of_rows(packed, batch.layout.rows)
+    assert batch.rows.start.tolist() == [0, 3, 4, 6]
+    assert torch.equal(batch.layout.to_rows(batch.layout.to_groups(packed), packed), packed)
+    assert torch.equal(batch.layout.to_groups(packed)[1, :2], packed[0, 4:])
+    whole = Unpadded.of(np.array([3, 3]), np.array([0, 1]), 2, CPU)
+    assert whole.kept is None
+    assert torch.equal(whole.unpack(whole.pack(x[:2])), x[:2])
+    assert isinstance(whole.layout, Layout)
