@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels
 
-Attention of short rows against each of PyTorch's kernels for it, without padding and, where they take a mask, with; the
-low-rank update against batched products, at equal rows a group. The device's time is that of a CUDA graph of many
-calls, which no launch delays; beside it what one eager call costs the host, forward and backward, and the time of
+Attention of rows side by side against each of PyTorch's kernels for it, without padding and, where they take a mask,
+with; the low-rank update against batched products, at equal rows a group. The device's time is that of a CUDA graph of
+many calls, which no launch delays; beside it what one eager call costs the host, forward and backward, and the time of
 moving the numbers once at the speed of a large copy, measured in the same run. Inputs are larger than the cache.
 """
 
@@ -27,8 +27,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.engine.report import write
 from benchmarks.engine.timing import ceiling, machine
-from fedlora.engine.kernels import attention as short_rows
+from fedlora.engine.kernels import attention as row_attention
 from fedlora.engine.kernels import low_rank
+from fedlora.engine.kernels.common import at_least
 from fedlora.transfer import Spans
 
 RESULTS = Path(__file__).parent / "results" / "engine" / "kernels.json"
@@ -103,14 +104,16 @@ def drawn(*shape: int) -> Tensor:
 def attention(rows: int, heads: int, keys: int, width: int, dim: int) -> dict[str, Line]:
     """Return what attention over rows takes, by kernel."""
     given = [drawn(rows, width, count, dim).detach().transpose(1, 2).requires_grad_() for count in (heads, keys, keys)]
-    length_n = torch.full((rows,), width, dtype=torch.int32, device=CUDA)
-    seen = (torch.arange(width, device=CUDA) < length_n[:, None] - 1)[:, None, None].expand(-1, 1, width, -1)
+    side = [drawn(rows * width, count, dim) for count in (heads, keys, keys)]
+    longest = at_least(width, row_attention.SIZES)
+    start = torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=CUDA)
+    seen = (torch.arange(width, device=CUDA) < width - 1)[None, None, None].expand(rows, 1, width, -1)
 
     def ours(*qkv: Tensor) -> Tensor:
-        found: Tensor = torch.ops.fedlora.short_attention(*qkv, length_n, dim**-0.5, False)
+        found: Tensor = torch.ops.fedlora.row_attention(*qkv, start, longest, dim**-0.5, False)
         return found
 
-    found = {"fedlora": measured(ours, given)}
+    found = {"fedlora": measured(ours, side)}
     for backend in BACKENDS:
         for name, mask in (("", None), (", mask", seen)):
 
@@ -128,9 +131,9 @@ def attention(rows: int, heads: int, keys: int, width: int, dim: int) -> dict[st
 
 def update(groups: int, count: int, width: int, size: int) -> dict[str, Line]:
     """Return what the update of rows by their groups' factors takes."""
-    y, x = drawn(groups * count, width, size), drawn(groups * count, width, size)
+    y, x = drawn(1, groups * count * width, size), drawn(1, groups * count * width, size)
     a, b = drawn(groups, 8, size), drawn(groups, size, 8)
-    spans = Spans.of(np.repeat(np.arange(groups), count), groups, CUDA)
+    spans = Spans.of(np.repeat(np.arange(groups), count * width), groups, CUDA)
 
     def batched(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x_g, y_g = x.view(groups, -1, size), y.view(groups, -1, size)
@@ -158,7 +161,9 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this machine has no CUDA device, which the kernels are for")
     warnings.filterwarnings("ignore")
-    assert max(shape[3] for shape in ATTENTION) <= short_rows.LONGEST, "rows that are not short"
+    assert max(shape[3] for shape in ATTENTION) <= row_attention.LONGEST, "rows that are not short"
+    row_attention.register()
+    low_rank.register()
     speed = copy_speed()
     about, top = machine(CUDA, "benchmarks.kernels"), ceiling(CUDA) / 1e12
     lines: list[Line] = []
