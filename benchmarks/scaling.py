@@ -76,7 +76,7 @@ def main() -> int:
             lines.append(line)
             whole = write("scaling", options, about, summary(lines), lines)
             print(json.dumps({key: value for key, value in line.items() if key != "rounds"}), flush=True)
-    print(json.dumps({key: whole[key] for key in ("by_trainers", "times", "off", "alike")}, indent=1))
+    print(json.dumps({key: whole[key] for key in ("by_trainers", "times", "times_training", "off", "alike")}, indent=1))
     return int(any(line["error"] for line in lines) or not whole["alike"])
 
 
@@ -252,11 +252,18 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     fell = losses[0][0] - losses[0][-1] if losses else 0.0
     return {
         "by_trainers": warm,
-        "times": warm[min(warm)]["round_s"] / warm[max(warm)]["round_s"] if len(warm) > 1 else None,
+        "times": _ratio(warm, "round_s"),
+        "times_training": _ratio(warm, "busiest_s"),
         "off": off,
         "fell": fell,
         "alike": off <= _ALIKE[0] + _ALIKE[1] * abs(fell),
     }
+
+
+def _ratio(by_trainers: dict[int, dict[str, float]], what: str) -> float | None:
+    """Return how many times the fewest trainers take of what the most do; None where there is one number of them."""
+    few, most = by_trainers.get(min(by_trainers, default=0)), by_trainers.get(max(by_trainers, default=0))
+    return few[what] / most[what] if few is not None and most is not None and few is not most else None
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def test_a_round_is_the_busiest_trainer_and_the_rest(tmp_path: Path, monkeypatch
     assert (two["busiest_s"], two["rest_s"], two["uneven"]) == (5.0, 0.5, 1.25)
     lost = {"run": "x", "trainers": 2, "error": "not done within 9 s"}
     found = scaling.summary([one, two, lost])
-    assert (found["times"], found["off"], found["alike"]) == (2.0, 0.0, True)
+    assert (found["times"], found["times_training"]) == (2.0, 1.9), "the rest shrinks, too"
+    assert (found["off"], found["alike"]) == (0.0, True)
     other = run_folder(tmp_path / "other", [99.0, 5.5, 5.5, 5.5], [[4.0, 4.0]] * 4, 1.0)
     assert not scaling.summary([one, other])["alike"]
     assert scaling.summary([one, lost])["times"] is None

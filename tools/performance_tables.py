@@ -254,8 +254,8 @@ def scaling_table() -> list[str]:
             cells += [", ".join(f"{share:.0%}" for share in line["gpu_busy"].values()), f"{line['start_s']:.0f}"]
             rows.append([*cells, f"{line['rounds'][-1]['train_loss']:.4f}"])
         if whole["times"]:
-            apart = f"losses {whole['off']:.0e} apart at most"
-            rows.append([f"{name}: **{whole['times']:.2f} times** as fast, {apart}", *[""] * 9])
+            said = f"**{whole['times']:.2f} times** as fast, training alone {whole['times_training']:.2f} times"
+            rows.append([f"{name}: {said}; losses {whole['off']:.0e} apart at most", *[""] * 9])
     return table_of(columns, rows)
 
 
