@@ -27,7 +27,7 @@ from benchmarks.engine.families import (
 from benchmarks.engine.jobs import Job
 from benchmarks.engine.shapes import SHAPES, random_model, useful_flops
 from benchmarks.engine.timing import Budget, Way, measure
-from tools import performance_tables
+from tools import performance_results, performance_tables
 from tools.performance_goals import rows_of
 
 TINY = ["--shape", "tiny", "--rank", "4", "--repeats", "1", "--device", "cpu"]
@@ -43,8 +43,8 @@ def written(table: str, path: Path, *arguments: str, shape: str = "tiny", device
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_table_is_made_from_what_its_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(performance_tables, "RESULTS", tmp_path)
-    assert performance_tables.TABLES["engine"]() == performance_tables.NONE_YET
+    monkeypatch.setattr(performance_results, "RESULTS", tmp_path)
+    assert performance_tables.TABLES["engine"]() == performance_results.NONE_YET
     small = ("--rows", "2", "--tokens", "8", "--steps", "1")
     ways = "as-shipped,eager,graph,opacus-hooks,opacus-ghost"
     kinds = ("--methods", "lora,mos,s2-lora,ffa-lora", "--dp", "--ragged-ranks", "--baselines", ways)

@@ -14,7 +14,7 @@ from benchmarks.engine.report import write
 from simulations.options import read_overrides
 from simulations.preflight import Preflight
 from simulations.setup import resolve
-from tools import performance_tables
+from tools import performance_results, performance_tables
 
 OPTIONS = argparse.Namespace(
     shape="tiny", device="cpu", clients=4, rows=2, tokens=16, steps=3, rounds=3, rate=1e-2, trainers=[1, 2], out=""
@@ -60,7 +60,7 @@ def test_a_round_is_the_busiest_trainer_and_the_rest(tmp_path: Path, monkeypatch
     assert not scaling.summary([one, other])["alike"]
     assert scaling.summary([one, lost])["times"] is None
 
-    monkeypatch.setattr(performance_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(performance_results, "RESULTS", tmp_path)
     options = argparse.Namespace(**{**vars(OPTIONS), "out": str(tmp_path / "scaling.json")})
     about = {"device": "GPU", "cuda": "13", "command": "c", "cores": 1, "load": [0], "commit": "", "time": ""}
     versions = dict.fromkeys(("torch", "transformers", "peft"), "1")
