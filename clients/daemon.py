@@ -57,7 +57,7 @@ def run(path: Path) -> None:
             FileLock(file.state / "daemon.lock", timeout=0),
             own_ray(file.state / "ray-folder", file.trainers.ray_address, file.trainers.threads) as machines,
         ):
-            trainers = Trainers(machines, file.trainers.count)
+            trainers = Trainers(machines, file.trainers.count, file.trainers.gpus)
             try:
                 _serve(file, DeployedSite(file, trainers), users)
             finally:
@@ -73,10 +73,11 @@ class Trainers:
     Args:
         machines: The machines of its Ray.
         count: How many trainers; 0: as many as in a simulation.
+        gpus: GPUs of each.
     """
 
-    def __init__(self, machines: list[Machine], count: int) -> None:
-        self._shards = plan_shards(machines, count)
+    def __init__(self, machines: list[Machine], count: int, gpus: int = 1) -> None:
+        self._shards = plan_shards(machines, count, gpus=gpus)
         self._pool: TrainerPool | None = None
 
     def assign(self, job: Job) -> tuple[LoadedSite, int]:

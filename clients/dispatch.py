@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol, final
 
 import ray
 
-from clients.errors import TrainerDiffersError, TrainerLostError
+from clients.errors import MemoryShortError, TrainerDiffersError, TrainerLostError
 from clients.pool_state import Standing
 from clients.shards import Pack
 
@@ -91,6 +91,8 @@ class Dispatch:
             done: Done = ray.get(call)
         except ray.exceptions.RayTaskError as error:
             self.outcomes[place] = error.cause
+            if isinstance(error.cause, MemoryShortError):
+                error.cause.trainer = trainer
             if isinstance(error.cause, TrainerDiffersError):
                 ray.kill(self._trainers.actors[trainer], no_restart=True)
                 self._repeat(place, trainer, starts, str(error.cause))

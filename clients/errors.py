@@ -30,7 +30,13 @@ class SiteError(RuntimeError):
 
 
 class MemoryShortError(RuntimeError):
-    """A trainer had too little memory for a pack; the message may leave the site."""
+    """A trainer had too little memory for a pack; the message may leave the site.
+
+    Attributes:
+        trainer: The trainer's number, where a pool has handed it the pack: perhaps in place of another that was lost.
+    """
+
+    trainer: int | None = None
 
 
 class TrainerLostError(RuntimeError):

@@ -29,10 +29,10 @@ _PROBED = 8  # rows of a client that a probe takes, at most
 _PROBED_ON_CPU = 4  # clients of a pack that it takes there
 
 
-def _peak_memory(device: torch.device) -> int:
-    """Return the most memory that this process has had: on its GPU, or on a machine without one in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _peak_memory(cards: Sequence[torch.device]) -> int:
+    """Return the most memory that this process has had: on its GPUs, or on a machine without one in all."""
+    if cards[0].type == "cuda":
+        return sum(torch.cuda.max_memory_allocated(card) for card in cards)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -165,5 +165,5 @@ class PersonalEvaluator:
             evaluate_s=(evaluated - trained) / tokens,
             row_tokens=float(examples.cost.mean()),
             measured_tokens=int(model.examples[model.measured].cost.sum()),
-            memory_bytes=_peak_memory(model.engine.device),
+            memory_bytes=_peak_memory(model.engine.cards),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -19,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from clients.dispatch import NONE_LEFT, Dispatch, cause_of
 from clients.errors import TrainerLostError
+from clients.machines import gpu_bytes
 from clients.pool_state import Loss, PoolState, Standing
 from clients.shards import Machine, Pack, Shard, deal, weights
 from clients.site import Job
@@ -32,6 +34,7 @@ _logger = logging.getLogger(__name__)
 _NAMESPACE = "fedlora"
 _RESTARTS = 3
 _GLANCE_S = 0.05
+_ASK_S = 30.0
 _LEAVE_S = 10.0  # for which trainers that are ended may clear up; one that hangs is ended all the same
 
 Item = TypeVar("Item")
@@ -40,16 +43,39 @@ Result = TypeVar("Result")
 
 def machines() -> list[Machine]:
     """Return the machines of the Ray cluster that this process is connected to."""
+    alive = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: str(node["NodeID"]))
+    gpus = {str(node["NodeID"]): int(node["Resources"].get("GPU", 0)) for node in alive}
+    sizes = _gpu_bytes(tuple(name for name, count in gpus.items() if count))
     return [
         Machine(
             node["NodeID"],
             str(node["NodeManagerHostname"]),
             int(node["Resources"].get("CPU", 0)),
-            int(node["Resources"].get("GPU", 0)),
+            gpus[node["NodeID"]],
+            sizes.get(node["NodeID"], 0),
         )
-        for node in sorted(ray.nodes(), key=lambda node: node["NodeID"])
-        if node["Alive"]
+        for node in alive
     ]
+
+
+@cache  # a run of a sweep asks again
+def _gpu_bytes(nodes: tuple[str, ...]) -> dict[str, int]:
+    """Return the memory of the smallest GPU of each of these nodes; what one does not say in time is left out."""
+    ask = ray.remote(gpu_bytes)
+    calls = {
+        ask.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(): node
+        for node in nodes
+    }
+    done, late = ray.wait(list(calls), num_returns=len(calls), timeout=_ASK_S) if calls else ([], [])
+    for call in late:
+        _logger.warning("node %s has not said in %.0f s what its GPUs hold", calls[call], _ASK_S)
+    found: dict[str, int] = {}
+    for call in done:
+        try:
+            found[calls[call]] = ray.get(call)
+        except ray.exceptions.RayError as error:
+            _logger.warning("node %s does not say what its GPUs hold: %s", calls[call], error)
+    return found
 
 
 class TrainerPool:
@@ -103,7 +129,7 @@ class TrainerPool:
                 max_restarts=_RESTARTS,
                 # Soft: where the machine is lost, another may take the trainer.
                 scheduling_strategy=NodeAffinitySchedulingStrategy(shard.node, soft=True) if shard.node else "DEFAULT",
-            ).remote(state, number, shard.threads, f"fedlora-rows-{run_id}" if share else "", train)
+            ).remote(state, number, shard.threads, f"fedlora-rows-{run_id}" if share else "", train, shard.cards)
             for number, shard in enumerate(shards)
         ]
         ray.get(state.enlist.remote(actors))

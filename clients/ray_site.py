@@ -84,15 +84,16 @@ class RaySite:
         outcomes = self._pool.outcomes(work, parts, packs=packs, server_round=instruction.round)
         for pack, outcome in zip(packs, outcomes, strict=True):
             if isinstance(outcome, MemoryShortError) and len(pack.clients) > 1:
-                yield from self._outcomes(work, instruction, self._halves(pack, instruction.round))
+                trainer = pack.trainer if outcome.trainer is None else outcome.trainer
+                yield from self._outcomes(work, instruction, self._halves(pack, trainer, instruction.round))
             else:
                 yield pack, outcome
 
-    def _halves(self, pack: Pack, server_round: int) -> list[Pack]:
+    def _halves(self, pack: Pack, trainer: int, server_round: int) -> list[Pack]:
         """Return the halves of a pack for which a trainer had too little memory, for the same trainer."""
         middle = len(pack.clients) // 2
-        halves = [replace(pack, clients=part, work=0.0) for part in (pack.clients[:middle], pack.clients[middle:])]
-        self._pool.memory_short(pack.trainer, server_round, halves)
+        halves = [Pack(trainer, part) for part in (pack.clients[:middle], pack.clients[middle:])]
+        self._pool.memory_short(trainer, server_round, halves)
         return halves
 
 

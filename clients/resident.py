@@ -88,14 +88,15 @@ class Resident:
     Args:
         threads: CPU threads to use.
         shared: What other processes of this machine have tokenized; None: nothing is shared.
+        cards: GPUs that the base model is spread over.
 
     Attributes:
         loads: How often a base model was loaded.
     """
 
-    def __init__(self, threads: int, shared: SharedRows | None = None) -> None:
+    def __init__(self, threads: int, shared: SharedRows | None = None, cards: int = 1) -> None:
         torch.set_num_threads(threads)
-        self._shared = shared
+        self._shared, self._cards = shared, cards
         self.loads = 0
         self._key: tuple[Any, ...] = ()
         self._engine: Engine | None = None
@@ -173,6 +174,7 @@ class Resident:
             *key,
             dtype=getattr(torch, config.engine.dtype),
             device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            cards=self._cards,
         )
         self._key = (*key, config.engine.dtype)
         self.loads += 1

@@ -108,6 +108,8 @@ class TrainersTable:
 
     count: int = 0
     """Trainers; 0: one for each GPU, or one for every four cores."""
+    gpus: int = 1
+    """GPUs of each trainer, over which it spreads a base model that is too large for one."""
     threads: int = 0
     """CPU threads of all trainers together; 0: all cores."""
     ray_address: str = ""
@@ -115,9 +117,9 @@ class TrainersTable:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        for key, value in (("count", self.count), ("threads", self.threads)):
-            if value < 0:
-                raise ValueError(f"{key} = {value!r}: must be at least 0.")
+        for key, value, least in (("count", self.count, 0), ("gpus", self.gpus, 1), ("threads", self.threads, 0)):
+            if value < least:
+                raise ValueError(f"{key} = {value!r}: must be at least {least}.")
 
 
 @final

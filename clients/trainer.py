@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from clients.accounts import Accounts
 from clients.errors import MemoryShortError, RefusedError
+from clients.memory import memory_was_short
 from clients.start import VARIATE, StartTensors
 from fedlora.config import TrainConfig
 from fedlora.data import FederatedData
@@ -84,7 +84,25 @@ class Trainer:
         batches: Sequence[Sequence[NDArray[np.int64]]],
         private: PrivateStep | None = None,
     ) -> list[ClientResult]:
-        """Train on these batches, one sequence a client, and keep nothing."""
+        """Train on these batches, one sequence a client, and keep nothing.
+
+        Raises:
+            MemoryShortError: There is too little memory for the pack.
+        """
+        try:
+            return self._run(instruction, batches, private)
+        except Exception as error:
+            if not memory_was_short(error):
+                raise
+        # Here, where what the pack had in memory is held no more.
+        raise MemoryShortError(f"there is too little memory to train {len(instruction.clients)} client(s) together")
+
+    def _run(
+        self,
+        instruction: Instruction,
+        batches: Sequence[Sequence[NDArray[np.int64]]],
+        private: PrivateStep | None,
+    ) -> list[ClientResult]:
         trained, common, works = self.start.trained(instruction), self.start.common(instruction), []
         for client, own in zip(instruction.clients, batches, strict=True):
             works.append(
@@ -100,19 +118,15 @@ class Trainer:
                 )
             )
         fixed = {name: value for name, value in common.items() if name not in trained}
-        try:
-            return self._train_pack(
-                self.model.engine,
-                works,
-                fixed,
-                self.model.config.train,
-                private,
-                terms=instruction.local,
-                shared=frozenset(self.start.sent_up(instruction)),
-            )
-        except (MemoryError, torch.OutOfMemoryError):
-            short = MemoryShortError(f"there is too little memory to train {len(works)} client(s) together")
-        raise short  # here, where what the pack had in memory is held no more
+        return self._train_pack(
+            self.model.engine,
+            works,
+            fixed,
+            self.model.config.train,
+            private,
+            terms=instruction.local,
+            shared=frozenset(self.start.sent_up(instruction)),
+        )
 
     def _update(
         self,

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from clients.accounts import Accounts
 from clients.errors import WITHHELD, MemoryShortError, RefusedError, SiteError, TrainerDiffersError
 from clients.evaluator import Evaluator, PersonalEvaluator
+from clients.memory import memory_was_short
 from clients.own_disk import check_folder
 from clients.personal import PersonalStore
 from clients.resident import LoadedModel, Resident
@@ -72,6 +73,7 @@ class Worker:
         train: Trains a pack.
         sync: Puts an open file of a ledger on the disk.
         shared: What the trainers of this machine have tokenized; None: nothing is shared.
+        cards: GPUs that the base model is spread over; 1: it is on one, or on a machine without any on the CPU.
     """
 
     def __init__(
@@ -81,12 +83,13 @@ class Worker:
         train: TrainPack = train_pack,
         sync: Callable[[int], None] = os.fsync,
         shared: SharedRows | None = None,
+        cards: int = 1,
     ) -> None:
         self._fetch = job
         self.threads = threads
         self._train = train
         self._sync = sync
-        self._resident, self._shared = Resident(threads, shared), shared
+        self._resident, self._shared = Resident(threads, shared, cards), shared
         self._job: Job | None = None
         self._loaded: LoadedJob | None = None
 
@@ -211,7 +214,13 @@ class Worker:
             MemoryShortError: As :meth:`train` does; nothing is reduced then.
             TrainerDiffersError: The same.
         """
-        return fold(instruction, self.train(instruction), self.threads)
+        updates = self.train(instruction)
+        try:
+            return fold(instruction, updates, self.threads)
+        except Exception as error:
+            if not memory_was_short(error):
+                raise
+        raise MemoryShortError(f"there is too little memory to add up the updates of {len(updates)} client(s)")
 
     def report(self, instruction: Instruction) -> list[ClientReport]:
         """Return each client's evaluation of its own model; one report a client, in order.
@@ -246,7 +255,7 @@ class Worker:
             initial_digest=tensors_digest(model.initial),
             constants_digest=tensors_digest(model.engine.method.constants()),
             fingerprint=plugins.fingerprint(model.config.run.plugins),
-            device=str(model.engine.device),
+            device=", ".join(map(str, model.engine.cards)),
             threads=self.threads,
             host=socket.gethostname(),
             pid=os.getpid(),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import httpx
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, get_safetensors_metadata, hf_hub_download, try_to_load_from_cache
 
 from fedlora.config import BUNDLED, SMALL_LLAMA, ModelConfig
 from fedlora.messages import first_line
@@ -19,6 +20,7 @@ _TIMEOUT_S = 4.0
 _CONFIG = "config.json"  # every checkpoint that transformers loads has one
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 _WEIGHTS = ("*.safetensors", "*.bin")
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"  # in one file, or a list of several
 
 
 @cache
@@ -90,6 +92,50 @@ def layer_width(model: ModelConfig) -> int | None:
     return next((int(text[key]) for key in _WIDTHS if isinstance(text.get(key), int)), None)
 
 
+def num_weights(model: ModelConfig) -> int:
+    """Return how many numbers a checkpoint in full precision holds, by the heads of its files, without reading them.
+
+    Args:
+        model: A folder, or a name of the hub.
+
+    Returns:
+        The numbers; 0 where they are not known: of a quantised checkpoint, of one in another format than safetensors,
+        and of one out of reach.
+    """
+    if model.name in (BUNDLED, SMALL_LLAMA):
+        return 0  # a few MB
+    try:
+        if json.loads(_config_file(model).read_text(encoding="utf-8")).get("quantization_config"):
+            return 0
+        index, whole = _weights_file(model, _INDEX), _weights_file(model, _WHOLE)
+        if index is not None:
+            names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+            files = [_weights_file(model, name) for name in names]
+        else:
+            files = [whole]
+        if all(file is not None for file in files):
+            return sum(_numbers_in(file) for file in files if file is not None)
+        return sum(get_safetensors_metadata(model.name, revision=model.revision or None).parameter_count.values())
+    except Exception:  # of the hub's client, or of a broken file: what is wrong is said when it is loaded
+        return 0
+
+
+def _weights_file(model: ModelConfig, name: str) -> Path | None:
+    """Return a file of a checkpoint's folder, or of the hub's cache; None: it is not there."""
+    folder = Path(model.name)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    cached = try_to_load_from_cache(model.name, name, revision=model.revision or None)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _numbers_in(file: Path) -> int:
+    """Return how many numbers a safetensors file holds: its head is JSON, after the length of that in eight bytes."""
+    with file.open("rb") as opened:
+        head = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in head.items() if name != "__metadata__")
+
+
 @contextmanager
 def found(model: ModelConfig) -> Iterator[None]:
     """Turn the many errors of a model that is not there, or cannot be loaded, into one that names the cure.
@@ -119,6 +165,7 @@ _CURES = {
     "sentencepiece": "Its tokenizer needs SentencePiece: pip install 'fedlora[sentencepiece]'.",
     "tiktoken": "Its tokenizer needs SentencePiece: pip install 'fedlora[sentencepiece]'.",
     "quantiz": "It is quantised, which needs that package and often a GPU; choose the checkpoint in full precision.",
+    "offload": "It does not fit onto the GPUs of one trainer; raise engine.gpus, or set engine.dtype = 'bfloat16'.",
     "unrecognized configuration class": "transformers has no model of this family for the task; choose another model.",
 }
 """Cures by what an error's text has in it."""

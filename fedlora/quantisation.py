@@ -45,6 +45,11 @@ def check_quantisation(model: ModelConfig, saved: Mapping[str, Any] | None) -> N
         )
 
 
+def weight_bytes(dtype: str) -> int:
+    """Return the bytes of a weight in full precision, at ``engine.dtype``."""
+    return _BYTES[dtype]
+
+
 def base_bytes(parameters: int, quantisable: int, quantization: str, dtype: str) -> int:
     """Return the bytes that a base model's weights take.
 

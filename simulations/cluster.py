@@ -9,8 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from clients.shards import Machine
-from fedlora.config import ConfigError
+from clients.machines import gpu_bytes
+from clients.shards import Machine, Shard, plan_shards
+from fedlora.config import Config, ConfigError
+from fedlora.hub import num_weights
+from fedlora.quantisation import weight_bytes
 
 _VARIABLE = "RAY_ADDRESS"  # Ray's own
 _CLIENT = "ray://"
@@ -53,6 +56,18 @@ def check_options(federation_config: Sequence[str], workers: int = 1) -> None:
         )
 
 
+def shards_of_a_run(config: Config, machines: Sequence[Machine]) -> list[Shard]:
+    """Return the shards of these machines, one for each trainer of a run.
+
+    Raises:
+        ConfigError: They cannot hold the base model, or not so many trainers.
+    """
+    engine = config.engine
+    sized = not engine.gpus and config.model.quantization == "none" and any(one.gpu_bytes for one in machines)
+    weights = num_weights(config.model) * weight_bytes(engine.dtype) if sized else 0
+    return plan_shards(machines, engine.trainers, gpus=engine.gpus, weights=weights)
+
+
 def machines_of_a_run() -> list[Machine]:
     """Return the machines that a run would find: those of the cluster, or this one.
 
@@ -62,7 +77,8 @@ def machines_of_a_run() -> list[Machine]:
     if not named():
         import torch
 
-        return [Machine("", "", os.cpu_count() or 1, torch.cuda.device_count())]
+        gpus = torch.cuda.device_count()
+        return [Machine("", "", os.cpu_count() or 1, gpus, gpu_bytes() if gpus else 0)]
     import ray
 
     from clients.pool import machines

@@ -9,7 +9,7 @@ from typing import final
 from flwr.serverapp import Grid
 
 from clients.pool import TrainerPool
-from clients.shards import deal
+from clients.shards import MOST_CLIENTS, deal
 from fedlora.server.errors import FederationError
 from fedlora.server.nodes import Nodes
 
@@ -25,10 +25,11 @@ class DealtNodes(Nodes):
         pool: The trainers.
         pack: Clients a pack; 0: automatic.
         work: Predicted work by client.
+        most: Clients of a pack of an automatic size, at most.
     """
 
-    def __init__(self, pool: TrainerPool, pack: int, work: Mapping[int, float]) -> None:
-        self._pool, self._pack, self._work = pool, pack, work
+    def __init__(self, pool: TrainerPool, pack: int, work: Mapping[int, float], most: int = MOST_CLIENTS) -> None:
+        self._pool, self._pack, self._work, self._most = pool, pack, work, most
 
     def assign(self, grid: Grid, clients: Sequence[int], server_round: int) -> dict[int, tuple[int, ...]]:
         """Return the clients of each node's packs.
@@ -39,7 +40,7 @@ class DealtNodes(Nodes):
         nodes = sorted(grid.get_node_ids())
         if not nodes:
             raise FederationError("no SuperNode is connected")
-        packs = deal(clients, self._pack, self._pool.shares(), self._work)
+        packs = deal(clients, self._pack, self._pool.shares(), self._work, self._most)
         self._pool.deal(packs)
         carried: dict[int, list[int]] = {}
         turns = Counter[int]()

@@ -32,11 +32,12 @@ class Resident:
 
     Args:
         threads: CPU threads to use.
+        cards: GPUs that the base model is spread over.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, cards: int = 1) -> None:
         self._job: Job | None = None
-        self._worker = Worker(self._fetch, threads)
+        self._worker = Worker(self._fetch, threads, cards=cards)
 
     def federation(self, config: Config, data: FederatedData, folder: str) -> InProcess:
         """Return a federation before its first round; the one before it is over.

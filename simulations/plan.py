@@ -11,19 +11,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from clients.shards import Pack, Shard, deal, weights
+from clients.shards import Pack, Shard, deal, most_clients, weights
 from clients.site import Speed
 from fedlora.config import Config
 from fedlora.data import FederatedData
 from fedlora.data.targets import spread_note
 from fedlora.methods import TensorSpec, count_parameters, payload_bytes
+from fedlora.quantisation import weight_bytes
 from fedlora.reports.format import human_bytes
 from fedlora.reports.tables import clients_table
 from fedlora.roles import TRAINED, UP, Role
 from fedlora.server import Federation, Payloads
 from fedlora.strategy import Strategy
 from fedlora.tasks import TASKS
-from fedlora.workload import examples_seen, local_steps, predicted_tokens
+from fedlora.workload import examples_seen, local_steps, pack_bytes, predicted_tokens
 from simulations.advice import learns_from, verdict
 from simulations.privacy import PrivacyPlan
 from simulations.rates import rate_line
@@ -145,9 +146,16 @@ class Plan:
         return sum(seen[client] for number in range(1, rounds + 1) for client in self.federation.cohort(number))
 
     @cached_property
+    def most_clients(self) -> int:
+        """Clients of a pack of an automatic size, at most: by the memory of their trained numbers on a GPU."""
+        base = self.num_parameters * weight_bytes(self.config.engine.dtype)
+        return most_clients(self.shards, base, pack_bytes(trained_in_a_round(self.strategy), self.config))
+
+    @cached_property
     def packs(self) -> list[Pack]:
         """The packs of the first round, before any trainer was measured."""
-        return deal(self.federation.cohort(1), self.config.engine.pack, weights([0.0] * self.trainers), self.work)
+        pack, shares = self.config.engine.pack, weights([0.0] * self.trainers)
+        return deal(self.federation.cohort(1), pack, shares, self.work, self.most_clients)
 
     def record(self, speed: Speed | None = None) -> dict[str, Any]:
         """Return the plan as plain values, for ``plan.json``.

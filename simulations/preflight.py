@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.shards import plan_shards
 from fedlora.config import Config
 from fedlora.data import Corpus, FederatedData, load_corpus, partitioned
 from fedlora.data.partition import check_enough
 from fedlora.hub import check_model
 from fedlora.methods import build_method
 from fedlora.tasks import TASKS
-from simulations.cluster import machines_of_a_run
+from simulations.cluster import machines_of_a_run, shards_of_a_run
 from simulations.plan import Plan
 from simulations.setup import asked_clients, federation_of, settle
 from strategies.build import build_strategy
@@ -74,7 +73,7 @@ class Preflight:
             self._data[clients] = partitioned(corpus, config, clients)
         config, data = settle(config, self._nodes, self._data[clients])
         remarks, cost = self._tried(config, structure, corpus, labels)
-        shards = tuple(plan_shards(self._once("machines", make=machines_of_a_run), config.engine.trainers))
+        shards = tuple(shards_of_a_run(config, self._once("machines", make=machines_of_a_run)))
         plan = Plan(
             config=config,
             data=data,

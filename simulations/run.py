@@ -267,4 +267,5 @@ class Run:
 
 
 def _nodes(parts: Parts) -> DealtNodes:
-    return DealtNodes(parts.evaluator.pool, parts.plan.config.engine.pack, parts.plan.work)
+    plan = parts.plan
+    return DealtNodes(parts.evaluator.pool, plan.config.engine.pack, plan.work, plan.most_clients)

@@ -17,7 +17,7 @@ from clients.errors import RefusedError
 from clients.limits import SiteLimits
 from clients.own_disk import check_folder, folder_id
 from clients.pool import TrainerPool, machines
-from clients.shards import Shard, plan_shards
+from clients.shards import Shard
 from clients.site import Description, Job
 from fedlora import plugins
 from fedlora.config import Config
@@ -26,6 +26,7 @@ from fedlora.methods import tensors_digest
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.server import FederationError
 from simulations.baselines import Federated, run_baselines
+from simulations.cluster import shards_of_a_run
 from simulations.finish import finish
 from simulations.plan import Plan
 from simulations.run import Parts, Run
@@ -101,7 +102,7 @@ class Session:
             known = check_disk(pool, config) if apart else ""
             job = Job(config.to_flat(), data, _limits(config), folder_id=known, agreed=description.agreed)
             pool.expect(job)
-            evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.setting.ranks)
+            evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.setting.ranks, plan.most_clients)
             accounts = Accounts(_limits(config), config) if config.privacy.mode == "dp" else None
             run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)
             outcome: dict[str, Any] | None = None
@@ -147,7 +148,7 @@ class Session:
     def assigned(self, config: Config, data: FederatedData) -> TrainerPool:
         """Return trainers at work on a run: those that are there, or new ones where they should be others."""
         job = Job(config.to_flat(), data, _limits(config))
-        shards = plan_shards(machines(), config.engine.trainers)
+        shards = shards_of_a_run(config, machines())
         if self._pool is not None and self._shards == shards:
             self._pool.assign(job)
             return self._pool

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.pool import TrainerPool
-from clients.shards import Pack, deal, spread_rows
+from clients.shards import MOST_CLIENTS, Pack, deal, spread_rows
 from clients.site import Speed
 from fedlora.exchange import Instruction, Tensors
 from fedlora.generated import Answer
@@ -27,10 +27,11 @@ class TrainerEvaluator:
         pool: The trainers, at work on the run.
         pack: Clients evaluated together; 0: automatic.
         ranks: The rank that each client holds; empty: all hold the method's.
+        most: Clients of a pack of an automatic size, at most.
     """
 
-    def __init__(self, pool: TrainerPool, pack: int, ranks: Sequence[int] = ()) -> None:
-        self.pool, self.pack, self.ranks = pool, pack, ranks
+    def __init__(self, pool: TrainerPool, pack: int, ranks: Sequence[int] = (), most: int = MOST_CLIENTS) -> None:
+        self.pool, self.pack, self.ranks, self.most = pool, pack, ranks, most
 
     def facts(self, tensors: Tensors, split: str, rows: Sequence[int]) -> dict[str, NDArray[np.float64]]:
         """Return facts of each of these rows of a split under the server's tensors, by name, [rows] each."""
@@ -113,7 +114,7 @@ class TrainerEvaluator:
 
     def _packs(self, clients: Sequence[int]) -> list[Pack]:
         """Return packs of clients, dealt to the trainers that are there."""
-        return [replace(pack, work=0.0) for pack in deal(clients, self.pack, self.pool.shares())]
+        return [replace(pack, work=0.0) for pack in deal(clients, self.pack, self.pool.shares(), most=self.most)]
 
     def _shares(self, rows: int) -> tuple[list[Pack], list[list[int]]]:
         """Return the places of the rows that trainers evaluate, and who does each part."""

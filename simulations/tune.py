@@ -124,7 +124,7 @@ class Search:
         """Rounds of each trial; 0: not known yet."""
         self._started = clock()
         self._end = self._started + 60 * minutes
-        self._resident = Resident(os.cpu_count() or 1)
+        self._resident = Resident(os.cpu_count() or 1, plan.shards[0].cards if plan.shards else 1)
 
     @property
     def best(self) -> float | None:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.engine import ClientResult, Engine, train_pack
-from fedlora.methods import build_method
+from fedlora.config import Config, MethodConfig, TrainConfig
+from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
+from fedlora.methods import build_method, count_parameters, initial_tensors
 from fedlora.models import prepare_base
 from fedlora.privacy import PrivateRandom
-from tests.support.families import small_model, small_task, task_of, without_float32
+from fedlora.seeded import Seeded
+from fedlora.workload import pack_bytes
+from tests.support.families import random_examples, small_model, small_task, task_of, without_float32
 from tests.support.matrix import CONFIGS, random_start
 from tests.test_dp_step import TRAIN, off, private_step, ragged
 from tests.test_packing import ADAMW, make_works
@@ -83,6 +86,27 @@ def test_dp_steps_on_the_gpu_equal_the_cpu(method: str, family: str) -> None:
         assert two.error == ""
         assert off(one.tensors, two.tensors) < TOLERANCE[family]
         assert one.diagnostics["rows"] == two.diagnostics["rows"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_client_takes_the_memory_that_packs_are_sized_by(optimizer: str) -> None:
+    """The most that a pack has of a client, with all of them in one turn, from packs of two sizes."""
+    train = TrainConfig(optimizer=optimizer, learning_rate=0.01)
+    model: Any = small_model("bert", hidden_size=256, intermediate_size=256).to(torch.float32)
+    base = prepare_base(model, None, "all-linear", device=torch.device("cuda"))
+    method = build_method(Config(method=MethodConfig("lora", rank=64)), base.structure.adapted, base.structure.head)
+    engine = Engine.build(base, method, small_task("bert"))
+    start, rows = initial_tensors(method.specs(), Seeded(0), "float32"), random_examples(2, seed=0)
+    taken = []
+    for clients in (16, 16, 64):  # the first makes what stays
+        works = [ClientWork(client, rows, 2, [np.arange(1)] * 2, start) for client in range(clients)]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train_pack(replace(engine, max_cost=2**20), works, {}, train)
+        taken.append(torch.cuda.max_memory_allocated() - before)
+    client = (taken[2] - taken[1]) / 48
+    predicted = pack_bytes(count_parameters(method.specs()), Config(train=train))
+    assert 0.6 * predicted < client < 1.1 * predicted
 
 
 def test_noise_of_the_gpu() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -11,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 
 from clients.errors import TrainerDiffersError, TrainerLostError
 from clients.limits import SiteLimits
@@ -23,17 +27,17 @@ from clients.shards import Pack, Shard
 from clients.site import Description, Job
 from clients.worker import Worker
 from fedlora.data import load_federated
-from fedlora.engine import ClientResult, train_pack
+from fedlora.engine import train_pack
 from fedlora.exchange import Instruction, Outcome, Update
 from fedlora.reduce import fold
 from simulations.privacy import resolve_privacy
 from simulations.session import check_disk, check_trainers
 from simulations.setup import resolve
-from tests.support.reduced import assert_same_bits
 from tests.support.tiny import save_texts, save_tiny_model
 from tests.support.trainers import InProcess, instruction, ledger, tiny_flat, tiny_worker
 
 ROOT = Path(__file__).parents[1]
+_CLIENT_BYTES = 2**29
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def pool(tmp_path: Path) -> Iterator[TrainerPool]:
         config = resolve_privacy(resolve(flat), data)
         shards = [Shard(threads=1, gpus=0.0)] * 2
         job = Job(config.to_flat(), data, SiteLimits(str(tmp_path / "sites")))
-        yield TrainerPool.start(7, shards, job, share=True, train=partial(train_or_die, tmp_path / "doomed"))
+        yield TrainerPool.start(7, shards, job, share=True, train=partial(train_in_little_memory, tmp_path))
     finally:
         ray.shutdown()
 
@@ -69,12 +73,31 @@ def train_and_die(worker: Worker, item: tuple[Instruction, int]) -> list[Update]
     return updates
 
 
-def train_or_die(doomed: Path, *args: Any, **options: Any) -> list[ClientResult]:
-    """Train a pack, as :func:`train_pack` does; the process whose number is in a file is killed when it has."""
-    results = train_pack(*args, **options)
-    if doomed.exists() and int(doomed.read_text()) == os.getpid():
-        os.kill(os.getpid(), signal.SIGKILL)
-    return results
+def train_in_little_memory(folder: Path, engine: Any, works: list[Any], *args: Any, **options: Any) -> Any:
+    """Train a pack, as :func:`train_pack` does, in two processes, whose numbers are in files, with too little memory.
+
+    In one a library's own code meets the end of memory when all is trained, and takes the process down. The other may
+    have no more address space than one client takes, for the time of a pack.
+    """
+    if _is_told(folder / "dies"):
+        train_pack(engine, works, *args, **options)
+        ctypes.CDLL("libstdc++.so.6")._Znwm(ctypes.c_size_t(2**50))  # operator new: an exception that nothing catches
+    if not _is_told(folder / "short"):
+        return train_pack(engine, works, *args, **options)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    room = psutil.Process().memory_info().vms + _CLIENT_BYTES * 3 // 2
+    resource.setrlimit(resource.RLIMIT_AS, (room, before[1]))
+    try:
+        held = torch.empty(len(works) * _CLIENT_BYTES, dtype=torch.uint8)
+        results = train_pack(engine, works, *args, **options)
+        assert len(held) == len(works) * _CLIENT_BYTES
+        return results
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def _is_told(file: Path) -> bool:
+    return file.exists() and int(file.read_text()) == os.getpid()
 
 
 def start(worker: Worker, clients: tuple[int, ...]) -> Instruction:
@@ -139,13 +162,20 @@ def test_a_lost_trainers_packs_are_repeated_and_paid_for_and_it_comes_back(pool:
     (told,) = pool.results(start, [(0, 1, 2, 3)])
     told = replace(told, pack=2)
     reports, whole = fold(told, RaySite(pool).train(told))
-    (tmp_path / "doomed").write_text(str(after[0].pid))
+    (tmp_path / "dies").write_text(str(after[0].pid))
+    (tmp_path / "short").write_text(str(before[1]))
     found, reduced = RaySite(pool).reduce(told)
-    assert found == reports
+    assert [(report.client, report.outcome, report.steps) for report in found] == [(n, Outcome.OK, 3) for n in range(4)]
     assert [report.outcome for report in reports] == [Outcome.OK] * 4
-    assert_same_bits(reduced, whole)
-    (_, loss) = pool.losses()
-    assert (loss.pid, loss.packs, loss.repeated_on) == (after[0].pid, [[0, 1]], [1])
+    for name, mean in whole.reduced().mean.items():
+        np.testing.assert_allclose(reduced.reduced().mean[name], mean, rtol=0, atol=1e-10)
+    losses = {loss.pid: loss for loss in pool.losses()[1:]}
+    died, short = losses.pop(after[0].pid), losses.pop(before[1])
+    assert not losses
+    assert (died.cause, died.packs, died.repeated_on) == ("its process or its machine died", [[0, 1]], [1])
+    assert (short.cause, short.repeated_on) == ("too little memory for the pack", [1] * 4)
+    assert sorted(short.packs) == [[0], [1], [2], [3]], "of the pack of the one that died, too"
+    (tmp_path / "short").unlink()
     until_back(pool, 0)
     last = pool.standings()[0].pid
     ray.kill(pool.actors[0], no_restart=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,12 @@ import torch
 
 from clients.pool_state import PoolState
 from clients.ray_site import RaySite
-from clients.shards import MOST_CLIENTS, Machine, Shard, deal, plan_shards, spread_rows, weights
+from clients.shards import MOST_CLIENTS, Machine, Shard, deal, most_clients, plan_shards, spread_rows, weights
 from clients.worker import Worker
+from fedlora.config import ConfigError
 from fedlora.engine import train_pack
-from fedlora.exchange import Outcome
+from fedlora.exchange import Instruction, Outcome, Update
+from fedlora.messages import first_line
 from fedlora.reduce import fold
 from simulations.dealing import DealtNodes
 from simulations.setup import resolve
@@ -87,6 +92,79 @@ def test_packs_of_an_automatic_size() -> None:
     assert max(len(one.clients) for one in many) <= MOST_CLIENTS
     assert len(many) == 16
     assert [one.trainer for one in many[:4]] == [0, 1, 0, 1], "every trainer's first pack before any second"
+
+
+GB = 10**9
+H100, SMALL = Machine("h", "big", 32, 2, 85 * GB), Machine("s", "small", 16, 4, 24 * GB)
+
+
+@pytest.mark.parametrize(
+    ("weights", "gpus", "cards"),
+    [
+        (1 * GB, 0, [1, 1, 1, 1, 1, 1]),
+        (19 * GB, 0, [1, 1, 1, 1, 1, 1]),  # 0.8 of 24
+        (20 * GB, 0, [1, 1, 2, 2]),
+        (65 * GB, 0, [1, 1, 4]),
+        (70 * GB, 0, [2, 4]),
+        (90 * GB, 0, [2, 4]),  # all of the small ones, where only that is enough
+        (100 * GB, 0, [2]),
+        (150 * GB, 0, [2]),
+        (0, 0, [1] * 6),
+        (1 * GB, 2, [2, 2, 2]),
+        (1 * GB, 4, [4]),
+        (150 * GB, 1, [1] * 6),
+    ],
+)
+def test_a_base_model_takes_as_few_gpus_of_a_machine_as_hold_it(weights: int, gpus: int, cards: list[int]) -> None:
+    """By predicted bytes, unless ``engine.gpus`` says how many; machines with too few are left out."""
+    shards = plan_shards([H100, SMALL, Machine("c", "cpu", 8, 0)], 0, gpus=gpus, weights=weights)
+    assert [shard.cards for shard in shards] == cards
+    assert [shard.gpus for shard in shards] == [float(count) for count in cards]
+    for machine in (H100, SMALL):
+        own = [shard for shard in shards if shard.node == machine.node]
+        assert sum(shard.cards for shard in own) <= machine.gpus
+        assert {shard.gpu_bytes for shard in own} <= {machine.gpu_bytes}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "weights", "said"),
+    [
+        (0, 8, 0, r"engine.gpus = 8: no machine has more than 4 GPU\(s\); lower it"),
+        (3, 4, 0, r"engine.trainers = 3: .* takes 4 GPUs of a trainer \(engine.gpus\), .* enough for 1 trainer\(s\)"),
+        (2, 0, 100 * GB, r"engine.trainers = 2: .* enough for 1 trainer\(s\); lower it to that"),
+        (0, 0, 200 * GB, r"weights take 200.00 GB, and no machine has GPUs for them \(the largest has 2 of 85.00 GB\)"),
+    ],
+)
+def test_what_the_machines_cannot_hold_is_refused(wanted: int, gpus: int, weights: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan_shards([H100, SMALL], wanted, gpus=gpus, weights=weights)
+
+
+def test_several_gpus_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"engine.gpus = 2: no machine has more than 0 GPU\(s\); lower it"):
+        plan_shards([Machine("", "", 8, 0)], 0, gpus=2)
+
+
+def test_trainers_of_several_gpus() -> None:
+    shards = plan_shards([H100, SMALL], 2, gpus=2)
+    assert [(shard.node, shard.threads, shard.gpus) for shard in shards] == [("h", 32, 2.0), ("s", 16, 2.0)]
+    assert "2 GPUs, over which the base model is spread, and " in shards[0].words
+
+
+def test_packs_on_a_gpu_are_as_large_as_the_memory_of_their_tensors_lets_them() -> None:
+    gpu = plan_shards([H100], 0)
+    assert most_clients(gpu, 1 * GB, 60 * 10**6) == 256, "RoBERTa-large at rank 8: beyond that nothing was gained"
+    assert most_clients(gpu, 14 * GB, 134 * 10**6) == 158, "Llama-2-7B"
+    assert most_clients(gpu, 14 * GB, 5 * GB) == 4
+    assert most_clients(gpu, 84 * GB, 5 * GB) == 1
+    assert most_clients(plan_shards([H100], 0, gpus=2), 14 * GB, 134 * 10**6) == 174, "half of the weights beside them"
+    assert most_clients(plan_shards([H100], 4), 14 * GB, 134 * 10**6) == 63, "two trainers on each"
+    for unknown in (plan_shards([Machine("", "", 32, 2)], 0), plan_shards([Machine("", "", 8, 0)], 0), []):
+        assert most_clients(unknown, GB, 1) == MOST_CLIENTS
+    for clients, sizes in ((64, [64]), (255, [255]), (256, [128] * 2), (600, [150] * 4), (2000, [250] * 8)):
+        made = deal(range(clients), 0, [1.0], most=256)
+        assert [len(one.clients) for one in made] == sizes
+    assert len(deal(range(100), 0, [1.0], most=3)) == 34
 
 
 def test_a_slow_trainer_gets_less_and_noise_changes_nothing() -> None:
@@ -174,6 +252,64 @@ def test_a_pack_that_does_not_fit_is_repeated_in_halves(tmp_path: Path) -> None:
     reports, reduced = RaySite(InProcess([tight])).reduce(told)
     assert reports == [found[client].report for client in range(4)]
     assert_same_bits(reduced, fold(told, found.values())[1])
+
+
+def real_shortages() -> list[Exception]:
+    """What says that memory is short, of the allocators of this machine themselves: a petabyte."""
+    found: list[Exception] = []
+    for ask in (
+        lambda: bytearray(2**50),
+        lambda: np.empty(2**50, dtype=np.uint8),
+        lambda: torch.empty(2**50, dtype=torch.uint8),
+        lambda: mmap.mmap(-1, 2**50),
+    ):
+        try:
+            ask()
+        except Exception as error:
+            found.append(error)
+    assert [type(error) for error in found[::2]] == [MemoryError, RuntimeError]
+    assert isinstance(found[1], MemoryError)
+    assert isinstance(found[3], OSError)
+    return found
+
+
+def test_whatever_allocator_says_it(tmp_path: Path) -> None:
+    """Packs that do not fit by any of them are repeated in halves; what is not about memory is not."""
+    cuda = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory\nCUDA kernel")]
+    others = [RuntimeError("shapes cannot be multiplied"), OSError(2, "No such file"), ValueError("out of memory")]
+    job = tiny_job(resolve(tiny_flat(tmp_path)), tmp_path)
+    for error, reasons in (
+        *((one, {""}) for one in (*real_shortages(), *cuda)),
+        *((one, {f"{type(one).__name__}: {first_line(one)}"}) for one in others),
+    ):
+        worker = Worker(lambda: job, 1, partial(failing_beyond_two, error))
+        reports, reduced = RaySite(InProcess([worker])).reduce(instruction(worker))
+        assert {report.reason for report in reports} == reasons
+        assert reduced.count == (4 if reasons == {""} else 0)
+
+
+def failing_beyond_two(error: Exception, engine: object, works: list[object], *args: object, **options: object) -> Any:
+    if len(works) > 2:
+        raise error
+    return train_pack(engine, works, *args, **options)  # type: ignore[arg-type]
+
+
+def test_updates_that_cannot_be_added_up_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pack is repeated in halves then, too: what its clients keep of the first time is theirs of the same round."""
+    job = tiny_job(resolve(tiny_flat(tmp_path, **{"strategy.name": "fedsa-lora"})), tmp_path)
+    worker = Worker(lambda: job, 1)
+    expected = fold(instruction(worker), worker.train(instruction(worker)))
+
+    def tight(told: Instruction, updates: list[Update], threads: int) -> object:
+        if len(updates) > 2:
+            np.empty(2**50, dtype=np.uint8)
+        return fold(told, updates, threads)
+
+    monkeypatch.setattr("clients.worker.fold", tight)
+    reports, reduced = RaySite(InProcess([worker])).reduce(instruction(worker))
+    assert [(report.outcome, report.steps) for report in reports] == [(Outcome.OK, 3)] * 4
+    for name, mean in expected[1].reduced().mean.items():
+        np.testing.assert_allclose(reduced.reduced().mean[name], mean, rtol=0, atol=1e-10)
 
 
 def no_memory(*_: object, **__: object) -> object:

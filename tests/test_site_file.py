@@ -118,6 +118,7 @@ def test_every_key_has_its_value(tmp_path: Path) -> None:
         model-digests = ["abc"]
         [trainers]
         count = 2
+        gpus = 4
         threads = 3
         ray-address = "10.0.0.1:6379"
         [access]
@@ -157,7 +158,7 @@ def test_every_key_has_its_value(tmp_path: Path) -> None:
             ("one", "other"),
             ("abc",),
         ),
-        trainers=TrainersTable(2, 3, "10.0.0.1:6379"),
+        trainers=TrainersTable(2, 4, 3, "10.0.0.1:6379"),
         access=AccessTable(("4242",), 99),
         supernode=SuperNodeTable("h:1", "ca.pem", "node", 9400),
     )

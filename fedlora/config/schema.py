@@ -70,6 +70,12 @@ class Config:
             self.model.quantization,
             "goes with engine.dtype = 'float32' or 'bfloat16', not 'float64', in which bitsandbytes does not compute.",
         )
+        require(
+            self.model.quantization == "none" or self.engine.gpus <= 1,
+            "engine.gpus",
+            self.engine.gpus,
+            f"a base model with model.quantization = {self.model.quantization!r} stays on one GPU; set 1.",
+        )
         if self.local.term == "scaffold":
             self._check_scaffold(dp)
         self._check_sites(dp)

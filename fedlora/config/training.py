@@ -144,7 +144,11 @@ class EngineConfig:
     pack: int = 0
     """Clients trained together; 0: automatic."""
     trainers: int = 0
-    """Trainers on all machines together; 0: one for each GPU, or for every four cores where there is none."""
+    """Trainers on all machines together; 0: one for every ``engine.gpus`` GPUs, or for every four cores where there is
+    none."""
+    gpus: int = 0
+    """GPUs of one trainer, over which it spreads the base model; 0: one where the model's weights fit into it with a
+    fifth to spare, else as few as do."""
     compile: bool = True
     """Whether a GPU runs the model's repeated blocks compiled (torch.compile): steps are up to twice as fast, the first
     load of a model takes up to a minute longer. Not read on a CPU."""
@@ -154,6 +158,7 @@ class EngineConfig:
         one_of("engine.dtype", self.dtype, ("float32", "bfloat16", "float64"))
         at_least("engine.pack", self.pack, 0)
         at_least("engine.trainers", self.trainers, 0)
+        at_least("engine.gpus", self.gpus, 0)
 
     @property
     def tensor_dtype(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedlora.engine.cards import cards_of, spread
 from fedlora.engine.layers import GroupedModel
 from fedlora.engine.layout import Layout, Unpadded
 from fedlora.engine.schedule import passes
@@ -91,7 +92,7 @@ class Engine:
         grouped: The base model's layers, wrapped.
         dtype: Of the adapter's tensors: float64 with a float64 base, else float32.
         compute: In which layers compute with them: the base model's own.
-        device: Where the base model is.
+        device: Where the base model is; of one on several GPUs where its inputs are.
         max_cost: Bound on the cost of one forward pass: rows times the cost of the longest.
         batching: Which rows may go through the model together (:mod:`fedlora.engine.apart`).
         kernels: Whether the low-rank kernel computes the adapted layers' updates (:mod:`fedlora.engine.fast`).
@@ -120,6 +121,7 @@ class Engine:
         weight = next(base.model.parameters())
         structure = base.structure
         grouped = GroupedModel(base.model, [layer.name for layer in (*structure.adapted, *structure.head)])
+        spread(grouped, {layer.name for layer in structure.head})
         return cls(
             base=base,
             method=method,
@@ -130,6 +132,11 @@ class Engine:
             device=weight.device,
             max_cost=most_cost(base, task),
         )
+
+    @property
+    def cards(self) -> tuple[torch.device, ...]:
+        """The devices that the base model is on, ``device`` first."""
+        return cards_of(self.base.model)
 
     def tensor(self, array: NDArray[np.floating]) -> Tensor:
         """Return a copy of ``array`` on the engine's device, in the adapter's dtype."""

@@ -58,13 +58,15 @@ def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True) -> Engine:
     _plain(engine)
     ways: list[Way] = [_with_less_memory] if engine.task.with_less_memory(engine.base.model) else []
     on_gpu = engine.device.type == "cuda" and engine.compute != torch.float64
-    if on_gpu:
+    if len(engine.cards) > 1:
+        ways.clear()
+        _logger.info("the base model lies on %d GPUs: the plain way computes", len(engine.cards))
+    elif on_gpu:
         ways += [without_padding, _with_kernel, *([_with_compiled] if compiled else [])]
-    if not ways:
-        return engine
-    expected = numbers(engine, tensors)
-    for way in ways:
-        engine = tried(engine, way, tensors, expected)
+    if ways:
+        expected = numbers(engine, tensors)
+        for way in ways:
+            engine = tried(engine, way, tensors, expected)
     return replace(engine, max_cost=_fitting(engine, tensors)) if on_gpu else engine
 
 
@@ -186,26 +188,31 @@ def _apart(found: Numbers, expected: Numbers) -> float:
 def _fitting(engine: Engine, tensors: Arrays) -> int:
     """Return the cost of a pass that fits into the free memory, by what passes of two costs take; the engine's at most.
 
+    Of several GPUs the one decides that is full first.
+
     What a pass holds for the backward pass grows with its cost, and nothing else of it does.
     """
     _pass(engine, tensors, _MEASURED[0])  # the first time anything may be made that stays
     (small, low), (large, high) = (_pass(engine, tensors, cost) for cost in _MEASURED)
-    slope = (high - low) / (large - small) if large > small else high / large
+    slopes = np.maximum((high - low) / (large - small) if large > small else high / large, 1.0)
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(engine.device)[0]
-    _logger.info("a pass takes %.0f kB a token, %.1f GB are free", slope / 1e3, free / 1e9)
-    return max(1, min(engine.max_cost, int(_SHARE * free / max(slope, 1.0))))
+    free = np.array([torch.cuda.mem_get_info(card)[0] for card in engine.cards])
+    at = int((free / slopes).argmin())
+    _logger.info("a pass takes %.0f kB a token, %.1f GB are free", slopes[at] / 1e3, free[at] / 1e9)
+    return max(1, min(engine.max_cost, int(_SHARE * free[at] / slopes[at])))
 
 
-def _pass(engine: Engine, tensors: Arrays, cost: int) -> tuple[int, int]:
-    """Take the gradients of two clients in a pass of about this cost; return its cost, and the bytes that it took."""
+def _pass(engine: Engine, tensors: Arrays, cost: int) -> tuple[int, NDArray[np.float64]]:
+    """Take the gradients of two clients in a pass of about this cost; return its cost, and its bytes on each GPU."""
     rows = engine.task.made_up_rows(long=True)
     longest = len(rows) - 1
     count = max(1, cost // (2 * int(rows.cost[longest])))
     whole = replace(engine, max_cost=cost + int(rows.cost[longest]))
     pack = _pack(whole, tensors, rows, [np.full(count, longest)] * 2)
-    before = torch.cuda.memory_allocated(engine.device)
-    torch.cuda.reset_peak_memory_stats(engine.device)
+    before = np.array([float(torch.cuda.memory_allocated(card)) for card in engine.cards])
+    for card in engine.cards:
+        torch.cuda.reset_peak_memory_stats(card)
     for turn in pack.turns:
         pack.backward(turn)
-    return 2 * count * int(rows.cost[longest]), torch.cuda.max_memory_allocated(engine.device) - before
+    peak = np.array([float(torch.cuda.max_memory_allocated(card)) for card in engine.cards])
+    return 2 * count * int(rows.cost[longest]), peak - before

@@ -139,6 +139,7 @@ class GroupedModel:
             checkpointed (:mod:`fedlora.engine.blocks`).
         checkpointed: Whether they are the latter.
         unpadded: The model's blocks in their order, where they run on tokens side by side; none: on padded rows.
+        placement: Moves what a pass puts in place to where layers are (:mod:`fedlora.engine.cards`); None: it is there.
     """
 
     def __init__(self, model: nn.Module, layers: list[str]) -> None:
@@ -146,6 +147,7 @@ class GroupedModel:
         self.blocks: dict[nn.Module, Callable[..., Any]] = {}
         self.checkpointed = False
         self.unpadded: Sequence[nn.Module] = ()
+        self.placement: Callable[[], None] | None = None
         self._within: list[GroupedLayer] = []
         self._slots: dict[str, GroupedLayer] = {}
         for name in layers:
@@ -177,20 +179,25 @@ class GroupedModel:
         assert factors.keys() == self._slots.keys(), "factors for other layers than the wrapped ones"
         for name, slot in self._slots.items():
             slot.factor, slot.layout, slot.probe = factors[name], layout, probe
+        if self.placement is not None:
+            self.placement()
         blocks = self.blocks if compiled and probe is None else {}
         batch = layout.unpadded if probe is None else None
         if batch is not None:
             for slot in self._within:
                 slot.layout = batch.layout
             blocks = blocks_without_padding(batch, self.unpadded, blocks)
+        before = {block: vars(block).get("forward") for block in blocks}  # of a block on its own GPU: accelerate's
         for block, forward in blocks.items():
             block.forward = forward
         try:
             with nullcontext() if batch is None else side_by_side(batch):
                 yield self.model
         finally:
-            for block in blocks:
+            for block, hooked in before.items():
                 del block.forward
+                if hooked is not None:
+                    block.forward = hooked
             for slot in self._slots.values():
                 slot.factor, slot.layout, slot.probe = None, None, None
 

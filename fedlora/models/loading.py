@@ -17,6 +17,7 @@ from transformers.quantizers import AutoHfQuantizer
 from fedlora.config import ConfigError, ModelConfig
 from fedlora.hub import found
 from fedlora.methods import Layer
+from fedlora.models.cards import check_spread, device_map
 from fedlora.models.head_start import trained_labels
 from fedlora.models.names import options, place
 from fedlora.models.quiet import quiet
@@ -147,15 +148,26 @@ def load_base(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    cards: int = 1,
 ) -> Base:
-    """Load a base model for a task with its weights, frozen, on ``device``.
+    """Load a base model for a task with its weights, frozen.
+
+    Args:
+        model: The model.
+        task: The task.
+        num_labels: Outputs of its head.
+        target_modules: The value of ``method.target-modules``.
+        dtype: Of the weights.
+        device: Where they go.
+        cards: GPUs that the model spreads over, the first of this process; 1: it is on ``device`` alone.
 
     Raises:
         ValueError: The model is not there, its checkpoint lacks weights other than the head's, or it cannot be
-            quantised, or not on this machine.
+            quantised, or not on this machine, or does not fit onto the GPUs.
     """
     tokenizer = load_tokenizer(model)
     config = load_config(model, num_labels, tokenizer)
+    spread = device_map(model, config, cards) if cards > 1 else {}
     if model.quantization != "none":
         from fedlora.models.quantised import try_quantisation
 
@@ -174,8 +186,11 @@ def load_base(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **({"device_map": {"": device}} if packed else {}),  # packed weights stay where they are loaded
+            **spread,
             **options(model),
         )
+    if spread:
+        check_spread(loaded, cards)
     # The head may be of another shape, it is seeded anyway; nothing else may be lacking.
     lacking = {*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])}
     base = prepare_base(
@@ -214,7 +229,10 @@ def prepare_base(
     name: str = "",
     quantization: str = "none",
 ) -> Base:
-    """Freeze ``model``, quantise it, move it to ``device`` and check what would fail quietly later."""
+    """Freeze ``model``, quantise it, move it to ``device`` and check what would fail quietly later.
+
+    One that accelerate has spread over several GPUs stays there.
+    """
     structure = inspect(model, target_modules, has_head=has_head)
     _check_layers(structure, quantization)
     head = {layer.name for layer in structure.head}
@@ -232,7 +250,8 @@ def prepare_base(
         digest = _quantised(model, quantization, structure, device, digest, name)
     model.requires_grad_(False)
     model.eval()  # the layers that took others' places, too
-    model.to(device)
+    if len({parameter.device for parameter in model.parameters()}) == 1:  # else it is where its device_map says
+        model.to(device)
     logging.getLogger(__name__).debug("loaded %s: %d parameters", name, structure.num_parameters)
     return Base(model, tokenizer, structure, digest)
 

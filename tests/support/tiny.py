@@ -14,7 +14,7 @@ from tests.support.families import SIZES
 WORDS = [f"w{n}" for n in range(40)]
 
 
-def save_tiny_model(folder: Path, seed: int = 0, *, head: bool = False) -> str:
+def save_tiny_model(folder: Path, seed: int = 0, *, head: bool = False, layers: int = 2) -> str:
     """Save a BERT of 2 layers and 16 features with a word tokenizer, and a head for 2 classes; return the folder."""
     vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -36,7 +36,7 @@ def save_tiny_model(folder: Path, seed: int = 0, *, head: bool = False) -> str:
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),
-        **SIZES,
+        **{**SIZES, "num_hidden_layers": layers},
         max_position_embeddings=64,
         pad_token_id=0,
     )
