@@ -101,8 +101,10 @@ class Dispatch:
             self._repeat(place, trainer, starts, cause_of(error))
         else:
             self.outcomes[place] = done.result
-            if self._round and self._packs[place].work:
-                self._trainers.state.measured.remote(trainer, self._round, self._packs[place].work, done.seconds)
+            pack = self._packs[place]
+            if self._round and pack.work:
+                clients = len(pack.clients)
+                self._trainers.state.measured.remote(trainer, self._round, clients, pack.work, done.seconds)
 
     def _repeat(self, place: int, trainer: int, starts: int, cause: str) -> None:
         """Give a lost trainer's work to another, or to itself once it is back."""

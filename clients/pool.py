@@ -195,6 +195,10 @@ class TrainerPool:
         """Return which trainers were lost so far, and what became of their work."""
         return ray.get(self.state.losses.remote()) if self.state is not None else []
 
+    def trained(self, known: int = 0) -> list[dict[str, Any]]:
+        """Return what each pack took, but for so many of the first ones."""
+        return ray.get(self.state.trained.remote(known)) if self.state is not None else []
+
     def memory_short(self, trainer: int, server_round: int, halves: Sequence[Pack]) -> None:
         """Take note that a trainer had too little memory for a pack, which it repeats in halves."""
         if self.state is None:

@@ -87,6 +87,7 @@ class PoolState:
         self._dealt: list[Pack] = []
         self._places: dict[tuple[int, int], tuple[str, str, int]] = {}
         self._measured: dict[int, tuple[int, float, float]] = {}
+        self._trained: list[dict[str, Any]] = []
         self._losses: dict[tuple[int, int, int, str], Loss] = {}
 
     def enlist(self, trainers: Sequence[Any]) -> None:
@@ -133,13 +134,19 @@ class PoolState:
         packs = [pack for pack in self._dealt if asked.issuperset(pack.clients)]
         return packs if sum(len(pack.clients) for pack in packs) == len(asked) else []
 
-    def measured(self, trainer: int, server_round: int, work: float, seconds: float) -> None:
-        """Take note of what a trainer did in how many seconds of its own clock; packs of one round count together."""
+    def measured(self, trainer: int, server_round: int, clients: int, work: float, seconds: float) -> None:
+        """Take note of what a pack took, by the trainer's own clock; packs of one round count together."""
+        pack = {"round": server_round, "trainer": trainer, "clients": clients, "work": work, "seconds": seconds}
+        self._trained.append(pack)
         number, worked, took = self._measured.get(trainer, (server_round, 0.0, 0.0))
         if number == server_round:
             work, seconds = work + worked, seconds + took
         self._measured[trainer] = server_round, work, seconds
         self._standings[trainer] = replace(self._standings[trainer], speed=work / max(seconds, 1e-9))
+
+    def trained(self, known: int) -> list[dict[str, Any]]:
+        """Return the packs that were measured, but for so many of the first ones, as plain values."""
+        return self._trained[known:]
 
     def lost(self, trainer: int, starts: int, server_round: int, cause: str, *, gone: bool = True) -> None:
         """Take note that a trainer's process is gone, or could not do a pack.

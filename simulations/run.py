@@ -37,6 +37,7 @@ from fedlora.tasks import TASKS
 from fedlora.wire import named_arrays
 from simulations.dealing import DealtNodes
 from simulations.losses import TrainerLosses
+from simulations.pack_times import PackTimes
 from simulations.plan import Plan
 from simulations.researcher import PrivacyFile, SiteNotes, epsilon_spent
 from simulations.shard_plan import busiest
@@ -214,6 +215,7 @@ class Run:
             Checkpoints(parts.folder, self._checkpoint_facts),
             Progress(parts.console, plan.config.rounds, plan.measure, beside),
             self._losses,
+            PackTimes(parts.evaluator.pool, parts.folder),
             *notes,
         ]
 

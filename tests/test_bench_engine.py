@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.engine import resident, uneven
 from benchmarks.engine.__main__ import main
+from benchmarks.engine.checks import ALONE
 from benchmarks.engine.families import (
     ATTENTION,
     COPIES,
@@ -23,9 +24,10 @@ from benchmarks.engine.families import (
     busy_us,
     family,
 )
+from benchmarks.engine.jobs import Job
 from benchmarks.engine.shapes import SHAPES, random_model, useful_flops
 from benchmarks.engine.timing import Budget, Way, measure
-from tools import performance_tables
+from tools import performance_results, performance_tables
 from tools.performance_goals import rows_of
 
 TINY = ["--shape", "tiny", "--rank", "4", "--repeats", "1", "--device", "cpu"]
@@ -41,8 +43,8 @@ def written(table: str, path: Path, *arguments: str, shape: str = "tiny", device
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_table_is_made_from_what_its_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(performance_tables, "RESULTS", tmp_path)
-    assert performance_tables.TABLES["engine"]() == performance_tables.NONE_YET
+    monkeypatch.setattr(performance_results, "RESULTS", tmp_path)
+    assert performance_tables.TABLES["engine"]() == performance_results.NONE_YET
     small = ("--rows", "2", "--tokens", "8", "--steps", "1")
     ways = "as-shipped,eager,graph,opacus-hooks,opacus-ghost"
     kinds = ("--methods", "lora,mos,s2-lora,ffa-lora", "--dp", "--ragged-ranks", "--baselines", ways)
@@ -62,11 +64,11 @@ def test_every_table_is_made_from_what_its_command_writes(tmp_path: Path, monkey
     errors = [line["error"] for line in train["lines"] if "ms" not in line]
     assert errors == ["ValueError: graph: CUDA graphs need a GPU"]
     compared = {check["against"] for check in train["checks"] if check.get("equal")}
-    assert compared == {"eager", "opacus-hooks", "opacus-ghost", "a pack of one"}
+    assert compared == {"eager", "opacus-hooks", "opacus-ghost", ALONE}
     assert min(check["fell"] for check in train["checks"] if "fell" in check) > 1e-3, "or it would say nothing"
     assert sum(line["share"] for line in profile["lines"]) > 0.999, "idle time fills up what kernels leave"
     for name, table in performance_tables.TABLES.items():
-        if name != "goals":  # of GPUs
+        if name not in ("goals", "kernels", "scaling"):  # of GPUs, and test_bench_scaling.py
             assert len(table()) > 2, name
 
 
@@ -104,6 +106,18 @@ def test_graphs_and_profiles_on_a_gpu(tmp_path: Path, shape: str) -> None:
     assert profile["covered"] > 0.9
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiled_baseline_is_one_graph_with_the_same_gradients() -> None:
+    """What a GPU's compiler is given; a part that it does not take would be timed uncompiled."""
+    shape = SHAPES["tiny-lm"]
+    adapted = resident.peft_model(random_model(shape, CPU, torch.float32), shape, 4)
+    trained = [one for one in adapted.parameters() if one.requires_grad]
+    ids, labels = (one[0] for one in Job(shape, 1, 1, 2, 8, 300).tensors(0))
+    compiled = torch.compile(resident.loss_of, dynamic=False, fullgraph=True, backend="aot_eager")
+    both = [torch.autograd.grad(loss(adapted, ids, labels), trained) for loss in (resident.loss_of, compiled)]
+    assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
+
+
 def test_ways_take_turns_forwards_and_backwards_and_one_that_fails_stops_no_other() -> None:
     order: list[str] = []
 
@@ -119,7 +133,7 @@ def test_ways_take_turns_forwards_and_backwards_and_one_that_fails_stops_no_othe
         raise ImportError("no opacus")
 
     first, second, third, fourth = measure([way("a"), way("b"), Way("c", broken, 1), way("d")], 3, Budget(0), CPU)
-    assert "".join(order) == "abd" + "abd" + "dba" + "ad", "warm-up, then ABBA, b without its third round"
+    assert "".join(order) == "aabbdd" + "dba" + "ad", "each warm and timed, then backwards, b without its third round"
     assert [len(one.seconds) for one in (first, second, third, fourth)] == [3, 1, 0, 3]
     assert [one.error for one in (first, second, third, fourth)] == ["", "out of memory", "ImportError: no opacus", ""]
 
@@ -144,7 +158,10 @@ KERNELS = [
     ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "aten::addmm", [[4096], [8192, 1024], [1024, 4096]], PRODUCTS),
     ("nvjet_tst_128x64_64x8_2x1_v_bz_TNN", "", [], PRODUCTS),
     ("cutlass_80_tensorop_bf16_s16816gemm_bf16_64x64", "aten::bmm", [[64, 1024, 1024], [64, 1024, 8]], LOW_RANK),
-    ("_fused_lora_kernel", "", [], LOW_RANK),
+    ("_two_products", "", [], LOW_RANK),
+    ("_sums_3", "", [], LOW_RANK),
+    ("_backward_0", "", [], ATTENTION),
+    ("_add", "", [], OPTIMIZER),
     ("triton_red_fused__to_copy_add_native_layer_norm_clip_3", "", [], ELEMENTWISE),
     ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "aten::_flash_attention_forward", [], ATTENTION),
     ("void at::native::elementwise_kernel<GeluBackward>", "aten::gelu_backward", [[8192, 4096]], ELEMENTWISE),

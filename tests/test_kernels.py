@@ -40,6 +40,8 @@ def test_the_low_rank_update_is_a_grouped_layers() -> None:
     layer.factor, layer.layout = LowRank(a, b, 1.0), Layout.of(GROUPS, 3, torch.device("cpu"))
     y = low_rank.plain(base(x), x, a, b, Spans.of(GROUPS, 3, torch.device("cpu")))
     assert off(y, layer(x)) < 1e-14
+    layer.factor = LowRank(a[0], b[0], 1.0)
+    assert off(low_rank.plain(base(x), x, a[0], b[0], Spans.of(GROUPS, 3, torch.device("cpu"))), layer(x)) < 1e-14
 
 
 def test_attention_of_rows_side_by_side_is_each_rows_own() -> None:
@@ -140,6 +142,23 @@ def test_the_low_rank_kernel_where_groups_meet(side_by_side: bool) -> None:
     grads = torch.autograd.grad(mine, tensors, grad.view(mine.shape))
     for one, two in zip(grads, torch.autograd.grad(reference, exact, grad.double()), strict=True):
         assert off(one, two) < 5e-3
+
+
+@GPU
+def test_the_low_rank_kernel_with_shared_factors() -> None:
+    """As FFA-LoRA has A, and every evaluation of the server's adapter both."""
+    spans = Spans.of(GROUPS, 4, torch.device("cuda"))
+    sizes = ((7, 9, 32), (7, 9, 48), (5, 48), (4, 32, 5), (32, 5))
+    y, x, a, b, one = (drawn(*size, seed=n, dtype=torch.bfloat16, device="cuda") for n, size in enumerate(sizes))
+    a = a.detach()
+    exact = [value.detach().double().requires_grad_() for value in (y, x, a, b, one)]
+    mine, reference = low_rank.added(y, x, a, b, spans), low_rank.plain(*exact[:4], spans)
+    assert off(mine, reference) < 5e-3
+    grads = torch.autograd.grad(mine.sum(), (y, x, b))
+    for got, wanted in zip(grads, torch.autograd.grad(reference.sum(), [*exact[:2], exact[3]]), strict=True):
+        assert off(got, wanted) < 5e-3
+    with torch.inference_mode():
+        assert off(low_rank.added(y, x, a, one, spans), low_rank.plain(*exact[:3], exact[4], spans)) < 5e-3
 
 
 @GPU

@@ -183,8 +183,10 @@ def test_a_slow_trainer_gets_less_and_noise_changes_nothing() -> None:
 def test_speed_is_that_of_the_last_round(tmp_path: Path) -> None:
     state = PoolState(tiny_job(resolve(tiny_flat(tmp_path)), tmp_path), 2)
     for server_round, work, seconds in ((1, 100.0, 10.0), (2, 100.0, 1.0), (2, 300.0, 1.0)):
-        state.measured(1, server_round, work, seconds)
+        state.measured(1, server_round, 5, work, seconds)
     assert [one.speed for one in state.standings()] == [0.0, 200.0]
+    last = {"round": 2, "trainer": 1, "clients": 5, "work": 300.0, "seconds": 1.0}
+    assert state.trained(2) == [last], "what each pack took, beside the sums"
 
 
 def test_a_loss_is_noted_once_and_not_held_against_a_trainer_that_came_back(tmp_path: Path) -> None:

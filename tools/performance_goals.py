@@ -119,6 +119,24 @@ def rows_of(lines: Sequence[Line], steps: Sequence[int]) -> list[list[str]]:
     return rows
 
 
+def scaling_goal(arguments: Line, times: float | None, steps: Sequence[int]) -> list[str]:
+    """Return the cells of the goal of several GPUs.
+
+    Args:
+        arguments: What ``python -m benchmarks.scaling`` was given.
+        times: How many times as fast the most trainers are as the fewest; None: it was not measured.
+        steps: Steps a round that have a column; another number is named in the last.
+    """
+    what = f"times as fast on {max(arguments['trainers'])} GPUs as on {min(arguments['trainers'])}, by `fedlora run`"
+    bound, own = 0.95 * max(arguments["trainers"]) / min(arguments["trainers"]), arguments["steps"]
+    shown = "" if times is None else f"{times:.3g}{'' if times >= bound else ' (not met)'}"
+    cells = [shown if own == count else "" for count in steps]
+    if shown and own not in steps:
+        cells[-1] = f"{shown}, {own} steps"
+    tokens = str(arguments["rows"] * arguments["tokens"])
+    return [arguments["shape"], tokens, what, f"at least {bound:g}", *cells]
+
+
 def _groups(lines: Sequence[Line], goal: Goal, steps: int) -> list[list[Line]]:
     """Return the lines of a goal's model and tokens, those of one run and number of clients together."""
     groups: dict[Any, list[Line]] = {}

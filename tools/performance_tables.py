@@ -1,70 +1,18 @@
-"""Makes the tables of ``docs/performance.md`` from the results of ``python -m benchmarks.engine`` (``make tables``).
-
-Each file of ``benchmarks/results/engine/`` is what one command wrote with ``--out``: its name is the name of the run in
-the tables.
-"""
+"""Makes the tables of ``docs/performance.md`` from what was measured (``make tables``)."""
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tools.markdown import Table, rewrite
-from tools.performance_goals import rows_of
+from tools.performance_goals import rows_of, scaling_goal
+from tools.performance_results import Line, device, lines_of, results, table_of
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "engine"
-NONE_YET = ["Not measured yet."]
 SEQUENTIAL = ("graph", "compile", "eager")
-Line = dict[str, Any]
-
-
-def results(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return what was measured for a table, by the names of its files, those of GPUs first."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    for name, whole in sorted(found.items(), key=lambda item: item[1]["machine"]["cuda"] is None):
-        if whole["table"] == table:
-            yield name, whole
-
-
-def lines_of(*tables: str) -> list[Line]:
-    """Return all measured lines, each with its shape, machine and share of the ceiling."""
-    lines = []
-    for table in tables:
-        for name, whole in results(table):
-            top = max(whole["ceiling_tflops"])
-            for line in whole["lines"]:
-                own: Line = {"run": name, "shape": whole["arguments"]["shape"], "device": device(whole)}
-                own |= {"gpu": whole["machine"]["cuda"] is not None, "dp": False, **line}
-                if "ms" in line:
-                    own["share"] = line["tflops"] / top
-                lines.append(own)
-    return lines
-
-
-def device(whole: dict[str, Any]) -> str:
-    """Return what a result was measured on, in short."""
-    about = whole["machine"]
-    if about["cuda"]:
-        return str(about["device"]).removeprefix("NVIDIA ")
-    return f"{about['device']} CPU, {about['threads']} thread{'s' * (about['threads'] > 1)}"
-
-
-def table_of(columns: dict[str, str], rows: list[list[str]]) -> list[str]:
-    """Return lines of Markdown.
-
-    Args:
-        columns: For each its alignment, ``<`` or ``>``.
-        rows: Its cells.
-    """
-    if not rows:
-        return NONE_YET
-    marks = " | ".join("---" if side == "<" else "---:" for side in columns.values())
-    return [f"| {' | '.join(columns)} |", f"| {marks} |", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def engine_table(dp: bool) -> list[str]:
@@ -135,9 +83,9 @@ def memory_table() -> list[str]:
     for _, whole in results("memory"):
         own, base = whole["arguments"], whole["arguments"]["quantization"]
         cells = [_model({**own, "device": device(whole)}), base if base != "none" else "bfloat16", str(own["clients"])]
-        cells += [_size(own), str(len(whole["lines"])), f"{whole['base_gib']:.2f}", f"{whole['peak_gib']:.2f}"]
+        cells += [_size(own), str(whole["rounds"]), f"{whole['base_gib']:.2f}", f"{whole['peak_gib']:.2f}"]
         share = whole["tflops"] / max(whole["ceiling_tflops"])
-        cells += [f"{whole['growth_gib']:+.3f}", f"{whole['ms']:.1f}", f"{share:.1%}"]
+        cells += [f"{whole['growth_gib']:+.3f}", _ms(whole), f"{share:.1%}"]
         rows.append([*cells[:-2], whole["error"], ""] if whole["error"] else cells)
     return table_of(columns, rows)
 
@@ -183,7 +131,8 @@ def curves_table() -> list[str]:
     for _, whole in results("curves"):
         own = whole["arguments"]
         named = {(line["way"], line["dtype"]): line for line in whole["lines"]}
-        order = [named[way, dtype] for dtype in ("float32", "bfloat16") for way in ("eager", "fedlora")]
+        none: Line = {"steps": [], "losses": [], "off": []}  # of a command that was cut off
+        order = [named.get((way, dtype), none) for dtype in ("float32", "bfloat16") for way in ("eager", "fedlora")]
         for at, steps in enumerate(order[0]["steps"]):
             cells = [_model({**own, "device": device(whole)}), str(steps)]
             for line in order:
@@ -203,13 +152,13 @@ def runs_table() -> list[str]:
     names = ("run", "command", "machine", "ceiling, TFLOP/s", "load", "versions", "commit, day")
     columns = dict.fromkeys(names, "<")
     rows = []
-    for table in ("train", "regimes", "uneven", "memory", "profile", "curves"):
+    for table in ("train", "regimes", "uneven", "memory", "profile", "curves", "kernels", "scaling"):
         for name, whole in results(table):
             about = whole["machine"]
             versions = {key: about["versions"][key] for key in ("torch", "transformers", "peft")}
             cells = [name, f"`{about['command']}`", f"{device(whole)}, {about['cores']} cores"]
-            tops = [f"{top:.3g}" for top in (min(whole["ceiling_tflops"]), max(whole["ceiling_tflops"]))]
-            cells.append(" to ".join(dict.fromkeys(tops)))
+            tops = [f"{top:.3g}" for top in sorted(whole.get("ceiling_tflops", []))]
+            cells.append(" to ".join(dict.fromkeys([*tops[:1], *tops[-1:]])))
             cells += [f"{about['load'][0]:g} to {about['load_after'][0]:g}"]
             rows.append(
                 [
@@ -218,6 +167,43 @@ def runs_table() -> list[str]:
                     f"{about['commit']} {about['time'][:10]}".strip(),
                 ]
             )
+    return table_of(columns, rows)
+
+
+def kernels_table() -> list[str]:
+    """Return what each kernel takes on the device, and what a call of it costs the host."""
+    columns = dict.fromkeys(("kernel", "sizes", "way"), "<")
+    columns |= dict.fromkeys(("forward, us", "backward, us", "by moving the numbers once", "eager call, us"), ">")
+    rows = []
+    for _, whole in results("kernels"):
+        for line in whole["lines"]:
+            by = line["device_us"] / line["moved_us"]
+            cells = [line["kernel"], " x ".join(map(str, line["sizes"])), line["way"]]
+            cells += [f"{line['forward_us']:.0f}", f"{line['backward_us']:.0f}", f"{by:.2f}", f"{line['host_us']:.0f}"]
+            rows.append(cells)
+    return table_of(columns, rows)
+
+
+def scaling_table() -> list[str]:
+    """Return runs on one trainer and on several: a round's seconds, and where they go."""
+    columns = {"run": "<", "trainers": ">", "order": ">", "s a round": ">", "busiest trainer, s": ">"}
+    columns |= dict.fromkeys(("the rest, s", "most by least busy", "GPU busy", "start, s", "last loss"), ">")
+    rows = []
+    for name, whole in results("scaling"):
+        for number, line in enumerate(whole["lines"], 1):
+            cells = [f"{name}, {_model({**whole['arguments'], 'device': device(whole)})}", str(line["trainers"])]
+            cells.append(str(number))
+            if "round_s" not in line:
+                rows.append([*cells, line["error"], *[""] * 6])
+                continue
+            own = line["round_s"]
+            cells += [f"{own['median']:.3g} ({own['min']:.3g} to {own['max']:.3g})"]
+            cells += [f"{line[key]:.3g}" for key in ("busiest_s", "rest_s", "uneven")]
+            cells += [", ".join(f"{share:.0%}" for share in line["gpu_busy"].values()), f"{line['start_s']:.0f}"]
+            rows.append([*cells, f"{line['rounds'][-1]['train_loss']:.4f}"])
+        if whole["times"]:
+            said = f"**{whole['times']:.2f} times** as fast, training alone {whole['times_training']:.2f} times"
+            rows.append([f"{name}: {said}; losses {whole['off']:.0e} apart at most", *[""] * 9])
     return table_of(columns, rows)
 
 
@@ -261,6 +247,9 @@ def goals_table() -> list[str]:
     lines = [line for line in lines_of("train", "regimes") if line["gpu"]]
     columns = {"model": "<", "tokens a client-step": ">", "what": "<", "aimed at": ">"}
     rows = rows_of(lines, (4, 20)) if lines else []
+    for _, whole in results("scaling"):
+        if whole["machine"]["cuda"] is not None:
+            rows.append(scaling_goal(whole["arguments"], whole["times"], (4, 20)))
     return table_of({**columns, "4 steps a round": ">", "20 steps a round": ">"}, rows)
 
 
@@ -275,6 +264,8 @@ TABLES: dict[str, Table] = {
     "profile": profile_table,
     "losses": losses_table,
     "curves": curves_table,
+    "kernels": kernels_table,
+    "scaling": scaling_table,
     "runs": runs_table,
 }
 

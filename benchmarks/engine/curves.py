@@ -43,13 +43,19 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
             line: dict[str, Any] = {"way": way, "dtype": dtype, "steps": [], "losses": []}
             line["error"] = attempt(partial(_curve, bench, way, whole, options, line))
             lines.append(line)
+            _compare(lines)
+            written = write("curves", options, about, {"ceiling_tflops": [top]}, lines)
         free()
-    reference = lines[1]["losses"]  # PEFT in float32
-    for line in lines:
-        both = list(zip(line["losses"], reference, strict=False))
-        line["off"] = [float(np.abs(np.subtract(own, other)).max()) for own, other in both]
-    show_curves(write("curves", options, about, {"ceiling_tflops": [top]}, lines))
+    show_curves(written)
     return int(any(line["error"] for line in lines))
+
+
+def _compare(lines: list[dict[str, Any]]) -> None:
+    """Fill in how far each line's losses are from PEFT's in float32, which is the second."""
+    reference = lines[1]["losses"] if len(lines) > 1 else []
+    for line in lines:
+        both = zip(line["losses"], reference, strict=False)
+        line["off"] = [float(np.abs(np.subtract(own, other)).max()) for own, other in both]
 
 
 def _curve(bench: Bench, way: str, job: Job, options: argparse.Namespace, line: dict[str, Any]) -> None:

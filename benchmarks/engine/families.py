@@ -20,9 +20,10 @@ _SMALL = 64  # a product with a smaller dimension has to do with ranks, classes 
 _NAMES = (  # the first that is found in a kernel's or operation's name
     (COPIES, r"^memcpy|^memset|^aten::(fill_|zero_)$"),
     (ELEMENTWISE, r"^triton_(poi|red|per)_"),  # of torch.compile; such names list all that they fuse
-    (OPTIMIZER, r"adam|sgd|multi_tensor|foreach|optimi[sz]er|distribution|normal_|philox|clip"),
-    (ATTENTION, r"flash|fmha|attention|attn|sdpa"),
-    (LOW_RANK, r"lora|low_?rank|grouped|per_row"),
+    # The last of each are fedlora's own kernels, which bear the names of their functions.
+    (OPTIMIZER, r"adam|sgd|multi_tensor|foreach|optimi[sz]er|distribution|normal_|philox|clip|^_add(_\d+)?$"),
+    (ATTENTION, r"flash|fmha|attention|attn|sdpa|^_(forward|backward)(_\d+)?$"),
+    (LOW_RANK, r"lora|low_?rank|grouped|per_row|^_(two_products|sums)(_\d+)?$"),
 )
 _PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitk|cublas|matmul|aten::(add|b|badd)?mm$|aten::(dot|mv)$", re.I)
 _MOVE = re.compile(r"copy|cat|index|gather|scatter|embedding|_to_|transpose|permute|arange|where|sort|unique", re.I)

@@ -21,27 +21,47 @@ METHODS = ("lora", "mos", "s2-lora", "ffa-lora")
 _LEAST_RANK = 2  # of clients of unlike ranks
 
 
-@final
-class Packed:
-    """An engine for a method, on the weights of a model that others use too.
+def own_method(method: str) -> str:
+    """Return the method of the engine that trains one of ``METHODS``: ``ffa-lora`` is LoRA with A fixed."""
+    return "lora" if method == "ffa-lora" else method
+
+
+def engine_of(model: Any, shape: Shape, method: str, rank: int, *, fast: bool) -> Engine:
+    """Return the engine of a method on the weights of a model that others use too.
 
     Args:
         model: The model.
         shape: Its shape.
-        method: One of ``METHODS``; ``ffa-lora`` is LoRA with A fixed.
+        method: The method, see :func:`own_method`.
+        rank: Of the method.
+        fast: Whether it computes as a trainer's does; compiled blocks take a minute, and ranks, roles and privacy share
+            them. Else it is the plain reference.
+    """
+    base = base_of(twin(model), shape)
+    config = Config(method=MethodConfig(method, rank=rank, alpha=2.0 * rank))
+    built = build_method(config, base.structure.adapted, base.structure.head)
+    engine = Engine.build(base, built, shape.built_task())
+    return settle(engine, start_tensors(built)) if fast else engine
+
+
+@final
+class Packed:
+    """What trains packs of a method.
+
+    Args:
+        engine: Its engine (:func:`engine_of`).
+        method: One of ``METHODS``.
         rank: Of the method.
         ragged: Whether clients have ranks from 2 up to ``rank``, in turn.
         noise: DP-SGD with this noise multiplier; None: without privacy.
     """
 
     def __init__(
-        self, model: Any, shape: Shape, method: str, rank: int, *, ragged: bool = False, noise: float | None = None
+        self, engine: Engine, method: str, rank: int, *, ragged: bool = False, noise: float | None = None
     ) -> None:
-        base = base_of(twin(model), shape)
-        config = Config(method=MethodConfig("lora" if method == "ffa-lora" else method, rank=rank, alpha=2.0 * rank))
-        built = build_method(config, base.structure.adapted, base.structure.head)
+        self.engine = engine
+        built = engine.method
         start = start_tensors(built)
-        self.engine = settle(Engine.build(base, built, shape.built_task()), start)
         fixed = {name for name, spec in built.specs().items() if method == "ffa-lora" and spec.kind == "A"}
         self.common: Arrays = {name: start[name] for name in fixed}
         trained = {name: value for name, value in start.items() if name not in fixed}

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.engine.jobs import Arrays, Job
 from benchmarks.engine.resident import Resident, adamw, eager, loss_of, named_parameters, peft_model
-from benchmarks.engine.shapes import Shape
+from benchmarks.engine.shapes import Shape, twin
 from fedlora.models.quiet import quiet
 
 NOISE = 1.0
@@ -45,7 +45,7 @@ class AsShipped:
         with quiet():
             model.save_pretrained(self.folder)
             _tokenizer(job.vocabulary).save_pretrained(self.folder)
-            adapted = peft_model(model, job.shape, rank)
+            adapted = peft_model(twin(model), job.shape, rank)
             named_parameters(adapted, start)
             self.adapter = get_peft_model_state_dict(adapted)
 
@@ -89,7 +89,7 @@ def opacus(model: Any, shape: Shape, job: Job, rank: int, start: Arrays, mode: s
 
     if mode == "ghost" and shape.causal:
         raise ValueError("Opacus's ghost clipping takes one label a row")
-    adapted = peft_model(model, shape, rank)
+    adapted = peft_model(twin(model), shape, rank)
     named_parameters(adapted, start)
     loader = DataLoader(TensorDataset(job.tensors(0)[0][0]), batch_size=job.rows)
     with quiet():

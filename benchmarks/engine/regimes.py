@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.engine.checks import check
 from benchmarks.engine.report import show, write
-from benchmarks.engine.timing import Budget, ceiling, free, machine, measure
+from benchmarks.engine.timing import Budget, ceiling, machine, measure
 from benchmarks.engine.train import as_lines, baselines, numbers
 from benchmarks.engine.ways import LORA, Bench
 
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, device: torch.device) -> int:
         measured = measure(ways, options.repeats, budget, device, bench.base_bytes)
         lines += [{**line, "size": size} for line in as_lines(bench, measured, device)]
         del ways, measured
-        free()  # the graph of this size
+        bench.forget()  # the graph of this size
         found = {"ceiling_tflops": [*tops, ceiling(device) / 1e12], "checks": checks}
         whole = write("regimes", options, about, found, lines)
     return show(whole)

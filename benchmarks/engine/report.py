@@ -22,7 +22,7 @@ def write(
         lines: The table.
     """
     about = {**about, "load_after": [round(load, 2) for load in os.getloadavg()]}
-    arguments = {name: value for name, value in vars(options).items() if name not in ("out", "run", "device")}
+    arguments = {name: value for name, value in vars(options).items() if name not in ("out", "run", "device", "logs")}
     whole = {"table": table, "arguments": arguments, "machine": about, **found, "lines": lines}
     if options.out:
         path = Path(options.out)
@@ -62,17 +62,20 @@ def show_profile(whole: dict[str, Any]) -> None:
 
 
 def show_memory(whole: dict[str, Any]) -> None:
-    """Print what a model's memory was."""
+    """Print what a model's memory was: the first two rounds, and the last two."""
     _show_head(whole)
-    for line in whole["lines"]:
+    lines = whole["lines"]
+    for line in [*lines[:2], *lines[2:][-2:]]:
         print(
             f"round {line['round']:<3} {line['wall_s']:8.2f} s  peak {line['peak_gib']:.2f} GiB, held after "
             f"{line['held_gib']:.3f}, kept by the allocator {line['reserved_gib']:.2f} {line['error']}".rstrip()
         )
     share = 100 * whole["tflops"] / max(whole["ceiling_tflops"])
     print(
-        f"{whole['ms']:.1f} ms a client-step, {share:.1f} % of the ceiling; base {whole['base_gib']:.2f} GiB, peak "
-        f"{whole['peak_gib']:.2f} GiB; {whole['growth_gib']:+.4f} GiB held from the second round to the last"
+        f"{whole['rounds']} rounds, {whole['ms']:.1f} ms a client-step ({whole['ms_min']:.1f} to "
+        f"{whole['ms_max']:.1f}), {share:.1f} % of the ceiling; base {whole['base_gib']:.2f} GiB (predicted "
+        f"{whole['base_gib_predicted']:.2f}), peak {whole['peak_gib']:.2f} GiB; {whole['growth_gib']:+.4f} GiB held "
+        f"from the second round to the last; loaded in {whole['load_s']:.0f} s, compiled in {whole['settle_s']:.0f} s"
     )
 
 

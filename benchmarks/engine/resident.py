@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.engine.jobs import Arrays, Job
-from benchmarks.engine.shapes import Shape, twin
+from benchmarks.engine.shapes import Shape
 from benchmarks.engine.timing import synchronize
 
 _UNMASKED = "sdpa-without-mask"
@@ -38,18 +38,17 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mas
 
 
 def peft_model(model: Any, shape: Shape, rank: int) -> Any:
-    """Return PEFT's LoRA on the weights of a model, adapters in its dtype."""
-    own = twin(model)
-    own.config.use_cache = False
+    """Return PEFT's LoRA on a model, whose layers it replaces; adapters in the model's dtype."""
+    model.config.use_cache = False
     # Rows are of one length. Left to itself, transformers makes a mask all the same where a CUDA graph is captured or
     # torch compiles (5.17): it cannot look whether one is needed. A mask keeps attention from its fast kernel.
     ALL_ATTENTION_FUNCTIONS.register(_UNMASKED, _attention)
-    own.config._attn_implementation = _UNMASKED
+    model.config._attn_implementation = _UNMASKED
     config = LoraConfig(
         task_type=TaskType(shape.task.peft_type), r=rank, lora_alpha=2 * rank, target_modules=list(shape.targets)
     )
     dtype = next(model.parameters()).dtype
-    adapted = get_peft_model(own, config, autocast_adapter_dtype=False).train()
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False).train()
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

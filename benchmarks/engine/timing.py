@@ -84,40 +84,79 @@ class Budget:
         return time.monotonic() > self._end
 
 
+@final
+class Comparison:
+    """Ways in turn: each is prepared, run once to warm up and timed; then all of them, backwards and forwards (ABBA).
+
+    A way that fails keeps the first line of its error; the others go on. What comes first is measured even where the
+    time ends.
+
+    Args:
+        ways: The ways, what matters most first.
+        budget: When to begin no more.
+        device: Where they compute.
+        base_bytes: What the base model takes.
+        progress: Called whenever there is something new.
+    """
+
+    def __init__(
+        self,
+        ways: Sequence[Way],
+        budget: Budget,
+        device: torch.device,
+        base_bytes: int = 0,
+        progress: Callable[[list[Measured]], object] = lambda _: None,
+    ) -> None:
+        self.measured = [Measured(way, peak_bytes=base_bytes, error="not started: no time left") for way in ways]
+        self._budget, self._device, self._progress = budget, device, progress
+        self._runs: dict[int, Round] = {}
+        self._memories = [Memory(device, base_bytes) for _ in ways]
+
+    def first(self) -> None:
+        """Prepare each way, run it to warm up, and time it once."""
+        for number, one in enumerate(self.measured):
+            if self._budget.over:
+                continue
+            started = time.monotonic()
+            self._attempt(number, self._prepare)
+            seconds = time.monotonic() - started
+            if not one.error:
+                self._attempt(number, self._time)
+            came = one.error or f"{1e3 * one.seconds[0] / one.way.client_steps:.3f} ms a client-step"
+            print(f"{_words(one.way.facts)}: {seconds:.1f} s to prepare, {came}", file=sys.stderr, flush=True)
+            self._progress(self.measured)
+
+    def repeat(self, times: int) -> list[Measured]:
+        """Time all of them so many times more, backwards first; return what came of all."""
+        for repeat in range(times):
+            for number in sorted(self._runs, reverse=repeat % 2 == 0):
+                if not self._budget.over:
+                    self._attempt(number, self._time)
+            self._progress(self.measured)
+        return self.measured
+
+    def _attempt(self, number: int, act: Callable[[int], None]) -> None:
+        one = self.measured[number]
+        self._memories[number].watch(one, lambda: act(number))
+        if one.error and number in self._runs:
+            del self._runs[number]
+            free()
+
+    def _prepare(self, number: int) -> None:
+        self._runs[number] = self.measured[number].way.make()
+        self._runs[number]()
+
+    def _time(self, number: int) -> None:
+        _timed(self.measured[number], self._runs[number], self._device)
+
+
 def measure(
     ways: Sequence[Way], repeats: int, budget: Budget, device: torch.device, base_bytes: int = 0
 ) -> list[Measured]:
-    """Prepare each way, run it once to warm up, then all of them in turn, forwards and backwards (ABBA).
-
-    A way that fails keeps the first line of its error; the others go on.
-    """
-    everyone = [Measured(way, peak_bytes=base_bytes) for way in ways]
-    runs: dict[int, Round] = {}
-    memories = [Memory(device, base_bytes) for _ in everyone]
-
-    def prepare(number: int) -> None:
-        runs[number] = everyone[number].way.make()
-        runs[number]()
-
-    def attempt_one(number: int, act: Callable[[int], None]) -> None:
-        memories[number].watch(everyone[number], lambda: act(number))
-        if everyone[number].error and number in runs:
-            del runs[number]
-            free()
-
-    for number, one in enumerate(everyone):
-        if budget.over:
-            one.error = "not started: no time left"
-            continue
-        attempt_one(number, prepare)
-        print(f"prepared {one.way.name} {_words(one.way.facts)} {one.error}", file=sys.stderr, flush=True)
-    for repeat in range(repeats):
-        for number in sorted(runs, reverse=repeat % 2 == 1):
-            if not budget.over:
-                attempt_one(number, lambda number: _timed(everyone[number], runs[number], device))
-    for one in everyone:
-        one.error = one.error or ("" if one.seconds else "not measured: no time left")
-    return everyone
+    """Return what came of each way, timed so many times; see :class:`Comparison`."""
+    comparison = Comparison(ways, budget, device, base_bytes)
+    comparison.first()
+    return comparison.repeat(repeats - 1)
 
 
 def _timed(one: Measured, run: Round, device: torch.device) -> None:
@@ -204,17 +243,33 @@ def ceiling(device: torch.device) -> float:
     return 2.0 * size**3 / statistics.median(seconds[3:])  # the first warm up
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what it was measured on: command, versions, device, load."""
+def machine(device: torch.device, command: str = "benchmarks.engine") -> dict[str, Any]:
+    """Return what it was measured on: command, versions, device, load.
+
+    Args:
+        device: The device.
+        command: The module that runs.
+    """
     versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "numpy", "triton", "opacus", "bitsandbytes", "fedlora"):
+    for name in (
+        "torch",
+        "transformers",
+        "peft",
+        "numpy",
+        "triton",
+        "opacus",
+        "bitsandbytes",
+        "flwr",
+        "ray",
+        "fedlora",
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     cuda = device.type == "cuda"
     return {
-        "command": f"python -m benchmarks.engine {shlex.join(sys.argv[1:])}",
+        "command": f"python -m {command} {shlex.join(sys.argv[1:])}".strip(),
         "commit": _commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "device": torch.cuda.get_device_name(device) if cuda else platform.machine(),

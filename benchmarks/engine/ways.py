@@ -9,10 +9,11 @@ import torch
 
 from benchmarks.engine import peers, resident
 from benchmarks.engine.jobs import Arrays, Job
-from benchmarks.engine.packed import Packed
+from benchmarks.engine.packed import Packed, engine_of, own_method
 from benchmarks.engine.resident import Resident
-from benchmarks.engine.shapes import SHAPES, random_model, useful_flops
-from benchmarks.engine.timing import Round, Way
+from benchmarks.engine.shapes import SHAPES, random_model, twin, useful_flops
+from benchmarks.engine.timing import Round, Way, free
+from fedlora.engine import Engine
 
 BASELINES = ("as-shipped", "eager", "graph", "compile", "opacus-hooks", "opacus-ghost")
 PRIVATE = ("opacus-hooks", "opacus-ghost")
@@ -60,7 +61,9 @@ class Bench:
         self.dtype: torch.dtype = getattr(torch, own if dtype == "auto" else dtype)
         self.model = random_model(self.shape, device, self.dtype, quantization)
         self.base_bytes = self._allocated() - before
-        self._packed: dict[Kind, Packed] = {}
+        self._engines: dict[tuple[str, bool], Engine] = {}
+        self._packed: dict[tuple[Kind, bool], Packed] = {}
+        self._sequential: dict[tuple[str, int, int, float], Any] = {}
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
@@ -73,12 +76,20 @@ class Bench:
         """Return the useful floating-point operations of a client-step."""
         return useful_flops(self.shape, self.model, job.tokens) * job.rows * job.tokens
 
-    def packed(self, kind: Kind = LORA) -> Packed:
-        """Return the engine for a method, once."""
-        if kind not in self._packed:
-            noise = peers.NOISE if kind.dp else None
-            self._packed[kind] = Packed(self.model, self.shape, kind.method, self.rank, ragged=kind.ragged, noise=noise)
-        return self._packed[kind]
+    def packed(self, kind: Kind = LORA, *, fast: bool = True) -> Packed:
+        """Return what trains packs, made once; what differs by roles, ranks and privacy alone shares its engine.
+
+        Args:
+            kind: What is trained how.
+            fast: See :func:`benchmarks.engine.packed.engine_of`.
+        """
+        if (kind, fast) not in self._packed:
+            method, noise = own_method(kind.method), peers.NOISE if kind.dp else None
+            if (method, fast) not in self._engines:
+                self._engines[method, fast] = engine_of(self.model, self.shape, method, self.rank, fast=fast)
+            engine = self._engines[method, fast]
+            self._packed[kind, fast] = Packed(engine, kind.method, self.rank, ragged=kind.ragged, noise=noise)
+        return self._packed[kind, fast]
 
     @property
     def start(self) -> Arrays:
@@ -88,10 +99,23 @@ class Bench:
     @cached_property
     def adapted(self) -> Any:
         """PEFT's model."""
-        return resident.peft_model(self.model, self.shape, self.rank)
+        return resident.peft_model(twin(self.model), self.shape, self.rank)
 
-    def sequential(self, kind: str, job: Job) -> Resident:
-        """Return a baseline with a resident model."""
+    def sequential(self, kind: str, job: Job) -> Any:
+        """Return a baseline, which trains clients one after another: made once for each shape of batch and rate."""
+        key = (kind, job.rows, job.tokens, job.rate)
+        if key not in self._sequential:
+            self._sequential[key] = self._made(kind, job)
+        return self._sequential[key]
+
+    def forget(self) -> None:
+        """Give back the memory of the baselines."""
+        self._sequential.clear()
+        free()
+
+    def _made(self, kind: str, job: Job) -> peers.AsShipped | Resident:
+        if kind == "as-shipped":
+            return peers.AsShipped(self.model, job, self.rank, self.start)
         if kind in PRIVATE:
             mode = kind.removeprefix("opacus-")
             return peers.opacus(self.model, self.shape, job, self.rank, self.start, mode)
@@ -107,10 +131,7 @@ class Bench:
         clients = min(self.visits, job.clients)
 
         def make() -> Round:
-            if kind == "as-shipped":
-                way: Any = peers.AsShipped(self.model, job, self.rank, self.start)
-            else:
-                way = self.sequential(kind, job)
+            way = self.sequential(kind, job)
             return lambda: way.round(job, clients)
 
         facts = {"way": kind, "method": "lora", "clients": clients, "steps": job.steps, "dp": kind in PRIVATE}

@@ -171,7 +171,7 @@ class RunFolder:
                     f"run.resume = true: the checkpoint in {self.path} has {key} = {state.get(key)!r}, and this is "
                     f"{value!r}; continue it with what it was made with, or start a new run."
                 )
-        for name in ("metrics.jsonl", "clients.jsonl"):
+        for name in ("metrics.jsonl", "clients.jsonl", "packs.jsonl"):
             if (self.path / name).is_file():
                 lines = read_lines(self.path / name)
                 self.write_lines(name, [line for line in lines if line["round"] <= state["round"]])

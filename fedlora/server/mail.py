@@ -12,7 +12,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 _logger = logging.getLogger(__name__)
-_POLL_S = 0.1
+_POLL_S = (0.01, 0.1)  # at least and at most; between them a fiftieth of what was waited so far
 _DEPLOYED_POLL_S = 0.5
 _PARTS = 8
 
@@ -53,15 +53,17 @@ class Mail:
             enough: Whether the replies so far are enough for the round to close after the grace time.
         """
         waiting = self.send(messages)
-        end, graced = time.monotonic() + self.timeout, False
+        began, graced = time.monotonic(), False
+        end = began + self.timeout
         while waiting:
             yield from self.pull(waiting)
             if not graced and enough():
                 end, graced = min(end, time.monotonic() + self.grace), True
-            if not waiting or time.monotonic() >= end:
+            now = time.monotonic()
+            if not waiting or now >= end:
                 break
             self._drop_late()
-            time.sleep(_DEPLOYED_POLL_S if self.deployed else _POLL_S)
+            time.sleep(_DEPLOYED_POLL_S if self.deployed else min(max(_POLL_S[0], (now - began) / 50), _POLL_S[1]))
         if self.deployed:
             self._open |= waiting
 

@@ -48,6 +48,10 @@ def test_the_run_folder_is_complete(packed: Finished) -> None:
     )
     clients = read_lines(packed.folder / "clients.jsonl")
     assert [(line["round"], line["client"]) for line in clients] == [(r, c) for r in range(1, 5) for c in range(4)]
+    packs = read_lines(packed.folder / "packs.jsonl")
+    assert [(line["round"], line["clients"]) for line in packs] == [(r, 2) for r in range(1, 5) for _ in range(2)]
+    for r, line in enumerate(packed.metrics, 1):
+        assert 0 < sum(pack["seconds"] for pack in packs if pack["round"] == r) < line["seconds"], "one trainer"
     summary = (packed.folder / "summary.md").read_text()
     assert "accuracy.png" in summary
     assert "partition.png" in summary

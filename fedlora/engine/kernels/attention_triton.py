@@ -28,12 +28,12 @@ def _scores(q, k, t, length, scale, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _forward_row(
-    q_ptr, k_ptr, v_ptr, o_ptr, length, scale, q_t, k_t,
-    CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, length, scale,
+    H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     t, d = tl.arange(0, T), tl.arange(0, D)
     inside = (t < length)[:, None]
-    of_queries, of_keys = t[:, None] * q_t + d[None, :], t[:, None] * k_t + d[None, :]
+    of_queries, of_keys = t[:, None] * (H * D) + d[None, :], t[:, None] * (K * D) + d[None, :]
     q = tl.load(q_ptr + of_queries, mask=inside, other=0.0)
     k = tl.load(k_ptr + of_keys, mask=inside, other=0.0)
     v = tl.load(v_ptr + of_keys, mask=inside, other=0.0)
@@ -43,39 +43,38 @@ def _forward_row(
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, start_ptr, scale, heads, keys,
-    CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, start_ptr, scale,
+    H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(start_ptr + n).to(tl.int64), tl.load(start_ptr + n + 1).to(tl.int64)
     length = (end - start).to(tl.int32)
-    q_t, k_t = heads * D, keys * D  # from a token to the next
-    of_queries, of_keys = start * q_t + head * D, start * k_t + head // (heads // keys) * D
+    of_queries, of_keys = start * (H * D) + head * D, start * (K * D) + head // (H // K) * D
     q_ptr += of_queries
     k_ptr += of_keys
     v_ptr += of_keys
     o_ptr += of_queries
     if T > 32:
         if length <= 32:
-            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, q_t, k_t, CAUSAL, 32, D)
+            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, H, K, CAUSAL, 32, D)
         else:
-            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, q_t, k_t, CAUSAL, T, D)
+            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, H, K, CAUSAL, T, D)
     else:
-        _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, q_t, k_t, CAUSAL, T, D)
+        _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, H, K, CAUSAL, T, D)
 
 
 @triton.jit
 def _backward_row(
-    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, shared, q_t, k_t,
-    CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale,
+    H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     t, d = tl.arange(0, T), tl.arange(0, D)
     inside = (t < length)[:, None]
-    of_queries, of_keys = t[:, None] * q_t + d[None, :], t[:, None] * k_t + d[None, :]
+    of_queries, of_keys = t[:, None] * (H * D) + d[None, :], t[:, None] * (K * D) + d[None, :]
     k = tl.load(k_ptr + of_keys, mask=inside, other=0.0)
     v = tl.load(v_ptr + of_keys, mask=inside, other=0.0)
     dk, dv = tl.zeros((T, D), dtype=tl.float32), tl.zeros((T, D), dtype=tl.float32)
-    for head in range(0, shared):
+    for head in tl.static_range(0, H // K):
         q = tl.load(q_ptr + head * D + of_queries, mask=inside, other=0.0)
         dy = tl.load(dy_ptr + head * D + of_queries, mask=inside, other=0.0)
         p = _scores(q, k, t, length, scale, CAUSAL)
@@ -90,15 +89,13 @@ def _backward_row(
 
 @triton.jit
 def _backward(
-    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, start_ptr, scale, heads, keys,
-    CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, start_ptr, scale,
+    H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     n, kept = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(start_ptr + n).to(tl.int64), tl.load(start_ptr + n + 1).to(tl.int64)
     length = (end - start).to(tl.int32)
-    shared = heads // keys
-    q_t, k_t = heads * D, keys * D
-    of_queries, of_keys = start * q_t + kept * shared * D, start * k_t + kept * D
+    of_queries, of_keys = start * (H * D) + kept * (H // K * D), start * (K * D) + kept * D
     dy_ptr += of_queries
     q_ptr += of_queries
     dq_ptr += of_queries
@@ -108,17 +105,11 @@ def _backward(
     dv_ptr += of_keys
     if T > 32:
         if length <= 32:
-            _backward_row(
-                dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, shared, q_t, k_t, CAUSAL, 32, D
-            )
+            _backward_row(dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, H, K, CAUSAL, 32, D)
         else:
-            _backward_row(
-                dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, shared, q_t, k_t, CAUSAL, T, D
-            )
+            _backward_row(dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, H, K, CAUSAL, T, D)
     else:
-        _backward_row(
-            dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, shared, q_t, k_t, CAUSAL, T, D
-        )
+        _backward_row(dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, H, K, CAUSAL, T, D)
 
 
 @triton_op("fedlora::row_attention", mutates_args={})
@@ -139,8 +130,9 @@ def row_attention(
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out, heads = torch.empty_like(query), query.shape[1]
     wrap_triton(_forward)[(start.shape[0] - 1, heads)](
-        query, key, value, out, start, scale, heads, key.shape[1],
-        CAUSAL=causal, T=longest, D=int(query.shape[2]), num_warps=_WARPS[longest], num_stages=1,
+        query, key, value, out, start, scale,
+        H=int(heads), K=int(key.shape[1]), CAUSAL=causal, T=longest, D=int(query.shape[2]),
+        num_warps=_WARPS[longest], num_stages=1,
     )  # fmt: skip
     return out
 
@@ -164,8 +156,9 @@ def row_attention_backward(
     dy, query, key, value = dy.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     wrap_triton(_backward)[(start.shape[0] - 1, key.shape[1])](
-        dy, query, key, value, dq, dk, dv, start, scale, query.shape[1], key.shape[1],
-        CAUSAL=causal, T=longest, D=int(query.shape[2]), num_warps=_WARPS[longest], num_stages=1,
+        dy, query, key, value, dq, dk, dv, start, scale,
+        H=int(query.shape[1]), K=int(key.shape[1]), CAUSAL=causal, T=longest, D=int(query.shape[2]),
+        num_warps=_WARPS[longest], num_stages=1,
     )  # fmt: skip
     return dq, dk, dv
 

@@ -34,10 +34,12 @@ def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     Args:
         y: What is added to, [N, ..., d_out], or of tokens side by side [1, N, d_out].
         x: The input, [N, ..., d_in] or [1, N, d_in].
-        a: A of each group, [G, r, d_in].
-        b: B of each group, scaled, [G, d_out, r].
+        a: A of each group, [G, r, d_in], or [r, d_in] of all of them.
+        b: B of each group, scaled, [G, d_out, r], or [d_out, r].
         spans: Which rows are whose.
     """
+    groups = spans.first_g.shape[0] - 1
+    a, b = (one if one.dim() == 3 else one.expand(groups, -1, -1) for one in (a, b))
     flat = x.reshape(-1, x.shape[-1])
     width = flat.shape[0] // spans.group_n.shape[0]
     positions = at_least(flat.shape[0] // a.shape[0], _POSITIONS)
@@ -53,7 +55,6 @@ def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
         at_least(a.shape[1], _RANKS),
         _splits(flat, a, positions),
         _splits(flat, b.mT, positions),
-        bool(x.shape[-1] % 16 == 0 and y.shape[-1] % 16 == 0),
     )[0]
     return added_to.view(y.shape)
 
@@ -66,6 +67,6 @@ def _splits(x: Tensor, factor: Tensor, positions: int) -> int:
 
 def plain(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     """Return the same in plain torch: a factor for each row."""
-    a_n, b_n = a[spans.group_n], b[spans.group_n]
+    a_n, b_n = (one[spans.group_n] if one.dim() == 3 else one for one in (a, b))
     flat = (x.flatten(1, -2) if x.dim() > 2 else x[:, None]) @ a_n.mT @ b_n.mT
     return y + flat.view(y.shape)

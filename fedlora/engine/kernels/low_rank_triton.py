@@ -18,17 +18,17 @@ from fedlora.engine.kernels.common import FEATURES, A, B, X
 
 @triton.jit
 def _projected(
-    x_ptr, w_ptr, token, inside, size, w_d, w_r, rank,
-    RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    x_ptr, w_ptr, token, inside, w_d, w_r,
+    SIZE: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Return x W [BT, RB] for W [size, rank] of one group."""
     r, d = tl.arange(0, RB), tl.arange(0, BD)
     u = tl.zeros((BT, RB), dtype=tl.float32)
-    for at in range(0, size, BD):
-        x = tl.load(x_ptr + token * size + (at + d)[None, :], mask=inside & ((at + d) < size)[None, :], other=0.0)
+    for at in range(0, SIZE, BD):
+        x = tl.load(x_ptr + token * SIZE + (at + d)[None, :], mask=inside & ((at + d) < SIZE)[None, :], other=0.0)
         w = tl.load(
             w_ptr + (at + d)[:, None] * w_d + r[None, :] * w_r,
-            mask=((at + d) < size)[:, None] & (r < rank)[None, :],
+            mask=((at + d) < SIZE)[:, None] & (r < R)[None, :],
             other=0.0,
         )
         u += tl.dot(x, w)
@@ -36,53 +36,51 @@ def _projected(
 
 
 @triton.jit
-def _factor(w_ptr, at, size, w_d, w_r, rank, RB: tl.constexpr, BD: tl.constexpr):
+def _factor(w_ptr, at, w_d, w_r, SIZE: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BD: tl.constexpr):
     """Return a block of columns of one group's W [rank, size]."""
     r, d = tl.arange(0, RB), tl.arange(0, BD)
     return tl.load(
         w_ptr + (at + d)[None, :] * w_d + r[:, None] * w_r,
-        mask=((at + d) < size)[None, :] & (r < rank)[:, None],
+        mask=((at + d) < SIZE)[None, :] & (r < R)[:, None],
         other=0.0,
     )
 
 
 @triton.jit
 def _two_products(
-    x_ptr, down_ptr, up_ptr, add_ptr, out_ptr, u_ptr, group_ptr, tokens, width, d_in, d_out, rank,
+    x_ptr, down_ptr, up_ptr, add_ptr, out_ptr, u_ptr, group_ptr, tokens, width,
     down_g, down_r, down_d, up_g, up_d, up_r,
-    ADD: tl.constexpr, SECOND: tl.constexpr, ALIGNED: tl.constexpr,
+    ADD: tl.constexpr, SECOND: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, R: tl.constexpr,
     RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write u = x down [.., rank], and out = u up, plus what is added to."""
-    if ALIGNED:  # said by arithmetic: whoever launches this leaves sizes open, and loads would be of single numbers
-        d_in, d_out = d_in // 16 * 16, d_out // 16 * 16
+    """Write u = x down [.., r], and out = u up, plus what is added to."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     token = t.to(tl.int64)[:, None]
     inside, r, d = (t < tokens)[:, None], tl.arange(0, RB), tl.arange(0, BD)
     group_t = tl.load(group_ptr + t // width, mask=t < tokens, other=0)
     first = tl.load(group_ptr + (tl.program_id(0) * BT) // width)
     last = tl.load(group_ptr + (tl.minimum(tl.program_id(0) * BT + BT, tokens) - 1) // width)
-    u = _projected(x_ptr, down_ptr + first * down_g, token, inside, d_in, down_d, down_r, rank, RB, BT, BD)
+    u = _projected(x_ptr, down_ptr + first * down_g, token, inside, down_d, down_r, IN, R, RB, BT, BD)
     for group in range(first + 1, last + 1):
-        other = _projected(x_ptr, down_ptr + group * down_g, token, inside, d_in, down_d, down_r, rank, RB, BT, BD)
+        other = _projected(x_ptr, down_ptr + group * down_g, token, inside, down_d, down_r, IN, R, RB, BT, BD)
         u = tl.where((group_t == group)[:, None], other, u)
     low = u.to(x_ptr.dtype.element_ty)
-    tl.store(u_ptr + token * rank + r[None, :], low, mask=inside & (r < rank)[None, :])
+    tl.store(u_ptr + token * R + r[None, :], low, mask=inside & (r < R)[None, :])
     if SECOND:
         if first == last:
-            for at in range(0, d_out, BD):
-                keep, place = inside & ((at + d) < d_out)[None, :], token * d_out + (at + d)[None, :]
-                y = tl.dot(low, _factor(up_ptr + first * up_g, at, d_out, up_d, up_r, rank, RB, BD))
+            for at in range(0, OUT, BD):
+                keep, place = inside & ((at + d) < OUT)[None, :], token * OUT + (at + d)[None, :]
+                y = tl.dot(low, _factor(up_ptr + first * up_g, at, up_d, up_r, OUT, R, RB, BD))
                 if ADD:
                     y += tl.load(add_ptr + place, mask=keep, other=0.0)
                 tl.store(out_ptr + place, y.to(low.dtype), mask=keep)
         else:
-            for at in range(0, d_out, BD):
-                keep, place = inside & ((at + d) < d_out)[None, :], token * d_out + (at + d)[None, :]
+            for at in range(0, OUT, BD):
+                keep, place = inside & ((at + d) < OUT)[None, :], token * OUT + (at + d)[None, :]
                 y = tl.zeros((BT, BD), dtype=tl.float32)
                 for group in range(first, last + 1):
                     own = tl.where((group_t == group)[:, None], low, 0.0)
-                    y += tl.dot(own, _factor(up_ptr + group * up_g, at, d_out, up_d, up_r, rank, RB, BD))
+                    y += tl.dot(own, _factor(up_ptr + group * up_g, at, up_d, up_r, OUT, R, RB, BD))
                 if ADD:
                     y += tl.load(add_ptr + place, mask=keep, other=0.0)
                 tl.store(out_ptr + place, y.to(low.dtype), mask=keep)
@@ -90,11 +88,9 @@ def _two_products(
 
 @triton.jit
 def _sums(
-    u_ptr, x_ptr, out_ptr, first_ptr, width, size, splits, rank, split_stride, group_stride,
-    ALIGNED: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    u_ptr, x_ptr, out_ptr, first_ptr, width, splits, split_stride, group_stride,
+    SIZE: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    if ALIGNED:
-        size = size // 16 * 16
     block, group, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = tl.load(first_ptr + group) * width
     last = tl.load(first_ptr + group + 1) * width
@@ -105,17 +101,15 @@ def _sums(
     total = tl.zeros((RB, BD), dtype=tl.float32)
     for at in range(start, end, BT):
         token = (at + t).to(tl.int64)
-        u = tl.load(
-            u_ptr + token[None, :] * rank + r[:, None], mask=(token < end)[None, :] & (r < rank)[:, None], other=0.0
-        )
+        u = tl.load(u_ptr + token[None, :] * R + r[:, None], mask=(token < end)[None, :] & (r < R)[:, None], other=0.0)
         x = tl.load(
-            x_ptr + token[:, None] * size + d[None, :], mask=(token < end)[:, None] & (d < size)[None, :], other=0.0
+            x_ptr + token[:, None] * SIZE + d[None, :], mask=(token < end)[:, None] & (d < SIZE)[None, :], other=0.0
         )
         total += tl.dot(u, x)
     tl.store(
-        out_ptr + part * split_stride + group * group_stride + r[:, None] * size + d[None, :],
+        out_ptr + part * split_stride + group * group_stride + r[:, None] * SIZE + d[None, :],
         total.to(out_ptr.dtype.element_ty),
-        mask=(r < rank)[:, None] & (d < size)[None, :],
+        mask=(r < R)[:, None] & (d < SIZE)[None, :],
     )
 
 
@@ -132,7 +126,6 @@ def low_rank(
     ranks: int,
     splits_a: int,
     splits_b: int,
-    aligned: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return ``y + B A x`` [N T, d_out] and ``A x`` [N T, r].
 
@@ -148,15 +141,15 @@ def low_rank(
         ranks: Of a block, at least r.
         splits_a: Parts in which each group's gradient of A is summed.
         splits_b: Of B's.
-        aligned: Whether d_in and d_out are multiples of 16.
     """
     y, x = y.contiguous(), x.contiguous()
     tokens, rank = x.shape[0], a.shape[1]
     out, u = torch.empty_like(y), x.new_empty((tokens, rank))
     wrap_triton(_two_products)[(triton.cdiv(tokens, positions),)](
-        x, a, b, y, out, u, group_n, tokens, width, x.shape[1], y.shape[1], rank,
+        x, a, b, y, out, u, group_n, tokens, width,
         a.stride(0), a.stride(1), a.stride(2), b.stride(0), b.stride(1), b.stride(2),
-        ADD=True, SECOND=True, ALIGNED=aligned, RB=ranks, BT=positions, BD=FEATURES,
+        ADD=True, SECOND=True, IN=int(x.shape[1]), OUT=int(y.shape[1]), R=int(rank),
+        RB=ranks, BT=positions, BD=FEATURES,
     )  # fmt: skip
     return out, u
 
@@ -175,7 +168,6 @@ def low_rank_backward(
     ranks: int,
     splits_a: int,
     splits_b: int,
-    aligned: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x [N T, d_in], of A [G, r, d_in] and of B, transposed, [G, r, d_out]; as many as wanted.
@@ -193,7 +185,6 @@ def low_rank_backward(
         ranks: Of a block, at least r.
         splits_a: Parts in which each group's gradient of A is summed.
         splits_b: Of B's.
-        aligned: Whether d_in and d_out are multiples of 16.
         wanted: Which gradients, see :data:`fedlora.engine.kernels.common.X`; the others come back without rows.
     """
     dy, x = dy.contiguous(), x.contiguous()
@@ -203,26 +194,25 @@ def low_rank_backward(
     if wanted & (X | A):
         du = torch.empty_like(u)
         wrap_triton(_two_products)[(triton.cdiv(tokens, positions),)](
-            dy, b, a, dy, dx, du, group_n, tokens, width, dy.shape[1], x.shape[1], rank,
+            dy, b, a, dy, dx, du, group_n, tokens, width,
             b.stride(0), b.stride(2), b.stride(1), a.stride(0), a.stride(2), a.stride(1),
-            ADD=False, SECOND=bool(wanted & X), ALIGNED=aligned, RB=ranks, BT=positions, BD=FEATURES,
+            ADD=False, SECOND=bool(wanted & X), IN=int(dy.shape[1]), OUT=int(x.shape[1]), R=int(rank),
+            RB=ranks, BT=positions, BD=FEATURES,
         )  # fmt: skip
         if wanted & A:
-            da = _sum(du, x, first_g, width, positions, ranks, splits_a, aligned)
+            da = _sum(du, x, first_g, width, positions, ranks, splits_a)
     if wanted & B:
-        db = _sum(u, dy, first_g, width, positions, ranks, splits_b, aligned)
+        db = _sum(u, dy, first_g, width, positions, ranks, splits_b)
     return dx, da, db
 
 
-def _sum(
-    u: Tensor, x: Tensor, first_g: Tensor, width: int, positions: int, ranks: int, splits: int, aligned: bool
-) -> Tensor:
+def _sum(u: Tensor, x: Tensor, first_g: Tensor, width: int, positions: int, ranks: int, splits: int) -> Tensor:
     """Return for each group the sum over its positions of ``u x^T``, [G, r, d]."""
     groups, rank, size = first_g.shape[0] - 1, u.shape[1], x.shape[1]
     out = x.new_empty((splits, groups, rank, size), dtype=torch.float32 if splits > 1 else x.dtype)
     wrap_triton(_sums)[(triton.cdiv(size, FEATURES), groups, splits)](
-        u, x, out, first_g, width, size, splits, rank, out.stride(0), out.stride(1),
-        ALIGNED=aligned, RB=ranks, BT=positions, BD=FEATURES,
+        u, x, out, first_g, width, splits, out.stride(0), out.stride(1),
+        SIZE=int(size), R=int(rank), RB=ranks, BT=positions, BD=FEATURES,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 
@@ -242,8 +232,8 @@ def _gradients(ctx, dy, _):
         (dy if needs[0] else None),
         (dx if needs[1] else None),
         (da if needs[2] else None),
-        (db.mT if needs[3] else None),
-        *[None] * 8,
+        (None if db is None or not needs[3] else db.mT),
+        *[None] * 7,
     )
 
 
