@@ -23,17 +23,17 @@ import torch
 import transformers
 from accelerate.utils import get_balanced_memory
 
-from benchmarks.quantised import make_works
 from fedlora.config import Config, MethodConfig, TrainConfig
-from fedlora.engine import Engine, evaluate, train_pack
+from fedlora.engine import ClientWork, Engine, evaluate, train_pack
 from fedlora.engine.fast import settle
 from fedlora.methods import build_method, initial_tensors
 from fedlora.models import Base, inspect
 from fedlora.models.quiet import quiet
 from fedlora.seeded import Seeded
-from fedlora.tasks import CausalLM
+from fedlora.tasks import CausalLM, Examples
 
 _GB = 1e9
+_WORDS = 32000
 
 
 def draw(options: argparse.Namespace) -> Base:
@@ -44,7 +44,7 @@ def draw(options: argparse.Namespace) -> Base:
         num_hidden_layers=options.layers,
         num_attention_heads=options.width // 128,
         num_key_value_heads=max(1, options.width // 1024),
-        vocab_size=32000,
+        vocab_size=_WORDS,
         max_position_embeddings=4096,
         pad_token_id=0,
     )
@@ -69,6 +69,18 @@ def draw(options: argparse.Namespace) -> Base:
     return Base(model.requires_grad_(False).eval(), None, structure, "")
 
 
+def make_works(engine: Engine, options: argparse.Namespace, clients: int) -> list[ClientWork]:
+    """Return clients whose rows are answers in their second half."""
+    generator, start = np.random.default_rng(0), initial_tensors(engine.method.specs(), Seeded(0), "float32")
+    works = []
+    for client in range(clients):
+        texts = tuple(generator.integers(3, _WORDS, size=(options.rows, options.tokens)))
+        answers = tuple(np.arange(options.tokens) >= options.tokens // 2 for _ in texts)
+        batches = [np.arange(options.rows)] * options.steps
+        works.append(ClientWork(client, Examples(texts, answers), options.rows, batches, start))
+    return works
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return memory of each GPU, seconds a client-step by clients, and seconds of an evaluated token."""
     base = draw(options)
@@ -85,7 +97,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     train = TrainConfig(learning_rate=1e-3, batch_size=options.rows, local_steps=options.steps)
     for clients in map(int, options.clients.split(",")):
-        works = make_works(engine, clients, options.rows, options.tokens, options.steps)
+        works = make_works(engine, options, clients)
         seconds, losses = [], []
         for _ in range(options.rounds):
             began = time.perf_counter()
