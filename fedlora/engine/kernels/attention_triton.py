@@ -17,7 +17,7 @@ _WARPS = {32: 2, 64: 4, 128: 8}
 
 @triton.jit
 def _scores(q, k, t, length, scale, CAUSAL: tl.constexpr):
-    s = tl.dot(q, tl.trans(k)) * scale
+    s = tl.dot(q, tl.trans(k)) * scale.to(tl.float32)  # which comes as float64 from what torch compiles
     seen = (t < length)[None, :]
     if CAUSAL:
         seen = seen & (t[None, :] <= t[:, None])
@@ -80,7 +80,7 @@ def _backward_row(
         p = _scores(q, k, t, length, scale, CAUSAL)
         dv += tl.dot(tl.trans(p.to(dy.dtype)), dy)
         dp = tl.dot(dy, tl.trans(v))
-        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale).to(q.dtype)
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale.to(tl.float32)).to(q.dtype)
         tl.store(dq_ptr + head * D + of_queries, tl.dot(ds, k).to(q.dtype), mask=inside)
         dk += tl.dot(tl.trans(ds), q)
     tl.store(dk_ptr + of_keys, dk.to(k.dtype), mask=inside)
