@@ -32,16 +32,15 @@ class TrainerProcess:
         number: The trainer's number.
         threads: CPU threads to use.
         shared: What the trainers of one machine know their tokenized rows by; empty: each has its own.
-        train: Trains a pack; None: :func:`fedlora.engine.train_pack`.
+        train: Trains a pack; None: the model does, on all threads.
     """
 
     def __init__(self, state: Any, number: int, threads: int, shared: str = "", train: TrainPack | None = None) -> None:
         from clients.shared_rows import SharedRows  # and with it torch, in no other process
         from clients.worker import Worker
-        from fedlora.engine import train_pack
 
         rows = SharedRows(_ray_folder() / shared) if shared else None
-        self._worker = Worker(partial(_job_of, state), threads, train or train_pack, shared=rows)
+        self._worker = Worker(partial(_job_of, state), threads, train, shared=rows)
         node = ray.get_runtime_context().get_node_id()
         ray.get(state.arrived.remote(number, node, socket.gethostname(), os.getpid()))
 

@@ -29,7 +29,6 @@ from clients.site import Description, Job, Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer, TrainPack
 from fedlora import plugins
-from fedlora.engine import train_pack
 from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.generated import Answer
 from fedlora.messages import first_line
@@ -69,7 +68,7 @@ class Worker:
     Args:
         job: Returns the job; called again after :meth:`renew`, and by a process that was restarted.
         threads: CPU threads to use.
-        train: Trains a pack.
+        train: Trains a pack; None: the model does, on all threads.
         sync: Puts an open file of a ledger on the disk.
         shared: What the trainers of this machine have tokenized; None: nothing is shared.
     """
@@ -78,7 +77,7 @@ class Worker:
         self,
         job: Callable[[], Job],
         threads: int,
-        train: TrainPack = train_pack,
+        train: TrainPack | None = None,
         sync: Callable[[int], None] = os.fsync,
         shared: SharedRows | None = None,
     ) -> None:
