@@ -210,7 +210,7 @@ class Worker:
             MemoryShortError: As :meth:`train` does; nothing is reduced then.
             TrainerDiffersError: The same.
         """
-        return fold(instruction, self.train(instruction), self.threads)
+        return fold(instruction, self.train(instruction))
 
     def report(self, instruction: Instruction) -> list[ClientReport]:
         """Return each client's evaluation of its own model; one report a client, in order.
