@@ -28,6 +28,7 @@ from fedlora.tasks import Rows
 
 # Below, Python's own part of a step, which one thread at a time can do, is what takes the time.
 _LEAST_PARAMETERS = 2**22
+_TOGETHER = 0.55  # t threads in the same products are t**0.55 times as fast as one: 1.47 times where there are two
 
 Places = NDArray[np.int64]
 T = TypeVar("T")
@@ -89,13 +90,19 @@ class DataParallel:
         return {name: np.concatenate([facts[name] for facts in parts])[order] for name in parts[0]}
 
     def _shares(self, costs: Sequence[int]) -> list[Places]:
-        """Return for each thread the places of what it does, the most costly dealt first; none goes without."""
+        """Return for each thread the places of what it does, the most costly dealt first; none goes without.
+
+        Where most of the work is one client's, all threads do all of it together.
+        """
         shares: list[list[int]] = [[] for _ in range(max(1, min(len(self._engines), len(costs))))]
         load = [(0, thread) for thread in range(len(shares))]
         for place in sorted(range(len(costs)), key=lambda place: (-costs[place], place)):
             least, thread = load[0]
             shares[thread].append(place)
             heapq.heapreplace(load, (least + max(1, costs[place]), thread))
+        gained = (self._threads / max(1, self._threads // len(shares))) ** _TOGETHER  # by all threads, over a share's
+        if max(load)[0] * gained > sum(done for done, _ in load):
+            return [np.arange(len(costs))]
         return [np.array(sorted(share), dtype=np.int64) for share in shares]
 
     def _run(self, part: Callable[[Engine, Places], T], shares: Sequence[Places]) -> list[T]:

@@ -113,3 +113,21 @@ def test_weights_are_held_once(tmp_path: Path) -> None:
     assert weights[0] == weights[1] == weights[2] != []
     slots = [{id(slot) for slot in engine.grouped._slots.values()} for engine in engines]
     assert not slots[0] & slots[1], "factors are placed in modules, which threads must not share"
+
+
+def test_threads_work_together_where_the_work_is_one_clients(tmp_path: Path) -> None:
+    job = tiny_job(resolve(tiny_flat(tmp_path)), tmp_path)
+    try:
+        parallel = Worker(lambda: job, 2).loaded.model.parallel
+    finally:
+        torch.set_num_threads(1)
+
+    def shares(*costs: int) -> list[list[int]]:
+        return [share.tolist() for share in parallel._shares(costs)]
+
+    assert shares(30, 10, 25, 5) == [[0, 3], [1, 2]]
+    assert shares(10, 8) == [[0], [1]]
+    assert shares(10, 1) == [[0, 1]], "one thread would take 10, both together 11 / 1.47"
+    assert shares(7) == [[0]]
+    assert shares() == [[]]
+    assert shares(0, 0) == [[0], [1]], "clients without rows are trained, too"
