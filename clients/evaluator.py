@@ -17,7 +17,6 @@ from clients.resident import LoadedModel
 from clients.site import Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer
-from fedlora.engine import evaluate
 from fedlora.exchange import ClientReport, Instruction
 from fedlora.generated import Answer
 from fedlora.privacy import PrivateRandom
@@ -51,7 +50,7 @@ class Evaluator:
         self, tensors: Mapping[str, NDArray[np.floating]], split: str, rows: Sequence[int]
     ) -> dict[str, NDArray[np.float64]]:
         """Return facts of each of these rows under the global model; ``tensors`` are what the server holds."""
-        return evaluate(self.model.engine, {**self.model.initial, **tensors}, self.model.examples[split], rows)
+        return self.model.parallel.evaluate({**self.model.initial, **tensors}, self.model.examples[split], rows)
 
     def answers(self, tensors: Mapping[str, NDArray[np.floating]], split: str, rows: Sequence[int]) -> list[Answer]:
         """Return what the global model writes for each of these rows."""
@@ -95,8 +94,7 @@ class PersonalEvaluator:
         else:
             rows = [self._trainer.data.holdout[client] for client in instruction.clients]
         group = np.repeat(np.arange(len(rows)), [len(held) for held in rows])
-        facts = evaluate(
-            self.model.engine,
+        facts = self.model.parallel.evaluate(
             {name: value for name, value in common.items() if name not in own[0]},
             self.model.examples[split or "train"],
             np.concatenate(rows).tolist(),
@@ -158,7 +156,8 @@ class PersonalEvaluator:
             started = time.perf_counter()
             trainer.run(asked, some, noise)
             trained = time.perf_counter()
-            evaluate(model.engine, self._start.common(asked), examples, rows[: sum(len(batch) for (batch,) in some)])
+            some_rows = rows[: sum(len(batch) for (batch,) in some)]
+            model.parallel.evaluate(self._start.common(asked), examples, some_rows)
             evaluated = time.perf_counter()
         return Speed(
             train_s=(trained - started) / tokens,

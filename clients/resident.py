@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from clients.data_parallel import DataParallel
 from clients.shared_rows import SharedRows
 from fedlora.config import Config
 from fedlora.data import Corpus, Table
@@ -31,6 +32,7 @@ class LoadedModel:
     Attributes:
         config: The configuration.
         engine: The engine.
+        parallel: The engine on all of the trainer's threads.
         specs: The method's tensors.
         initial: Their values as every machine starts them: from the seed, the head's perhaps from the checkpoint.
         head_start: Those of them that come from the checkpoint.
@@ -40,6 +42,7 @@ class LoadedModel:
 
     config: Config
     engine: Engine
+    parallel: DataParallel
     specs: dict[str, TensorSpec]
     initial: dict[str, NDArray[np.floating]]
     head_start: dict[str, NDArray[np.floating]]
@@ -96,7 +99,7 @@ class Resident:
 
     def __init__(self, threads: int, shared: SharedRows | None = None, cards: int = 1) -> None:
         torch.set_num_threads(threads)
-        self._shared, self._cards = shared, cards
+        self._threads, self._shared, self._cards = threads, shared, cards
         self.loads = 0
         self._key: tuple[Any, ...] = ()
         self._engine: Engine | None = None
@@ -134,9 +137,11 @@ class Resident:
         if tried not in self._settled:
             settled = settle(engine, initial, compiled=config.engine.compile)
             self._settled[tried] = replace(settled, batching=self._batching(settled, initial, config, outputs))
+        ready = replace(like(engine, self._settled[tried]), batching=self._settled[tried].batching)
         return LoadedModel(
             config=config,
-            engine=replace(like(engine, self._settled[tried]), batching=self._settled[tried].batching),
+            engine=ready,
+            parallel=DataParallel(ready, self._threads),
             specs=specs,
             initial=initial,
             head_start=head_start,

@@ -7,6 +7,7 @@ the guarantee covers becomes part of an update.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import final
 
 import numpy as np
@@ -18,14 +19,14 @@ from clients.memory import memory_was_short
 from clients.start import VARIATE, StartTensors
 from fedlora.config import TrainConfig
 from fedlora.data import FederatedData
-from fedlora.engine import ClientResult, ClientWork, plan_batches, train_pack
+from fedlora.engine import ClientResult, ClientWork, plan_batches
 from fedlora.exchange import ClientReport, Instruction, Outcome, Update
 from fedlora.privacy.step import PrivateStep
 from fedlora.seeded import Seeded
 
 _TRIED_WITH = TrainConfig(learning_rate=0.01)  # made-up rows: any rate that moves a tensor
 TrainPack = Callable[..., list[ClientResult]]
-"""What trains a pack: :func:`fedlora.engine.train_pack`, or what an audit puts around it."""
+"""What trains a pack in place of the model: what an audit puts around :func:`fedlora.engine.train_pack`."""
 
 
 @final
@@ -36,11 +37,11 @@ class Trainer:
         start: What clients start a round with, and where they keep what does not leave.
         data: The clients' rows.
         accounts: The clients' privacy accounts; None without DP.
-        train: Trains a pack.
+        train: Trains a pack; None: the model does, on all threads.
     """
 
     def __init__(
-        self, start: StartTensors, data: FederatedData, accounts: Accounts | None, train: TrainPack = train_pack
+        self, start: StartTensors, data: FederatedData, accounts: Accounts | None, train: TrainPack | None = None
     ) -> None:
         self.start = start
         self.model = start.model
@@ -48,7 +49,7 @@ class Trainer:
         self.accounts = accounts
         self.trainable: set[frozenset[str]] = set()
         """Sets of trained tensors that have trained on made-up rows."""
-        self._train_pack = train
+        self._train_pack = self.model.parallel.train if train is None else partial(train, self.model.engine)
 
     def train(self, instruction: Instruction) -> list[Update]:
         """Train a pack for a round and return what each client sends; personal tensors stay here.
@@ -119,7 +120,6 @@ class Trainer:
             )
         fixed = {name: value for name, value in common.items() if name not in trained}
         return self._train_pack(
-            self.model.engine,
             works,
             fixed,
             self.model.config.train,
@@ -218,7 +218,7 @@ class Trainer:
         start = {name: value for name, value in tensors.items() if name in trained}
         common = {name: value for name, value in tensors.items() if name not in trained}
         work = ClientWork(0, examples, len(examples), [np.arange(len(examples))] * 2, start)
-        error = self._train_pack(self.model.engine, [work], common, _TRIED_WITH)[0].error
+        error = self._train_pack([work], common, _TRIED_WITH)[0].error
         if error:
             raise RefusedError(error)
         self.trainable.add(trained)

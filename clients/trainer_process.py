@@ -32,7 +32,7 @@ class TrainerProcess:
         number: The trainer's number.
         threads: CPU threads to use.
         shared: What the trainers of one machine know their tokenized rows by; empty: each has its own.
-        train: Trains a pack; None: :func:`fedlora.engine.train_pack`.
+        train: Trains a pack; None: the model does, on all threads.
         cards: GPUs that the base model is spread over.
     """
 
@@ -47,10 +47,9 @@ class TrainerProcess:
     ) -> None:
         from clients.shared_rows import SharedRows  # and with it torch, in no other process
         from clients.worker import Worker
-        from fedlora.engine import train_pack
 
         rows = SharedRows(_ray_folder() / shared) if shared else None
-        self._worker = Worker(partial(_job_of, state), threads, train or train_pack, shared=rows, cards=cards)
+        self._worker = Worker(partial(_job_of, state), threads, train, shared=rows, cards=cards)
         node = ray.get_runtime_context().get_node_id()
         ray.get(state.arrived.remote(number, node, socket.gethostname(), os.getpid()))
 

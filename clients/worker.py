@@ -30,7 +30,6 @@ from clients.site import Description, Job, Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer, TrainPack
 from fedlora import plugins
-from fedlora.engine import train_pack
 from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.generated import Answer
 from fedlora.messages import first_line
@@ -70,7 +69,7 @@ class Worker:
     Args:
         job: Returns the job; called again after :meth:`renew`, and by a process that was restarted.
         threads: CPU threads to use.
-        train: Trains a pack.
+        train: Trains a pack; None: the model does, on all threads.
         sync: Puts an open file of a ledger on the disk.
         shared: What the trainers of this machine have tokenized; None: nothing is shared.
         cards: GPUs that the base model is spread over; 1: it is on one, or on a machine without any on the CPU.
@@ -80,7 +79,7 @@ class Worker:
         self,
         job: Callable[[], Job],
         threads: int,
-        train: TrainPack = train_pack,
+        train: TrainPack | None = None,
         sync: Callable[[int], None] = os.fsync,
         shared: SharedRows | None = None,
         cards: int = 1,
@@ -216,7 +215,7 @@ class Worker:
         """
         updates = self.train(instruction)
         try:
-            return fold(instruction, updates, self.threads)
+            return fold(instruction, updates)
         except Exception as error:
             if not memory_was_short(error):
                 raise

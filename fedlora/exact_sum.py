@@ -65,12 +65,11 @@ class ExactSum:
     owned: bool = False
 
     @classmethod
-    def of(cls, terms: Sequence[tuple[Tensors, int]], threads: int = 1) -> ExactSum:
+    def of(cls, terms: Sequence[tuple[Tensors, int]]) -> ExactSum:
         """Return the sum of several clients' tensors, all of the same names and shapes, by their weights.
 
         Args:
             terms: Each client's tensors and weight (1 or more, e.g. its number of examples).
-            threads: CPU threads to use.
 
         Raises:
             OverflowError: A number is too large for the sum to stay exact, or not finite.
@@ -83,7 +82,7 @@ class ExactSum:
             some = terms[at : at + MOST]
             assert all(weight >= 1 for _, weight in some), "a client without weight is left out, not added"
             try:
-                parts = block_sums([([one[name] for name in names], weight) for one, weight in some], _LIMIT, threads)
+                parts = block_sums([([one[name] for name in names], weight) for one, weight in some], _LIMIT)
             except TooLargeError:
                 for one, weight in some:
                     check_sizes(one, weight)

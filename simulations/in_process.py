@@ -91,7 +91,7 @@ class InProcess:
         cohort = [client for client in federation.cohort(server_round) if client not in clients.spent]
         told = core.instruction(server_round, cohort)
         updates = (update for part in self._packs(told) for update in self._worker.train(part))
-        reports, total = fold(told, updates, self._worker.threads)
+        reports, total = fold(told, updates)
         heads = {report.client: report.ledger_head for report in reports if report.ledger_head}
         spent = {report.client for report in reports if report.outcome is Outcome.BUDGET_SPENT}
         core.remember(ledger_heads={**clients.ledger_heads, **heads}, spent=clients.spent | spent)

@@ -86,12 +86,11 @@ class Reduction(ABC):
             OverflowError: A number is too large or not finite; nothing was added.
         """
 
-    def add_all(self, updates: Sequence[tuple[Update, int]], threads: int = 1) -> None:
+    def add_all(self, updates: Sequence[tuple[Update, int]]) -> None:
         """Add several clients' updates, each with its weight.
 
         Args:
             updates: The updates.
-            threads: CPU threads to use, where a reduction can.
 
         Raises:
             OverflowError: One of them is too large or not finite, or their sum is; nothing was added.

@@ -19,13 +19,12 @@ for _reduction in (WeightedMean, OneByOne):
 _TOGETHER = 64  # updates that are added at once, and so are in memory at once
 
 
-def fold(instruction: Instruction, updates: Iterable[Update], threads: int = 1) -> tuple[list[ClientReport], Reduction]:
+def fold(instruction: Instruction, updates: Iterable[Update]) -> tuple[list[ClientReport], Reduction]:
     """Return a report of each client, and the updates that may be used, reduced as the instruction says.
 
     Args:
         instruction: The instruction that the updates answer.
         updates: The clients' updates, as they come.
-        threads: CPU threads to use.
     """
     reports, reduction = list[ClientReport](), REDUCTIONS[instruction.reduction]()
     waiting: list[tuple[int, Update, int]] = []
@@ -37,20 +36,18 @@ def fold(instruction: Instruction, updates: Iterable[Update], threads: int = 1) 
             waiting.append((len(reports), update, report.examples if instruction.weights == "examples" else 1))
         reports.append(report)
         if len(waiting) == _TOGETHER:
-            _add(reduction, waiting, reports, threads)
+            _add(reduction, waiting, reports)
             waiting = []
-    _add(reduction, waiting, reports, threads)
+    _add(reduction, waiting, reports)
     return reports, reduction
 
 
-def _add(
-    reduction: Reduction, waiting: list[tuple[int, Update, int]], reports: list[ClientReport], threads: int
-) -> None:
+def _add(reduction: Reduction, waiting: list[tuple[int, Update, int]], reports: list[ClientReport]) -> None:
     """Add updates; where that fails, one by one, with the report of each that cannot be added saying why."""
     if not waiting:
         return
     try:
-        reduction.add_all([(update, weight) for _, update, weight in waiting], threads)
+        reduction.add_all([(update, weight) for _, update, weight in waiting])
     except OverflowError:
         for at, update, weight in waiting:
             try:

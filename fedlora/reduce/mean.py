@@ -53,7 +53,7 @@ class WeightedMean(Reduction):
         one._only = update, weight
         self.merge(one)
 
-    def add_all(self, updates: Sequence[tuple[Update, int]], threads: int = 1) -> None:
+    def add_all(self, updates: Sequence[tuple[Update, int]]) -> None:
         """Add several clients' updates, those of the same rank together: that is several times as fast."""
         if len(updates) == 1:
             self.add(*updates[0])
@@ -65,9 +65,9 @@ class WeightedMean(Reduction):
         total = WeightedMean()
         for some in alike.values():
             more = WeightedMean()
-            more.tensors = ExactSum.of([(update.tensors, weight) for update, weight in some], threads)
+            more.tensors = ExactSum.of([(update.tensors, weight) for update, weight in some])
             if some[0][0].extra:
-                more.extra = ExactSum.of([(update.extra, 1) for update, _ in some], threads)
+                more.extra = ExactSum.of([(update.extra, 1) for update, _ in some])
             total.merge(more)
         self.merge(total)
 

@@ -16,8 +16,8 @@ _WARPS = {32: 2, 64: 4, 128: 8}
 
 
 @triton.jit
-def _scores(q, k, t, length, scale, CAUSAL: tl.constexpr):
-    s = tl.dot(q, tl.trans(k)) * scale.to(tl.float32)  # which comes as float64 from what torch compiles
+def _scores(q, k, t, length, SCALE: tl.constexpr, CAUSAL: tl.constexpr):
+    s = tl.dot(q, tl.trans(k)) * SCALE
     seen = (t < length)[None, :]
     if CAUSAL:
         seen = seen & (t[None, :] <= t[:, None])
@@ -28,8 +28,8 @@ def _scores(q, k, t, length, scale, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _forward_row(
-    q_ptr, k_ptr, v_ptr, o_ptr, length, scale,
-    H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, length,
+    SCALE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     t, d = tl.arange(0, T), tl.arange(0, D)
     inside = (t < length)[:, None]
@@ -37,14 +37,14 @@ def _forward_row(
     q = tl.load(q_ptr + of_queries, mask=inside, other=0.0)
     k = tl.load(k_ptr + of_keys, mask=inside, other=0.0)
     v = tl.load(v_ptr + of_keys, mask=inside, other=0.0)
-    p = _scores(q, k, t, length, scale, CAUSAL)
+    p = _scores(q, k, t, length, SCALE, CAUSAL)
     tl.store(o_ptr + of_queries, tl.dot(p.to(v.dtype), v).to(v.dtype), mask=inside)
 
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, start_ptr, scale,
-    H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, o_ptr, start_ptr,
+    SCALE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(start_ptr + n).to(tl.int64), tl.load(start_ptr + n + 1).to(tl.int64)
@@ -56,17 +56,17 @@ def _forward(
     o_ptr += of_queries
     if T > 32:
         if length <= 32:
-            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, H, K, CAUSAL, 32, D)
+            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, SCALE, H, K, CAUSAL, 32, D)
         else:
-            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, H, K, CAUSAL, T, D)
+            _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, SCALE, H, K, CAUSAL, T, D)
     else:
-        _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, scale, H, K, CAUSAL, T, D)
+        _forward_row(q_ptr, k_ptr, v_ptr, o_ptr, length, SCALE, H, K, CAUSAL, T, D)
 
 
 @triton.jit
 def _backward_row(
-    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale,
-    H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length,
+    SCALE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     t, d = tl.arange(0, T), tl.arange(0, D)
     inside = (t < length)[:, None]
@@ -77,10 +77,10 @@ def _backward_row(
     for head in tl.static_range(0, H // K):
         q = tl.load(q_ptr + head * D + of_queries, mask=inside, other=0.0)
         dy = tl.load(dy_ptr + head * D + of_queries, mask=inside, other=0.0)
-        p = _scores(q, k, t, length, scale, CAUSAL)
+        p = _scores(q, k, t, length, SCALE, CAUSAL)
         dv += tl.dot(tl.trans(p.to(dy.dtype)), dy)
         dp = tl.dot(dy, tl.trans(v))
-        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * scale.to(tl.float32)).to(q.dtype)
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None]) * SCALE).to(q.dtype)
         tl.store(dq_ptr + head * D + of_queries, tl.dot(ds, k).to(q.dtype), mask=inside)
         dk += tl.dot(tl.trans(ds), q)
     tl.store(dk_ptr + of_keys, dk.to(k.dtype), mask=inside)
@@ -89,8 +89,8 @@ def _backward_row(
 
 @triton.jit
 def _backward(
-    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, start_ptr, scale,
-    H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, start_ptr,
+    SCALE: tl.constexpr, H: tl.constexpr, K: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     n, kept = tl.program_id(0), tl.program_id(1)
     start, end = tl.load(start_ptr + n).to(tl.int64), tl.load(start_ptr + n + 1).to(tl.int64)
@@ -105,11 +105,11 @@ def _backward(
     dv_ptr += of_keys
     if T > 32:
         if length <= 32:
-            _backward_row(dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, H, K, CAUSAL, 32, D)
+            _backward_row(dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, SCALE, H, K, CAUSAL, 32, D)
         else:
-            _backward_row(dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, H, K, CAUSAL, T, D)
+            _backward_row(dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, SCALE, H, K, CAUSAL, T, D)
     else:
-        _backward_row(dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, scale, H, K, CAUSAL, T, D)
+        _backward_row(dy_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, length, SCALE, H, K, CAUSAL, T, D)
 
 
 @triton_op("fedlora::row_attention", mutates_args={})
@@ -130,8 +130,8 @@ def row_attention(
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     out, heads = torch.empty_like(query), query.shape[1]
     wrap_triton(_forward)[(start.shape[0] - 1, heads)](
-        query, key, value, out, start, scale,
-        H=int(heads), K=int(key.shape[1]), CAUSAL=causal, T=longest, D=int(query.shape[2]),
+        query, key, value, out, start,
+        SCALE=float(scale), H=int(heads), K=int(key.shape[1]), CAUSAL=causal, T=longest, D=int(query.shape[2]),
         num_warps=_WARPS[longest], num_stages=1,
     )  # fmt: skip
     return out
@@ -156,8 +156,8 @@ def row_attention_backward(
     dy, query, key, value = dy.contiguous(), query.contiguous(), key.contiguous(), value.contiguous()
     dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     wrap_triton(_backward)[(start.shape[0] - 1, key.shape[1])](
-        dy, query, key, value, dq, dk, dv, start, scale,
-        H=int(query.shape[1]), K=int(key.shape[1]), CAUSAL=causal, T=longest, D=int(query.shape[2]),
+        dy, query, key, value, dq, dk, dv, start,
+        SCALE=float(scale), H=int(query.shape[1]), K=int(key.shape[1]), CAUSAL=causal, T=longest, D=int(query.shape[2]),
         num_warps=_WARPS[longest], num_stages=1,
     )  # fmt: skip
     return dq, dk, dv
