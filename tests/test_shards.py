@@ -300,10 +300,10 @@ def test_updates_that_cannot_be_added_up_together(tmp_path: Path, monkeypatch: p
     worker = Worker(lambda: job, 1)
     expected = fold(instruction(worker), worker.train(instruction(worker)))
 
-    def tight(told: Instruction, updates: list[Update], threads: int) -> object:
+    def tight(told: Instruction, updates: list[Update]) -> object:
         if len(updates) > 2:
             np.empty(2**50, dtype=np.uint8)
-        return fold(told, updates, threads)
+        return fold(told, updates)
 
     monkeypatch.setattr("clients.worker.fold", tight)
     reports, reduced = RaySite(InProcess([worker])).reduce(instruction(worker))
