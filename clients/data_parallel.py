@@ -45,6 +45,7 @@ class DataParallel:
 
     def __init__(self, engine: Engine, threads: int) -> None:
         pays = engine.device.type == "cpu" and engine.base.structure.num_parameters >= _LEAST_PARAMETERS
+        assert not (pays and engine.grouped.unpadded), "attention knows one batch at a time"
         self._threads = threads
         self._engines = [engine, *(_replica(engine) for _ in range(threads - 1 if pays else 0))]
 

@@ -15,7 +15,7 @@ from clients.shared_rows import SharedRows
 from fedlora.config import Config
 from fedlora.data import Corpus, Table
 from fedlora.engine import Batching, Engine, find_batching
-from fedlora.engine.fast import like, settle
+from fedlora.engine.fast import like, reset, settle
 from fedlora.engine.rehearsal import rehearse
 from fedlora.methods import TensorSpec, build_method, initial_tensors
 from fedlora.models import Base, Structure, check_length, head_words, keeps_head, load_base
@@ -135,13 +135,13 @@ class Resident:
         # Of the base model, the method and the task, with the rows that it makes up: nothing else is tried.
         tried = (config.method, config.plugin_options, *own, config.train.max_length, config.engine.compile)
         if tried not in self._settled:
-            settled = settle(engine, initial, compiled=config.engine.compile)
-            self._settled[tried] = replace(settled, batching=self._batching(settled, initial, config, outputs))
+            self._settled = {tried: self._settle(engine, initial, config, outputs)}  # it changes the modules
         ready = replace(like(engine, self._settled[tried]), batching=self._settled[tried].batching)
         return LoadedModel(
             config=config,
             engine=ready,
-            parallel=DataParallel(ready, self._threads),
+            # Packs of a size that was asked for stay whole, so that they are the same with any number of threads.
+            parallel=DataParallel(ready, 1 if config.engine.pack else self._threads),
             specs=specs,
             initial=initial,
             head_start=head_start,
@@ -160,14 +160,20 @@ class Resident:
         return self._shared.get(table, (base.digest, config.train.max_length, *own), encode)
 
     @staticmethod
-    def _batching(engine: Engine, initial: dict[str, NDArray[np.floating]], config: Config, outputs: int) -> Batching:
-        """Return which rows may go through the model together; of 16 bits, also what a rehearsal in float32 found."""
-        found = find_batching(engine, initial)
-        base = engine.base
-        if next(base.model.parameters()).dtype in (torch.float64, torch.float32):
-            return found
-        tried = rehearse(config, base.structure, engine.task, base.tokenizer, outputs)
-        return found if tried is None else found | tried.batching
+    def _settle(engine: Engine, initial: dict[str, NDArray[np.floating]], config: Config, outputs: int) -> Engine:
+        """Return the engine with what was found by trying: which rows may go together, and its fast ways.
+
+        What 16 bits hide in their rounding, a rehearsal in float32 finds.
+        """
+        reset(engine)
+        batching, unpadded, base = find_batching(engine, initial), False, engine.base
+        if engine.compute not in (torch.float64, torch.float32):
+            on_gpu = engine.device.type == "cuda"
+            tried = rehearse(config, base.structure, engine.task, base.tokenizer, outputs, unpadded=on_gpu)
+            if tried is not None:
+                batching, unpadded = batching | tried.batching, bool(tried.grouped.unpadded)
+        settled = settle(replace(engine, batching=batching), initial, compiled=config.engine.compile, unpadded=unpadded)
+        return replace(settled, batching=batching)
 
     def _base(self, config: Config, outputs: int) -> Base:
         """Return the base model: the resident one, or another in its place."""

@@ -64,6 +64,7 @@ class Description:
         pid: Its process.
         base_loads: How often this process loaded the base model.
         remarks: What may surprise of the model: where the head starts, which rows may go through it together.
+        base_bytes: What the base model's weights take; 0: it is not said.
     """
 
     specs: dict[str, TensorSpec]
@@ -81,6 +82,7 @@ class Description:
     pid: int
     base_loads: int
     remarks: tuple[str, ...] = ()
+    base_bytes: int = 0
 
     @property
     def agreed(self) -> str:

@@ -34,6 +34,7 @@ from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.generated import Answer
 from fedlora.messages import first_line
 from fedlora.methods import tensors_digest
+from fedlora.quantisation import base_bytes
 from fedlora.reduce import Reduction, fold
 
 _logger = logging.getLogger(__name__)
@@ -259,6 +260,12 @@ class Worker:
             host=socket.gethostname(),
             pid=os.getpid(),
             base_loads=self._resident.loads,
+            base_bytes=base_bytes(
+                structure.num_parameters,
+                structure.num_quantisable,
+                model.config.model.quantization,
+                model.config.engine.dtype,
+            ),
             remarks=model.remarks,
         )
 

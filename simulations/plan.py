@@ -17,7 +17,6 @@ from fedlora.config import Config
 from fedlora.data import FederatedData
 from fedlora.data.targets import spread_note
 from fedlora.methods import TensorSpec, count_parameters, payload_bytes
-from fedlora.quantisation import weight_bytes
 from fedlora.reports.format import human_bytes
 from fedlora.reports.tables import clients_table
 from fedlora.roles import TRAINED, UP, Role
@@ -48,6 +47,7 @@ class Plan:
         trainers: Trainers that work side by side.
         remarks: What may surprise of the model.
         shards: What each trainer owns; empty: it is not known yet.
+        base_bytes: What the base model's weights take.
         row_tokens: Mean tokens of each client's training rows; empty: they are not known yet, and all alike.
     """
 
@@ -62,6 +62,7 @@ class Plan:
     trainers: int
     remarks: tuple[str, ...] = ()
     shards: tuple[Shard, ...] = ()
+    base_bytes: int = 0
     row_tokens: tuple[float, ...] = ()
 
     @property
@@ -148,8 +149,7 @@ class Plan:
     @cached_property
     def most_clients(self) -> int:
         """Clients of a pack of an automatic size, at most: by the memory of their trained numbers on a GPU."""
-        base = self.num_parameters * weight_bytes(self.config.engine.dtype)
-        return most_clients(self.shards, base, pack_bytes(trained_in_a_round(self.strategy), self.config))
+        return most_clients(self.shards, self.base_bytes, pack_bytes(trained_in_a_round(self.strategy), self.config))
 
     @cached_property
     def packs(self) -> list[Pack]:

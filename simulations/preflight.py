@@ -17,6 +17,7 @@ from fedlora.data import Corpus, FederatedData, load_corpus, partitioned
 from fedlora.data.partition import check_enough
 from fedlora.hub import check_model
 from fedlora.methods import build_method
+from fedlora.quantisation import base_bytes
 from fedlora.tasks import TASKS
 from simulations.cluster import machines_of_a_run, shards_of_a_run
 from simulations.plan import Plan
@@ -86,6 +87,9 @@ class Preflight:
             trainers=len(shards),
             remarks=remarks,
             shards=shards,
+            base_bytes=base_bytes(
+                structure.num_parameters, structure.num_quantisable, config.model.quantization, config.engine.dtype
+            ),
             row_tokens=self._row_tokens(data, cost),
         )
         return plan, structure

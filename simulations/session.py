@@ -94,6 +94,7 @@ class Session:
             trainers=len(pool),
             remarks=description.remarks,
             shards=tuple(self._shards),
+            base_bytes=description.base_bytes,
             row_tokens=tuple(row_tokens),
         )
         # Not before: a model that is not there should not take the run's name.

@@ -115,6 +115,27 @@ def test_a_turn_that_does_not_fit_is_repeated_in_halves(dp: bool, monkeypatch: p
         assert one.diagnostics == pytest.approx(two.diagnostics)
 
 
+def test_an_evaluation_that_does_not_fit_is_repeated_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, passed = replace(engine_of("lora", "bert"), max_cost=40), 0
+    rows, start = random_examples(12, 3), random_start(engine)
+    expected = evaluate(engine, start, rows, range(12))
+    metrics = type(engine.task).row_metrics
+
+    def row_metrics(self: Any, model: Any, batch: Any) -> Any:
+        nonlocal passed
+        passed += 1
+        if passed == 2:
+            raise torch.OutOfMemoryError("planted")
+        return metrics(self, model, batch)
+
+    monkeypatch.setattr(type(engine.task), "row_metrics", row_metrics)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    short = replace(engine)
+    found = evaluate(short, start, rows, range(12))
+    assert (short.shortages, short.room) == ([40], 20)
+    assert all(np.abs(values - found[name]).max() < 1e-10 for name, values in expected.items())
+
+
 def test_memory_that_is_short_for_one_row_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of("lora", "bert")
 

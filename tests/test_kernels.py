@@ -44,6 +44,12 @@ def test_the_low_rank_update_is_a_grouped_layers() -> None:
     assert off(low_rank.plain(base(x), x, a[0], b[0], Spans.of(GROUPS, 3, torch.device("cpu"))), layer(x)) < 1e-14
 
 
+def test_a_rank_that_the_kernel_has_no_room_for_is_refused() -> None:
+    spans = Spans.of(np.array([0]), 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="rank 300: the kernel has room for 256"):
+        low_rank.added(drawn(1, 8), drawn(1, 8), drawn(1, 300, 8), drawn(1, 8, 300), spans)
+
+
 def test_attention_of_rows_side_by_side_is_each_rows_own() -> None:
     lengths = [9, 4, 1]
     start = torch.tensor([0, 9, 13, 14], dtype=torch.int32)

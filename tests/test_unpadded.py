@@ -10,15 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora.engine import Engine, evaluate, fast, train_pack
+from fedlora.engine import Batching, Engine, evaluate, fast, find_batching, train_pack
 from fedlora.engine.apart import random_tensors
 from fedlora.engine.blocks import checkpoint_blocks
 from fedlora.engine.kernels import attention
 from fedlora.engine.layout import Layout, Unpadded
+from fedlora.methods import initial_tensors
+from fedlora.seeded import Seeded
 from tests.support.families import FAMILIES, random_examples
 from tests.support.matrix import random_start
 from tests.test_dp_step import private_step
 from tests.test_packing import ADAMW, make_engine, make_works
+from tools import families
+from tools.model_table import engine_of
 
 CPU = torch.device("cpu")
 
@@ -59,11 +63,82 @@ def test_no_padding_enters_a_block() -> None:
     assert sum(shape[1] for shape in seen) == sum(int(w.examples.cost[b].sum()) for w in works for b in w.batches)
 
 
+UNPADDED = {
+    "ALBERT",
+    "BERT",
+    "CamemBERT",
+    "DistilBERT",
+    "ELECTRA",
+    "ERNIE",
+    "RoBERTa",
+    "XLM-RoBERTa",
+    "Gemma",
+    "GPT-2",
+    "GPT-NeoX",
+    "Granite",
+    "Llama",
+    "OLMo 2",
+    "OPT",
+    "Phi",
+    "Phi-3",
+    "Qwen 2",
+    "Qwen 3",
+    "StableLM",
+    "StarCoder 2",
+}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_which_families_bear_it(family: str) -> None:
+    """Those that do keep rows apart as they did; attention with windows, biases or code of its own stays padded."""
+    engine = tried(engine_of(family)[0])
+    assert bool(engine.grouped.unpadded) == (family in UNPADDED)
+    if family in UNPADDED:
+        assert find_batching(engine, initial_tensors(engine.method.specs(), Seeded(0))) == Batching()
+
+
+class Leaking(nn.Module):
+    """A block in which a token sees a little of the one before it, of whatever row."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden: torch.Tensor = self.block(hidden_states, *args, **kwargs)
+        before = hidden.roll(1, 1) * (torch.arange(hidden.shape[1]) > 0)[:, None]
+        return hidden + (0.01 * before).to(hidden.dtype)
+
+
+def leaking(dtype: torch.dtype) -> Engine:
+    engine = make_engine("bert")
+    layers: Any = engine.base.model.get_submodule("bert.encoder.layer")
+    for number, block in enumerate(layers):
+        layers[number] = Leaking(block)
+    engine.base.model.to(dtype)
+    return replace(engine, compute=dtype, dtype=torch.float32)
+
+
+def test_a_weak_leak_from_row_to_row_is_seen_in_float32_and_not_in_bfloat16() -> None:
+    """So that it is a rehearsal in float32 which decides."""
+    assert tried(leaking(torch.bfloat16)).grouped.unpadded, "what 16 bits show is too coarse"
+    assert not tried(leaking(torch.float32)).grouped.unpadded
+
+
 def test_passes_without_padding_are_full() -> None:
     engine = replace(tried(make_engine("bert")), max_cost=100)
     cost = np.array([5, 60, 7, 30, 90, 3, 3, 2, 101])
     passes = engine.passes(cost, np.zeros(9, dtype=np.int64))
     assert [part.tolist() for part in passes] == [[0, 1, 2], [3], [4, 5, 6, 7], [8]]
+
+
+def test_a_long_row_does_not_blow_up_what_is_outside_of_the_blocks() -> None:
+    engine = replace(tried(make_engine("bert")), max_cost=100)
+    cost = np.array([90, *[1] * 30])
+    assert [len(part) for part in engine.passes(cost, np.zeros(31, dtype=np.int64))] == [4, 27]
+    assert len(engine.passes(cost[::-1].copy(), np.zeros(31, dtype=np.int64))) == 2
+    padded = engine.passes(cost, np.zeros(31, dtype=np.int64), padded=True)
+    assert [len(part) for part in padded] == [1, 30]
 
 
 def test_checkpointed_blocks_without_padding_train_the_same() -> None:

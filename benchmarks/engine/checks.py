@@ -57,7 +57,7 @@ def _compare(bench: Bench, job: Job, kind: Kind, against: str, entry: dict[str, 
     least, share = TOLERANCES[bench.dtype]
     off, tolerance = float(np.abs(ours - theirs).max()), least + share * abs(fell)
     entry |= {"ours": ours.tolist(), "theirs": theirs.tolist(), "off": off, "fell": fell}
-    entry |= {"tolerance": tolerance, "rate": job.rate, "equal": off <= tolerance}
+    entry |= {"tolerance": tolerance, "rate": job.rate, "equal": off <= tolerance and fell > 0}
 
 
 def _falling(packed: Packed, job: Job) -> tuple[NDArray[np.float64], float, Job]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ from fedlora.methods import Method
 from fedlora.models import Base
 from fedlora.tasks import Batch, Rows, Task
 from fedlora.transfer import to_places
+
+_logger = logging.getLogger(__name__)
 
 FactsOf = Callable[[nn.Module, Batch], dict[str, Tensor]]
 """Computes facts of a batch's rows, [N] each."""
@@ -142,13 +146,16 @@ class Engine:
         """Return a copy of ``array`` on the engine's device, in the adapter's dtype."""
         return torch.tensor(array, dtype=self.dtype, device=self.device)
 
-    def passes(self, cost_n: NDArray[np.int64], group_n: NDArray[np.int64], copied: int = 0) -> list[NDArray[np.int64]]:
+    def passes(
+        self, cost_n: NDArray[np.int64], group_n: NDArray[np.int64], copied: int = 0, *, padded: bool = False
+    ) -> list[NDArray[np.int64]]:
         """Cut rows into forward passes, see :func:`fedlora.engine.schedule.passes`.
 
         Args:
             cost_n: The cost of each row.
             group_n: Its group.
             copied: Trained numbers that each row has a copy of.
+            padded: Whether they go through the model with padding, though its blocks could do without.
         """
         part_n = np.zeros_like(cost_n)
         if self.batching != Batching():
@@ -156,7 +163,7 @@ class Engine:
             _, part_n = np.unique(key, axis=1, return_inverse=True)
         copies = _COPIES_CPU if self.device.type == "cpu" else _COPIES_GPU
         most = max(1, copies // copied) if copied else len(cost_n)
-        return passes(cost_n, part_n, self.room, most, padded=not self.grouped.unpadded)
+        return passes(cost_n, part_n, self.room, most, padded=padded or not self.grouped.unpadded)
 
     def halve(self, least: int) -> bool:
         """Halve what goes through the model at once, since memory was short; return False where it is one row already.
@@ -168,6 +175,13 @@ class Engine:
             return False
         self.shortages.append(self.room)
         return True
+
+    def recover(self) -> None:
+        """Give back the memory of what failed for lack of it, once its exception is gone, and say how it goes on."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        how = "blocks are computed twice" if self.grouped.checkpointed else f"passes of at most {self.room} tokens"
+        _logger.warning("out of memory on %s; from now on %s", self.device, how)
 
     @property
     def room(self) -> int:
@@ -242,7 +256,7 @@ def evaluate(
     group: NDArray[np.int64] | None = None,
     facts_of: FactsOf | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the task's facts of each row, by name, [n] each.
+    """Return the task's facts of each row, by name, [n] each; where memory is short, in passes of half the size.
 
     Args:
         engine: The engine.
@@ -255,11 +269,11 @@ def evaluate(
     """
     facts_of = facts_of or engine.task.row_metrics
     group = np.zeros(len(numbers), dtype=np.int64) if group is None else group
-    tensors = GroupTensors(engine, common, own)
-    found: dict[str, list[Tensor]] = {}
-    order: list[NDArray[np.int64]] = []
-    with torch.inference_mode():
-        cost = rows.cost[list(numbers)]
+    tensors, cost = GroupTensors(engine, common, own), rows.cost[list(numbers)]
+
+    def all_passes() -> dict[str, NDArray[np.float64]]:
+        found: dict[str, list[Tensor]] = {}
+        order: list[NDArray[np.int64]] = []
         for chosen in engine.passes(cost, group):
             places = chosen[np.argsort(group[chosen], kind="stable")]
             batch = engine.task.collate(rows, [numbers[place] for place in places], engine.device)
@@ -267,7 +281,16 @@ def evaluate(
                 for name, values in facts_of(model, batch).items():
                     found.setdefault(name, []).append(values.double())
             order.append(places)
-    facts = {name: np.zeros(len(numbers)) for name in found}
-    for name, parts in found.items():  # not before: fetching a number waits for the device
-        facts[name][np.concatenate(order)] = torch.cat(parts).cpu().numpy()
-    return facts
+        facts = {name: np.zeros(len(numbers)) for name in found}
+        for name, parts in found.items():  # not before: fetching a number waits for the device
+            facts[name][np.concatenate(order)] = torch.cat(parts).cpu().numpy()
+        return facts
+
+    with torch.inference_mode():
+        while True:
+            try:
+                return all_passes()
+            except torch.OutOfMemoryError:
+                if not engine.halve(int(cost.max(initial=0))):
+                    raise
+            engine.recover()

@@ -53,7 +53,7 @@ def generate(
     for length in np.unique(lengths):
         alike = np.flatnonzero(lengths == length)
         cost = np.array([length + rooms[int(row)] for row in alike], dtype=np.int64)
-        for chosen in engine.passes(cost, group[alike]):
+        for chosen in engine.passes(cost, group[alike], padded=True):
             rows = alike[chosen]
             rows = rows[np.argsort(group[rows], kind="stable")]
             ids = torch.from_numpy(np.stack([prompts[row] for row in rows])).to(engine.device)

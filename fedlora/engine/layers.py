@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.engine.kernels import low_rank
+from fedlora.engine.kernels.attention import rows_in_place
 from fedlora.engine.layout import Layout
-from fedlora.engine.unpadded import blocks_without_padding, side_by_side
+from fedlora.engine.unpadded import blocks_without_padding
 from fedlora.methods import Dense, Factor, LowRank, Scale
 
 
@@ -177,21 +178,22 @@ class GroupedModel:
             compiled: Whether ``blocks`` run what they have in their place.
         """
         assert factors.keys() == self._slots.keys(), "factors for other layers than the wrapped ones"
-        for name, slot in self._slots.items():
-            slot.factor, slot.layout, slot.probe = factors[name], layout, probe
-        if self.placement is not None:
-            self.placement()
-        blocks = self.blocks if compiled and probe is None else {}
         batch = layout.unpadded if probe is None else None
-        if batch is not None:
-            for slot in self._within:
-                slot.layout = batch.layout
-            blocks = blocks_without_padding(batch, self.unpadded, blocks)
-        before = {block: vars(block).get("forward") for block in blocks}  # of a block on its own GPU: accelerate's
-        for block, forward in blocks.items():
-            block.forward = forward
+        before: dict[nn.Module, Any] = {}
         try:
-            with nullcontext() if batch is None else side_by_side(batch):
+            for name, slot in self._slots.items():
+                slot.factor, slot.layout, slot.probe = factors[name], layout, probe
+            if self.placement is not None:
+                self.placement()
+            blocks = self.blocks if compiled and probe is None else {}
+            if batch is not None:
+                for slot in self._within:
+                    slot.layout = batch.layout
+                blocks = blocks_without_padding(batch, self.unpadded, blocks)
+            for block, forward in blocks.items():
+                before[block] = vars(block).get("forward")  # of a block on its own GPU: accelerate's
+                block.forward = forward
+            with nullcontext() if batch is None else rows_in_place(batch.rows):
                 yield self.model
         finally:
             for block, hooked in before.items():

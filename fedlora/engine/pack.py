@@ -14,8 +14,6 @@ Nothing here waits for the device: a round's work is queued, and its numbers are
 
 from __future__ import annotations
 
-import gc
-import logging
 from collections.abc import Sequence
 from typing import final
 
@@ -38,8 +36,6 @@ from fedlora.local_terms import LocalTerms
 from fedlora.privacy.step import PrivateStep, PrivateSum
 from fedlora.tasks import Batch
 from fedlora.transfer import Places, to_device, to_places
-
-_logger = logging.getLogger(__name__)
 
 
 @final
@@ -110,14 +106,7 @@ class Pack:
                 engine = self._engine
                 if not engine.halve(int(turn.cost_n.max(initial=0))) and not checkpoint_blocks(engine):
                     raise
-            gc.collect()  # what the exception held is free only here
-            torch.cuda.empty_cache()
-            how = (
-                "blocks are computed twice"
-                if engine.grouped.checkpointed
-                else f"passes of at most {engine.room} tokens"
-            )
-            _logger.warning("out of memory on %s; from now on %s", engine.device, how)
+            engine.recover()
 
     def _backward(self, turn: Turn, probe: LayerProbe | None) -> Tensor:
         engine, private = self._engine, self.private_sum

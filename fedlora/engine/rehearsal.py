@@ -15,6 +15,7 @@ import torch
 from fedlora.config import Config, MethodConfig
 from fedlora.engine.apart import find_batching
 from fedlora.engine.core import Engine
+from fedlora.engine.fast import numbers, tried, without_padding
 from fedlora.methods import build_method, initial_tensors
 from fedlora.models import Structure, inspect, load_config, prepare_base
 from fedlora.models.loading import auto_model
@@ -28,7 +29,9 @@ _LAYERS = 2
 _COUNTS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_decoder_layers")
 
 
-def rehearse(config: Config, structure: Structure, task: Task, tokenizer: Any, num_labels: int) -> Engine | None:
+def rehearse(
+    config: Config, structure: Structure, task: Task, tokenizer: Any, num_labels: int, *, unpadded: bool = False
+) -> Engine | None:
     """Return an engine on random weights, with what :func:`find_batching` found; None where none can be made.
 
     Args:
@@ -37,6 +40,7 @@ def rehearse(config: Config, structure: Structure, task: Task, tokenizer: Any, n
         task: The task, with rows made up by the tokenizer.
         tokenizer: The tokenizer.
         num_labels: Outputs of the model's head.
+        unpadded: Whether to try the model's blocks without padding; they run so then, if it is right in float32.
 
     Raises:
         ValueError: Rows cannot be kept apart in this model, or a layer cannot be adapted.
@@ -66,7 +70,9 @@ def rehearse(config: Config, structure: Structure, task: Task, tokenizer: Any, n
     lora = Config(method=MethodConfig("lora", rank=2))  # what goes through the model is the same for all methods
     method = build_method(lora, base.structure.adapted, base.structure.head)
     engine = Engine.build(base, method, task)
-    return replace(engine, batching=find_batching(engine, initial_tensors(method.specs(), Seeded(0))))
+    tensors = initial_tensors(method.specs(), Seeded(0))
+    engine = replace(engine, batching=find_batching(engine, tensors))
+    return tried(engine, without_padding, tensors, numbers(engine, tensors)) if unpadded else engine
 
 
 def _shrunk(config: Any) -> Any:

@@ -21,6 +21,7 @@ from fedlora.engine.work import ClientWork
 
 _PADDING = 0.08  # of a pass, beyond which its rows are cut in two
 _LEAST = 0.25  # of a full pass: smaller ones are padded rather than cut
+_OUTSIDE = 4  # times as much as a full pass may be outside of the blocks, which alone are without padding
 
 
 @final
@@ -109,15 +110,15 @@ def passes(
     order = np.lexsort((np.arange(len(cost_n)), -cost_n if padded else 0 * cost_n, part_n))
     costs, parts = cost_n[order].tolist(), part_n[order].tolist()
     starts: list[int] = []
-    real = 0
+    count = longest = real = 0  # of the pass that is being filled
     for at, (cost, part) in enumerate(zip(costs, parts, strict=True)):
-        count = at - starts[-1] if starts else 0
-        longest = costs[starts[-1]] if starts else 0
-        whole = longest * (count + 1) if padded else real + cost
+        before, longest = longest, max(longest, cost)
+        rectangle = longest * (count + 1)
+        whole = rectangle if padded else max(real + cost, rectangle // _OUTSIDE)
         full = whole > most or count == rows or not starts or part != parts[starts[-1]]
-        wasteful = longest * count >= _LEAST * most and whole - real - cost > _PADDING * whole
+        wasteful = padded and before * count >= _LEAST * most and whole - real - cost > _PADDING * whole
         if full or wasteful:
             starts.append(at)
-            real = 0
-        real += cost
+            count, longest, real = 0, cost, 0
+        count, real = count + 1, real + cost
     return [np.sort(order[start:end]) for start, end in itertools.pairwise([*starts, len(order)])]

@@ -11,12 +11,10 @@ Nothing here knows a model's name. Whether a model's blocks bear it is tried (:m
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
-from fedlora.engine.kernels import attention
 from fedlora.engine.layout import Unpadded
 
 Forward = Callable[..., Any]
@@ -59,8 +57,3 @@ def _given(batch: Unpadded, value: Any) -> Any:
     rows, width = batch.shape
     by_position = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] in (1, rows)
     return batch.pack_once(value) if by_position and value.shape[1] == width else value
-
-
-def side_by_side(batch: Unpadded) -> AbstractContextManager[None]:
-    """Have attention take the batch's rows as they lie without padding, for the time of a block."""
-    return attention.rows_in_place(batch.rows)
