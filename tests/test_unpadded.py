@@ -77,6 +77,7 @@ UNPADDED = {
     "GPT-NeoX",
     "Granite",
     "Llama",
+    "Mixtral",
     "OLMo 2",
     "OPT",
     "Phi",

@@ -32,7 +32,8 @@ NAME = "fedlora-rows"
 SIZES = (32, 64, 128)
 LONGEST = SIZES[-1]
 _FEATURES = (16, 32, 64, 128)
-_PLAIN = {"dropout", "scaling", "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions"}
+_PLAIN = {"dropout", "scaling", "is_causal", "position_ids", "cache_position"}
+_PLAIN |= {"use_cache", "output_attentions", "output_router_logits"}
 
 
 @final
