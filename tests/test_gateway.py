@@ -457,14 +457,15 @@ def test_a_head_and_a_body_that_do_not_come(files: Path, upstream: Upstream, mon
 
 
 def test_a_sender_is_held_back_while_the_superlink_does_not_read(
-    files: Path, upstream: Upstream, gateway: Gateway, client: httpx.Client
+    files: Path, upstream: Upstream, gateway: Gateway, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream.hold.clear()
-    buffers = 2 * sum(int(Path(f"/proc/sys/net/ipv4/tcp_{way}mem").read_text().split()[2]) for way in "rw")
+    buffers = sum(int(Path(f"/proc/sys/net/ipv4/tcp_{way}mem").read_text().split()[2]) for way in "rw")
     size = buffers + 32 * MIB
+    monkeypatch.setattr(admission, "MAX_BODY", size)
     with connect(files, gateway) as connection:
         connection.sendall(head(f"POST {PUSH} HTTP/1.1", signed(files), size))
-        # As much as the kernel may let the sockets of two connections hold, which it decides as it goes.
+        # As much as the kernel may let the gateway's two sockets hold, which it decides as it goes; ours hold little.
         assert push_blindly(connection, size) < buffers + 16 * MIB
         upstream.hold.set()
     wait(lambda: upstream.lost == 1)  # it went away within its body: so does the request to the SuperLink
