@@ -136,7 +136,7 @@ class Resident:
         tried = (config.method, config.plugin_options, *own, config.train.max_length, config.engine.compile)
         if tried not in self._settled:
             self._settled = {tried: self._settle(engine, initial, config, outputs)}  # it changes the modules
-        ready = replace(like(engine, self._settled[tried]), batching=self._settled[tried].batching)
+        ready = like(engine, self._settled[tried])
         return LoadedModel(
             config=config,
             engine=ready,
@@ -172,8 +172,8 @@ class Resident:
             tried = rehearse(config, base.structure, engine.task, base.tokenizer, outputs, unpadded=on_gpu)
             if tried is not None:
                 batching, unpadded = batching | tried.batching, bool(tried.grouped.unpadded)
-        settled = settle(replace(engine, batching=batching), initial, compiled=config.engine.compile, unpadded=unpadded)
-        return replace(settled, batching=batching)
+        engine = replace(engine, batching=batching)
+        return settle(engine, initial, compiled=config.engine.compile, unpadded=unpadded)
 
     def _base(self, config: Config, outputs: int) -> Base:
         """Return the base model: the resident one, or another in its place."""

@@ -88,24 +88,29 @@ def test_checkpointed_blocks_train_the_same(family: str) -> None:
     assert all(np.abs(value).max() > 0 for name, value in result.tensors.items() if name.endswith("lora_B"))
 
 
-@pytest.mark.parametrize("dp", [False, True])
-def test_a_turn_that_does_not_fit_is_repeated_in_halves(dp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that runs short in the middle of a turn, some rows of which are added up already."""
-    engine, passed = engine_of("lora", "bert"), 0
-    works = [ClientWork(k, random_examples(8, k), 8, [np.arange(8)] * 2, random_start(engine)) for k in range(2)]
-    private = (lambda: private_step(2)) if dp else (lambda: None)
-    expected = train_pack(replace(engine, max_cost=40), works, {}, ADAMW, private())
-    losses = type(engine.task).row_losses
+def short_once(monkeypatch: pytest.MonkeyPatch, task: type, method: str) -> None:
+    """Have a method of a task run out of memory when it is called for the second time."""
+    whole, passed = getattr(task, method), 0
 
-    def row_losses(self: Any, model: Any, batch: Any) -> Any:
+    def call(self: Any, model: Any, batch: Any) -> Any:
         nonlocal passed
         passed += 1
         if passed == 2:
             raise torch.OutOfMemoryError("planted")
-        return losses(self, model, batch)
+        return whole(self, model, batch)
 
-    monkeypatch.setattr(type(engine.task), "row_losses", row_losses)
+    monkeypatch.setattr(task, method, call)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+@pytest.mark.parametrize("dp", [False, True])
+def test_a_turn_that_does_not_fit_is_repeated_in_halves(dp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs short in the middle of a turn, some rows of which are added up already."""
+    engine = engine_of("lora", "bert")
+    works = [ClientWork(k, random_examples(8, k), 8, [np.arange(8)] * 2, random_start(engine)) for k in range(2)]
+    private = (lambda: private_step(2)) if dp else (lambda: None)
+    expected = train_pack(replace(engine, max_cost=40), works, {}, ADAMW, private())
+    short_once(monkeypatch, type(engine.task), "row_losses")
     short = replace(engine, max_cost=40)
     found = train_pack(short, works, {}, ADAMW, private())
     assert (short.shortages, short.room) == ([40], 20)
@@ -116,20 +121,10 @@ def test_a_turn_that_does_not_fit_is_repeated_in_halves(dp: bool, monkeypatch: p
 
 
 def test_an_evaluation_that_does_not_fit_is_repeated_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, passed = replace(engine_of("lora", "bert"), max_cost=40), 0
+    engine = replace(engine_of("lora", "bert"), max_cost=40)
     rows, start = random_examples(12, 3), random_start(engine)
     expected = evaluate(engine, start, rows, range(12))
-    metrics = type(engine.task).row_metrics
-
-    def row_metrics(self: Any, model: Any, batch: Any) -> Any:
-        nonlocal passed
-        passed += 1
-        if passed == 2:
-            raise torch.OutOfMemoryError("planted")
-        return metrics(self, model, batch)
-
-    monkeypatch.setattr(type(engine.task), "row_metrics", row_metrics)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    short_once(monkeypatch, type(engine.task), "row_metrics")
     short = replace(engine)
     found = evaluate(short, start, rows, range(12))
     assert (short.shortages, short.room) == ([40], 20)

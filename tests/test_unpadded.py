@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -98,24 +99,33 @@ def test_which_families_bear_it(family: str) -> None:
         assert find_batching(engine, initial_tensors(engine.method.specs(), Seeded(0))) == Batching()
 
 
-class Leaking(nn.Module):
-    """A block in which a token sees a little of the one before it, of whatever row."""
+class Changed(nn.Module):
+    """A block whose output is changed by a function of it."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.change = block, change
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        hidden: torch.Tensor = self.block(hidden_states, *args, **kwargs)
-        before = hidden.roll(1, 1) * (torch.arange(hidden.shape[1]) > 0)[:, None]
-        return hidden + (0.01 * before).to(hidden.dtype)
+        return self.change(self.block(hidden_states, *args, **kwargs))
 
 
-def leaking(dtype: torch.dtype) -> Engine:
+def planted(change: Callable[[torch.Tensor], torch.Tensor]) -> Engine:
     engine = make_engine("bert")
     layers: Any = engine.base.model.get_submodule("bert.encoder.layer")
     for number, block in enumerate(layers):
-        layers[number] = Leaking(block)
+        layers[number] = Changed(block, change)
+    return engine
+
+
+def leak(hidden: torch.Tensor) -> torch.Tensor:
+    """Let a token see a little of the one before it, of whatever row."""
+    before = hidden.roll(1, 1) * (torch.arange(hidden.shape[1]) > 0)[:, None]
+    return hidden + (0.01 * before).to(hidden.dtype)
+
+
+def leaking(dtype: torch.dtype) -> Engine:
+    engine = planted(leak)
     engine.base.model.to(dtype)
     return replace(engine, compute=dtype, dtype=torch.float32)
 
@@ -151,23 +161,9 @@ def test_checkpointed_blocks_without_padding_train_the_same() -> None:
     )
 
 
-class Mixing(nn.Module):
-    """A block that adds the mean over positions, which without padding are those of all rows."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        hidden: torch.Tensor = self.block(hidden_states, *args, **kwargs)
-        return hidden + hidden.mean(1, keepdim=True)
-
-
 def test_a_model_whose_blocks_mix_positions_stays_padded(caplog: pytest.LogCaptureFixture) -> None:
-    engine = make_engine("bert")
-    layers: Any = engine.base.model.get_submodule("bert.encoder.layer")
-    for number, block in enumerate(layers):
-        layers[number] = Mixing(block)
+    """The mean over positions is without padding that of all rows."""
+    engine = planted(lambda hidden: hidden + hidden.mean(1, keepdim=True))
     assert not tried(engine).grouped.unpadded
     assert "without_padding: the plain way computes, the fast one is off by" in caplog.text
 

@@ -85,6 +85,7 @@ def like(engine: Engine, settled: Engine) -> Engine:
         task=less or engine.task,
         kernels=settled.kernels,
         max_cost=settled.max_cost,
+        batching=settled.batching,
         less_memory=less is not None,
     )
 
@@ -153,7 +154,7 @@ def tried(engine: Engine, way: Way, tensors: Arrays, expected: Numbers) -> Engin
     if other is None:
         return engine
     changed, undo = other
-    name = way.__name__.removeprefix("_with_").removeprefix("_")
+    name = way.__name__.removeprefix("_with_")
     try:
         if changed.grouped.blocks:
             _pass(changed, tensors, _MEASURED[1])  # kernels are chosen by the first shapes that are seen
