@@ -29,7 +29,7 @@ from benchmarks.engine.report import write
 from benchmarks.engine.timing import ceiling, machine
 from fedlora.engine.kernels import attention as row_attention
 from fedlora.engine.kernels import low_rank
-from fedlora.engine.kernels.common import at_least
+from fedlora.engine.kernels.common import smallest_fitting
 from fedlora.transfer import Spans
 
 RESULTS = Path(__file__).parent / "results" / "engine" / "kernels.json"
@@ -105,7 +105,7 @@ def attention(rows: int, heads: int, keys: int, width: int, dim: int) -> dict[st
     """Return what attention over rows takes, by kernel."""
     given = [drawn(rows, width, count, dim).detach().transpose(1, 2).requires_grad_() for count in (heads, keys, keys)]
     side = [drawn(rows * width, count, dim) for count in (heads, keys, keys)]
-    longest = at_least(width, row_attention.SIZES)
+    longest = smallest_fitting(width, row_attention.SIZES)
     start = torch.arange(0, rows * width + 1, width, dtype=torch.int32, device=CUDA)
     seen = (torch.arange(width, device=CUDA) < width - 1)[None, None, None].expand(rows, 1, width, -1)
 

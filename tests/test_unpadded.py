@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def tried(engine: Engine) -> Engine:
     """Return the engine with its blocks unpadded, where the trial of every load finds nothing wrong with it."""
     tensors = random_start(engine)
-    return fast.tried(engine, fast.without_padding, tensors, fast.numbers(engine, tensors))
+    return fast.tried(engine, fast.without_padding, tensors, fast.Plain.of(engine, tensors))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,16 +124,48 @@ def leak(hidden: torch.Tensor) -> torch.Tensor:
     return hidden + (0.01 * before).to(hidden.dtype)
 
 
-def leaking(dtype: torch.dtype) -> Engine:
-    engine = planted(leak)
+def test_a_weak_leak_from_row_to_row_is_seen_in_float32_and_not_in_bfloat16() -> None:
+    """So that it is a rehearsal in float32 which decides."""
+    assert tried(in_precision(torch.bfloat16, leak)).grouped.unpadded, "what 16 bits show is too coarse"
+    assert not tried(in_precision(torch.float32, leak)).grouped.unpadded
+
+
+def blown_up(hidden: torch.Tensor) -> torch.Tensor:
+    """Make a large difference of any, as a deep and wide model does."""
+    return torch.sin(1000.0 * hidden.float()).to(hidden.dtype)
+
+
+def mixed(hidden: torch.Tensor) -> torch.Tensor:
+    """The mean over positions is without padding that of all rows."""
+    return hidden + 10.0 * hidden.mean(1, keepdim=True)
+
+
+def in_precision(dtype: torch.dtype, change: Callable[[torch.Tensor], torch.Tensor]) -> Engine:
+    engine = planted(change)
     engine.base.model.to(dtype)
     return replace(engine, compute=dtype, dtype=torch.float32)
 
 
-def test_a_weak_leak_from_row_to_row_is_seen_in_float32_and_not_in_bfloat16() -> None:
-    """So that it is a rehearsal in float32 which decides."""
-    assert tried(leaking(torch.bfloat16)).grouped.unpadded, "what 16 bits show is too coarse"
-    assert not tried(leaking(torch.float32)).grouped.unpadded
+@pytest.mark.parametrize(
+    ("dtype", "change", "tolerance"),
+    [
+        (torch.bfloat16, mixed, 0.05),
+        (torch.bfloat16, blown_up, 0.25),
+        (torch.float32, blown_up, 1e-4),  # roundings are small whatever is made of them
+    ],
+)
+def test_how_far_off_a_fast_way_may_be_goes_by_what_the_model_makes_of_a_rounding(
+    dtype: torch.dtype, change: Callable[[torch.Tensor], torch.Tensor], tolerance: float
+) -> None:
+    engine = in_precision(dtype, change)
+    assert fast.Plain.of(engine, random_start(engine)).tolerance == tolerance
+
+
+def test_what_is_wrong_is_found_whatever_is_made_of_a_rounding() -> None:
+    engine = in_precision(torch.bfloat16, mixed)
+    start = random_start(engine)
+    plain = replace(fast.Plain.of(engine, start), tolerance=0.25)
+    assert not fast.tried(engine, fast.without_padding, start, plain).grouped.unpadded
 
 
 def test_passes_without_padding_are_full() -> None:
@@ -162,8 +194,7 @@ def test_checkpointed_blocks_without_padding_train_the_same() -> None:
 
 
 def test_a_model_whose_blocks_mix_positions_stays_padded(caplog: pytest.LogCaptureFixture) -> None:
-    """The mean over positions is without padding that of all rows."""
-    engine = planted(lambda hidden: hidden + hidden.mean(1, keepdim=True))
+    engine = planted(mixed)
     assert not tried(engine).grouped.unpadded
     assert "without_padding: the plain way computes, the fast one is off by" in caplog.text
 

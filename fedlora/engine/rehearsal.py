@@ -15,7 +15,7 @@ import torch
 from fedlora.config import Config, MethodConfig
 from fedlora.engine.apart import find_batching
 from fedlora.engine.core import Engine
-from fedlora.engine.fast import numbers, tried, without_padding
+from fedlora.engine.fast import Plain, tried, without_padding
 from fedlora.methods import build_method, initial_tensors
 from fedlora.models import Structure, inspect, load_config, prepare_base
 from fedlora.models.loading import auto_model
@@ -72,7 +72,7 @@ def rehearse(
     engine = Engine.build(base, method, task)
     tensors = initial_tensors(method.specs(), Seeded(0))
     engine = replace(engine, batching=find_batching(engine, tensors))
-    return tried(engine, without_padding, tensors, numbers(engine, tensors)) if unpadded else engine
+    return tried(engine, without_padding, tensors, Plain.of(engine, tensors)) if unpadded else engine
 
 
 def _shrunk(config: Any) -> Any:

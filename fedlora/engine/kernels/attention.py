@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from fedlora.engine.kernels.common import at_least
+from fedlora.engine.kernels.common import smallest_fitting
 from fedlora.transfer import to_device
 
 NAME = "fedlora-rows"
@@ -120,7 +120,7 @@ def attend(
         return _varlen(query, key, value, rows, scale, causal), None
     query, key, value = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
     out: Tensor = torch.ops.fedlora.row_attention(
-        query, key, value, rows.start, at_least(rows.longest, SIZES), scale, causal
+        query, key, value, rows.start, smallest_fitting(rows.longest, SIZES), scale, causal
     )
     return out.unsqueeze(0), None
 

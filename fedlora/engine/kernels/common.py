@@ -11,7 +11,7 @@ X, A, B = 1, 2, 4
 """Which gradients of a low-rank update are wanted, added up: of the input, of A, of B."""
 
 
-def at_least(number: int, sizes: Sequence[int]) -> int:
+def smallest_fitting(number: int, sizes: Sequence[int]) -> int:
     """Return the first of ascending sizes that is not below a number, else the last.
 
     By comparisons alone, so that what is compiled for sizes left open holds for all numbers of one answer.
@@ -22,7 +22,7 @@ def at_least(number: int, sizes: Sequence[int]) -> int:
     return sizes[-1]
 
 
-def at_most(number: int, sizes: Sequence[int]) -> int:
+def largest_within(number: int, sizes: Sequence[int]) -> int:
     """Return the last of ascending sizes that is not above a number, else the first; likewise."""
     for size in reversed(sizes[1:]):
         if number >= size:

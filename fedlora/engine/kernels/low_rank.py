@@ -14,7 +14,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from fedlora.engine.kernels.common import FEATURES, at_least, at_most
+from fedlora.engine.kernels.common import FEATURES, largest_within, smallest_fitting
 from fedlora.transfer import Spans
 
 _POSITIONS = (32, 64)
@@ -44,7 +44,7 @@ def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     a, b = (one if one.dim() == 3 else one.expand(groups, -1, -1) for one in (a, b))
     flat = x.reshape(-1, x.shape[-1])
     width = flat.shape[0] // spans.group_n.shape[0]
-    positions = at_least(flat.shape[0] // a.shape[0], _POSITIONS)
+    positions = smallest_fitting(flat.shape[0] // a.shape[0], _POSITIONS)
     added_to: Tensor = torch.ops.fedlora.low_rank(
         y.reshape(-1, y.shape[-1]),
         flat,
@@ -54,7 +54,7 @@ def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
         spans.first_g,
         width,
         positions,
-        at_least(a.shape[1], _RANKS),
+        smallest_fitting(a.shape[1], _RANKS),
         _splits(flat, a, positions),
         _splits(flat, b.mT, positions),
     )[0]
@@ -64,7 +64,7 @@ def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
 def _splits(x: Tensor, factor: Tensor, positions: int) -> int:
     """Return in how many parts the sum of a group's tokens is computed, so that few groups have programs enough."""
     blocks = factor.shape[0] * ((factor.shape[2] + FEATURES - 1) // FEATURES)
-    return at_most(min(_PROGRAMS // blocks, x.shape[0] // (factor.shape[0] * 4 * positions)), _SPLITS)
+    return largest_within(min(_PROGRAMS // blocks, x.shape[0] // (factor.shape[0] * 4 * positions)), _SPLITS)
 
 
 def plain(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
