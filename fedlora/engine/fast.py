@@ -137,6 +137,8 @@ def _with_kernel(engine: Engine) -> tuple[Engine, Callable[[], None]] | None:
 
 def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SPECIALISED)
+    # A scale is a constant: left open it is a tensor on the CPU in each block, for which C++ is compiled, too.
+    torch._dynamo.config.specialize_float = True
     grouped = engine.grouped
     grouped.blocks = {
         block: torch.compile(block.forward, dynamic=True, options=_OPTIONS) for block in blocks_of(engine)
