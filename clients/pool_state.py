@@ -25,7 +25,8 @@ class Standing:
         node: Ray's number of the machine that it is on.
         host: That machine's name.
         pid: Its process there.
-        speed: Predicted work that it did in a second of its own clock, when it trained last; 0: it has not trained.
+        speed: Predicted work that it did in a second of its own clock, in the last round that it trained in; 0: it has
+            not, but for the first since it started, in which kernels are compiled and memory is taken.
     """
 
     starts: int = 0
@@ -87,6 +88,7 @@ class PoolState:
         self._dealt: list[Pack] = []
         self._places: dict[tuple[int, int], tuple[str, str, int]] = {}
         self._measured: dict[int, tuple[int, float, float]] = {}
+        self._warm: dict[int, int] = {}  # the first round that each trainer trained in since it started
         self._trained: list[dict[str, Any]] = []
         self._losses: dict[tuple[int, int, int, str], Loss] = {}
 
@@ -112,6 +114,7 @@ class PoolState:
         Between the two Ray says of it that it is restarting, and refuses its work.
         """
         starts, speed = self._standings[trainer].starts + 1, self._standings[trainer].speed
+        self._warm.pop(trainer, None)
         self._standings[trainer] = Standing(starts, starts == 1, node, host, pid, speed)
         self._places[trainer, starts] = (node, host, pid)
 
@@ -135,9 +138,14 @@ class PoolState:
         return packs if sum(len(pack.clients) for pack in packs) == len(asked) else []
 
     def measured(self, trainer: int, server_round: int, clients: int, work: float, seconds: float) -> None:
-        """Take note of what a pack took, by the trainer's own clock; packs of one round count together."""
+        """Take note of what a pack took, by the trainer's own clock; packs of one round count together.
+
+        The first round since it started says nothing of its speed: of two equal GPUs one was taken for half as fast.
+        """
         pack = {"round": server_round, "trainer": trainer, "clients": clients, "work": work, "seconds": seconds}
         self._trained.append(pack)
+        if self._warm.setdefault(trainer, server_round) == server_round:
+            return
         number, worked, took = self._measured.get(trainer, (server_round, 0.0, 0.0))
         if number == server_round:
             work, seconds = work + worked, seconds + took

@@ -58,10 +58,10 @@ class Stack:
             at = self.places[name].stop
         self._dtype, self._device, self._size = dtype, device, at
         self.values = self.rows(starts)
-        ragged = any(own != self.shapes for own in self._own)
         self.real: Tensor | None = None
-        if ragged:
-            self.real = self.rows([{name: np.ones(shape) for name, shape in own.items()} for own in self._own]) != 0
+        if any(own != self.shapes for own in self._own):
+            ones = {shape: np.ones(shape) for own in self._own for shape in own.values()}  # each of them is sent once
+            self.real = self.rows([{name: ones[shape] for name, shape in own.items()} for own in self._own]) != 0
 
     def named(self, rows: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return rows of numbers as tensors by name, [n, ...].
