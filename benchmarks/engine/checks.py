@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.engine.jobs import Job
-from benchmarks.engine.packed import Packed
 from benchmarks.engine.timing import Budget, attempt, free
 from benchmarks.engine.ways import PRIVATE, Bench, Kind
 
@@ -19,14 +18,16 @@ from benchmarks.engine.ways import PRIVATE, Bench, Kind
 TOLERANCES = {torch.bfloat16: (5e-3, 0.1), torch.float32: (1e-5, 1e-3)}
 STEPS = 4
 CLIENTS = 3
-RATES = (1e-3, 1e-4, 1e-5)
+# Large, because PEFT's adapters are bfloat16 here: of steps below a 256th of a number none arrives (at 1e-5 the losses
+# of MiniLM in float32 agree to 1e-8, and in bfloat16 PEFT's do not move). A loss may rise by such steps, in both ways.
+RATE = 1e-3
 ALONE = "a pack of one, the plain way"
 
 
 def check(bench: Bench, job: Job, kind: Kind, baselines: list[str], budget: Budget) -> list[dict[str, Any]]:
     """Compare clients' losses with those of the same clients one by one: PEFT's, Opacus's, else the engine's plain way.
 
-    All steps of a client are on one batch, so that its loss falls, and a step in the wrong direction shows.
+    All steps of a client are on one batch, so that its loss goes where its steps lead, and a wrong one shows.
 
     Args:
         bench: The model.
@@ -38,7 +39,7 @@ def check(bench: Bench, job: Job, kind: Kind, baselines: list[str], budget: Budg
     Returns:
         An entry for each comparison; ``equal`` is not there where it could not be made.
     """
-    job = replace(job, clients=min(CLIENTS, job.clients), steps=STEPS, repeated=True)
+    job = replace(job, clients=min(CLIENTS, job.clients), steps=STEPS, repeated=True, rate=RATE)
     alike = [one for one in baselines if (one in PRIVATE) == kind.dp and kind.method == "lora" and not kind.ragged]
     found = []
     for name in alike or [ALONE]:
@@ -52,23 +53,13 @@ def check(bench: Bench, job: Job, kind: Kind, baselines: list[str], budget: Budg
 
 def _compare(bench: Bench, job: Job, kind: Kind, against: str, entry: dict[str, Any]) -> None:
     packed = bench.packed(kind)
-    ours, fell, job = _falling(packed, job)
+    ours = packed.round(job, noisy=False)
+    fell = float((packed.round(replace(job, steps=1), noisy=False) - ours).mean())
     theirs = _alone(bench, kind, job, against)
     least, share = TOLERANCES[bench.dtype]
     off, tolerance = float(np.abs(ours - theirs).max()), least + share * abs(fell)
     entry |= {"ours": ours.tolist(), "theirs": theirs.tolist(), "off": off, "fell": fell}
-    entry |= {"tolerance": tolerance, "rate": job.rate, "equal": off <= tolerance and fell > 0}
-
-
-def _falling(packed: Packed, job: Job) -> tuple[NDArray[np.float64], float, Job]:
-    """Return the losses, by how much they fell, and the round at a rate where they do: else rounding grows by step."""
-    for rate in RATES:
-        slower = replace(job, rate=rate)
-        ours = packed.round(slower, noisy=False)
-        fell = float((packed.round(replace(slower, steps=1), noisy=False) - ours).mean())
-        if fell > 0:
-            break
-    return ours, fell, slower
+    entry |= {"tolerance": tolerance, "equal": off <= tolerance and abs(fell) > least}
 
 
 def _alone(bench: Bench, kind: Kind, job: Job, against: str) -> NDArray[np.float64]:
