@@ -59,6 +59,7 @@ def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, 
     start = commands.add_parser("run", help="like `flwr run --stream`, with a truthful exit code and no process left")
     plan = commands.add_parser("plan", help="what a run would do and send, without training")
     audit = commands.add_parser("audit", help="whether training does what its epsilon assumes, on the run's own model")
+    audit.add_argument("--statistical", action="store_true", help="attacks, too: epsilon as it is seen, from below")
     tune = commands.add_parser("tune", help="looks for the learning rate, on dev rows, within a stated time")
     tune.add_argument("--minutes", type=float, default=10.0, metavar="N", help="the most that it takes (default: 10)")
     for command in (start, plan, audit, tune):
@@ -116,7 +117,7 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
     if options.command == "plan":
         return _plan(config, options, console)
     if options.command == "audit":
-        return _audit(config, console)
+        return _audit(config, console, attacks=options.statistical)
     if options.command == "tune":
         return _tune(config, options, console)
     check_options(options.federation_config)
@@ -177,14 +178,14 @@ def _run_share(
     return 1
 
 
-def _audit(config: Config, console: Console) -> int:
-    """Check the training path under DP."""
+def _audit(config: Config, console: Console, *, attacks: bool) -> int:
+    """Check the training path under DP, on request by attacks on what it releases, too."""
     from simulations.audit import audit, show
 
     config, data = settle(config, _NODES)
     if len(data.clients) < 2:
         raise ConfigError("fedlora audit compares clients with each other: federation.num-clients must be at least 2.")
-    findings = audit(config, data)
+    findings = audit(config, data, attacks=attacks)
     show(findings, console)
     failed = [finding for finding in findings if not finding.passed]
     console.print(f"{len(findings) - len(failed)} of {len(findings)} checks hold")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,11 +18,15 @@ import torch
 from clients import resident
 from clients.accounts import Accounts
 from clients.errors import RefusedError
+from fedlora.config import to_toml
 from fedlora.data import load_federated
 from fedlora.engine import Batching, train_pack
 from fedlora.privacy import Ledger, Mechanism, PrivateRandom, step
 from fedlora.tasks import TASKS
 from simulations.audit import Finding, audit
+from simulations.audit.site import Audited
+from simulations.audit.statistical import repeated
+from simulations.cli import main
 from tests.support.trainers import TokenMean, dp_config
 
 Patch = pytest.MonkeyPatch
@@ -227,3 +232,35 @@ def test_a_planted_bug_fails_the_audit(name: str, tmp_path: Path, monkeypatch: P
     plant(monkeypatch)
     failed = [finding.name for finding in findings(tmp_path, **changes) if not finding.passed]
     assert any(expected in one for one in failed), failed
+
+
+# -- by attacks -------------------------------------------------------------------------------------------
+
+
+def test_attacks_on_the_shipped_code_stay_below_its_epsilon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(dp_config(tmp_path, **{"strategy.name": "ffa-lora"}).to_flat()), encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", "--statistical", ".", "-c", str(file)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0, shown
+    assert "16 of 16 checks hold" in shown
+    assert "repeated releases with and without a row" in shown
+
+
+def test_attacks_see_something(tmp_path: Path) -> None:
+    """The bound is some way up to the truth, which is here that of the ledger."""
+    config = dp_config(tmp_path)
+    finding = repeated(Audited(config, load_federated(config, 4), tmp_path, train_pack))
+    assert finding.passed, finding.numbers
+    seen, claimed = (float(number) for number in re.findall(r"(?:at least|,) ([\d.]+) by", finding.numbers))
+    assert 0.25 * claimed < seen
+
+
+@pytest.mark.parametrize("name", ["noise halved", "clipping the mean", "seed shared between clients"])
+def test_attacks_on_planted_bugs_come_out_above(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    plant, _ = BUGS[name]
+    plant(monkeypatch)
+    config = dp_config(tmp_path)
+    finding = repeated(Audited(config, load_federated(config, 4), tmp_path, train_pack))
+    assert not finding.passed, finding.numbers

@@ -24,16 +24,20 @@ from simulations.audit.rounds import order, rounds
 from simulations.audit.sampler import sampler
 from simulations.audit.sensitivity import sensitivity
 from simulations.audit.site import Audited
+from simulations.audit.statistical import statistical
 from strategies import STRATEGIES
 
 
-def audit(config: Config, data: FederatedData, train: TrainPack = train_pack) -> list[Finding]:
+def audit(
+    config: Config, data: FederatedData, train: TrainPack = train_pack, *, attacks: bool = False
+) -> list[Finding]:
     """Run all checks on a configuration whose ``privacy`` keys are all given.
 
     Args:
         config: The configuration.
         data: The data.
         train: What trains a pack.
+        attacks: Whether to bound epsilon from below, too, by attacks on what is released.
     """
     with TemporaryDirectory() as folder:
         run = Audited(config, data, Path(folder), train)
@@ -45,7 +49,7 @@ def audit(config: Config, data: FederatedData, train: TrainPack = train_pack) ->
             turn = f", roles of round {number}" if period > 1 else ""
             for one in (*sensitivity(run, number), *noise(run, number)):
                 found.append(replace(one, name=one.name + turn))
-        return [*found, *sampler(run)]
+        return [*found, *sampler(run), *(statistical(run) if attacks else [])]
 
 
 __all__ = ["Finding", "audit", "show"]

@@ -1,0 +1,106 @@
+"""The statistical audit: what an attacker sees of a row in what is released, as a lower bound of epsilon.
+
+The attacker is the server: it has every client's update, knows all rows but the one that it asks about, and that row's
+gradient. The mechanism's numbers are the audit's own (every row in every batch, one step, little noise), because what
+is audited is the code: with them an error in it shows, where a run's own noise would hide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.privacy import epsilon
+from fedlora.privacy.attacks import epsilon_of_mu, mu_from_scores, one_run_epsilon, shares_in_sum
+from simulations.audit.findings import ALARM, Finding, flat
+from simulations.audit.site import NO_ROWS, Audited, KnownSite
+
+_NOISE = 0.5  # noise multiplier: half of it, or a clip of the mean, is then far from it in a thousand releases
+_RELEASES = 2000  # half of them with the row
+_ROWS = 8  # of which the one with the largest gradient is asked about
+_BATCH = 4  # expected rows of a batch, so that clipping their mean is not clipping each of them
+_CANARIES = 1000
+_MORE_NOISE = 2.0  # for one run, whose bound is far below the truth: only a small epsilon can be exceeded
+_GUESSED = 0.4  # of the canaries
+_CHANCE = 0.05  # that the bound of one run is above the truth
+_NUMBERS = 5e7  # float64 numbers of updates that are held at once
+_NO_NOISE = 1e-12
+
+
+def statistical(run: Audited) -> Iterator[Finding]:
+    """Two bounds, each beside what the ledger says of the same releases."""
+    yield repeated(run)
+    yield one_run(run)
+
+
+def repeated(run: Audited) -> Finding:
+    """Many clients that have one row or none: whose update is which."""
+    rows = run.data.training_rows(0)[:_ROWS]
+    gradients = _gradients(run, rows, 1e9)
+    norms = np.linalg.norm(gradients, axis=1)
+    canary = int(norms.argmax())
+    clip, direction = float(norms[canary]) / _BATCH, gradients[canary] / norms[canary]
+    held = [rows[[canary]], NO_ROWS] * (_RELEASES // 2)
+    site = run.site(held, **_mechanism(_BATCH, _NOISE, clip))
+    # Noise that clients share moves all scores alike, and hides nothing.
+    scores = np.concatenate([part @ direction for part in _updates(site, len(held))])
+    delta, claimed = run.config.privacy.delta, _claimed(run, site)
+    mu = mu_from_scores(scores[1::2], scores[::2], alarm=ALARM)
+    seen = epsilon_of_mu(mu, delta)
+    return Finding(
+        "repeated releases with and without a row differ by no more than epsilon allows",
+        seen <= claimed,
+        f"epsilon at least {seen:.3g} by {len(scores):,} releases (chance of error {ALARM:g}), {claimed:.3g} by the "
+        f"ledger, at delta {delta:g}",
+    )
+
+
+def one_run(run: Audited) -> Finding:
+    """One client with half of many rows, drawn at random: which it has (Steinke, Nasr & Jagielski 2023)."""
+    rows = np.arange(len(run.data.corpus.train.texts))[:_CANARIES]
+    clip = float(np.median(np.linalg.norm(_gradients(run, rows[:_ROWS], 1e9), axis=1)))
+    gradients = _gradients(run, rows, clip)
+    there = np.random.default_rng().random(len(rows)) < 0.5
+    site = run.site([rows[there]], **_mechanism(len(rows), _MORE_NOISE, clip))
+    (released,) = _updates(site, 1)
+    shares = shares_in_sum(released[0], gradients, _MORE_NOISE * clip)
+    guessed = int(_GUESSED * len(rows)) // 2
+    order = np.argsort(shares)
+    correct = int(there[order[-guessed:]].sum() + (~there[order[:guessed]]).sum())
+    delta, claimed = run.config.privacy.delta, _claimed(run, site)
+    seen = one_run_epsilon(len(rows), 2 * guessed, correct, delta=delta, alarm=_CHANCE)
+    return Finding(
+        "one run tells no more of which rows are in it than epsilon allows",
+        seen <= claimed,
+        f"epsilon at least {seen:.3g} by {correct} of {2 * guessed} guesses right on {len(rows):,} canaries (chance of "
+        f"error {_CHANCE:g}), {claimed:.3g} by the ledger, at delta {delta:g}",
+    )
+
+
+def _mechanism(batch: int, noise: float, clip: float) -> dict[str, Any]:
+    """Return one step that takes every row."""
+    return {"steps": 1, "batch": batch, "client_size": batch, "noise_multiplier": noise, "max_grad_norm": clip}
+
+
+def _gradients(run: Audited, rows: NDArray[np.int64], clip: float) -> NDArray[np.float64]:
+    """Return each row's clipped gradient, all trained tensors together, [rows, P]."""
+    site = run.site([rows[[at]] for at in range(len(rows))], **_mechanism(1, _NO_NOISE / max(1.0, clip), clip))
+    return np.concatenate(list(_updates(site, len(rows))))
+
+
+def _updates(site: KnownSite, clients: int) -> Iterator[NDArray[np.float64]]:
+    """Return what clients' optimizers were given, as many at a time as memory has room for, [clients, P]."""
+    size = sum(int(np.prod(spec.shape)) for spec in site.worker.loaded.model.specs.values())
+    at_once = max(1, int(_NUMBERS / size))
+    for first in range(0, clients, at_once):
+        part: Sequence[int] = range(first, min(first + at_once, clients))
+        yield np.stack([flat(one) for one in site.released(part)])
+
+
+def _claimed(run: Audited, site: KnownSite) -> float:
+    """Return the epsilon of what a client's ledger says that it released."""
+    uses = [entry.use for entry in site.ledger(0).entries()]
+    return epsilon(uses, target_delta=run.config.privacy.delta)
