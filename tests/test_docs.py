@@ -40,8 +40,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_a_broken_link_is_seen() -> None:
-    text = "[a](docs/none.md) [b](docs/privacy.md#no-such-heading) [c](docs/privacy.md#keys) [d](https://flower.ai)"
-    assert broken(ROOT / "README.md", text) == ["docs/none.md", "docs/privacy.md#no-such-heading"]
+    text = "[a](docs/none.md) [b](docs/privacy-reference.md#no-such-heading) [c](docs/privacy-reference.md#keys) [d](https://flower.ai)"
+    assert broken(ROOT / "README.md", text) == ["docs/none.md", "docs/privacy-reference.md#no-such-heading"]
 
 
 def test_the_readme_is_short() -> None:

@@ -26,7 +26,11 @@ def test_what_an_attacker_may_learn() -> None:
         odds = math.exp(float(stated))
         assert float(sure.rstrip(" %")) == pytest.approx(100 * odds / (1 + odds), abs=0.6)
         found = odds * 0.01 + DELTA
-        assert named == "no bound" if found >= 1 else float(named.rstrip(" %")) == pytest.approx(100 * found, abs=0.06, rel=0.01)
+        assert (
+            named == "no bound"
+            if found >= 1
+            else float(named.rstrip(" %")) == pytest.approx(100 * found, abs=0.06, rel=0.01)
+        )
 
 
 def test_how_epsilon_grows_over_the_rounds() -> None:
