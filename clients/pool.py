@@ -157,7 +157,7 @@ class TrainerPool:
 
     def assign(self, job: Job) -> None:
         """Give all trainers a new job."""
-        ray.get(self.state.put.remote(job))
+        ray.get(self.state.begin.remote(job))
         self.everywhere(lambda worker, _: worker.renew())
 
     def expect(self, job: Job) -> None:

@@ -25,8 +25,9 @@ class Standing:
         node: Ray's number of the machine that it is on.
         host: That machine's name.
         pid: Its process there.
-        speed: Predicted work that it did in a second of its own clock, in the last round that it trained in; 0: it has
-            not, but for the first since it started, in which kernels are compiled and memory is taken.
+        speed: Predicted work that it did in a second of its own clock, in the last round that it trained in. The first
+            one of a job or since it started does not count, in which kernels are compiled and memory is taken: then it
+            is that of before, on the same machine. 0: it was not measured.
     """
 
     starts: int = 0
@@ -88,7 +89,7 @@ class PoolState:
         self._dealt: list[Pack] = []
         self._places: dict[tuple[int, int], tuple[str, str, int]] = {}
         self._measured: dict[int, tuple[int, float, float]] = {}
-        self._warm: dict[int, int] = {}  # the first round that each trainer trained in since it started
+        self._warm: dict[int, int] = {}  # the first round of the job that each trainer trained in since it started
         self._trained: list[dict[str, Any]] = []
         self._losses: dict[tuple[int, int, int, str], Loss] = {}
 
@@ -100,8 +101,14 @@ class PoolState:
         """Return the handles of the trainers."""
         return self._handles
 
+    def begin(self, job: Job) -> None:
+        """Take a new job, whose rounds begin anew."""
+        self._job = job
+        self._warm.clear()
+        self._measured.clear()
+
     def put(self, job: Job) -> None:
-        """Take a new job."""
+        """Take the job as it is now, for trainers that are started from now on."""
         self._job = job
 
     def job(self) -> Job:
@@ -113,7 +120,8 @@ class PoolState:
 
         Between the two Ray says of it that it is restarting, and refuses its work.
         """
-        starts, speed = self._standings[trainer].starts + 1, self._standings[trainer].speed
+        before = self._standings[trainer]
+        starts, speed = before.starts + 1, before.speed if before.node == node else 0.0
         self._warm.pop(trainer, None)
         self._standings[trainer] = Standing(starts, starts == 1, node, host, pid, speed)
         self._places[trainer, starts] = (node, host, pid)
@@ -140,7 +148,7 @@ class PoolState:
     def measured(self, trainer: int, server_round: int, clients: int, work: float, seconds: float) -> None:
         """Take note of what a pack took, by the trainer's own clock; packs of one round count together.
 
-        The first round since it started says nothing of its speed: of two equal GPUs one was taken for half as fast.
+        Its first round says nothing of its speed: of two equal GPUs one was taken for half as fast.
         """
         pack = {"round": server_round, "trainer": trainer, "clients": clients, "work": work, "seconds": seconds}
         self._trained.append(pack)

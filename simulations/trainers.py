@@ -134,7 +134,7 @@ def describe(pool: TrainerPool) -> list[dict[str, Any]]:
     kept = ("device", "threads", "host", "pid", "base_loads", "digest")
     described = {(one.host, one.pid): one for one in pool.everywhere(lambda worker, _: worker.describe())}
     return [
-        {"trainer": number, "node": one.node, "tokens_per_s": one.speed}
+        {"trainer": number, "node": one.node, "tokens_per_s": one.speed or None}
         | {key: getattr(described[one.host, one.pid], key) for key in kept}
         for number, one in enumerate(pool.standings())
         if (one.host, one.pid) in described

@@ -180,8 +180,10 @@ def test_a_slow_trainer_gets_less_and_noise_changes_nothing() -> None:
     assert spread_rows(5, [1.0, 1.0]) == [[0, 2, 4], [1, 3]]
 
 
-def test_speed_is_that_of_the_last_round_but_not_of_the_first_since_a_start(tmp_path: Path) -> None:
-    state = PoolState(tiny_job(resolve(tiny_flat(tmp_path)), tmp_path), 2)
+def test_speed_is_that_of_the_last_round_but_not_of_the_first(tmp_path: Path) -> None:
+    job = tiny_job(resolve(tiny_flat(tmp_path)), tmp_path)
+    state = PoolState(job, 2)
+    state.arrived(1, "n", "here", 11)
     state.measured(1, 1, 5, 100.0, 10.0)
     assert state.standings()[1].speed == 0.0, "kernels were compiled in it"
     for server_round, work, seconds in ((2, 100.0, 10.0), (3, 100.0, 1.0), (3, 300.0, 1.0)):
@@ -189,11 +191,17 @@ def test_speed_is_that_of_the_last_round_but_not_of_the_first_since_a_start(tmp_
     assert [one.speed for one in state.standings()] == [0.0, 200.0]
     last = {"round": 3, "trainer": 1, "clients": 5, "work": 300.0, "seconds": 1.0}
     assert state.trained(3) == [last], "what each pack took, beside the sums"
-    state.arrived(1, "n", "here", 11)
+    state.arrived(1, "n", "here", 12)
     state.measured(1, 4, 5, 100.0, 10.0)
     assert state.standings()[1].speed == 200.0, "as before its process was lost"
     state.measured(1, 5, 5, 100.0, 10.0)
     assert state.standings()[1].speed == 10.0
+    state.begin(job)
+    for server_round, seconds in ((5, 0.1), (6, 5.0)):
+        state.measured(1, server_round, 5, 100.0, seconds)
+    assert state.standings()[1].speed == 20.0, "another job compiles anew, and its rounds are not those of the last"
+    state.arrived(1, "m", "there", 13)
+    assert state.standings()[1].speed == 0.0, "another machine"
 
 
 def test_a_loss_is_noted_once_and_not_held_against_a_trainer_that_came_back(tmp_path: Path) -> None:

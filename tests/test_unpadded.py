@@ -158,13 +158,33 @@ def test_how_far_off_a_fast_way_may_be_goes_by_what_the_model_makes_of_a_roundin
     dtype: torch.dtype, change: Callable[[torch.Tensor], torch.Tensor], tolerance: float
 ) -> None:
     engine = in_precision(dtype, change)
-    assert fast.Plain.of(engine, random_start(engine)).tolerance == tolerance
+    assert fast.Plain.of(engine, random_start(engine)).tolerances[1] == tolerance
+
+
+def test_losses_and_gradients_have_a_tolerance_each() -> None:
+    """Three times what a rounding moves them by: gradients of these blocks by some per cent, losses by less."""
+    engine = in_precision(torch.bfloat16, lambda hidden: torch.sin(12.0 * hidden.float()).to(hidden.dtype))
+    start = random_start(engine)
+    plain = fast.Plain.of(engine, start)
+    with fast._rounded_blocks(engine):
+        moved = fast._apart(fast.numbers(engine, start), plain.numbers)
+    assert plain.tolerances[1] == pytest.approx(3 * moved[1])
+    assert 0.05 < plain.tolerances[1] < 0.25
+    assert plain.tolerances[0] < plain.tolerances[1]
+
+
+def test_gradients_that_are_no_numbers_are_not_taken_for_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine("bert")
+    start = random_start(engine)
+    plain = fast.Plain.of(engine, start)
+    monkeypatch.setattr(fast, "numbers", lambda *_: (plain.numbers[0], plain.numbers[1] * np.nan))
+    assert not fast.tried(engine, fast.without_padding, start, plain).grouped.unpadded
 
 
 def test_what_is_wrong_is_found_whatever_is_made_of_a_rounding() -> None:
     engine = in_precision(torch.bfloat16, mixed)
     start = random_start(engine)
-    plain = replace(fast.Plain.of(engine, start), tolerance=0.25)
+    plain = replace(fast.Plain.of(engine, start), tolerances=(0.25, 0.25))
     assert not fast.tried(engine, fast.without_padding, start, plain).grouped.unpadded
 
 

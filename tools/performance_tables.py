@@ -109,7 +109,7 @@ def profile_table() -> list[str]:
 
 def losses_table() -> list[str]:
     """Return how far the losses of packed clients were from those of the same clients alone, at most."""
-    columns = {"run": "<", "method": "<", "against": "<", "apart at most": ">", "allowed": ">", "fall of the loss": ">"}
+    columns = {"run": "<", "method": "<", "against": "<", "apart at most": ">", "allowed": ">", "fell by": ">"}
     worst: dict[tuple[str, str, str], Line] = {}
     for name, whole in [*results("train"), *results("regimes")]:
         for one in whole["checks"]:

@@ -13,7 +13,7 @@ from benchmarks.engine.jobs import Job
 from benchmarks.engine.timing import Budget, attempt, free
 from benchmarks.engine.ways import PRIVATE, Bench, Kind
 
-# By how much mean losses may differ, and by what share of their fall: in bfloat16 activations are rounded differently
+# By how much mean losses may differ, and by what share of their change: in bfloat16 activations are rounded differently
 # in batches of other sizes, and the baselines' adapters are bfloat16, too.
 TOLERANCES = {torch.bfloat16: (5e-3, 0.1), torch.float32: (1e-5, 1e-3)}
 STEPS = 4

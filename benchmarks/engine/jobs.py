@@ -34,7 +34,7 @@ class Job:
         rows: Rows of a step's batch.
         tokens: Tokens of a row.
         vocabulary: Of the model.
-        repeated: Whether a client takes all of its steps on one batch, so that its loss falls visibly.
+        repeated: Whether a client takes all of its steps on one batch, so that its loss goes where its steps lead.
         rate: Learning rate.
     """
 

@@ -102,7 +102,7 @@ def check_words(check: dict[str, Any]) -> str:
     verdict = "equal" if check["equal"] else "NOT EQUAL"
     return (
         f"losses of {what} against {check['against']}: {verdict}, {check['off']:.1e} apart at most (tolerance "
-        f"{check['tolerance']:g}) after a fall by {check['fell']:.1e}"
+        f"{check['tolerance']:g}) where they fell by {check['fell']:.1e}"
     )
 
 

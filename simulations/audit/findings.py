@@ -12,7 +12,7 @@ from rich.table import Table
 from scipy.stats import chi2
 
 ALARM = 1e-6
-"""Chance of a false alarm of each statistical check."""
+"""Chance of a false alarm of each statistical check, but for the attack on one run, which states its own."""
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,18 @@ is audited is the code: with them an error in it shows, where a run's own noise 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.privacy import epsilon
+from fedlora.privacy import certifier, epsilon
 from fedlora.privacy.attacks import epsilon_of_mu, mu_from_scores, one_run_epsilon, shares_in_sum
 from simulations.audit.findings import ALARM, Finding, flat
 from simulations.audit.site import NO_ROWS, Audited, KnownSite
 
-_NOISE = 0.5  # noise multiplier: half of it, or a clip of the mean, is then far from it in a thousand releases
+_NOISE = 0.5  # so little that an error in noise or clip shows in a thousand releases
 _RELEASES = 2000  # half of them with the row
 _ROWS = 8  # of which the one with the largest gradient is asked about
 _BATCH = 4  # expected rows of a batch, so that clipping their mean is not clipping each of them
@@ -47,21 +47,24 @@ def repeated(run: Audited) -> Finding:
     site = run.site(held, **_mechanism(_BATCH, _NOISE, clip))
     # Noise that clients share moves all scores alike, and hides nothing.
     scores = np.concatenate([part @ direction for part in _updates(site, len(held))])
-    delta, claimed = run.config.privacy.delta, _claimed(run, site)
+    delta, claimed = run.config.privacy.delta, _claimed(site)
     mu = mu_from_scores(scores[1::2], scores[::2], alarm=ALARM)
     seen = epsilon_of_mu(mu, delta)
     return Finding(
         "repeated releases with and without a row differ by no more than epsilon allows",
         seen <= claimed,
-        f"epsilon at least {seen:.3g} by {len(scores):,} releases (chance of error {ALARM:g}), {claimed:.3g} by the "
-        f"ledger, at delta {delta:g}",
+        f"as a Gaussian mechanism epsilon at least {seen:.3g} by {len(scores):,} releases (chance of error {ALARM:g}), "
+        f"{claimed:.3g} by the ledger, at delta {delta:g}",
     )
 
 
 def one_run(run: Audited) -> Finding:
     """One client with half of many rows, drawn at random: which it has (Steinke, Nasr & Jagielski 2023)."""
-    rows = np.arange(len(run.data.corpus.train.texts))[:_CANARIES]
-    clip = float(np.median(np.linalg.norm(_gradients(run, rows[:_ROWS], 1e9), axis=1)))
+    few = np.arange(len(run.data.corpus.train.texts))[:_ROWS]
+    first = _gradients(run, few, 1e9)
+    clip = float(np.median(np.linalg.norm(first, axis=1)))
+    room = max(_ROWS, int(_NUMBERS / first.shape[1]))
+    rows = np.arange(len(run.data.corpus.train.texts))[: min(_CANARIES, room)]
     gradients = _gradients(run, rows, clip)
     there = np.random.default_rng().random(len(rows)) < 0.5
     site = run.site([rows[there]], **_mechanism(len(rows), _MORE_NOISE, clip))
@@ -69,8 +72,8 @@ def one_run(run: Audited) -> Finding:
     shares = shares_in_sum(released[0], gradients, _MORE_NOISE * clip)
     guessed = int(_GUESSED * len(rows)) // 2
     order = np.argsort(shares)
-    correct = int(there[order[-guessed:]].sum() + (~there[order[:guessed]]).sum())
-    delta, claimed = run.config.privacy.delta, _claimed(run, site)
+    correct = int(there[order[len(rows) - guessed :]].sum() + (~there[order[:guessed]]).sum())
+    delta, claimed = run.config.privacy.delta, _claimed(site)
     seen = one_run_epsilon(len(rows), 2 * guessed, correct, delta=delta, alarm=_CHANCE)
     return Finding(
         "one run tells no more of which rows are in it than epsilon allows",
@@ -93,14 +96,19 @@ def _gradients(run: Audited, rows: NDArray[np.int64], clip: float) -> NDArray[np
 
 def _updates(site: KnownSite, clients: int) -> Iterator[NDArray[np.float64]]:
     """Return what clients' optimizers were given, as many at a time as memory has room for, [clients, P]."""
-    size = sum(int(np.prod(spec.shape)) for spec in site.worker.loaded.model.specs.values())
-    at_once = max(1, int(_NUMBERS / size))
+    at_once = max(1, int(_NUMBERS / _size(site)))
     for first in range(0, clients, at_once):
-        part: Sequence[int] = range(first, min(first + at_once, clients))
+        part = range(first, min(first + at_once, clients))
         yield np.stack([flat(one) for one in site.released(part)])
 
 
-def _claimed(run: Audited, site: KnownSite) -> float:
-    """Return the epsilon of what a client's ledger says that it released."""
-    uses = [entry.use for entry in site.ledger(0).entries()]
-    return epsilon(uses, target_delta=run.config.privacy.delta)
+def _size(site: KnownSite) -> int:
+    """Return P, the numbers of a client at most."""
+    return sum(int(np.prod(spec.shape)) for spec in site.worker.loaded.model.specs.values())
+
+
+def _claimed(site: KnownSite) -> float:
+    """Return the epsilon of what a client's ledger says that it released: one step that takes every row."""
+    (entry,) = site.ledger(0).entries()
+    assert (entry.use.steps, entry.use.sample_rate) == (1, 1.0), "whose noise is that of a Gaussian mechanism"
+    return epsilon([entry.use], target_delta=site.config.privacy.delta, accountant=certifier(site.config))

@@ -1,7 +1,8 @@
 """Lower bounds of epsilon from an attacker's guesses, each at a stated chance of being wrong.
 
 An accountant says what a mechanism leaks at most; these say what it was seen to leak at least. Where the second is
-above the first, the mechanism is not the one that was accounted for.
+above the first, the mechanism is not the one that was accounted for. The bound by mu holds for mechanisms that are
+Gaussian: that is what the claim is that it refutes, and of others it is no bound.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _MOST = 100.0  # of an epsilon that is looked for
 
 
 def mu_from_scores(without: NDArray[np.float64], with_: NDArray[np.float64], *, alarm: float) -> float:
-    """Return the least mu of Gaussian DP that tells the scores of two neighbouring data sets apart as well as seen.
+    """Return the least mu of a Gaussian mechanism whose scores of two neighbouring data sets are as far apart as seen.
 
     A threshold, and the side of it that speaks for the row, are chosen on every second score; on the others the error
     rates are bounded by Clopper and Pearson's intervals (Nasr et al. 2023, "Tight auditing of differentially private
@@ -85,6 +86,7 @@ def one_run_epsilon(canaries: int, guesses: int, correct: int, *, delta: float, 
         delta: The delta that belongs to epsilon.
         alarm: The chance that the bound is above the truth.
     """
+    assert 0 <= correct <= guesses <= canaries, "guesses are of canaries"
     if not correct:
         return 0.0
 

@@ -12,7 +12,7 @@ def shares_in_sum(
     """Return for each row how far it seems to be in the sum, 0 to 1 but for the noise, [m].
 
     The best linear estimate, where each row is in with probability one half and the noise is Gaussian: with one row the
-    inner product of release and gradient, with many that without what the others explain.
+    inner product of release and gradient, with many the same after what the other rows explain is taken off.
 
     Args:
         released: The sum of the gradients of those that are in, plus noise, [P].
