@@ -237,6 +237,7 @@ def test_a_planted_bug_fails_the_audit(name: str, tmp_path: Path, monkeypatch: P
 # -- by attacks -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_attacks_on_the_shipped_code_stay_below_its_epsilon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.toml"
     file.write_text(to_toml(dp_config(tmp_path, **{"strategy.name": "ffa-lora"}).to_flat()), encoding="utf-8")
@@ -257,7 +258,14 @@ def test_attacks_see_something(tmp_path: Path) -> None:
     assert 0.25 * claimed < seen
 
 
-@pytest.mark.parametrize("name", ["noise halved", "clipping the mean", "seed shared between clients"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "noise halved",
+        pytest.param("clipping the mean", marks=pytest.mark.slow),
+        pytest.param("seed shared between clients", marks=pytest.mark.slow),
+    ],
+)
 def test_attacks_on_planted_bugs_come_out_above(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
     plant, _ = BUGS[name]
     plant(monkeypatch)
