@@ -256,6 +256,8 @@ def test_the_card_loads_the_base_as_it_was_trained_on(
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert code is not None
     monkeypatch.chdir(tmp_path)
+    # On some processors bitsandbytes has a way of its own, for layers of 32 outputs or a multiple: these have 16.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     scope: dict[str, Any] = {"BASE": run.config.model.name, "TEXTS": ["w1 w2 w3", "w5"], "PROMPT": "w1 w2"}
     exec(code[1], scope)
     adapted = scope["model"]
