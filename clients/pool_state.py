@@ -103,7 +103,7 @@ class PoolState:
 
     def begin(self, job: Job) -> None:
         """Take a new job, whose rounds begin anew."""
-        self._job = job
+        self.put(job)
         self._warm.clear()
         self._measured.clear()
 

@@ -22,8 +22,7 @@ def sensitivity(run: Audited, roles_of: int) -> Iterator[Finding]:
     without = [np.setdiff1d(rows, [row]) for row in rows]
 
     def sums(held: Sequence[NDArray[np.int64]], clip: float) -> NDArray[np.float64]:
-        noise = {"noise_multiplier": 1e-12 / max(1.0, clip), "max_grad_norm": clip}
-        site = run.site(held, steps=1, batch=_ROWS, client_size=_ROWS, **noise)
+        site = run.one_step(held, _ROWS, clip)
         # One after the other: rows that are coupled would be so across clients, too.
         return np.stack([flat(site.released([client], roles_of)[0]) for client in range(len(held))])
 

@@ -30,6 +30,7 @@ from fedlora.strategy import Strategy
 from strategies.build import build_strategy
 
 NO_ROWS = np.zeros(0, dtype=np.int64)
+_NO_NOISE = 1e-12
 
 Arrays = dict[str, NDArray[np.floating]]
 Batches = Sequence[NDArray[np.int64]]
@@ -147,6 +148,20 @@ class Audited:
         self._job = Job(config.to_flat(), data, SiteLimits(mkdtemp(dir=self._folder)))
         self._worker.renew()
         return KnownSite(config, self._worker)
+
+    def one_step(
+        self, rows: Sequence[NDArray[np.int64]], batch: int, clip: float, noise_multiplier: float = 0.0
+    ) -> KnownSite:
+        """Give the worker clients that take one step, on all of their rows; the clients before are gone.
+
+        Args:
+            rows: Training rows of each client.
+            batch: Expected batch size.
+            clip: The clip.
+            noise_multiplier: Of the step; 0: the least that is next to none.
+        """
+        noise = noise_multiplier or _NO_NOISE / max(1.0, clip)
+        return self.site(rows, steps=1, batch=batch, client_size=batch, noise_multiplier=noise, max_grad_norm=clip)
 
     def _fetch(self) -> Job:
         assert self._job is not None, "a check makes its site first"

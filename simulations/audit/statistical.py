@@ -8,7 +8,6 @@ is audited is the code: with them an error in it shows, where a run's own noise 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,6 @@ _MORE_NOISE = 2.0  # for one run, whose bound is far below the truth: only a sma
 _GUESSED = 0.4  # of the canaries
 _CHANCE = 0.05  # that the bound of one run is above the truth
 _NUMBERS = 5e7  # float64 numbers of updates that are held at once
-_NO_NOISE = 1e-12
 
 
 def statistical(run: Audited) -> Iterator[Finding]:
@@ -44,7 +42,7 @@ def repeated(run: Audited) -> Finding:
     canary = int(norms.argmax())
     clip, direction = float(norms[canary]) / _BATCH, gradients[canary] / norms[canary]
     held = [rows[[canary]], NO_ROWS] * (_RELEASES // 2)
-    site = run.site(held, **_mechanism(_BATCH, _NOISE, clip))
+    site = run.one_step(held, _BATCH, clip, _NOISE)
     # Noise that clients share moves all scores alike, and hides nothing.
     scores = np.concatenate([part @ direction for part in _updates(site, len(held))])
     delta, claimed = run.config.privacy.delta, _claimed(site)
@@ -60,14 +58,13 @@ def repeated(run: Audited) -> Finding:
 
 def one_run(run: Audited) -> Finding:
     """One client with half of many rows, drawn at random: which it has (Steinke, Nasr & Jagielski 2023)."""
-    few = np.arange(len(run.data.corpus.train.texts))[:_ROWS]
-    first = _gradients(run, few, 1e9)
+    every = np.arange(len(run.data.corpus.train.texts))
+    first = _gradients(run, every[:_ROWS], 1e9)
     clip = float(np.median(np.linalg.norm(first, axis=1)))
-    room = max(_ROWS, int(_NUMBERS / first.shape[1]))
-    rows = np.arange(len(run.data.corpus.train.texts))[: min(_CANARIES, room)]
+    rows = every[: min(_CANARIES, max(_ROWS, int(_NUMBERS / first.shape[1])))]
     gradients = _gradients(run, rows, clip)
     there = np.random.default_rng().random(len(rows)) < 0.5
-    site = run.site([rows[there]], **_mechanism(len(rows), _MORE_NOISE, clip))
+    site = run.one_step([rows[there]], len(rows), clip, _MORE_NOISE)
     (released,) = _updates(site, 1)
     shares = shares_in_sum(released[0], gradients, _MORE_NOISE * clip)
     guessed = int(_GUESSED * len(rows)) // 2
@@ -83,14 +80,9 @@ def one_run(run: Audited) -> Finding:
     )
 
 
-def _mechanism(batch: int, noise: float, clip: float) -> dict[str, Any]:
-    """Return one step that takes every row."""
-    return {"steps": 1, "batch": batch, "client_size": batch, "noise_multiplier": noise, "max_grad_norm": clip}
-
-
 def _gradients(run: Audited, rows: NDArray[np.int64], clip: float) -> NDArray[np.float64]:
     """Return each row's clipped gradient, all trained tensors together, [rows, P]."""
-    site = run.site([rows[[at]] for at in range(len(rows))], **_mechanism(1, _NO_NOISE / max(1.0, clip), clip))
+    site = run.one_step([rows[[at]] for at in range(len(rows))], 1, clip)
     return np.concatenate(list(_updates(site, len(rows))))
 
 
