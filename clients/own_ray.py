@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray advises, instead of warning about it at each start
+    # A worker for each core, before any is asked for: trainers and Flower's actors are processes of their own.
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_raylet_start_wait_time_s": "120",  # for which it waits for its own processes; 30 are too few on a busy machine
 }
 """What a Ray that is started here has in its environment."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from rich.console import Console
 
 from fedlora.config import Scalar, from_toml, to_toml
 from fedlora.runs.lock import COMMAND, Holder, is_held, this_command
+from simulations import cluster
 from simulations.keeper import end_processes, kept
 from simulations.superlink import (
     StartError,
@@ -36,6 +38,8 @@ from simulations.superlink import (
 _FOLLOWS = 5  # times that a log which ends before its run is followed again
 _ASKS = 5
 _PAUSE_S = 1.0
+_CLIENT_APPS = 4  # side by side: each waits for trainers most of the time
+_FLOWERS = 2  # cores for each of its actors, by itself
 CONFIG_TABLE = "[tool.flwr.app.config]\n"
 
 
@@ -70,7 +74,7 @@ def launch(
             console.print(f"fedlora: the run could not be started: {error}", markup=False)
             return 1
         command = [flower_command(), "run", str(copy), "--stream", "--run-config", str(file)]
-        for option in federation_config:
+        for option in with_few_actors(federation_config, os.cpu_count() or 1):
             command += ["--federation-config", option]
         code = _flower(command, link, app)
         run = _run(link)
@@ -79,6 +83,23 @@ def launch(
             console.print(said, markup=False)
             return 1
         return _verdict(_followed(run, link), link, home, console)
+
+
+def with_few_actors(federation_config: Sequence[str], cores: int) -> list[str]:
+    """Return options of ``--federation-config`` by which Flower starts a few actors, where they do not say how many.
+
+    It starts one for each two cores, used or not: 32 processes on a machine of 64 cores.
+
+    Args:
+        federation_config: The options.
+        cores: Of this machine.
+    """
+    said = " ".join(federation_config)
+    given = re.search(r"init-args-num-cpus=(\d+)", said)
+    few = (int(given[1]) if given else cores) // _CLIENT_APPS
+    if "client-resources" in said or few <= _FLOWERS or cluster.named():
+        return list(federation_config)
+    return [*federation_config, f"client-resources-num-cpus={few}"]
 
 
 def end_abandoned(folder: Path) -> None:

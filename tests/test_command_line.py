@@ -11,11 +11,29 @@ from flwr.cli.build import build_fab_from_disk
 
 from fedlora.config import to_toml
 from simulations.cli import main
-from simulations.launch import shipped
+from simulations.launch import shipped, with_few_actors
 from simulations.options import read_overrides
 from tests.support.trainers import tiny_flat
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "cores", "expected"),
+    [
+        ([], 64, ["client-resources-num-cpus=16"]),
+        ([], 8, []),
+        (
+            ["num-supernodes=3 init-args-num-cpus=16"],
+            64,
+            ["num-supernodes=3 init-args-num-cpus=16", "client-resources-num-cpus=4"],
+        ),
+        (["client-resources-num-cpus=1"], 64, ["client-resources-num-cpus=1"]),
+    ],
+)
+def test_flower_starts_a_few_actors(options: list[str], cores: int, expected: list[str]) -> None:
+    """Not one for each two cores, unless the options say how many."""
+    assert with_few_actors(options, cores) == expected
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
