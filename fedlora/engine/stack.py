@@ -10,7 +10,7 @@ a mask says which numbers are real, and what comes out has the client's own shap
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -22,6 +22,26 @@ from fedlora.methods import TensorSpec
 from fedlora.transfer import to_device
 
 Shape = tuple[int, ...]
+
+
+@final
+class _Part(NamedTuple):
+    """What tensors of some shapes take of a row.
+
+    Attributes:
+        shapes: The tensors' shapes, by name in the order of a row.
+        places: Where each of them is, side by side [p].
+        whole: Whether they are all of a row.
+    """
+
+    shapes: dict[str, Shape]
+    places: list[slice]
+    whole: bool
+
+    def views(self, row: NDArray[np.floating]) -> dict[str, NDArray[np.floating]]:
+        """Return the tensors by name, as views of their numbers side by side [p]."""
+        pairs = zip(self.shapes.items(), self.places, strict=True)
+        return {name: row[place].reshape(shape) for (name, shape), place in pairs}
 
 
 @final
@@ -49,19 +69,18 @@ class Stack:
         device: torch.device,
         last: Set[str] = frozenset(),
     ) -> None:
-        self._own = [{name: value.shape for name, value in start.items()} for start in starts]
         self.shapes = {name: tuple(shapes[name]) for name in sorted(starts[0], key=last.__contains__)}
-        self.places: dict[str, slice] = {}
-        at = 0
-        for name, shape in self.shapes.items():
-            self.places[name] = slice(at, at + int(np.prod(shape)))
-            at = self.places[name].stop
-        self._dtype, self._device, self._size = dtype, device, at
+        self.places = dict(zip(self.shapes, _side_by_side(self.shapes), strict=True))
+        self._dtype, self._device = dtype, device
+        self._size = sum(int(np.prod(shape)) for shape in self.shapes.values())
+        self._parts: dict[tuple[tuple[str, Shape], ...], _Part] = {}
+        self._part_g = [self._part(start) for start in starts]
         self.values = self.rows(starts)
         self.real: Tensor | None = None
-        if any(own != self.shapes for own in self._own):
-            ones = {shape: np.ones(shape) for own in self._own for shape in own.values()}  # each of them is sent once
-            self.real = self.rows([{name: ones[shape] for name, shape in own.items()} for own in self._own]) != 0
+        if not all(part.whole for part in self._part_g):
+            self.real = torch.zeros_like(self.values, dtype=torch.bool)
+            for part, groups in self._alike(self._part_g):
+                self._put(self.real, groups, part, torch.ones_like(self.real[: len(groups), : part.places[-1].stop]))
 
     def named(self, rows: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return rows of numbers as tensors by name, [n, ...].
@@ -86,26 +105,69 @@ class Stack:
         distinct: dict[tuple[tuple[str, int], ...], int] = {}
         keys = [tuple((name, id(value)) for name, value in one.items()) for one in tensors]
         row_g = [distinct.setdefault(key, len(distinct)) for key in keys]
-        host = torch.zeros((len(distinct), self._size), dtype=self._dtype, pin_memory=self._device.type != "cpu")
-        numbers = host.numpy()
-        for row, one in dict(zip(row_g, tensors, strict=True)).items():
-            for name, value in one.items():
-                numbers[row, self.places[name]] = pad(value, self.shapes[name]).ravel()
-        sent = host.to(self._device, non_blocking=True)
-        return sent if len(distinct) == len(tensors) else sent[to_device(np.array(row_g), self._device)]
+        each = list(dict(zip(row_g, tensors, strict=True)).values())
+        rows: Tensor | None = None
+        for part, places in self._alike([self._part(one) for one in each]):
+            host = self._host(len(places), part)
+            for row, place in zip(host.numpy(), places.tolist(), strict=True):
+                for name, view in part.views(row).items():
+                    view[...] = each[place][name]
+            sent = host.to(self._device, non_blocking=True)
+            if part.whole and len(places) == len(each):
+                rows = sent
+                break
+            if rows is None:
+                rows = torch.zeros((len(each), self._size), dtype=self._dtype, device=self._device)
+            self._put(rows, places, part, sent)
+        assert rows is not None, "rows of nobody"
+        return rows if len(each) == len(tensors) else rows[to_device(np.array(row_g), self._device)]
 
     def split(self, rows: Tensor) -> list[dict[str, NDArray[np.floating]]]:
         """Return rows of numbers [G, P] as each group's arrays by name, at its own shapes."""
-        host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=rows.device.type != "cpu")
-        host.copy_(rows)  # kept by the arrays, which are views of it
-        named = {name: value.numpy() for name, value in self.named(host).items()}
-        return [
-            {
-                name: named[name][g] if shape == self.shapes[name] else _first(named[name][g], shape)
-                for name, shape in own.items()
-            }
-            for g, own in enumerate(self._own)
-        ]
+        split: list[dict[str, NDArray[np.floating]]] = [{} for _ in self._part_g]
+        for part, groups in self._alike(self._part_g):
+            host = self._host(len(groups), part)
+            host.copy_(rows if part.whole and len(groups) == len(split) else self._chosen(rows, groups, part))
+            for row, group in zip(host.numpy(), groups.tolist(), strict=True):
+                split[group] = part.views(row)
+        return split
+
+    def _part(self, tensors: Arrays) -> _Part:
+        """Return what these tensors take of a row: made once for all of the same shapes."""
+        assert tensors.keys() <= self.shapes.keys(), "tensors that a row has no place for"
+        shapes = {name: tensors[name].shape for name in self.shapes if name in tensors}
+        key = tuple(shapes.items())
+        if key not in self._parts:
+            self._parts[key] = _Part(shapes, _side_by_side(shapes), shapes == self.shapes)
+        return self._parts[key]
+
+    def _alike(self, parts: Sequence[_Part]) -> list[tuple[_Part, NDArray[np.int64]]]:
+        """Return the different parts, each with the places at which it stands."""
+        found: dict[int, list[int]] = {}
+        for place, part in enumerate(parts):
+            found.setdefault(id(part), []).append(place)
+        return [(parts[places[0]], np.array(places)) for places in found.values()]
+
+    def _put(self, rows: Tensor, places: NDArray[np.int64], part: _Part, numbers: Tensor) -> None:
+        """Write a part's numbers [n, p] into rows at some places, [n]."""
+        here, named = to_device(places, self._device), self.named(rows)
+        for (name, shape), at in zip(part.shapes.items(), part.places, strict=True):
+            index: tuple[Tensor | slice, ...] = (here, *(slice(n) for n in shape))
+            named[name][index] = numbers[:, at].reshape(-1, *shape)
+
+    def _chosen(self, rows: Tensor, places: NDArray[np.int64], part: _Part) -> Tensor:
+        """Return a part's numbers [n, p] of rows at some places, [n]."""
+        chosen = rows[to_device(places, self._device)]
+        if part.whole:
+            return chosen
+        named = self.named(chosen)
+        firsts = [named[name][:, *(slice(n) for n in shape)] for name, shape in part.shapes.items()]
+        return torch.cat([first.reshape(len(places), -1) for first in firsts], 1)
+
+    def _host(self, rows: int, part: _Part) -> Tensor:
+        """Return room on the host for rows of a part's numbers, in memory that a GPU copies from and to by itself."""
+        size = part.places[-1].stop if part.places else 0
+        return torch.empty((rows, size), dtype=self._dtype, pin_memory=self._device.type != "cpu")
 
     def spread(self, numbers: Mapping[str, float]) -> Tensor:
         """Return a row [P] that has for each tensor its number in ``numbers``, everywhere, and zero without one."""
@@ -115,15 +177,10 @@ class Stack:
         return row
 
 
-def _first(value: NDArray[np.floating], shape: Shape) -> NDArray[np.floating]:
-    """Return an array without what :func:`pad` put behind it."""
-    return np.ascontiguousarray(value[tuple(slice(size) for size in shape)])
-
-
-def pad(value: NDArray[np.floating], shape: Shape) -> NDArray[np.floating]:
-    """Return an array with zeros behind it along each axis, up to ``shape``."""
-    missing = [(0, whole - n) for whole, n in zip(shape, value.shape, strict=True)]
-    return np.pad(value, missing) if any(n for _, n in missing) else value
+def _side_by_side(shapes: Mapping[str, Shape]) -> list[slice]:
+    """Return where tensors of these shapes are, one after another."""
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()], dtype=int).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def common_shapes(specs: Mapping[str, TensorSpec], tensors: Sequence[Arrays], fixed: Arrays) -> dict[str, Shape]:

@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 
 from fedlora.config import Config
 from fedlora.engine import Engine
-from fedlora.engine.stack import common_shapes, pad
+from fedlora.engine.stack import common_shapes
 from fedlora.methods import Factor, LowRank
 from fedlora.methods.residual import compress
 from fedlora.models import head_modules, model_path
 from fedlora.runs.ranks import FILE, strengths
+from fedlora.shapes import pad
 
 
 def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], config: Config) -> dict[str, bytes]:
