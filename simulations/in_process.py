@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from clients.limits import SiteLimits
 from clients.shards import deal
 from clients.site import Job
 from clients.worker import Worker
 from fedlora.config import Config
 from fedlora.data import FederatedData
-from fedlora.exchange import Instruction, Outcome
+from fedlora.exchange import Instruction, Outcome, Update
 from fedlora.reduce import fold
 from fedlora.server import Core
 from fedlora.server.personal import personal_means
@@ -98,6 +101,28 @@ class InProcess:
         failed = {report.client: report.reason for report in reports if report.outcome is not Outcome.OK}
         federation.check_failures(server_round, cohort, failed, core.state.clients.spent, good=total.count)
         core.apply(server_round, total, set(cohort) - set(failed))
+
+    def released(self, server_round: int) -> list[Update]:
+        """Return what each of a round's clients would send; the server stays as it is.
+
+        Raises:
+            RuntimeError: A client did not train.
+        """
+        told = self.core.instruction(server_round, self.core.federation.cohort(server_round))
+        updates = [update for part in self._packs(told) for update in self._worker.train(part)]
+        for update in updates:
+            if update.report.reason:
+                raise RuntimeError(f"client {update.client} did not train: {update.report.reason}")
+        return sorted(updates, key=lambda update: update.client)
+
+    def facts(self, updates: Sequence[Update], rows: Sequence[int]) -> dict[str, NDArray[np.float64]]:
+        """Return facts of training rows under what each client has sent, [clients, rows] by name."""
+        model = self._worker.loaded.model
+        own = [update.tensors for update in updates]
+        common = {name: value for name, value in model.initial.items() if name not in own[0]}
+        group = np.repeat(np.arange(len(own)), len(rows))
+        facts = model.parallel.evaluate(common, model.examples["train"], [*rows] * len(own), own=own, group=group)
+        return {name: values.reshape(len(own), len(rows)) for name, values in facts.items()}
 
     def measure(self, server_round: int) -> dict[str, float]:
         """Return the metrics after a round, by plain name: on dev rows, or for personal models on clients' own rows."""

@@ -40,6 +40,8 @@ _ASKS = 5
 _PAUSE_S = 1.0
 _CLIENT_APPS = 4  # side by side: each waits for trainers most of the time
 _FLOWERS = 2  # cores for each of its actors, by itself
+# By which programs are told to print colours into a pipe, too, as Jupyter tells them: Flower's JSON is none then.
+COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
 CONFIG_TABLE = "[tool.flwr.app.config]\n"
 
 
@@ -179,12 +181,11 @@ def _flower(command: Sequence[str], link: SuperLink, folder: Path | None = None)
 def _run(link: SuperLink) -> dict[str, Any] | None:
     """Return what Flower says of the one run of this home; None where it does not answer, or has none."""
     command = [flower_command(), "ls", "--format", "json"]
+    plain = {key: value for key, value in link.environment.items() if key not in COLOURS}
     for _ in range(_ASKS):
         if link.process.poll() is not None:
             break
-        answer = subprocess.run(
-            command, env=link.environment, capture_output=True, text=True, check=False, start_new_session=True
-        )
+        answer = subprocess.run(command, env=plain, capture_output=True, text=True, check=False, start_new_session=True)
         try:
             runs = json.loads(answer.stdout)["runs"]
             return dict(runs[0]) if runs else None

@@ -31,10 +31,10 @@ def write_plot(figure: Any, path: Path) -> None:
 
 def draw_curves(runs: list[Run]) -> Any:
     """Return a figure of the measure by round, one line a run; of a single run with what it is compared with."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for run in runs:
         label = run.config.strategy.name if len(runs) == 1 else run.path.name
-        axes.plot(*run.curve(), marker="o", label=_plain(textwrap.fill(label, 40)))
+        axes.plot(*run.curve(), marker="o", label=plain_text(textwrap.fill(label, 40)))
     if len(runs) == 1:
         styles = ("--", ":", "-.", (0, (1, 3)))
         for (name, value), style in zip(runs[0].references().items(), styles, strict=False):
@@ -49,7 +49,7 @@ def draw_curves(runs: list[Run]) -> Any:
 
 def draw_epsilon(run: Run) -> Any:
     """Return a figure of epsilon by round: of the clients that spent the most and the least, with the budget."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     rounds, most, least = zip(*run.spent, strict=True)
     axes.plot(rounds, most, marker="o", label="the client that spent most")
     if most != least:
@@ -57,7 +57,7 @@ def draw_epsilon(run: Run) -> Any:
     if run.config.privacy.epsilon:
         axes.axhline(run.config.privacy.epsilon, color="#777777", linestyle="--", label="budget")
     axes.set(xlabel="round", ylabel=f"epsilon at delta {run.privacy['delta']:g}")
-    axes.set_title(_plain(textwrap.fill(run.privacy["guarantee"], 120)), fontsize=5)
+    axes.set_title(plain_text(textwrap.fill(run.privacy["guarantee"], 120)), fontsize=5)
     axes.set_ylim(0, None)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=8)
@@ -66,7 +66,7 @@ def draw_epsilon(run: Run) -> Any:
 
 def draw_clients(run: Run) -> Any:
     """Return a figure of each client's measure on its own rows, from the worst to the best."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     alone = run.path / "baselines" / "alone" / "scores.jsonl"
     series = {run.config.strategy.name: run.scores}
     if alone.is_file():
@@ -85,7 +85,7 @@ def draw_ranks(run: Run) -> Any:
     Where clients have adapters of their own, of the mean over them.
     """
     strengths = run.strengths
-    figure, axes = _figure()
+    figure, axes = new_figure()
     width = max(values.shape[1] for values in strengths.values())
     grid = np.zeros((len(strengths), width))
     for row, values in enumerate(strengths.values()):
@@ -93,7 +93,7 @@ def draw_ranks(run: Run) -> Any:
     image = axes.imshow(np.ma.masked_equal(grid, 0.0), aspect="auto", cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="Frobenius norm")
     if len(strengths) <= 40:
-        axes.set_yticks(range(len(strengths)), [_plain(_short(name)) for name in strengths], fontsize=6)
+        axes.set_yticks(range(len(strengths)), [plain_text(_short(name)) for name in strengths], fontsize=6)
     axes.set(xlabel="component, strongest first", ylabel="adapted layer")
     axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
@@ -114,9 +114,9 @@ def plot_partition(run: Run) -> None:
 
 def draw_partition(run: Run) -> Any:
     """Return a figure of each client's rows by label; of many clients sorted by size."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     counts = np.asarray(run.partition["counts"])
-    names = [_plain(name) if label < 20 else None for label, name in enumerate(run.partition["classes"])]
+    names = [plain_text(name) if label < 20 else None for label, name in enumerate(run.partition["classes"])]
     if len(counts) > _MANY:
         ordered = counts[np.argsort(-counts.sum(1), kind="stable")]
         axes.stackplot(np.arange(len(ordered)), ordered.T, labels=[name or "" for name in names])
@@ -131,13 +131,13 @@ def draw_partition(run: Run) -> Any:
     return figure
 
 
-def _plain(name: str) -> str:
+def plain_text(name: str) -> str:
     """Return a name as text: matplotlib reads $...$ as mathematics and leaves out names that begin with _."""
     return f" {name}".replace("$", r"\$")
 
 
-def _figure() -> tuple[Any, Any]:
-    """Return a figure that needs no display and no global state."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+def new_figure(size: tuple[float, float] = (6.4, 3.6), rows: int = 1) -> tuple[Any, Any]:
+    """Return a figure that needs no display and no global state, and its axes: several below one another."""
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(rows)
