@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo demo-dp test test-slow test-quantised test-deploy check format config tables clean
+.PHONY: setup demo demo-dp notebook test test-slow test-notebooks test-quantised test-deploy check format config tables clean
 
 setup: $(STAMP)
 
@@ -23,6 +23,11 @@ demo: setup
 demo-dp: setup
 	$(BIN)/fedlora run -c simulations/recipes/dp.toml
 
+# Opens the notebooks in JupyterLab, which is not a part of setup.
+notebook: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[notebook]'
+	$(BIN)/jupyter lab notebooks
+
 # Unit tests side by side, each process on one core; what starts Flower and Ray after them, one at a time.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 E2E := $(BIN)/python -m pytest
@@ -36,6 +41,11 @@ test-slow: setup
 	$(UNIT) -m "not e2e and slow"
 	$(E2E) -m "e2e and slow"
 	$(MAKE) test-quantised
+	$(MAKE) test-notebooks
+
+# Both notebooks from an empty folder to the end, with FAST = True, each paired with its .py.
+test-notebooks: setup
+	RUNS=$$(mktemp -d) FAST=True $(BIN)/python -m pytest --nbmake --numprocesses 2 notebooks/*.ipynb
 
 # A quantised base. bitsandbytes lies apart: where it is installed, every process that imports PEFT imports it, for seconds.
 QUANTISATION := $(VENV)/quantisation

@@ -19,6 +19,7 @@
 
 # %%
 # %matplotlib inline
+import os
 import warnings
 from pathlib import Path
 
@@ -51,7 +52,7 @@ planned.trained_parameters(), planned.record()["bytes_up_per_client"], planned.r
 # The run itself goes through Flower's simulation, as with `fedlora run`. What has finished is not run again.
 
 # %%
-done = run("quickstart", SETTINGS, folder=Path("../runs").resolve())
+done = run("quickstart", SETTINGS, folder=Path(os.environ.get("RUNS", "../runs")).resolve())
 done.result["test_accuracy"]
 
 # %%

@@ -45,7 +45,7 @@ Settings = Mapping[str, Any]
 """Values by dotted key, such as ``{"train.max-length": 32}``; see docs/configuration.md."""
 
 _NODES = 2
-_TOLD = ("round ", "cell ", "estimate", "run folder", "privacy:")
+_TOLD = ("round ", "cell ", "estimate")
 _TAIL = 40  # lines of a failed command's output
 
 

@@ -8,7 +8,6 @@ the other is the server, which compares the update with the row's gradient at th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,9 +16,11 @@ from typing import Any, final
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from fedlora.config import Config, ConfigError
+from fedlora.config.training import PrivacyConfig
 from fedlora.data import FederatedData, load_federated
 from fedlora.exchange import Update
 from fedlora.privacy import Mechanism, certifier, epsilon
@@ -101,7 +102,7 @@ def membership(
     Raises:
         ConfigError: A configuration cannot work, or says too little of rows.
     """
-    resident, found, gradients = Resident(max(1, os.cpu_count() or 1)), list[Membership](), dict[str, Any]()
+    resident, found, gradients = Resident(torch.get_num_threads()), list[Membership](), dict[str, Any]()
     for one in settings:
         config = resolve(_of_one_round(one, models, rows))
         if not (TASKS[config.task].has_head and TASKS[config.task].has_classes):
@@ -111,7 +112,8 @@ def membership(
             raise ConfigError(f"{len(data.corpus.train)} training rows, of which {rows} are asked about: name fewer.")
         generator = np.random.default_rng(seed)
         pool = np.sort(generator.choice(len(data.corpus.train), rows, replace=False))
-        seen = generator.random((models, rows)) < 0.5
+        halves = np.arange(models) % 2 == 0  # of the models; each row is in one half of them
+        seen = generator.permuted(np.repeat(halves[:, None], rows, axis=1), axis=0)
         settled, mine = settle(config, models, _held(data, [pool[half] for half in seen]))
         with TemporaryDirectory() as folder:
             federation = resident.federation(settled, mine, folder)
@@ -153,7 +155,7 @@ def _gradients(resident: Resident, config: Config, data: FederatedData, pool: ND
     plain = replace(
         config,
         federation=replace(config.federation, num_clients=len(pool)),
-        privacy=replace(config.privacy, mode="none"),
+        privacy=PrivacyConfig(),
         train=replace(
             config.train,
             local_steps=1,

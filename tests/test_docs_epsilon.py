@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from fedlora.privacy import default_delta, epsilon, least_noise_multiplier
@@ -63,3 +64,19 @@ def test_what_is_suggested_keeps_to_its_budget() -> None:
         rounds, steps, batch, noise = (float(one.replace(",", "")) for one in found.groups())
         use = Use(noise, batch / SIZE, int(rounds * steps))
         assert epsilon([use], target_delta=DELTA) == pytest.approx(float(budget), rel=5e-3)
+
+
+def test_what_it_cost_in_accuracy() -> None:
+    """The table of section 5 is the study's."""
+    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "privacy"
+    private, free = (pd.read_csv(folder / f"{name}.csv") for name in ("private", "free"))
+    whole = pd.concat([private, free.assign(**{"privacy.epsilon": 0})])
+    stated = rows("strategy | trained numbers")[1:]
+    assert len(stated) == 5
+    for name, trained, *cells in stated:
+        own = whole[whole["strategy.name"] == name.strip("`")].set_index("privacy.epsilon")
+        assert int(trained.replace(",", "")) == own["trained_parameters_mean"].iloc[0]
+        for budget, cell in zip((1, 2, 4, 8, 0), cells, strict=True):
+            line = own.loc[budget]
+            assert cell == f"{line['test_accuracy_mean']:.3f} ± {line['test_accuracy_std']:.3f}"
+            assert line["n"] == 3

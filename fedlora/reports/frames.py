@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedlora.privacy import Ledger, certifier, epsilon
+from fedlora.privacy import Ledger, LedgerError, certifier, epsilon
 from fedlora.privacy.accounting import Use
 from fedlora.reports.run import Run
 from fedlora.runs.folder import read_lines
@@ -25,7 +25,7 @@ def spending_frame(run: Run) -> pd.DataFrame:
 
     Columns: ``client``, ``round``, ``epsilon`` of all that the client has done until then, and ``stopped``: whether the
     client stops there, because the budget does not pay for a round more. A round that was repeated has paid twice, and
-    has one line.
+    has one line. A client whose ledger cannot be trusted has none: ``privacy.json`` says why.
     """
     privacy, by, lines = run.config.privacy, certifier(run.config), list[dict[str, Any]]()
 
@@ -33,7 +33,10 @@ def spending_frame(run: Run) -> pd.DataFrame:
         return epsilon(uses, target_delta=privacy.delta, accountant=by)
 
     for client, folder in _folders(run):
-        entries = Ledger(folder / "ledger.jsonl", client).entries()
+        try:
+            entries = Ledger(folder / "ledger.jsonl", client).entries()
+        except LedgerError:
+            continue
         uses = [entry.use for entry in entries]
         for count, entry in enumerate(entries, start=1):
             lines.append({"client": client, "round": entry.round, "epsilon": cost(uses[:count]), "stopped": False})

@@ -11,7 +11,8 @@ from typing import Any
 from fedlora.reports.comparison import comparison
 from fedlora.reports.format import number
 from fedlora.reports.page import SCRIPT, STYLE
-from fedlora.reports.plots import draw_clients, draw_curves, draw_epsilon, draw_partition, draw_ranks
+from fedlora.reports.plots import draw_clients, draw_curves, draw_partition, draw_ranks
+from fedlora.reports.privacy_plots import draw_clipping, draw_epsilon
 from fedlora.reports.run import Run
 from fedlora.reports.tables import outcome, rounds_table
 from fedlora.runs.privacy import spending_table
@@ -49,6 +50,9 @@ def _parts(run: Run) -> Iterator[str]:
     yield f"<div>{''.join(tables)}</div>"
     if run.spent:
         yield _picture(draw_epsilon(run), "epsilon by round")
+        clipping = draw_clipping(run)
+        if clipping is not None:
+            yield _picture(clipping, "clipped rows and signal to noise by round")
     if "released" in run.privacy:
         released = [[one["what"], one["guarantee"]] for one in run.privacy["released"]]
         yield _table(["what left each client", "guarantee"], released)

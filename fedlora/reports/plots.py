@@ -15,7 +15,8 @@ from fedlora.reports.run import Run
 from fedlora.runs.folder import read_lines
 from fedlora.storage import write_whole
 
-_MANY = 200  # clients beyond which plots show their distribution and not each of them
+MANY = 200
+"""Clients beyond which plots show their distribution and not each of them."""
 
 
 def write_plot(figure: Any, path: Path) -> None:
@@ -47,23 +48,6 @@ def draw_curves(runs: list[Run]) -> Any:
     return figure
 
 
-def draw_epsilon(run: Run) -> Any:
-    """Return a figure of epsilon by round: of the clients that spent the most and the least, with the budget."""
-    figure, axes = new_figure()
-    rounds, most, least = zip(*run.spent, strict=True)
-    axes.plot(rounds, most, marker="o", label="the client that spent most")
-    if most != least:
-        axes.plot(rounds, least, marker=".", label="the client that spent least")
-    if run.config.privacy.epsilon:
-        axes.axhline(run.config.privacy.epsilon, color="#777777", linestyle="--", label="budget")
-    axes.set(xlabel="round", ylabel=f"epsilon at delta {run.privacy['delta']:g}")
-    axes.set_title(plain_text(textwrap.fill(run.privacy["guarantee"], 120)), fontsize=5)
-    axes.set_ylim(0, None)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
-
-
 def draw_clients(run: Run) -> Any:
     """Return a figure of each client's measure on its own rows, from the worst to the best."""
     figure, axes = new_figure()
@@ -73,7 +57,7 @@ def draw_clients(run: Run) -> Any:
         series["each client alone"] = read_lines(alone)
     for name, scores in series.items():
         values = sorted(score[run.measure.name] for score in scores if score[run.measure.name] is not None)
-        axes.plot(np.linspace(0, 100, len(values)), values, marker="." if len(values) <= _MANY else "", label=name)
+        axes.plot(np.linspace(0, 100, len(values)), values, marker="." if len(values) <= MANY else "", label=name)
     axes.set(xlabel="clients, sorted (percent)", ylabel=f"{run.measure.name} on own rows")
     axes.legend(frameon=False, fontsize=8)
     return figure
@@ -117,7 +101,7 @@ def draw_partition(run: Run) -> Any:
     figure, axes = new_figure()
     counts = np.asarray(run.partition["counts"])
     names = [plain_text(name) if label < 20 else None for label, name in enumerate(run.partition["classes"])]
-    if len(counts) > _MANY:
+    if len(counts) > MANY:
         ordered = counts[np.argsort(-counts.sum(1), kind="stable")]
         axes.stackplot(np.arange(len(ordered)), ordered.T, labels=[name or "" for name in names])
     else:
@@ -125,7 +109,7 @@ def draw_partition(run: Run) -> Any:
         for label, name in enumerate(names):
             axes.bar(np.arange(len(counts)), counts[:, label], bottom=bottom, label=name, width=0.9)
             bottom += counts[:, label]
-    axes.set(xlabel="client" + (", largest first" if len(counts) > _MANY else ""), ylabel="training rows")
+    axes.set(xlabel="client" + (", largest first" if len(counts) > MANY else ""), ylabel="training rows")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

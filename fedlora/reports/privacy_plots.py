@@ -18,7 +18,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 from fedlora.config import Config
 from fedlora.metrics import OUTSIDE
 from fedlora.privacy import conditions
-from fedlora.reports.plots import new_figure, plain_text
+from fedlora.reports.frames import diagnostics_frame, spending_frame
+from fedlora.reports.plots import MANY, new_figure, plain_text
+from fedlora.reports.run import Run
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _GREY = "#666666"
@@ -64,8 +66,20 @@ def draw_utility(groups: pd.DataFrame, measure: str, condition: str, chance: flo
     return figure
 
 
+def draw_epsilon(run: Run) -> Any:
+    """Return a figure of epsilon by round: of each client, or of those that have spent the most and the least.
+
+    The latter of many clients, and where their ledgers are not in the run's folder, as in a deployment.
+    """
+    spending = spending_frame(run) if len(run.privacy.get("clients", ())) <= MANY else pd.DataFrame()
+    if spending.empty:
+        ends = [("most", at, most) for at, most, _ in run.spent] + [("least", at, least) for at, _, least in run.spent]
+        spending = pd.DataFrame(ends, columns=["client", "round", "epsilon"]).assign(stopped=False)
+    return draw_spending(spending, run.config.privacy.epsilon, conditions_line(run.config))
+
+
 def draw_spending(spending: pd.DataFrame, budget: float, condition: str) -> Any:
-    """Return a figure of epsilon by round and client, with the budget and where clients stop.
+    """Return a figure of epsilon by round and client, with the budget and where clients stop; without what is infinite.
 
     Args:
         spending: See :func:`fedlora.reports.frames.spending_frame`.
@@ -73,6 +87,7 @@ def draw_spending(spending: pd.DataFrame, budget: float, condition: str) -> Any:
         condition: Of epsilon.
     """
     figure, axes = _figure(condition)
+    spending = spending[np.isfinite(spending["epsilon"])]
     for number, (_, own) in enumerate(spending.groupby("client")):
         axes.plot(own["round"], own["epsilon"], color=_colour(number), linewidth=1.2, marker=".", alpha=0.8)
     stops = spending[spending["stopped"]]
@@ -90,9 +105,11 @@ def draw_spending(spending: pd.DataFrame, budget: float, condition: str) -> Any:
         )
     if budget:
         axes.axhline(budget, color="black", linestyle="--", linewidth=1)
-        axes.text(spending["round"].min(), budget, f"budget {budget:g}", fontsize=_SIZE - 1, va="bottom")
+        axes.text(
+            0.02, budget, f"budget {budget:g}", fontsize=_SIZE - 1, va="bottom", transform=axes.get_yaxis_transform()
+        )
     axes.set(xlabel="round", ylabel="epsilon of each client")
-    axes.set_ylim(0, max(budget, spending["epsilon"].max()) * 1.15)
+    axes.set_ylim(0, max([budget, *spending["epsilon"]]) * 1.15 or 1.0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
@@ -161,6 +178,13 @@ def draw_diagnostics(diagnostics: pd.DataFrame) -> Any:
     below.set_xlabel("round", fontsize=_SIZE)
     _foot(figure, f"Mean over clients, and least to most. Measured on single rows: {OUTSIDE}, and never sent.")
     return figure
+
+
+def draw_clipping(run: Run) -> Any | None:
+    """Return :func:`draw_diagnostics` of a run; None where its clients left none in its folder, or are many."""
+    many = len(run.privacy.get("clients", ())) > MANY
+    diagnostics = pd.DataFrame() if many else diagnostics_frame([run])
+    return None if diagnostics.empty or "signal_to_noise" not in diagnostics else draw_diagnostics(diagnostics)
 
 
 def draw_schedules(frame: pd.DataFrame, condition: str, across: str = "rounds") -> Any:

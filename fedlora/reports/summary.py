@@ -6,7 +6,8 @@ from typing import Any
 
 from fedlora.reports.format import number
 from fedlora.reports.losses import loss_line
-from fedlora.reports.plots import draw_clients, draw_curves, draw_epsilon, draw_ranks, plot_partition, write_plot
+from fedlora.reports.plots import draw_clients, draw_curves, draw_ranks, plot_partition, write_plot
+from fedlora.reports.privacy_plots import draw_clipping, draw_epsilon
 from fedlora.reports.run import Run
 from fedlora.reports.tables import outcome
 from fedlora.runs.folder import RunFolder
@@ -25,6 +26,9 @@ def write_report(run: Run) -> None:
         write_plot(draw_curves([run]), run.path / f"{run.measure.name}.png")
     if run.spent:
         write_plot(draw_epsilon(run), run.path / "epsilon.png")
+        clipping = draw_clipping(run)
+        if clipping is not None:
+            write_plot(clipping, run.path / "clipping.png")
     if run.scores:
         write_plot(draw_clients(run), run.path / "clients.png")
     if run.strengths:
@@ -86,6 +90,8 @@ def _pictures(run: Run) -> list[str]:
     lines = [f"![{name} by round]({name}.png)", ""] if run.metrics else []
     if run.spent:
         lines += ["![epsilon by round](epsilon.png)", ""]
+        if (run.path / "clipping.png").is_file():
+            lines += ["![clipped rows and signal to noise by round](clipping.png)", ""]
     lines += [*markdown(run.privacy), ""]
     if run.scores:
         lines += [f"![{name} of each client](clients.png)", ""]

@@ -13,6 +13,9 @@ from rich.table import Table as RichTable
 from fedlora.metrics import OUTSIDE, Metric
 from fedlora.privacy import conditions
 from fedlora.reports.format import human_bytes, number
+from fedlora.reports.plots import write_plot
+from fedlora.reports.privacy_plots import conditions_line, draw_utility
+from fedlora.reports.run import Run
 from fedlora.runs.privacy import format_epsilon
 from fedlora.storage import write_whole
 from simulations.sweeps.cells import Values, measures
@@ -20,15 +23,30 @@ from simulations.sweeps.file import Sweep
 
 Row = dict[str, Any]
 
+_UTILITY = "utility.png"
+
 
 def finish(sweep: Sweep, console: Console) -> None:
     """Write the tables and ``summary.md``, and print the outcome."""
     write_tables(sweep)
+    _write_utility(sweep)
     write_whole(sweep.folder / "summary.md", summary(sweep).encode())
     console.print(terminal_table(sweep))
     for name, reason in sweep.errors().items():
         console.print(f"failed: {name}: {reason}", markup=False)
     console.print(f"sweep folder: {sweep.folder}", markup=False)
+
+
+def _write_utility(sweep: Sweep) -> None:
+    """Draw the measure by epsilon, a line a strategy, where a sweep goes through both."""
+    done = [cell for cell in sweep.cells() if cell.stage == "final" and cell.outcome() is not None]
+    private = [cell for cell in done if cell.config.privacy.mode == "dp"]
+    if not {"strategy.name", "privacy.epsilon"} <= sweep.grid.keys() or not private:
+        return
+    _, found, _ = _groups(sweep)
+    groups = pd.read_parquet(sweep.folder / "groups.parquet")
+    condition = conditions_line(Run.read(private[0].folder).config)
+    write_plot(draw_utility(groups, found[0].key, condition), sweep.folder / _UTILITY)
 
 
 def write_tables(sweep: Sweep) -> None:
@@ -155,4 +173,6 @@ def summary(sweep: Sweep) -> str:
             cells.append(f"{row['rounds_to_target_mean']:.1f}{count}" if reached else "never")
             cells.append(human_bytes(row["bytes_up_to_target_mean"]) if reached else "-")
         lines.append(f"| {' | '.join(cells)} |")
+    if (sweep.folder / _UTILITY).is_file():
+        lines += ["", f"![{metrics[0].label} by epsilon]({_UTILITY})"]
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 import transformers
 from peft import PeftModel
 
-from fedlora.config import from_toml, to_toml
+from fedlora.config import ConfigError, from_toml, to_toml
 from fedlora.data import load_federated
 from fedlora.plugins import read_config
+from fedlora.reports.frames import rounds_frame
 from fedlora.runs.folder import read_lines
+from simulations import api
 from tests.support.runs import Family, Finished, fedlora, fedlora_run, started
 from tests.support.trainers import tiny_flat
 
@@ -28,6 +31,16 @@ def test_a_run_completes_and_leaves_nothing_running(packed: Finished) -> None:
     assert all(f"round {n}/4" in packed.output for n in range(1, 5))
     assert f"run folder: {packed.folder}" in packed.output
     assert "next: fedlora report" in packed.output
+
+
+def test_python_reads_a_run_that_has_finished_and_refuses_it_for_another(packed: Finished) -> None:
+    name, folder, settings = packed.folder.name, packed.folder.parent, {"strategy.name": "fedavg", "rounds": 4}
+    done = api.run(name, settings, folder=folder)
+    assert done.result is not None
+    assert list(rounds_frame([done])["test_accuracy"]) == [line["test_accuracy"] for line in packed.metrics]
+    assert list(api.report([done])["run"]) == [name]
+    with pytest.raises(ConfigError, match="a finished run with another rounds; give this one another name"):
+        api.run(name, {**settings, "rounds": 5}, folder=folder)
 
 
 def test_the_run_folder_is_complete(packed: Finished) -> None:
@@ -113,14 +126,19 @@ def test_plan_says_what_a_run_will_send(packed: Finished) -> None:
     assert "server mean of updates: not exact" in done.stdout
 
 
-def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
-    """Every client diverges: the run stops with their names, and the exit code is not 0."""
+def test_a_run_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every client diverges: the run stops with their names, and the exit code is not 0.
+
+    Also where programs are told to print colours, as Jupyter tells them: what Flower answers is read all the same.
+    """
+    monkeypatch.setenv("FORCE_COLOR", "1")
     run = fedlora_run(tmp_path, **{"train.optimizer": "sgd", "train.learning-rate": 1e300})
+    output = re.sub(r"\x1b\[[0-9;]*m", "", run.output)
     assert run.code == 1
     assert run.left == []
-    assert "fedlora: the run failed (finished:failed)" in run.output
-    assert "4 of 4 clients failed" in run.output
-    assert "is not finite after 3 steps; lower train.learning-rate" in run.output
+    assert "fedlora: the run failed (finished:failed)" in output
+    assert "4 of 4 clients failed" in output
+    assert "is not finite after 3 steps; lower train.learning-rate" in output
 
 
 @pytest.mark.slow
