@@ -1,33 +1,18 @@
-"""Plots of runs; no display and no global state of matplotlib is used."""
+"""Plots of runs: curves, clients, ranks, partitions."""
 
 from __future__ import annotations
 
-import io
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from fedlora.reports.figures import new_figure, plain_text, write_plot
 from fedlora.reports.run import Run
 from fedlora.runs.folder import read_lines
-from fedlora.storage import write_whole
 
 MANY = 200
 """Clients beyond which plots show their distribution and not each of them."""
-
-
-def write_plot(figure: Any, path: Path) -> None:
-    """Write a figure as a picture, whole or not at all.
-
-    Raises:
-        StorageError: It cannot be written.
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_whole(path, buffer.getvalue())
 
 
 def draw_curves(runs: list[Run]) -> Any:
@@ -113,15 +98,3 @@ def draw_partition(run: Run) -> Any:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
-
-
-def plain_text(name: str) -> str:
-    """Return a name as text: matplotlib reads $...$ as mathematics and leaves out names that begin with _."""
-    return f" {name}".replace("$", r"\$")
-
-
-def new_figure(size: tuple[float, float] = (6.4, 3.6), rows: int = 1) -> tuple[Any, Any]:
-    """Return a figure that needs no display and no global state, and its axes: several below one another."""
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows)

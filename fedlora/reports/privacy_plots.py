@@ -7,26 +7,35 @@ the colour-blind (Okabe & Ito), and under each the conditions of its epsilon.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from matplotlib.ticker import LogLocator, NullLocator
 
 from fedlora.config import Config
 from fedlora.metrics import OUTSIDE
 from fedlora.privacy import conditions
+from fedlora.reports.figures import (
+    COLOURS,
+    GREY,
+    MARKS,
+    SIZE,
+    STYLES,
+    colour_of,
+    few_ticks,
+    foot,
+    framed,
+    label_ends,
+    line_look,
+    new_figure,
+    plain_text,
+    plain_ticks,
+)
 from fedlora.reports.frames import diagnostics_frame, spending_frame
-from fedlora.reports.plots import MANY, new_figure, plain_text
+from fedlora.reports.plots import MANY
 from fedlora.reports.run import Run
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_GREY = "#666666"
-_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)))
-_MARKS = "osD^vP*"
-_SIZE = 11  # points, on a figure of 6.4 inches that is shown at half of it
 _LEARNS = 1.6  # signal to noise from which runs learned on SST-2, see docs/choosing-epsilon.md
 
 
@@ -39,7 +48,7 @@ def draw_utility(groups: pd.DataFrame, measure: str, condition: str, chance: flo
         condition: Of epsilon.
         chance: What is reached without training.
     """
-    figure, axes = _figure(condition)
+    figure, axes = framed(condition)
     budgets = sorted(value for value in groups["privacy.epsilon"].astype(float).unique() if value > 0)
     free = budgets[-1] * 4.0  # where what has no epsilon stands
     ends = []
@@ -48,21 +57,21 @@ def draw_utility(groups: pd.DataFrame, measure: str, condition: str, chance: flo
         values, spread = own[f"{measure}_mean"], own.get(f"{measure}_std", pd.Series(np.nan, own.index)).fillna(0.0)
         x = own["epsilon"].where(own["epsilon"] > 0, free)
         private = own["epsilon"] > 0
-        look = {"color": _colour(number), "marker": _MARKS[number % len(_MARKS)], "markersize": 5, "capsize": 3}
-        axes.errorbar(x[private], values[private], spread[private], linestyle=_STYLES[number % len(_STYLES)], **look)
+        look = {"color": colour_of(number), "marker": MARKS[number % len(MARKS)], "markersize": 5, "capsize": 3}
+        axes.errorbar(x[private], values[private], spread[private], linestyle=STYLES[number % len(STYLES)], **look)
         axes.errorbar(x[~private], values[~private], spread[~private], linestyle="none", **look)
         last = values[~private].iloc[-1] if (~private).any() else values.iloc[-1]
-        ends.append((float(last), str(name), _colour(number)))
+        ends.append((float(last), str(name), colour_of(number)))
     if chance is not None:
-        axes.axhline(chance, color=_GREY, linewidth=1, linestyle=":")
-        axes.text(budgets[0], chance, "the commonest class", color=_GREY, fontsize=_SIZE - 2, va="bottom")
+        axes.axhline(chance, color=GREY, linewidth=1, linestyle=":")
+        axes.text(budgets[0], chance, "the commonest class", color=GREY, fontsize=SIZE - 2, va="bottom")
     axes.set_xscale("log")
     axes.set_xticks([*budgets, free], [*(f"{value:g}" for value in budgets), "none"])
     axes.minorticks_off()
     axes.set_xlim(budgets[0] * 0.8, free * 1.15)
-    axes.axvline(free / 2, color=_GREY, linewidth=0.6)
+    axes.axvline(free / 2, color=GREY, linewidth=0.6)
     axes.set(xlabel="epsilon (none: without privacy)", ylabel=measure.replace("_", " "))
-    _label_ends(axes, ends, free)
+    label_ends(axes, ends, free)
     return figure
 
 
@@ -86,10 +95,10 @@ def draw_spending(spending: pd.DataFrame, budget: float, condition: str) -> Any:
         budget: Of each client; 0: none.
         condition: Of epsilon.
     """
-    figure, axes = _figure(condition)
+    figure, axes = framed(condition)
     spending = spending[np.isfinite(spending["epsilon"])]
     for number, (_, own) in enumerate(spending.groupby("client")):
-        axes.plot(own["round"], own["epsilon"], color=_colour(number), linewidth=1.2, marker=".", alpha=0.8)
+        axes.plot(own["round"], own["epsilon"], color=colour_of(number), linewidth=1.2, marker=".", alpha=0.8)
     stops = spending[spending["stopped"]]
     axes.plot(stops["round"], stops["epsilon"], "x", color="black", markersize=9, markeredgewidth=2)
     if len(stops):
@@ -100,13 +109,13 @@ def draw_spending(spending: pd.DataFrame, budget: float, condition: str) -> Any:
             (0.97, 0.08),
             textcoords="axes fraction",
             ha="right",
-            fontsize=_SIZE - 1,
-            arrowprops={"arrowstyle": "->", "color": _GREY},
+            fontsize=SIZE - 1,
+            arrowprops={"arrowstyle": "->", "color": GREY},
         )
     if budget:
         axes.axhline(budget, color="black", linestyle="--", linewidth=1)
         axes.text(
-            0.02, budget, f"budget {budget:g}", fontsize=_SIZE - 1, va="bottom", transform=axes.get_yaxis_transform()
+            0.02, budget, f"budget {budget:g}", fontsize=SIZE - 1, va="bottom", transform=axes.get_yaxis_transform()
         )
     axes.set(xlabel="round", ylabel="epsilon of each client")
     axes.set_ylim(0, max([budget, *spending["epsilon"]]) * 1.15 or 1.0)
@@ -121,16 +130,16 @@ def draw_noise(noise: pd.DataFrame, condition: str) -> Any:
         noise: See :func:`simulations.budget.noise_by_epsilon`.
         condition: Of epsilon.
     """
-    figure, axes = _figure(condition)
+    figure, axes = framed(condition)
     ends = []
     for number, (rate, own) in enumerate(noise.groupby("sample_rate")):
-        axes.plot(own["epsilon"], own["noise_multiplier"], **_line(number))
+        axes.plot(own["epsilon"], own["noise_multiplier"], **line_look(number))
         last = own.sort_values("epsilon").iloc[-1]
-        ends.append((float(last["noise_multiplier"]), f"rate {rate:g}", _colour(number)))
+        ends.append((float(last["noise_multiplier"]), f"rate {rate:g}", colour_of(number)))
     axes.set(xscale="log", yscale="log", xlabel="epsilon", ylabel="noise multiplier")
-    _plain_ticks(axes, sorted(noise["epsilon"].unique()))
-    _few_ticks(axes)
-    _label_ends(axes, ends, noise["epsilon"].max())
+    plain_ticks(axes, sorted(noise["epsilon"].unique()))
+    few_ticks(axes)
+    label_ends(axes, ends, noise["epsilon"].max())
     return figure
 
 
@@ -141,15 +150,15 @@ def draw_accountants(frame: pd.DataFrame, condition: str) -> Any:
         frame: See :func:`simulations.budget.accountants`.
         condition: Of epsilon.
     """
-    figure, axes = _figure(condition)
+    figure, axes = framed(condition)
     words = {"pld": "PLD (counts)", "prv": "PRV", "rdp": "RDP, looser", "gdp": "GDP: no bound"}
     ends = []
     for number, (by, own) in enumerate(frame.groupby("accountant", sort=False)):
-        axes.plot(own["steps"], own["epsilon"], **_line(number))
-        ends.append((float(own["epsilon"].iloc[-1]), words.get(str(by), str(by)), _colour(number)))
+        axes.plot(own["steps"], own["epsilon"], **line_look(number))
+        ends.append((float(own["epsilon"].iloc[-1]), words.get(str(by), str(by)), colour_of(number)))
     axes.set(xlabel="steps", ylabel="epsilon of the same ledger")
     axes.set_ylim(0, None)
-    _label_ends(axes, ends, frame["steps"].max())
+    label_ends(axes, ends, frame["steps"].max())
     return figure
 
 
@@ -168,15 +177,15 @@ def draw_diagnostics(diagnostics: pd.DataFrame) -> Any:
         for number, (name, own) in enumerate(diagnostics.groupby("strategy", sort=False)):
             by = own.groupby("round")[column]
             mean, low, high = by.mean(), by.min(), by.max()
-            axes.plot(mean.index, mean, **_line(number))
-            axes.fill_between(mean.index, low, high, color=_colour(number), alpha=0.12, linewidth=0)
-            ends.append((float(mean.iloc[-1]), str(name), _colour(number)))
-        axes.set_ylabel(words, fontsize=_SIZE)
-        axes.tick_params(labelsize=_SIZE - 1)
+            axes.plot(mean.index, mean, **line_look(number))
+            axes.fill_between(mean.index, low, high, color=colour_of(number), alpha=0.12, linewidth=0)
+            ends.append((float(mean.iloc[-1]), str(name), colour_of(number)))
+        axes.set_ylabel(words, fontsize=SIZE)
+        axes.tick_params(labelsize=SIZE - 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _label_ends(axes, ends, diagnostics["round"].max())
-    below.set_xlabel("round", fontsize=_SIZE)
-    _foot(figure, f"Mean over clients, and least to most. Measured on single rows: {OUTSIDE}, and never sent.")
+        label_ends(axes, ends, diagnostics["round"].max())
+    below.set_xlabel("round", fontsize=SIZE)
+    foot(figure, f"Mean over clients, and least to most. Measured on single rows: {OUTSIDE}, and never sent.")
     return figure
 
 
@@ -195,20 +204,20 @@ def draw_schedules(frame: pd.DataFrame, condition: str, across: str = "rounds") 
         condition: Of epsilon.
         across: ``rounds``: of a client's steps together; ``clients``: of the mean over clients.
     """
-    figure, axes = _figure(condition)
+    figure, axes = framed(condition)
     column = "signal_to_noise" if across == "rounds" else "signal_to_noise_of_mean"
     ends = []
     for number, (batch, own) in enumerate(frame.groupby("batch_size")):
         best = own.groupby(across)[column].max()
-        axes.plot(best.index, best, **_line(number))
-        ends.append((float(best.iloc[-1]), f"batch {batch}", _colour(number)))
+        axes.plot(best.index, best, **line_look(number))
+        ends.append((float(best.iloc[-1]), f"batch {batch}", colour_of(number)))
     axes.set(xscale="log", yscale="log", xlabel=across, ylabel="signal to noise, at best")
-    _plain_ticks(axes, sorted(frame[across].unique()))
+    plain_ticks(axes, sorted(frame[across].unique()))
     if across == "rounds":
-        axes.axhline(_LEARNS, color=_GREY, linestyle=":", linewidth=1)
-        axes.text(frame[across].min(), _LEARNS, f"{_LEARNS:g}: runs on SST-2 learned", fontsize=_SIZE - 2, va="bottom")
-    _few_ticks(axes)
-    _label_ends(axes, ends, frame[across].max())
+        axes.axhline(_LEARNS, color=GREY, linestyle=":", linewidth=1)
+        axes.text(frame[across].min(), _LEARNS, f"{_LEARNS:g}: runs on SST-2 learned", fontsize=SIZE - 2, va="bottom")
+    few_ticks(axes)
+    label_ends(axes, ends, frame[across].max())
     return figure
 
 
@@ -220,14 +229,14 @@ def draw_cells(groups: pd.DataFrame, measure: str, condition: str) -> Any:
         measure: Such as ``test_accuracy``.
         condition: Of epsilon.
     """
-    figure, axes = _figure(condition)
+    figure, axes = framed(condition)
     varied = [str(name) for name in groups.columns]
     keys = [name for name in varied[: varied.index("n")] if groups[name].nunique() > 1]
     ordered = groups.sort_values(f"{measure}_mean", ascending=False)
     names = [", ".join(f"{key.split('.')[-1]} {row[key]}" for key in keys) for _, row in ordered.iterrows()]
     spread = ordered.get(f"{measure}_std", pd.Series(np.nan, ordered.index)).fillna(0.0)
     axes.errorbar(ordered[f"{measure}_mean"], range(len(names)), xerr=spread, fmt="o", color=COLOURS[0], capsize=3)
-    axes.set_yticks(range(len(names)), [textwrap.fill(plain_text(name), 34) for name in names], fontsize=_SIZE - 3)
+    axes.set_yticks(range(len(names)), [textwrap.fill(plain_text(name), 34) for name in names], fontsize=SIZE - 3)
     axes.invert_yaxis()
     axes.set_xlabel(measure.replace("_", " "))
     return figure
@@ -241,7 +250,7 @@ def draw_membership(frame: pd.DataFrame, condition: str, false_positives: float 
         condition: Of epsilon.
         false_positives: The share of rows not seen that may be named.
     """
-    figure, axes = _figure(condition)
+    figure, axes = framed(condition)
     trainings = list(dict.fromkeys(frame["training"]))
     attacks = list(dict.fromkeys(frame["attack"]))
     for number, attack in enumerate(attacks):
@@ -252,17 +261,17 @@ def draw_membership(frame: pd.DataFrame, condition: str, false_positives: float 
             own["named"],
             y,
             xerr=apart,
-            fmt=_MARKS[number],
-            color=_colour(number),
+            fmt=MARKS[number],
+            color=colour_of(number),
             capsize=3,
             label=textwrap.fill(attack, 30),
         )
     bounds = frame.groupby("training")["named_at_most"].first().loc[trainings]
     for at, bound in enumerate(bounds):
         axes.plot([bound, bound], [at - 0.3, at + 0.3], color="black", linewidth=2)
-    axes.axvline(false_positives, color=_GREY, linestyle=":", linewidth=1)
-    axes.text(false_positives, -0.62, " blind guess", color=_GREY, fontsize=_SIZE - 2)
-    axes.text(1.0, -0.62, "| what epsilon allows ", fontsize=_SIZE - 2, ha="right")
+    axes.axvline(false_positives, color=GREY, linestyle=":", linewidth=1)
+    axes.text(false_positives, -0.62, " blind guess", color=GREY, fontsize=SIZE - 2)
+    axes.text(1.0, -0.62, "| what epsilon allows ", fontsize=SIZE - 2, ha="right")
     axes.set_yticks(range(len(trainings)), [plain_text(name) for name in trainings])
     axes.set_ylim(len(trainings) - 0.4, -0.75)
     axes.set_xscale("symlog", linthresh=0.01)
@@ -270,7 +279,7 @@ def draw_membership(frame: pd.DataFrame, condition: str, false_positives: float 
     axes.minorticks_off()
     axes.set_xlim(0, 1.2)
     axes.set_xlabel(f"training rows named, at {false_positives:.0%} false ones")
-    axes.legend(frameon=False, fontsize=_SIZE - 3, loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=2)
+    axes.legend(frameon=False, fontsize=SIZE - 3, loc="upper center", bbox_to_anchor=(0.4, -0.2), ncols=2)
     return figure
 
 
@@ -287,85 +296,21 @@ def draw_trust() -> Any:
     for x, name, words, colour in boxes:
         box = FancyBboxPatch((x, 2.3), 3.5, 2.5, "round,pad=0.05", edgecolor=colour, facecolor="white", linewidth=2)
         axes.add_patch(box)
-        axes.text(x + 1.75, 4.3, name, ha="center", va="center", fontsize=_SIZE, fontweight="bold", color=colour)
-        axes.text(x + 1.75, 3.2, words, ha="center", va="center", fontsize=_SIZE - 1.5)
+        axes.text(x + 1.75, 4.3, name, ha="center", va="center", fontsize=SIZE, fontweight="bold", color=colour)
+        axes.text(x + 1.75, 3.2, words, ha="center", va="center", fontsize=SIZE - 1.5)
     for start, end in ((3.65, 4.7), (8.3, 9.35)):
         axes.add_patch(FancyArrowPatch((start, 3.5), (end, 3.5), arrowstyle="-|>", mutation_scale=16))
     axes.plot([4.15, 4.15], [2.0, 5.4], color="black", linestyle="--")
-    axes.text(4.15, 5.6, "clip each row, add noise: right of here epsilon holds", ha="center", fontsize=_SIZE - 0.5)
+    axes.text(4.15, 5.6, "clip each row, add noise: right of here epsilon holds", ha="center", fontsize=SIZE - 0.5)
     for y, words in (
         (1.3, "Promised: nobody right of the line can be sure whether one row was used."),
         (0.7, "Not promised: for several rows of one person; of what all rows say;"),
         (0.1, "that a client takes part."),
     ):
-        axes.text(0.1, y, words, fontsize=_SIZE - 1)
+        axes.text(0.1, y, words, fontsize=SIZE - 1)
     return figure
 
 
 def conditions_line(config: Config) -> str:
     """Return the conditions of a configuration's epsilon: unit, neighbours, adversary, delta, sampling, accountant."""
     return f"Delta {config.privacy.delta:g}, {conditions(config)}"
-
-
-# -- how they look ----------------------------------------------------------------------------------------
-
-
-def _figure(condition: str) -> tuple[Any, Any]:
-    figure, axes = new_figure((6.4, 4.0))
-    axes.tick_params(labelsize=_SIZE - 1)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_fontsize(_SIZE)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    _foot(figure, condition)
-    return figure, axes
-
-
-def _foot(figure: Any, words: str) -> None:
-    figure.supxlabel(textwrap.fill(plain_text(words), 92), fontsize=8, color=_GREY, x=0.02, ha="left")
-
-
-def _colour(number: int) -> str:
-    return COLOURS[number % len(COLOURS)]
-
-
-def _line(number: int) -> Mapping[str, Any]:
-    return {
-        "color": _colour(number),
-        "linestyle": _STYLES[number % len(_STYLES)],
-        "marker": _MARKS[number % len(_MARKS)],
-        "markersize": 4,
-    }
-
-
-def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], x: float) -> None:
-    """Write each line's name at its right end, as near to its height as the names beside it allow."""
-    transform, height = axes.transData, 0.075 * (1 + max((name.count("\n") for _, name, _ in ends), default=0) / 2)
-    heights = {name: axes.transAxes.inverted().transform(transform.transform((x, value)))[1] for value, name, _ in ends}
-    at, placed = -height, dict[str, float]()
-    for name in sorted(heights, key=lambda name: heights[name]):
-        at = max(at + height, heights[name])
-        placed[name] = at
-    over = max(placed.values(), default=0.0) - 1.0
-    for _, name, colour in ends:
-        axes.text(
-            1.02,
-            placed[name] - max(0.0, over),
-            plain_text(name),
-            color=colour,
-            fontsize=_SIZE - 1,
-            va="center",
-            transform=axes.transAxes,
-        )
-
-
-def _plain_ticks(axes: Any, values: Sequence[float]) -> None:
-    axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.minorticks_off()
-
-
-def _few_ticks(axes: Any) -> None:
-    """Have a logarithmic vertical axis show 1, 2 and 5 of each decade, as plain numbers."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedlora.reports.figures import write_plot
 from fedlora.reports.format import number
 from fedlora.reports.losses import loss_line
-from fedlora.reports.plots import draw_clients, draw_curves, draw_ranks, plot_partition, write_plot
+from fedlora.reports.plots import draw_clients, draw_curves, draw_ranks, plot_partition
 from fedlora.reports.privacy_plots import draw_clipping, draw_epsilon
 from fedlora.reports.run import Run
 from fedlora.reports.tables import outcome

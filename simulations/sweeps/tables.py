@@ -12,8 +12,8 @@ from rich.table import Table as RichTable
 
 from fedlora.metrics import OUTSIDE, Metric
 from fedlora.privacy import conditions
+from fedlora.reports.figures import write_plot
 from fedlora.reports.format import human_bytes, number
-from fedlora.reports.plots import write_plot
 from fedlora.reports.privacy_plots import conditions_line, draw_utility
 from fedlora.reports.run import Run
 from fedlora.runs.privacy import format_epsilon
