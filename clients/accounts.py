@@ -18,7 +18,7 @@ from typing import Any, final
 from clients.errors import RefusedError
 from clients.limits import SiteLimits
 from fedlora.config import Config
-from fedlora.exchange import Outcome
+from fedlora.exchange import BUDGET_SPENT, Outcome
 from fedlora.privacy import Entry, Ledger, LedgerError, Mechanism, PrivateRandom, certifier, epsilon
 from fedlora.privacy.mechanism import SEEDED
 from fedlora.runs.folder import read_lines
@@ -106,7 +106,7 @@ class Accounts:
         ):
             uses = [entry.use for entry in counted]
             if budget and epsilon(uses, target_delta=privacy.delta, accountant=certifier(self.config)) > budget:
-                why = f"its privacy budget is spent: one more round would pass {whose}"
+                why = f"{BUDGET_SPENT}: one more round would pass {whose}"
                 raise RefusedError(why, Outcome.BUDGET_SPENT)
 
     def note(self, client: int, round_number: int, facts: dict[str, float | str]) -> None:

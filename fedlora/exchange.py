@@ -17,6 +17,10 @@ Tensors = Mapping[str, NDArray[np.floating]]
 Weights = Literal["examples", "equal"]
 
 
+BUDGET_SPENT = "its privacy budget is spent"
+"""How the reason begins of a client that trains no more for lack of budget."""
+
+
 class Outcome(StrEnum):
     """How a client's part in a round ended."""
 

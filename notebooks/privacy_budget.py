@@ -38,6 +38,7 @@ warnings.simplefilter("ignore", tqdm.TqdmWarning)  # that there are no widgets f
 from fedlora.privacy.accounting import Use
 from fedlora.reports import frames, privacy_plots
 from simulations import budget
+from simulations.advice import learns_from
 from simulations.api import plan, run, sweep
 from simulations.membership import membership
 
@@ -100,7 +101,8 @@ privacy_plots.draw_noise(noise, CONDITIONS)
 
 # %% [markdown]
 # The inverse question: what does a budget of 8 buy with more rounds, or with larger batches? Signal to noise compares
-# the sum of a client's gradients, at best, with the noise on it; runs on SST-2 learned from about 1.6 on.
+# the sum of a client's gradients, at best, with the noise on it; runs of this
+# strategy on SST-2 learned from 1.6 on, on other texts it may be less.
 
 # %%
 schedules = budget.schedules(
@@ -109,7 +111,7 @@ schedules = budget.schedules(
     batch_sizes=[40, ROWS] if FAST else [40, 200, ROWS],
     clients=[1, 4, 16, 64],
 )
-privacy_plots.draw_schedules(schedules, CONDITIONS)
+privacy_plots.draw_schedules(schedules, CONDITIONS, learns_from=learns_from(planned.config))
 
 # %% [markdown]
 # And with more clients: their noises are independent, so the mean over them has less. That helps the model, not the
@@ -126,8 +128,8 @@ privacy_plots.draw_schedules(schedules, CONDITIONS, across="clients")
 # %%
 use = Use(noise_multiplier=1.0, sample_rate=0.01, steps=1000)
 frame = budget.accountants(use, delta=1e-5, points=3 if FAST else 10)
-at_delta = CONDITIONS.replace(f"Delta {DELTA:g}", "Delta 1e-05")
-privacy_plots.draw_accountants(frame, at_delta)
+conditions = privacy_plots.conditions_line(planned.config, delta=1e-5, accountants="as named")
+privacy_plots.draw_accountants(frame, conditions)
 
 # %% [markdown]
 # ## Accuracy by epsilon

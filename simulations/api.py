@@ -19,7 +19,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -37,6 +38,7 @@ from simulations.plan import Plan
 from simulations.preflight import preflight
 from simulations.setup import resolve
 from simulations.sweeps.file import Sweep
+from simulations.sweeps.tables import write_tables
 
 APP = Path(__file__).resolve().parents[1]
 """The app that is run: this checkout."""
@@ -46,11 +48,20 @@ Settings = Mapping[str, Any]
 
 _NODES = 2
 _TOLD = ("round ", "cell ", "estimate")
+# Keys that a run gives a value where the configuration leaves them open.
+_FILLED_IN = (
+    "data.chat-template",
+    "federation.num-clients",
+    "train.learning-rate",
+    "privacy.client-size",
+    "privacy.delta",
+    "privacy.noise-multiplier",
+)
 _TAIL = 40  # lines of a failed command's output
 
 
 class CommandError(RuntimeError):
-    """A command failed; the message ends with the last lines of what it printed."""
+    """A command failed, and has printed why."""
 
 
 @final
@@ -88,13 +99,21 @@ def run(name: str, settings: Settings, *, folder: Path | str = "runs", again: bo
         ConfigError: The configuration cannot work, or the folder holds a run of another one.
         CommandError: The run failed.
     """
-    whole = configuration(settings, {"run.name": name, "run.dir": str(folder), "run.resume": again})
+    own = {"run.name": name, "run.dir": str(folder)}
+    whole = configuration(settings, own)
     path = run_path(whole)
     if (path / "result.json").is_file():
         done = Run.read(path)
-        _check_same(settings, done)
+        _check_same(whole, done)
         return done
-    _command("run", str(APP), "-c", _file(whole, path.parent))
+    if (path / "config.toml").is_file():
+        if not again:
+            raise ConfigError(
+                f"{path} holds a run that did not finish: go on with it by again=True, or remove the folder."
+            )
+        whole = configuration(settings, {**own, "run.resume": True})
+    if _command("run", str(APP), "-c", _file(whole, path.parent)) != 0:
+        raise CommandError(f"the run {name} failed; what it printed last is above")
     return Run.read(path)
 
 
@@ -106,6 +125,7 @@ def sweep(
     tune: Mapping[str, Sequence[Any]] | None = None,
     folder: Path | str = "runs",
     workers: int = 1,
+    partial: bool = False,
 ) -> Swept:
     """Run a grid of federations as ``fedlora sweep`` does; cells that have finished are read.
 
@@ -116,20 +136,25 @@ def sweep(
         tune: Hyper-parameters to choose on dev rows, by key.
         folder: What the sweep's folder is in.
         workers: Processes side by side, on all GPUs.
+        partial: Whether to return what has finished where cells failed; ``results`` says why.
 
     Raises:
         ConfigError: A cell cannot work.
         CommandError: A cell failed.
     """
-    own = {**settings, "run.name": name, "run.dir": str(Path(folder).resolve())}
-    tables = {"grid": grid, "tune": tune or {}}
+    own = absolute_paths({**settings, "run.name": name, "run.dir": str(folder)})
+    varied = {key: [absolute_paths({**own, key: value})[key] for value in values] for key, values in grid.items()}
+    tables: dict[str, Mapping[str, Sequence[Any]]] = {"grid": varied, "tune": tune or {}}
     keys = {f"{table}.{key}": list(values) for table, part in tables.items() for key, values in part.items()}
     file = Path(folder).resolve() / f"{name}.toml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(to_toml({**own, **keys}), encoding="utf-8")
     done = Sweep.read(str(file), read_overrides(APP, []))
-    if done.unfinished() or not (done.folder / "groups.parquet").is_file():
-        _command("sweep", str(file), str(APP), "--workers", str(workers))
+    if done.unfinished():
+        failed = _command("sweep", str(file), str(APP), "--workers", str(workers)) != 0
+        if failed and not (partial and any(cell.outcome() for cell in done.cells())):
+            raise CommandError(f"cells of {name} failed; what was printed last is above")
+    write_tables(done)  # of these cells, whatever an earlier grid has left
     results, groups = (pd.read_parquet(done.folder / f"{table}.parquet") for table in ("results", "groups"))
     return Swept(done, results, groups)
 
@@ -173,11 +198,14 @@ def _file(config: Config, folder: Path) -> str:
     return str(file)
 
 
-def _check_same(settings: Settings, done: Run) -> None:
-    """Refuse a finished run of other settings."""
-    had = done.config.to_flat()
-    other = [key for key, value in absolute_paths(dict(settings)).items() if key in had and had[key] != value]
-    differ = [key for key in other if settings[key] not in (0, 0.0, "", "auto")]  # which a run fills in
+def _check_same(whole: Config, done: Run) -> None:
+    """Refuse a finished run of another configuration; what a run fills in where it is left open may be anything."""
+    asked, had = whole.to_flat(), done.config.to_flat()
+    differ = [
+        key
+        for key, value in asked.items()
+        if not key.startswith("run.") and had.get(key) != value and not (key in _FILLED_IN and not value)
+    ]
     if differ:
         raise ConfigError(
             f"{done.path} holds a finished run with another {', '.join(differ)}; give this one another name, or remove "
@@ -185,8 +213,11 @@ def _check_same(settings: Settings, done: Run) -> None:
         )
 
 
-def _command(*arguments: str) -> None:
-    """Run a command of fedlora's in a process of its own, and print its lines that say how far it is."""
+def _command(*arguments: str) -> int:
+    """Run a command of fedlora's in a process of its own; return its exit code.
+
+    Its lines that say how far it is are printed, and where it fails the last ones.
+    """
     plain = {key: value for key, value in os.environ.items() if key not in COLOURS}
     process = subprocess.Popen(
         [sys.executable, "-m", "simulations.cli", *arguments],
@@ -198,21 +229,19 @@ def _command(*arguments: str) -> None:
         text=True,
         errors="replace",
     )
-    tail = list[str]()
-    for line in _lines(process):
-        tail = [*tail[-_TAIL:], line]
-        if line.startswith(_TOLD):
-            print(line, flush=True)  # noqa: T201
-    if process.wait() != 0:
-        raise CommandError(f"fedlora {' '.join(arguments)} failed:\n" + "\n".join(tail))
-
-
-def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
     assert process.stdout is not None
+    last = deque[str](maxlen=_TAIL)
     try:
         for line in process.stdout:
-            yield line.rstrip()
-    except BaseException:  # the notebook's kernel was interrupted: the command ends what it has started
-        process.terminate()
-        process.wait()
-        raise
+            last.append(line)
+            if line.startswith(_TOLD):
+                print(line, end="", flush=True)  # noqa: T201
+        code = process.wait()
+    finally:  # where the notebook's kernel was interrupted, the command ends what it has started
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+        process.stdout.close()
+    if code != 0:
+        print("".join(last), end="", flush=True)  # noqa: T201
+    return code

@@ -76,7 +76,7 @@ def launch(
             console.print(f"fedlora: the run could not be started: {error}", markup=False)
             return 1
         command = [flower_command(), "run", str(copy), "--stream", "--run-config", str(file)]
-        for option in with_few_actors(federation_config, os.cpu_count() or 1):
+        for option in with_few_actors(federation_config, _cores()):
             command += ["--federation-config", option]
         code = _flower(command, link, app)
         run = _run(link)
@@ -87,6 +87,13 @@ def launch(
         return _verdict(_followed(run, link), link, home, console)
 
 
+def _cores() -> int:
+    """Return the CPU cores that Ray will count: in a container those that it may use."""
+    from ray._private.utils import get_num_cpus
+
+    return int(get_num_cpus())
+
+
 def with_few_actors(federation_config: Sequence[str], cores: int) -> list[str]:
     """Return options of ``--federation-config`` by which Flower starts a few actors, where they do not say how many.
 
@@ -94,7 +101,7 @@ def with_few_actors(federation_config: Sequence[str], cores: int) -> list[str]:
 
     Args:
         federation_config: The options.
-        cores: Of this machine.
+        cores: Of this machine, as Ray counts them.
     """
     said = " ".join(federation_config)
     given = re.search(r"init-args-num-cpus=(\d+)", said)

@@ -19,13 +19,20 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from fedlora.config import Config, ConfigError
+from fedlora.config import Config, ConfigError, to_toml
 from fedlora.config.training import PrivacyConfig
 from fedlora.data import FederatedData, load_federated
 from fedlora.exchange import Update
 from fedlora.privacy import Mechanism, certifier, epsilon
-from fedlora.privacy.attacks import area_under_curve, found_at, found_at_most, likelihood_ratios, logit
-from fedlora.privacy.attacks.membership import interval
+from fedlora.privacy.attacks import (
+    LEAST_MODELS,
+    area_under_curve,
+    found_at,
+    found_at_most,
+    interval,
+    likelihood_ratios,
+    logit,
+)
 from fedlora.tasks import TASKS
 from simulations.audit.findings import flat
 from simulations.in_process import InProcess, Resident
@@ -102,10 +109,15 @@ def membership(
     Raises:
         ConfigError: A configuration cannot work, or says too little of rows.
     """
+    if models // 2 - 1 < LEAST_MODELS:
+        raise ConfigError(
+            f"models = {models}: {2 * LEAST_MODELS + 2} are needed, to know models that have not seen a row."
+        )
     resident, found, gradients = Resident(torch.get_num_threads()), list[Membership](), dict[str, Any]()
     for one in settings:
         config = resolve(_of_one_round(one, models, rows))
-        if not (TASKS[config.task].has_head and TASKS[config.task].has_classes):
+        task = TASKS[config.task]
+        if not (task.has_head and task.has_classes and task.one_class):
             raise ConfigError(f"task = {config.task!r}: membership is asked of classifiers, one label a row.")
         data = load_federated(config, 2)
         if len(data.corpus.train) < rows or rows < _LEAST_ROWS:
@@ -120,21 +132,22 @@ def membership(
             updates = federation.released(1)
             facts = federation.facts(updates, pool.tolist())
             moved = _moved(federation, updates)
-        key = f"{config.method.name} {config.model.name} {config.seed} {config.strategy.name}"
+        plain = _one_step(config, len(pool))
+        key = to_toml({key: value for key, value in plain.to_flat().items() if not key.startswith("run.")})
         if key not in gradients:
-            gradients[key] = _gradients(resident, config, data, pool)
+            gradients[key] = _gradients(resident, plain, data, pool)
         scores = {ADAPTER: logit(facts["loss"]), UPDATE: -moved @ gradients[key].T}
         ratios = {attack: likelihood_ratios(value, seen) for attack, value in scores.items()}
         found.append(Membership(settled, seen, ratios, facts))
     return found
 
 
-def _of_one_round(flat: Mapping[str, Any], models: int, rows: int) -> dict[str, Any]:
+def _of_one_round(one: Mapping[str, Any], models: int, rows: int) -> dict[str, Any]:
     own: dict[str, Any] = {"rounds": 1, "federation.num-clients": models, "federation.clients-per-round": 0}
     own |= {"data.partition": "iid", "data.holdout": 0.0, "privacy.client-size": 0, "run.resume": False}
-    if flat.get("privacy.mode", "none") != "none":
+    if one.get("privacy.mode", "none") != "none":
         own["privacy.client-size"] = rows // 2
-    return {**flat, **own}
+    return {**one, **own}
 
 
 def _held(data: FederatedData, rows: Sequence[NDArray[np.int64]]) -> FederatedData:
@@ -150,11 +163,11 @@ def _moved(federation: InProcess, updates: Sequence[Update]) -> NDArray[np.float
     )
 
 
-def _gradients(resident: Resident, config: Config, data: FederatedData, pool: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the gradient of each row where a round starts, of length one, [rows, P]: by one step of SGD."""
-    plain = replace(
+def _one_step(config: Config, clients: int) -> Config:
+    """Return a configuration by which each client's update is the gradient of its one row, with the sign turned."""
+    return replace(
         config,
-        federation=replace(config.federation, num_clients=len(pool)),
+        federation=replace(config.federation, num_clients=clients),
         privacy=PrivacyConfig(),
         train=replace(
             config.train,
@@ -168,6 +181,10 @@ def _gradients(resident: Resident, config: Config, data: FederatedData, pool: ND
             schedule="constant",
         ),
     )
+
+
+def _gradients(resident: Resident, plain: Config, data: FederatedData, pool: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the gradient of each row where a round starts, of length one, [rows, P]: by one step of SGD."""
     settled, mine = settle(plain, len(pool), _held(data, [pool[[at]] for at in range(len(pool))]))
     with TemporaryDirectory() as folder:
         federation = resident.federation(settled, mine, folder)

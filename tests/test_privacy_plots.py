@@ -56,7 +56,7 @@ def test_epsilon_by_client(condition: str) -> None:
     text = words(plots.draw_spending(spending, 3.5, condition))
     assert says_its_conditions(text)
     assert "budget 3.5" in text
-    assert "1 clients stop" in text
+    assert "1 client(s) stop" in text
     words(plots.draw_spending(spending.assign(epsilon=math.inf), 3.5, condition))
 
 
@@ -71,7 +71,7 @@ def test_noise_accountants_schedules_and_cells(condition: str) -> None:
     for figure, expected in (
         (plots.draw_noise(noise, condition), ("rate 0.1", "rate 1", "noise multiplier")),
         (plots.draw_accountants(frame, condition), ("PLD (counts)", "PRV", "RDP", "GDP: no bound")),
-        (plots.draw_schedules(buys, condition), ("batch 4", "batch 8", "runs on SST-2 learned")),
+        (plots.draw_schedules(buys, condition, learns_from=1.6), ("batch 4", "batch 8", "1.6: runs on SST-2 learned")),
         (plots.draw_schedules(buys, condition, across="clients"), ("batch 4", "clients")),
         (plots.draw_cells(cells, "test_accuracy", condition), ("rounds 1", "rounds 10")),
     ):
@@ -91,7 +91,15 @@ def test_what_no_guarantee_covers_says_so() -> None:
 
 def test_who_is_named(condition: str) -> None:
     frame = pd.DataFrame(
-        {"training": training, "attack": attack, "named": 0.1, "named_low": 0.0, "named_high": 0.2, "named_at_most": 1}
+        {
+            "training": training,
+            "attack": attack,
+            "named": 0.1,
+            "named_low": 0.0,
+            "named_high": 0.2,
+            "named_at_most": 1,
+            "epsilon": 8.0,
+        }
         for training, attack in product(("over-fitted", "epsilon 8"), ("by loss", "by gradient"))
     )
     text = words(plots.draw_membership(frame, condition))

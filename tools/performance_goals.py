@@ -48,12 +48,12 @@ def _ours(lines: Sequence[Line], method: str = "lora", *, dp: bool = False, ragg
 
 
 def _times(*ways: str) -> Value:
-    """Return what says how many times as fast as the fastest of these ways LoRA is."""
+    """Return what says how many times as fast as the fastest of these ways LoRA is; None where one is missing."""
 
     def value(lines: Sequence[Line]) -> float | None:
         own = _ours(lines, dp=ways[0].startswith("opacus"))
-        found = [own["times"][way] for way in ways if way in own.get("times", {})] if own else []
-        return min(found, default=None)
+        times = own.get("times", {}) if own else {}
+        return min(times[way] for way in ways) if all(way in times for way in ways) else None
 
     return value
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pandas as pd
 
+from fedlora.exchange import BUDGET_SPENT
 from fedlora.privacy import Ledger, LedgerError, certifier, epsilon
 from fedlora.privacy.accounting import Use
 from fedlora.reports.run import Run
 from fedlora.runs.folder import read_lines
 
 _CLIENTS = "sites/client-*"
+_ABOUT = ("run", "strategy", "budget")
 
 
 def rounds_frame(runs: Sequence[Run]) -> pd.DataFrame:
@@ -23,11 +25,12 @@ def rounds_frame(runs: Sequence[Run]) -> pd.DataFrame:
 def spending_frame(run: Run) -> pd.DataFrame:
     """Return epsilon by client and round, from the ledgers of a simulation.
 
-    Columns: ``client``, ``round``, ``epsilon`` of all that the client has done until then, and ``stopped``: whether the
-    client stops there, because the budget does not pay for a round more. A round that was repeated has paid twice, and
-    has one line. A client whose ledger cannot be trusted has none: ``privacy.json`` says why.
+    Columns: ``client``, ``round``, ``epsilon`` of all that the client has done until then, and ``stopped``: whether it
+    was asked for another round afterwards, which its budget did not pay for. A round that was repeated has paid twice,
+    and has one line. A client whose ledger cannot be trusted has none: ``privacy.json`` says why.
     """
     privacy, by, lines = run.config.privacy, certifier(run.config), list[dict[str, Any]]()
+    stopped = _without_budget(run)
 
     def cost(uses: Sequence[Use]) -> float:
         return epsilon(uses, target_delta=privacy.delta, accountant=by)
@@ -40,8 +43,8 @@ def spending_frame(run: Run) -> pd.DataFrame:
         uses = [entry.use for entry in entries]
         for count, entry in enumerate(entries, start=1):
             lines.append({"client": client, "round": entry.round, "epsilon": cost(uses[:count]), "stopped": False})
-        if entries and privacy.epsilon:
-            lines[-1]["stopped"] = cost([*uses, uses[-1]]) > privacy.epsilon
+        if entries:
+            lines[-1]["stopped"] = client in stopped
     frame = pd.DataFrame(lines, columns=["client", "round", "epsilon", "stopped"])
     return frame.drop_duplicates(["client", "round"], keep="last", ignore_index=True)
 
@@ -58,12 +61,22 @@ def diagnostics_frame(runs: Sequence[Run]) -> pd.DataFrame:
         if (folder / "diagnostics.jsonl").is_file()
         for line in read_lines(folder / "diagnostics.jsonl")
     ]
-    return pd.DataFrame(lines)
+    return pd.DataFrame(
+        lines, columns=None if lines else [*_ABOUT, "client", "round", "clipped_fraction", "signal_to_noise"]
+    )
+
+
+def _without_budget(run: Run) -> set[int]:
+    """Return the clients that were asked for a round which their budget did not pay for."""
+    file = run.path / "clients.jsonl"
+    lines = read_lines(file) if file.is_file() else []
+    return {line["client"] for line in lines if (line["refused"] or "").startswith(BUDGET_SPENT)}
 
 
 def _about(run: Run) -> dict[str, Any]:
     config = run.config
-    return {"run": run.path.name, "strategy": config.strategy.name, "budget": config.privacy.epsilon or None}
+    values = (run.path.name, config.strategy.name, config.privacy.epsilon or None)
+    return dict(zip(_ABOUT, values, strict=True))
 
 
 def _folders(run: Run) -> Iterator[tuple[int, Any]]:

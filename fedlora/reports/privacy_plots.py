@@ -1,11 +1,11 @@
 """Figures of privacy budgets: utility, spending, noise, accountants, diagnostics, schedules, attacks, who sees what.
 
-They take data frames or runs, and are made for half a page: large type, labels at the lines, colours that differ for
-the colour-blind (Okabe & Ito), and under each the conditions of its epsilon.
+They take data frames or runs. Those that show an epsilon say its conditions below (:mod:`fedlora.reports.figures`).
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import Any
 
@@ -35,8 +35,6 @@ from fedlora.reports.figures import (
 from fedlora.reports.frames import diagnostics_frame, spending_frame
 from fedlora.reports.plots import MANY
 from fedlora.reports.run import Run
-
-_LEARNS = 1.6  # signal to noise from which runs learned on SST-2, see docs/choosing-epsilon.md
 
 
 def draw_utility(groups: pd.DataFrame, measure: str, condition: str, chance: float | None = None) -> Any:
@@ -80,11 +78,24 @@ def draw_epsilon(run: Run) -> Any:
 
     The latter of many clients, and where their ledgers are not in the run's folder, as in a deployment.
     """
-    spending = spending_frame(run) if len(run.privacy.get("clients", ())) <= MANY else pd.DataFrame()
-    if spending.empty:
-        ends = [("most", at, most) for at, most, _ in run.spent] + [("least", at, least) for at, _, least in run.spent]
-        spending = pd.DataFrame(ends, columns=["client", "round", "epsilon"]).assign(stopped=False)
-    return draw_spending(spending, run.config.privacy.epsilon, conditions_line(run.config))
+    clients = run.privacy.get("clients", ())
+    spending = spending_frame(run) if len(clients) <= MANY else pd.DataFrame()
+    lost = sum("error" in one for one in clients)
+    condition = conditions_line(run.config)
+    if not spending.empty:
+        condition += f" Without {lost} client(s) whose ledgers cannot be trusted." if lost else ""
+        return draw_spending(spending, run.config.privacy.epsilon, condition)
+    ends = [(name, line[0], line[at]) for name, at in (("most spent", 1), ("least spent", 2)) for line in run.spent]
+    spending = pd.DataFrame(ends, columns=["client", "round", "epsilon"]).assign(stopped=False)
+    figure = draw_spending(spending, run.config.privacy.epsilon, condition)
+    names = sorted(set(spending["client"]))  # the order in which they are drawn
+    last = spending[np.isfinite(spending["epsilon"])].groupby("client")["epsilon"].last()
+    label_ends(
+        figure.axes[0],
+        [(float(last[name]), name, colour_of(at)) for at, name in enumerate(names) if name in last],
+        spending["round"].max(),
+    )
+    return figure
 
 
 def draw_spending(spending: pd.DataFrame, budget: float, condition: str) -> Any:
@@ -104,7 +115,7 @@ def draw_spending(spending: pd.DataFrame, budget: float, condition: str) -> Any:
     if len(stops):
         first = stops.sort_values("round").iloc[0]
         axes.annotate(
-            f"{len(stops)} clients stop: a round more\nwould pass the budget",
+            f"{len(stops)} client(s) stop: a round more\nwould pass the budget",
             (first["round"], first["epsilon"]),
             (0.97, 0.08),
             textcoords="axes fraction",
@@ -196,13 +207,17 @@ def draw_clipping(run: Run) -> Any | None:
     return None if diagnostics.empty or "signal_to_noise" not in diagnostics else draw_diagnostics(diagnostics)
 
 
-def draw_schedules(frame: pd.DataFrame, condition: str, across: str = "rounds") -> Any:
+def draw_schedules(
+    frame: pd.DataFrame, condition: str, across: str = "rounds", learns_from: float | None = None
+) -> Any:
     """Return a figure of the signal to noise that one budget buys, by rounds or clients, a line for each batch size.
 
     Args:
         frame: See :func:`simulations.budget.schedules`.
         condition: Of epsilon.
         across: ``rounds``: of a client's steps together; ``clients``: of the mean over clients.
+        learns_from: The signal to noise of a client's steps from which runs of this strategy learned on SST-2, as
+            ``fedlora plan`` says it.
     """
     figure, axes = framed(condition)
     column = "signal_to_noise" if across == "rounds" else "signal_to_noise_of_mean"
@@ -213,9 +228,10 @@ def draw_schedules(frame: pd.DataFrame, condition: str, across: str = "rounds") 
         ends.append((float(best.iloc[-1]), f"batch {batch}", colour_of(number)))
     axes.set(xscale="log", yscale="log", xlabel=across, ylabel="signal to noise, at best")
     plain_ticks(axes, sorted(frame[across].unique()))
-    if across == "rounds":
-        axes.axhline(_LEARNS, color=GREY, linestyle=":", linewidth=1)
-        axes.text(frame[across].min(), _LEARNS, f"{_LEARNS:g}: runs on SST-2 learned", fontsize=SIZE - 2, va="bottom")
+    if learns_from is not None:
+        axes.axhline(learns_from, color=GREY, linestyle=":", linewidth=1)
+        words = f"{learns_from:g}: runs on SST-2 learned"
+        axes.text(frame[across].min(), learns_from, words, fontsize=SIZE - 2, va="bottom")
     few_ticks(axes)
     label_ends(axes, ends, frame[across].max())
     return figure
@@ -267,7 +283,9 @@ def draw_membership(frame: pd.DataFrame, condition: str, false_positives: float 
             label=textwrap.fill(attack, 30),
         )
     bounds = frame.groupby("training")["named_at_most"].first().loc[trainings]
-    for at, bound in enumerate(bounds):
+    for at, (training, bound) in enumerate(bounds.items()):
+        if math.isinf(frame.loc[frame["training"] == training, "epsilon"].iloc[0]):
+            continue  # nothing bounds what can be named
         axes.plot([bound, bound], [at - 0.3, at + 0.3], color="black", linewidth=2)
     axes.axvline(false_positives, color=GREY, linestyle=":", linewidth=1)
     axes.text(false_positives, -0.62, " blind guess", color=GREY, fontsize=SIZE - 2)
@@ -311,6 +329,13 @@ def draw_trust() -> Any:
     return figure
 
 
-def conditions_line(config: Config) -> str:
-    """Return the conditions of a configuration's epsilon: unit, neighbours, adversary, delta, sampling, accountant."""
-    return f"Delta {config.privacy.delta:g}, {conditions(config)}"
+def conditions_line(config: Config, *, delta: float = 0.0, accountants: str = "") -> str:
+    """Return the conditions of a configuration's epsilon: unit, neighbours, adversary, delta, sampling, accountant.
+
+    Args:
+        config: The configuration, settled.
+        delta: Another delta; 0: the configuration's.
+        accountants: Others than the configuration's.
+    """
+    said = conditions(config).replace(f"accountant: {config.privacy.accountant}.", f"accountants: {accountants}.")
+    return f"Delta {delta or config.privacy.delta:g}, {said if accountants else conditions(config)}"

@@ -38,15 +38,17 @@ def finish(sweep: Sweep, console: Console) -> None:
 
 
 def _write_utility(sweep: Sweep) -> None:
-    """Draw the measure by epsilon, a line a strategy, where a sweep goes through both."""
+    """Draw the measure by epsilon, a line a strategy, where a sweep varies these two, under the same conditions."""
+    if sweep.grid.keys() - {"seed"} != {"strategy.name", "privacy.epsilon"}:
+        return
     done = [cell for cell in sweep.cells() if cell.stage == "final" and cell.outcome() is not None]
     private = [cell for cell in done if cell.config.privacy.mode == "dp"]
-    if not {"strategy.name", "privacy.epsilon"} <= sweep.grid.keys() or not private:
+    conditions_of = {conditions_line(Run.read(cell.folder).config) for cell in private}
+    if len(conditions_of) != 1 or any(not cell.config.privacy.epsilon for cell in private):
         return
     _, found, _ = _groups(sweep)
     groups = pd.read_parquet(sweep.folder / "groups.parquet")
-    condition = conditions_line(Run.read(private[0].folder).config)
-    write_plot(draw_utility(groups, found[0].key, condition), sweep.folder / _UTILITY)
+    write_plot(draw_utility(groups, found[0].key, conditions_of.pop()), sweep.folder / _UTILITY)
 
 
 def write_tables(sweep: Sweep) -> None:

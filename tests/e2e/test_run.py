@@ -34,13 +34,21 @@ def test_a_run_completes_and_leaves_nothing_running(packed: Finished) -> None:
 
 
 def test_python_reads_a_run_that_has_finished_and_refuses_it_for_another(packed: Finished) -> None:
-    name, folder, settings = packed.folder.name, packed.folder.parent, {"strategy.name": "fedavg", "rounds": 4}
+    name, folder = packed.folder.name, packed.folder.parent
+    whole = from_toml((packed.folder / "config.toml").read_text())
+    settings = {key: value for key, value in whole.items() if not key.startswith("run.")}
     done = api.run(name, settings, folder=folder)
     assert done.result is not None
     assert list(rounds_frame([done])["test_accuracy"]) == [line["test_accuracy"] for line in packed.metrics]
     assert list(api.report([done])["run"]) == [name]
-    with pytest.raises(ConfigError, match="a finished run with another rounds; give this one another name"):
-        api.run(name, {**settings, "rounds": 5}, folder=folder)
+    without = {key: value for key, value in settings.items() if key != "strategy.name"}  # another one by default
+    for key, other in (("rounds", {**settings, "rounds": 5}), ("seed", {**settings, "seed": 7}), ("strategy", without)):
+        with pytest.raises(ConfigError, match=rf"a finished run with another {key}.*give this one another name"):
+            api.run(name, other, folder=folder)
+    (folder / "begun").mkdir()
+    (folder / "begun" / "config.toml").write_text("")
+    with pytest.raises(ConfigError, match="again=True"):
+        api.run("begun", settings, folder=folder)
 
 
 def test_the_run_folder_is_complete(packed: Finished) -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 _LEAST_PROBABILITY = 1e-12
-_LEAST_MODELS = 4  # that have not seen a row, so that something can be said of it
+LEAST_MODELS = 4
+"""Other models that have not seen a row, so that something can be said of it."""
 
 
 def logit(losses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -40,10 +41,10 @@ def likelihood_ratios(scores: NDArray[np.float64], seen: NDArray[np.bool_]) -> N
     """
     out = ~seen
     others = out.sum(0) - out  # without the model that is attacked
-    if others.min() < _LEAST_MODELS:
+    if others.min() < LEAST_MODELS:
         raise ValueError(
             f"{len(scores)} models, and {int(others.min())} others that have not seen some row: at least "
-            f"{_LEAST_MODELS} are needed; train more models."
+            f"{LEAST_MODELS} are needed; train more models."
         )
     masked = np.where(out, scores, 0.0)
     mean = (masked.sum(0) - masked) / others
