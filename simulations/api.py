@@ -32,7 +32,7 @@ from fedlora.reports.comparison import comparison
 from fedlora.reports.run import Run
 from fedlora.reports.summary import write_report
 from fedlora.runs.folder import run_path
-from simulations.launch import COLOURS
+from simulations.launch import COLOURS, SUPERNODES
 from simulations.options import absolute_paths, read_overrides
 from simulations.plan import Plan
 from simulations.preflight import preflight
@@ -46,7 +46,6 @@ APP = Path(__file__).resolve().parents[1]
 Settings = Mapping[str, Any]
 """Values by dotted key, such as ``{"train.max-length": 32}``; see docs/configuration.md."""
 
-_NODES = 2
 _TOLD = ("round ", "cell ", "estimate")
 # Keys that a run gives a value where the configuration leaves them open.
 _FILLED_IN = (
@@ -165,7 +164,7 @@ def plan(settings: Settings) -> Plan:
     Raises:
         ValueError: The configuration cannot work.
     """
-    return preflight(configuration(settings), _NODES)[0]
+    return preflight(configuration(settings), SUPERNODES)[0]
 
 
 def report(runs: Sequence[Run]) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from simulations import push, try_adapter
 from simulations.advice import check_can_suggest, suggest
 from simulations.cluster import check_options
 from simulations.exits import exit_with
-from simulations.launch import end_abandoned, launch, run_side_by_side
+from simulations.launch import SUPERNODES, end_abandoned, launch, run_side_by_side
 from simulations.options import absolute_paths, for_tuning, read_options, read_overrides
 from simulations.plan import Plan, trained_in_a_round
 from simulations.preflight import Preflight, preflight
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from simulations.sweeps.cells import Share
     from simulations.sweeps.file import Sweep
 
-_NODES = 2  # SuperNodes that Flower starts by default
 _TRIED = 5000  # rows of a split that are tokenized before a run; a plan tokenizes all
 
 
@@ -123,7 +122,7 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
     check_options(options.federation_config)
     end_abandoned(run_path(config))
     RunFolder.check(config)
-    tried = Preflight(_NODES, rows=_TRIED)
+    tried = Preflight(SUPERNODES, rows=_TRIED)
     tried.quick(config)
     return launch(app, overrides, options.federation_config, console, lambda: tried.plan(config))
 
@@ -147,7 +146,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         return _run_share(sweep, Share.read(options.share), app, file, options.federation_config, console)
     refuse_held(sweep.folder)
     check_can_write(sweep.folder)
-    check_cells(sweep, Preflight(_NODES, rows=_TRIED), console)
+    check_cells(sweep, Preflight(SUPERNODES, rows=_TRIED), console)
     console.print(f"{sweep.size()} cells in {sweep.folder}", markup=False)
     with writing(sweep.folder):
         sweep.folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +181,7 @@ def _audit(config: Config, console: Console, *, attacks: bool) -> int:
     """Check the training path under DP, on request by attacks on what it releases, too."""
     from simulations.audit import audit, show
 
-    config, data = settle(config, _NODES)
+    config, data = settle(config, SUPERNODES)
     if len(data.clients) < 2:
         raise ConfigError("fedlora audit compares clients with each other: federation.num-clients must be at least 2.")
     findings = audit(config, data, attacks=attacks)
@@ -198,7 +197,7 @@ def _plan(config: Config, options: argparse.Namespace, console: Console) -> int:
     """Print what a run would do and send; on request schedules under DP that would learn."""
     if options.suggest:
         check_can_suggest(config)
-    plan, structure = preflight(config, _NODES)
+    plan, structure = preflight(config, SUPERNODES)
     plan.show(console)
     if plan.privacy is not None:
         trained = _trained_by_strategy(plan, structure)
@@ -213,7 +212,7 @@ def _tune(config: Config, options: argparse.Namespace, console: Console) -> int:
     from simulations.tune import tune
 
     RunFolder.check(config)
-    plan, _ = preflight(config, _NODES, rows=_TRIED)
+    plan, _ = preflight(config, SUPERNODES, rows=_TRIED)
     return tune(plan, options.minutes, shlex.join(_asked(options)), console)
 
 

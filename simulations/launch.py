@@ -39,6 +39,8 @@ _FOLLOWS = 5  # times that a log which ends before its run is followed again
 _ASKS = 5
 _PAUSE_S = 1.0
 _CLIENT_APPS = 4  # side by side: each waits for trainers most of the time
+SUPERNODES = 2
+"""That Flower starts by default."""
 _FLOWERS = 2  # cores for each of its actors, by itself
 # By which programs are told to print colours into a pipe, too, as Jupyter tells them: Flower's JSON is none then.
 COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")

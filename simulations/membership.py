@@ -23,24 +23,15 @@ from fedlora.config import Config, ConfigError, to_toml
 from fedlora.config.training import PrivacyConfig
 from fedlora.data import FederatedData, load_federated
 from fedlora.exchange import Update
-from fedlora.privacy import Mechanism, certifier, epsilon
-from fedlora.privacy.attacks import (
-    LEAST_MODELS,
-    area_under_curve,
-    found_at,
-    found_at_most,
-    interval,
-    likelihood_ratios,
-    logit,
-)
+from fedlora.privacy import Mechanism, attacks, certifier, epsilon
 from fedlora.tasks import TASKS
 from simulations.audit.findings import flat
+from simulations.audit.site import held_by, unit_steps
 from simulations.in_process import InProcess, Resident
 from simulations.setup import resolve, settle
 
 ADAPTER = "the released adapter, asked about the row"
 UPDATE = "the update, beside the row's gradient"
-_NO_ROWS = np.zeros(0, dtype=np.int64)
 _LEAST_ROWS = 20
 
 
@@ -75,16 +66,16 @@ class Membership:
         Args:
             false_positives: The share of rows not seen that may be named.
         """
-        seen, bound = self.seen, found_at_most(self.epsilon, self.config.privacy.delta, false_positives)
+        seen, bound = self.seen, attacks.found_at_most(self.epsilon, self.config.privacy.delta, false_positives)
         loss = self.facts["loss"]
         return pd.DataFrame(
             {
                 "epsilon": self.epsilon,
                 "attack": attack,
-                "named": found_at(ratios, seen, false_positives),
-                **dict(zip(("named_low", "named_high"), interval(ratios, seen, false_positives), strict=True)),
+                "named": attacks.found_at(ratios, seen, false_positives),
+                **dict(zip(("named_low", "named_high"), attacks.interval(ratios, seen, false_positives), strict=True)),
                 "named_at_most": bound,
-                "area": area_under_curve(ratios, seen),
+                "area": attacks.area_under_curve(ratios, seen),
                 "loss_seen": float(loss[seen].mean()),
                 "loss_not_seen": float(loss[~seen].mean()),
                 "models": len(seen),
@@ -109,9 +100,9 @@ def membership(
     Raises:
         ConfigError: A configuration cannot work, or says too little of rows.
     """
-    if models // 2 - 1 < LEAST_MODELS:
+    if models // 2 - 1 < attacks.LEAST_MODELS:
         raise ConfigError(
-            f"models = {models}: {2 * LEAST_MODELS + 2} are needed, to know models that have not seen a row."
+            f"models = {models}: {2 * attacks.LEAST_MODELS + 2} are needed, to know models that have not seen a row."
         )
     resident, found, gradients = Resident(torch.get_num_threads()), list[Membership](), dict[str, Any]()
     for one in settings:
@@ -126,7 +117,7 @@ def membership(
         pool = np.sort(generator.choice(len(data.corpus.train), rows, replace=False))
         halves = np.arange(models) % 2 == 0  # of the models; each row is in one half of them
         seen = generator.permuted(np.repeat(halves[:, None], rows, axis=1), axis=0)
-        settled, mine = settle(config, models, _held(data, [pool[half] for half in seen]))
+        settled, mine = settle(config, models, held_by(data, [pool[half] for half in seen]))
         with TemporaryDirectory() as folder:
             federation = resident.federation(settled, mine, folder)
             updates = federation.released(1)
@@ -136,8 +127,8 @@ def membership(
         key = to_toml({key: value for key, value in plain.to_flat().items() if not key.startswith("run.")})
         if key not in gradients:
             gradients[key] = _gradients(resident, plain, data, pool)
-        scores = {ADAPTER: logit(facts["loss"]), UPDATE: -moved @ gradients[key].T}
-        ratios = {attack: likelihood_ratios(value, seen) for attack, value in scores.items()}
+        scores = {ADAPTER: attacks.logit(facts["loss"]), UPDATE: -moved @ gradients[key].T}
+        ratios = {attack: attacks.likelihood_ratios(value, seen) for attack, value in scores.items()}
         found.append(Membership(settled, seen, ratios, facts))
     return found
 
@@ -148,11 +139,6 @@ def _of_one_round(one: Mapping[str, Any], models: int, rows: int) -> dict[str, A
     if one.get("privacy.mode", "none") != "none":
         own["privacy.client-size"] = rows // 2
     return {**one, **own}
-
-
-def _held(data: FederatedData, rows: Sequence[NDArray[np.int64]]) -> FederatedData:
-    """Return the data with clients that hold these rows."""
-    return replace(data, clients=tuple(rows), holdout=(_NO_ROWS,) * len(rows), names=())
 
 
 def _moved(federation: InProcess, updates: Sequence[Update]) -> NDArray[np.float64]:
@@ -169,23 +155,13 @@ def _one_step(config: Config, clients: int) -> Config:
         config,
         federation=replace(config.federation, num_clients=clients),
         privacy=PrivacyConfig(),
-        train=replace(
-            config.train,
-            local_steps=1,
-            batch_size=1,
-            optimizer="sgd",
-            learning_rate=1.0,
-            momentum=0.0,
-            weight_decay=0.0,
-            clip_norm=0.0,
-            schedule="constant",
-        ),
+        train=unit_steps(config.train, 1, 1),
     )
 
 
 def _gradients(resident: Resident, plain: Config, data: FederatedData, pool: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the gradient of each row where a round starts, of length one, [rows, P]: by one step of SGD."""
-    settled, mine = settle(plain, len(pool), _held(data, [pool[[at]] for at in range(len(pool))]))
+    settled, mine = settle(plain, len(pool), held_by(data, [pool[[at]] for at in range(len(pool))]))
     with TemporaryDirectory() as folder:
         federation = resident.federation(settled, mine, folder)
         gradients = -_moved(federation, federation.released(1))

@@ -79,7 +79,7 @@ class Stack:
         self.real: Tensor | None = None
         if not all(part.whole for part in self._part_g):
             self.real = torch.zeros_like(self.values, dtype=torch.bool)
-            for part, groups in self._alike(self._part_g):
+            for part, groups in _alike(self._part_g):
                 self._put(self.real, groups, part, torch.ones_like(self.real[: len(groups), : part.places[-1].stop]))
 
     def named(self, rows: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ class Stack:
         row_g = [distinct.setdefault(key, len(distinct)) for key in keys]
         each = list(dict(zip(row_g, tensors, strict=True)).values())
         rows: Tensor | None = None
-        for part, places in self._alike([self._part(one) for one in each]):
+        for part, places in _alike([self._part(one) for one in each]):
             host = self._host(len(places), part)
             for row, place in zip(host.numpy(), places.tolist(), strict=True):
                 for name, view in part.views(row).items():
@@ -125,7 +125,7 @@ class Stack:
     def split(self, rows: Tensor) -> list[dict[str, NDArray[np.floating]]]:
         """Return rows of numbers [G, P] as each group's arrays by name, at its own shapes."""
         split: list[dict[str, NDArray[np.floating]]] = [{} for _ in self._part_g]
-        for part, groups in self._alike(self._part_g):
+        for part, groups in _alike(self._part_g):
             host = self._host(len(groups), part)
             host.copy_(rows if part.whole and len(groups) == len(split) else self._chosen(rows, groups, part))
             for row, group in zip(host.numpy(), groups.tolist(), strict=True):
@@ -140,13 +140,6 @@ class Stack:
         if key not in self._parts:
             self._parts[key] = _Part(shapes, _side_by_side(shapes), shapes == self.shapes)
         return self._parts[key]
-
-    def _alike(self, parts: Sequence[_Part]) -> list[tuple[_Part, NDArray[np.int64]]]:
-        """Return the different parts, each with the places at which it stands."""
-        found: dict[int, list[int]] = {}
-        for place, part in enumerate(parts):
-            found.setdefault(id(part), []).append(place)
-        return [(parts[places[0]], np.array(places)) for places in found.values()]
 
     def _put(self, rows: Tensor, places: NDArray[np.int64], part: _Part, numbers: Tensor) -> None:
         """Write a part's numbers [n, p] into rows at some places, [n]."""
@@ -181,6 +174,14 @@ def _side_by_side(shapes: Mapping[str, Shape]) -> list[slice]:
     """Return where tensors of these shapes are, one after another."""
     ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()], dtype=int).tolist()
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _alike(parts: Sequence[_Part]) -> list[tuple[_Part, NDArray[np.int64]]]:
+    """Return the different parts, each with the places at which it stands."""
+    found: dict[int, list[int]] = {}
+    for place, part in enumerate(parts):
+        found.setdefault(id(part), []).append(place)
+    return [(parts[places[0]], np.array(places)) for places in found.values()]
 
 
 def common_shapes(specs: Mapping[str, TensorSpec], tensors: Sequence[Arrays], fixed: Arrays) -> dict[str, Shape]:

@@ -68,13 +68,19 @@ def certifier(config: Config) -> Accountant:
     return "prv" if config.privacy.accountant == "prv" else "pld"
 
 
-def conditions(config: Config) -> str:
-    """Return the conditions of an epsilon: unit, neighbours, adversary, sampling, accountant."""
+def conditions(config: Config, accountants: str = "") -> str:
+    """Return the conditions of an epsilon: unit, neighbours, adversary, sampling, accountant.
+
+    Args:
+        config: The configuration.
+        accountants: Others than the configuration's.
+    """
     privacy = config.privacy
+    by = f"accountants: {accountants}" if accountants else f"accountant: {privacy.accountant}"
     seeded = f" {SEEDED}" if privacy.seed else ""
     return (
         f"composed over all rounds; unit: {privacy.unit}; neighbours: {NEIGHBOURS}; adversary: "
-        f"{ADVERSARIES[privacy.trust]}; sampling: {SAMPLING}; accountant: {privacy.accountant}.{seeded}"
+        f"{ADVERSARIES[privacy.trust]}; sampling: {SAMPLING}; {by}.{seeded}"
     )
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -81,15 +82,24 @@ def line_look(number: int) -> Mapping[str, Any]:
     }
 
 
-def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]], x: float) -> None:
-    """Write each line's name at its right end, as near to its height as the names beside it allow.
+def draw_lines(axes: Any, lines: Iterable[tuple[str, pd.Series[float]]]) -> list[tuple[float, str, str]]:
+    """Draw lines, each with its name, over their index; return what :func:`label_ends` takes."""
+    ends = []
+    for number, (name, line) in enumerate(lines):
+        axes.plot(line.index, line, **line_look(number))
+        ends.append((float(line.iloc[-1]), name, colour_of(number)))
+    return ends
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Write each line's name beside its right end, as near to its height as the names beside it allow.
 
     Args:
         axes: The axes, with their scales and limits set.
         ends: Each line's last value, name and colour.
-        x: Where the lines end.
     """
     transform, height = axes.transData, 0.075 * (1 + max((name.count("\n") for _, name, _ in ends), default=0) / 2)
+    x = axes.get_xlim()[0]  # anywhere: of the point its height counts
     heights = {name: axes.transAxes.inverted().transform(transform.transform((x, value)))[1] for value, name, _ in ends}
     at, placed = -height, dict[str, float]()
     for name in sorted(heights, key=lambda name: heights[name]):

@@ -21,8 +21,8 @@ from fedlora.reports.figures import (
     GREY,
     MARKS,
     SIZE,
-    STYLES,
     colour_of,
+    draw_lines,
     few_ticks,
     foot,
     framed,
@@ -55,9 +55,9 @@ def draw_utility(groups: pd.DataFrame, measure: str, condition: str, chance: flo
         values, spread = own[f"{measure}_mean"], own.get(f"{measure}_std", pd.Series(np.nan, own.index)).fillna(0.0)
         x = own["epsilon"].where(own["epsilon"] > 0, free)
         private = own["epsilon"] > 0
-        look = {"color": colour_of(number), "marker": MARKS[number % len(MARKS)], "markersize": 5, "capsize": 3}
-        axes.errorbar(x[private], values[private], spread[private], linestyle=STYLES[number % len(STYLES)], **look)
-        axes.errorbar(x[~private], values[~private], spread[~private], linestyle="none", **look)
+        look = {**line_look(number), "markersize": 5, "capsize": 3}
+        axes.errorbar(x[private], values[private], spread[private], **look)
+        axes.errorbar(x[~private], values[~private], spread[~private], **{**look, "linestyle": "none"})
         last = values[~private].iloc[-1] if (~private).any() else values.iloc[-1]
         ends.append((float(last), str(name), colour_of(number)))
     if chance is not None:
@@ -69,7 +69,7 @@ def draw_utility(groups: pd.DataFrame, measure: str, condition: str, chance: flo
     axes.set_xlim(budgets[0] * 0.8, free * 1.15)
     axes.axvline(free / 2, color=GREY, linewidth=0.6)
     axes.set(xlabel="epsilon (none: without privacy)", ylabel=measure.replace("_", " "))
-    label_ends(axes, ends, free)
+    label_ends(axes, ends)
     return figure
 
 
@@ -93,7 +93,6 @@ def draw_epsilon(run: Run) -> Any:
     label_ends(
         figure.axes[0],
         [(float(last[name]), name, colour_of(at)) for at, name in enumerate(names) if name in last],
-        spending["round"].max(),
     )
     return figure
 
@@ -142,15 +141,12 @@ def draw_noise(noise: pd.DataFrame, condition: str) -> Any:
         condition: Of epsilon.
     """
     figure, axes = framed(condition)
-    ends = []
-    for number, (rate, own) in enumerate(noise.groupby("sample_rate")):
-        axes.plot(own["epsilon"], own["noise_multiplier"], **line_look(number))
-        last = own.sort_values("epsilon").iloc[-1]
-        ends.append((float(last["noise_multiplier"]), f"rate {rate:g}", colour_of(number)))
+    by_rate = noise.sort_values("epsilon").set_index("epsilon").groupby("sample_rate")["noise_multiplier"]
+    ends = draw_lines(axes, ((f"rate {rate:g}", line) for rate, line in by_rate))
     axes.set(xscale="log", yscale="log", xlabel="epsilon", ylabel="noise multiplier")
     plain_ticks(axes, sorted(noise["epsilon"].unique()))
     few_ticks(axes)
-    label_ends(axes, ends, noise["epsilon"].max())
+    label_ends(axes, ends)
     return figure
 
 
@@ -163,13 +159,11 @@ def draw_accountants(frame: pd.DataFrame, condition: str) -> Any:
     """
     figure, axes = framed(condition)
     words = {"pld": "PLD (counts)", "prv": "PRV", "rdp": "RDP, looser", "gdp": "GDP: no bound"}
-    ends = []
-    for number, (by, own) in enumerate(frame.groupby("accountant", sort=False)):
-        axes.plot(own["steps"], own["epsilon"], **line_look(number))
-        ends.append((float(own["epsilon"].iloc[-1]), words.get(str(by), str(by)), colour_of(number)))
+    by_accountant = frame.set_index("steps").groupby("accountant", sort=False)["epsilon"]
+    ends = draw_lines(axes, ((words.get(str(by), str(by)), line) for by, line in by_accountant))
     axes.set(xlabel="steps", ylabel="epsilon of the same ledger")
     axes.set_ylim(0, None)
-    label_ends(axes, ends, frame["steps"].max())
+    label_ends(axes, ends)
     return figure
 
 
@@ -184,17 +178,16 @@ def draw_diagnostics(diagnostics: pd.DataFrame) -> Any:
         (above, "clipped_fraction", "clipped rows"),
         (below, "signal_to_noise", "signal to noise\nof a step"),
     ):
-        ends = []
-        for number, (name, own) in enumerate(diagnostics.groupby("strategy", sort=False)):
-            by = own.groupby("round")[column]
-            mean, low, high = by.mean(), by.min(), by.max()
-            axes.plot(mean.index, mean, **line_look(number))
-            axes.fill_between(mean.index, low, high, color=colour_of(number), alpha=0.12, linewidth=0)
-            ends.append((float(mean.iloc[-1]), str(name), colour_of(number)))
+        by_round = {
+            str(name): own.groupby("round")[column] for name, own in diagnostics.groupby("strategy", sort=False)
+        }
+        ends = draw_lines(axes, ((name, by.mean()) for name, by in by_round.items()))
+        for (_, _, colour), by in zip(ends, by_round.values(), strict=True):
+            axes.fill_between(by.min().index, by.min(), by.max(), color=colour, alpha=0.12, linewidth=0)
         axes.set_ylabel(words, fontsize=SIZE)
         axes.tick_params(labelsize=SIZE - 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        label_ends(axes, ends, diagnostics["round"].max())
+        label_ends(axes, ends)
     below.set_xlabel("round", fontsize=SIZE)
     foot(figure, f"Mean over clients, and least to most. Measured on single rows: {OUTSIDE}, and never sent.")
     return figure
@@ -221,11 +214,8 @@ def draw_schedules(
     """
     figure, axes = framed(condition)
     column = "signal_to_noise" if across == "rounds" else "signal_to_noise_of_mean"
-    ends = []
-    for number, (batch, own) in enumerate(frame.groupby("batch_size")):
-        best = own.groupby(across)[column].max()
-        axes.plot(best.index, best, **line_look(number))
-        ends.append((float(best.iloc[-1]), f"batch {batch}", colour_of(number)))
+    by_batch = frame.groupby("batch_size")
+    ends = draw_lines(axes, ((f"batch {batch}", own.groupby(across)[column].max()) for batch, own in by_batch))
     axes.set(xscale="log", yscale="log", xlabel=across, ylabel="signal to noise, at best")
     plain_ticks(axes, sorted(frame[across].unique()))
     if learns_from is not None:
@@ -233,7 +223,7 @@ def draw_schedules(
         words = f"{learns_from:g}: runs on SST-2 learned"
         axes.text(frame[across].min(), learns_from, words, fontsize=SIZE - 2, va="bottom")
     few_ticks(axes)
-    label_ends(axes, ends, frame[across].max())
+    label_ends(axes, ends)
     return figure
 
 
@@ -337,5 +327,4 @@ def conditions_line(config: Config, *, delta: float = 0.0, accountants: str = ""
         delta: Another delta; 0: the configuration's.
         accountants: Others than the configuration's.
     """
-    said = conditions(config).replace(f"accountant: {config.privacy.accountant}.", f"accountants: {accountants}.")
-    return f"Delta {delta or config.privacy.delta:g}, {said if accountants else conditions(config)}"
+    return f"Delta {delta or config.privacy.delta:g}, {conditions(config, accountants)}"

@@ -36,6 +36,27 @@ Arrays = dict[str, NDArray[np.floating]]
 Batches = Sequence[NDArray[np.int64]]
 
 
+def held_by(data: FederatedData, rows: Sequence[NDArray[np.int64]]) -> FederatedData:
+    """Return the data with clients that train on these rows, and hold none out."""
+    return replace(data, clients=tuple(rows), holdout=(NO_ROWS,) * len(rows), names=())
+
+
+def unit_steps(train: TrainConfig, steps: int, batch: int) -> TrainConfig:
+    """Return local training by plain SGD of rate 1: tensors move by what their optimizer is given."""
+    return replace(
+        train,
+        local_steps=steps,
+        local_epochs=1,
+        batch_size=batch,
+        optimizer="sgd",
+        learning_rate=1.0,
+        momentum=0.0,
+        weight_decay=0.0,
+        clip_norm=0.0,
+        schedule="constant",
+    )
+
+
 @final
 class Observed:
     """Trains packs as the engine does, and on request records their batches and trains on none of their rows.
@@ -130,22 +151,11 @@ class Audited:
         config = replace(
             config,
             engine=replace(config.engine, dtype="float64"),
-            train=replace(
-                config.train,
-                local_steps=steps,
-                local_epochs=1,
-                batch_size=batch or config.train.batch_size,
-                optimizer="sgd",
-                learning_rate=1.0,
-                momentum=0.0,
-                weight_decay=0.0,
-                schedule="constant",
-            ),
+            train=unit_steps(config.train, steps, batch or config.train.batch_size),
             privacy=replace(config.privacy, **{"epsilon": 0.0, **privacy}),
         )
         config = METHODS[config.method.name].without_penalties(config)
-        data = replace(self.data, clients=tuple(rows), holdout=(NO_ROWS,) * len(rows), names=())
-        self._job = Job(config.to_flat(), data, SiteLimits(mkdtemp(dir=self._folder)))
+        self._job = Job(config.to_flat(), held_by(self.data, rows), SiteLimits(mkdtemp(dir=self._folder)))
         self._worker.renew()
         return KnownSite(config, self._worker)
 

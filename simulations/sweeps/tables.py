@@ -46,9 +46,8 @@ def _write_utility(sweep: Sweep) -> None:
     conditions_of = {conditions_line(Run.read(cell.folder).config) for cell in private}
     if len(conditions_of) != 1 or any(not cell.config.privacy.epsilon for cell in private):
         return
-    _, found, _ = _groups(sweep)
-    groups = pd.read_parquet(sweep.folder / "groups.parquet")
-    write_plot(draw_utility(groups, found[0].key, conditions_of.pop()), sweep.folder / _UTILITY)
+    _, found, rows = _groups(sweep)
+    write_plot(draw_utility(pd.DataFrame(rows), found[0].key, conditions_of.pop()), sweep.folder / _UTILITY)
 
 
 def write_tables(sweep: Sweep) -> None:
