@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,11 +26,14 @@ from fedlora.privacy import Ledger, Mechanism, PrivateRandom, step
 from fedlora.tasks import TASKS
 from simulations.audit import Finding, audit
 from simulations.audit.site import Audited
-from simulations.audit.statistical import repeated
+from simulations.audit.statistical import one_run, repeated
 from simulations.cli import main
+from simulations.options import absolute_paths, read_overrides
+from simulations.setup import resolve, settle
 from tests.support.trainers import TokenMean, dp_config
 
 Patch = pytest.MonkeyPatch
+ROOT = Path(__file__).parents[1]
 
 
 def findings(folder: Path, train: Any = train_pack, **changes: Any) -> list[Finding]:
@@ -272,3 +276,16 @@ def test_attacks_on_planted_bugs_come_out_above(name: str, tmp_path: Path, monke
     config = dp_config(tmp_path)
     finding = repeated(Audited(config, load_federated(config, 4), tmp_path, train_pack))
     assert not finding.passed, finding.numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [1.0, 0.1], ids=["the shipped code", "a tenth of the noise"])
+def test_one_run_tells_a_tenth_of_the_noise(noise: float, tmp_path: Path, monkeypatch: Patch) -> None:
+    """On real texts and the built-in model: a small model's rows are too much alike to be told apart in one sum."""
+    monkeypatch.setattr(sys.modules[one_run.__module__], "_CANARIES", 300)
+    flat = absolute_paths(read_overrides(ROOT, [str(ROOT / "simulations/recipes/dp.toml")]))
+    config = resolve({**flat, "run.dir": str(tmp_path)})
+    config, data = settle(config, 2, load_federated(config, 2))
+    scaled_noise(noise)(monkeypatch)
+    finding = one_run(Audited(config, data, tmp_path, train_pack))
+    assert finding.passed == (noise == 1.0), finding.numbers

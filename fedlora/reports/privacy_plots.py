@@ -62,7 +62,8 @@ def draw_utility(groups: pd.DataFrame, measure: str, condition: str, chance: flo
         ends.append((float(last), str(name), colour_of(number)))
     if chance is not None:
         axes.axhline(chance, color=GREY, linewidth=1, linestyle=":")
-        axes.text(budgets[0], chance, "the commonest class", color=GREY, fontsize=SIZE - 2, va="bottom")
+        words = "the commonest\nclass"  # below what has no privacy, where points are far above it
+        axes.text(free, chance, words, color=GREY, fontsize=SIZE - 2, ha="center", va="bottom")
     axes.set_xscale("log")
     axes.set_xticks([*budgets, free], [*(f"{value:g}" for value in budgets), "none"])
     axes.minorticks_off()
@@ -185,6 +186,8 @@ def draw_diagnostics(diagnostics: pd.DataFrame) -> Any:
         for (_, _, colour), by in zip(ends, by_round.values(), strict=True):
             axes.fill_between(by.min().index, by.min(), by.max(), color=colour, alpha=0.12, linewidth=0)
         axes.set_ylabel(words, fontsize=SIZE)
+        if axes is above:
+            axes.set_ylim(0, 1.05)  # a share; matplotlib would zoom into one that is constant
         axes.tick_params(labelsize=SIZE - 1)
         axes.xaxis.get_major_locator().set_params(integer=True)
         label_ends(axes, ends)
@@ -242,7 +245,7 @@ def draw_cells(groups: pd.DataFrame, measure: str, condition: str) -> Any:
     names = [", ".join(f"{key.split('.')[-1]} {row[key]}" for key in keys) for _, row in ordered.iterrows()]
     spread = ordered.get(f"{measure}_std", pd.Series(np.nan, ordered.index)).fillna(0.0)
     axes.errorbar(ordered[f"{measure}_mean"], range(len(names)), xerr=spread, fmt="o", color=COLOURS[0], capsize=3)
-    axes.set_yticks(range(len(names)), [textwrap.fill(plain_text(name), 34) for name in names], fontsize=SIZE - 3)
+    axes.set_yticks(range(len(names)), [_wrapped(plain_text(name), 34) for name in names], fontsize=SIZE - 3)
     axes.invert_yaxis()
     axes.set_xlabel(measure.replace("_", " "))
     return figure
@@ -270,7 +273,7 @@ def draw_membership(frame: pd.DataFrame, condition: str, false_positives: float 
             fmt=MARKS[number],
             color=colour_of(number),
             capsize=3,
-            label=textwrap.fill(attack, 30),
+            label=_wrapped(attack, 30),
         )
     bounds = frame.groupby("training")["named_at_most"].first().loc[trainings]
     for at, (training, bound) in enumerate(bounds.items()):
@@ -328,3 +331,8 @@ def conditions_line(config: Config, *, delta: float = 0.0, accountants: str = ""
         accountants: Others than the configuration's.
     """
     return f"Delta {delta or config.privacy.delta:g}, {conditions(config, accountants)}"
+
+
+def _wrapped(words: str, width: int) -> str:
+    """Return words on several lines; keys such as ``batch-size`` stay whole."""
+    return textwrap.fill(words, width, break_on_hyphens=False)

@@ -24,7 +24,8 @@ _BATCH = 4  # expected rows of a batch, so that clipping their mean is not clipp
 _CANARIES = 1000
 _MORE_NOISE = 2.0  # for one run, whose bound is far below the truth: only a small epsilon can be exceeded
 _GUESSED = 0.4  # of the canaries
-_CHANCE = 0.05  # that the bound of one run is above the truth
+_NOISES = (1.0, 0.25, 0.05)  # parts of the noise that the attacker counts on: with less, alike rows are told apart
+_CHANCE = 0.05  # that the bound of one run is above the truth, over all of these guesses
 _NUMBERS = 5e7  # float64 numbers of updates that are held at once
 
 
@@ -66,17 +67,18 @@ def one_run(run: Audited) -> Finding:
     there = np.random.default_rng().random(len(rows)) < 0.5
     site = run.one_step([rows[there]], len(rows), clip, _MORE_NOISE)
     (released,) = _updates(site, 1)
-    shares = shares_in_sum(released[0], gradients, _MORE_NOISE * clip)
-    guessed = int(_GUESSED * len(rows)) // 2
-    order = np.argsort(shares)
-    correct = int(there[order[len(rows) - guessed :]].sum() + (~there[order[:guessed]]).sum())
+    guessed, correct = int(_GUESSED * len(rows)) // 2, 0
+    for part in _NOISES:
+        order = np.argsort(shares_in_sum(released[0], gradients, part * _MORE_NOISE * clip))
+        right = int(there[order[len(rows) - guessed :]].sum() + (~there[order[:guessed]]).sum())
+        correct = max(correct, right)
     delta, claimed = run.config.privacy.delta, _claimed(site)
-    seen = one_run_epsilon(len(rows), 2 * guessed, correct, delta=delta, alarm=_CHANCE)
+    seen = one_run_epsilon(len(rows), 2 * guessed, correct, delta=delta, alarm=_CHANCE / len(_NOISES))
     return Finding(
         "one run tells no more of which rows are in it than epsilon allows",
         seen <= claimed,
-        f"epsilon at least {seen:.3g} by {correct} of {2 * guessed} guesses right on {len(rows):,} canaries (chance of "
-        f"error {_CHANCE:g}), {claimed:.3g} by the ledger, at delta {delta:g}",
+        f"epsilon at least {seen:.3g} by {correct} of {2 * guessed} guesses right on {len(rows):,} canaries, the best of "
+        f"{len(_NOISES)} attempts (chance of error {_CHANCE:g}), {claimed:.3g} by the ledger, at delta {delta:g}",
     )
 
 
