@@ -251,8 +251,8 @@ privacy_plots.draw_membership(named, privacy_plots.conditions_line(attacked[-1].
 
 # %% [markdown]
 # ## What the study found
-# - **Which strategy** is worth as much as a factor of four in epsilon: `ffa-lora` at 2 (0.49) does what `fedavg` does at
-#   8 (0.47). Without privacy the order is nearly turned round: `fedavg` 0.77, `ffa-lora` 0.73.
+# - **Which strategy** is worth as much as a factor of four in epsilon: `ffa-lora` at 2 (0.49) does what `fedavg` does
+#   at 8 (0.47). Without privacy the order is nearly turned round: `fedavg` 0.77, `ffa-lora` 0.73.
 # - **At an epsilon of 1** with 400 rows a client nothing but `ffa-lora` and `s2-lora` is clearly above chance.
 # - **One budget** goes furthest over many rounds with large batches and all clients: 0.54, against 0.16 for few rounds,
 #   small batches and two clients a round. Each of the three helps by itself.

@@ -38,7 +38,7 @@ from simulations.plan import Plan
 from simulations.preflight import preflight
 from simulations.setup import resolve
 from simulations.sweeps.file import Sweep
-from simulations.sweeps.tables import write_tables
+from simulations.sweeps.tables import pairs_of, write_tables
 
 APP = Path(__file__).resolve().parents[1]
 """The app that is run: this checkout."""
@@ -72,11 +72,13 @@ class Swept:
         sweep: Its cells.
         results: A line a cell.
         groups: Mean (``..._mean``), deviation (``..._std``) and number (``n``) of finished cells, by what they vary in.
+        pairs: Differences of any two combinations, seed by seed (:mod:`fedlora.reports.paired`); empty with one seed.
     """
 
     sweep: Sweep
     results: pd.DataFrame
     groups: pd.DataFrame
+    pairs: pd.DataFrame
 
     @property
     def runs(self) -> list[Run]:
@@ -155,7 +157,7 @@ def sweep(
             raise CommandError(f"cells of {name} failed; what was printed last is above")
     write_tables(done)  # of these cells, whatever an earlier grid has left
     results, groups = (pd.read_parquet(done.folder / f"{table}.parquet") for table in ("results", "groups"))
-    return Swept(done, results, groups)
+    return Swept(done, results, groups, pairs_of(done, results))
 
 
 def plan(settings: Settings) -> Plan:

@@ -65,6 +65,9 @@ def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, 
         command.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
         command.add_argument("-c", "--run-config", action="append", default=[], help='"key=value ..." or a .toml file')
     plan.add_argument("--suggest", action="store_true", help="under DP: rounds, batch, steps and rate that would learn")
+    plan.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="of a sweep: its cells, and seeds that a difference needs"
+    )
     start.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
     start.add_argument("superlink", nargs="?", help=argparse.SUPPRESS)
     start.add_argument("--federation", help=argparse.SUPPRESS)
@@ -104,6 +107,11 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
             f"`{shlex.join(filter(None, ['flwr', 'run', options.app, options.superlink, '--stream']))}`."
         )
     app = Path(options.app).expanduser().resolve()
+    if options.command == "plan" and options.sweep:
+        from simulations.sweeps.plan import show_sweep
+
+        show_sweep(_read_sweep(options.sweep, app, options.run_config), console)
+        return 0
     overrides = absolute_paths(read_overrides(app, options.run_config))
     if options.command == "audit" and overrides["privacy.mode"] == "none":
         overrides |= {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0}
@@ -131,16 +139,13 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
     """Check every cell, then run them under Flower; start again where the process died, with the next cell."""
     from simulations.sweeps.cells import Share
     from simulations.sweeps.check import check_cells
-    from simulations.sweeps.file import Sweep
     from simulations.sweeps.tables import finish
 
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: must be at least 1.")
     check_options(options.federation_config, options.workers)
     app = Path(options.app).expanduser().resolve()
-    asked = Sweep.read(str(options.file), read_overrides(app, []), read_options(options.run_config))
-    grid = {key: [absolute_paths({**asked.base, key: value})[key] for value in asked.grid[key]] for key in asked.grid}
-    sweep = replace(asked, base=absolute_paths(asked.base), grid=grid)
+    sweep = _read_sweep(options.file, app, options.run_config)
     file = sweep.folder / "sweep.toml"
     if options.share:  # one of several processes, see below
         return _run_share(sweep, Share.read(options.share), app, file, options.federation_config, console)
@@ -162,6 +167,15 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
             run_side_by_side(app, file, workers, options.federation_config)
         finish(sweep, console)
     return 1 if sweep.unfinished() else 0
+
+
+def _read_sweep(file: Path, app: Path, run_config: Sequence[str]) -> Sweep:
+    """Return a sweep with the paths in it absolute."""
+    from simulations.sweeps.file import Sweep
+
+    asked = Sweep.read(str(file), read_overrides(app, []), read_options(run_config))
+    grid = {key: [absolute_paths({**asked.base, key: value})[key] for value in asked.grid[key]] for key in asked.grid}
+    return replace(asked, base=absolute_paths(asked.base), grid=grid)
 
 
 def _run_share(
@@ -240,7 +254,7 @@ def _trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:
 
 def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
     """Print a run's tables, or a comparison of several, and write plots, summaries and the page."""
-    from fedlora.reports.comparison import comparison_table
+    from fedlora.reports.comparison import comparison_table, paired_comparison
     from fedlora.reports.html import html_page
     from fedlora.reports.run import Run
     from fedlora.reports.summary import write_report
@@ -249,6 +263,8 @@ def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:
     runs = [Run.read(path.resolve()) for path in paths]
     if len(runs) > 1:
         console.print(comparison_table(runs))
+        for line in paired_comparison(runs):
+            console.print(line, markup=False)
     for run in runs:
         if len(runs) == 1:
             console.print(metrics_table(run))

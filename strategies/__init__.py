@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from fedlora.plugins import STRATEGIES
+from strategies.fed_sb import FedSB
 from strategies.fedavg import FedAvg
+from strategies.fedex_lora import FedExLoRA, FedExOptions
+from strategies.fedrot_lora import FedRotLoRA, FedRotOptions
 from strategies.fedsa_lora import FedSALora
 from strategies.fedsvd import FedSVD
 from strategies.ffa_lora import FFALora
+from strategies.flexlora import FlexLoRA, FlexLoraOptions
 from strategies.flora import FLoRA
 from strategies.local import Local
+from strategies.lora_fair import LoRAFair, LoraFairOptions
 from strategies.mos import MoS
 from strategies.mos_personal import MoSPersonal
+from strategies.ravan import Ravan
 from strategies.rolora import RoLoRA
 from strategies.s2_cyclic import S2Cyclic
 from strategies.s2_frozen import S2Frozen
@@ -18,23 +24,29 @@ from strategies.s2_lora import S2
 from strategies.s2_personal import S2Personal
 from strategies.zero_padding import ZeroPadding
 
-for _strategy in (
-    FedAvg,
-    FFALora,
-    RoLoRA,
-    FedSVD,
-    FedSALora,
-    ZeroPadding,
-    FLoRA,
-    Local,
-    MoS,
-    MoSPersonal,
-    S2,
-    S2Frozen,
-    S2Cyclic,
-    S2Personal,
+for _strategy, _options in (
+    (FedAvg, None),
+    (FFALora, None),
+    (RoLoRA, None),
+    (FedSVD, None),
+    (FedSALora, None),
+    (ZeroPadding, None),
+    (FlexLoRA, FlexLoraOptions),
+    (FLoRA, None),
+    (FedExLoRA, FedExOptions),
+    (LoRAFair, LoraFairOptions),
+    (FedRotLoRA, FedRotOptions),
+    (Local, None),
+    (MoS, None),
+    (MoSPersonal, None),
+    (S2, None),
+    (S2Frozen, None),
+    (S2Cyclic, None),
+    (S2Personal, None),
+    (FedSB, None),
+    (Ravan, None),
 ):
-    STRATEGIES.register(_strategy.name)(_strategy)
+    STRATEGIES.register(_strategy.name, _options)(_strategy)
 STRATEGIES.alias("mos-private", MoSPersonal.name)
 STRATEGIES.alias("s2-private", S2Personal.name)
 
@@ -44,11 +56,21 @@ __all__ = [
     "FFALora",
     "FLoRA",
     "FedAvg",
+    "FedExLoRA",
+    "FedExOptions",
+    "FedRotLoRA",
+    "FedRotOptions",
     "FedSALora",
+    "FedSB",
     "FedSVD",
+    "FlexLoRA",
+    "FlexLoraOptions",
+    "LoRAFair",
     "Local",
+    "LoraFairOptions",
     "MoS",
     "MoSPersonal",
+    "Ravan",
     "RoLoRA",
     "S2Cyclic",
     "S2Frozen",

@@ -17,14 +17,12 @@ nothing more. What differs from the authors' code:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import final
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedlora.exchange import Tensors
+from fedlora.methods.products import decompose, pairs
 from fedlora.reduce import Reduced
 from fedlora.roles import Role, Roles
 from fedlora.state import ServerState
@@ -42,7 +40,7 @@ class FedSVD(Strategy):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        for name_a, name_b in self._pairs():
+        for _, name_a, name_b in pairs(setting.specs):
             (rank, d_in), (d_out, _) = setting.specs[name_a].shape, setting.specs[name_b].shape
             features = min(d_in, d_out)
             if rank > features:
@@ -68,28 +66,8 @@ class FedSVD(Strategy):
         return self._refactored(super().apply(state, reduced, server_round))
 
     def _refactored(self, state: ServerState) -> ServerState:
-        tensors = state.tensors
-        changed = {name: value for pair in self._pairs() for name, value in _refactor(tensors, *pair)}
-        return replace(state, tensors={**tensors, **changed})
-
-    def _pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield the names of each layer's A and B."""
-        by_product: dict[tuple[str, ...], dict[str, str]] = {}
-        for name, spec in self.setting.specs.items():
-            if spec.kind in ("A", "B"):
-                by_product.setdefault(spec.factors, {})[spec.kind] = name
-        for pair in by_product.values():
-            yield pair["A"], pair["B"]
-
-
-def _refactor(tensors: Tensors, name_a: str, name_b: str) -> Iterator[tuple[str, NDArray[np.floating]]]:
-    """Yield A [r, d_in] with orthonormal rows and the B [d_out, r] that leaves B A as it was, each with its name."""
-    a, b = (tensors[name].astype(np.float64) for name in (name_a, name_b))
-    q_a, r_a = np.linalg.qr(a.T)  # [d_in, r], [r, r]
-    q_b, r_b = np.linalg.qr(b)  # [d_out, r], [r, r]
-    u, s, vt = np.linalg.svd(r_b @ r_a.T)  # the core: B A = Q_B (R_B R_A^T) Q_A^T
-    rows = vt @ q_a.T
-    largest = np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)
-    sign = np.where(largest < 0, -1.0, 1.0)  # [r, 1]
-    yield name_a, (sign * rows).astype(tensors[name_a].dtype)
-    yield name_b, (q_b @ (u * s) * sign.T).astype(tensors[name_b].dtype)
+        tensors = dict(state.tensors)
+        for _, a, b in pairs(self.setting.specs):
+            u, s, vt = decompose(tensors[a], tensors[b])
+            tensors |= {a: vt.astype(tensors[a].dtype), b: (u * s).astype(tensors[b].dtype)}
+        return replace(state, tensors=tensors)

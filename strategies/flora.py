@@ -23,10 +23,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import final
 
-import numpy as np
-
-from fedlora.methods.residual import compress, residual_specs
-from fedlora.reduce import Reduced, weighted_mean
+from fedlora.methods.products import pairs
+from fedlora.methods.residual import extend, residual_specs
+from fedlora.reduce import Reduced, mean_product, weighted_mean
 from fedlora.roles import Role, Roles
 from fedlora.state import ServerState
 from fedlora.strategy import Specs, Strategy
@@ -62,26 +61,8 @@ class FLoRA(Strategy):
 
     def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
         """Stack the updates behind those of the rounds before, and average the head."""
-        total = sum(one.weight for one in reduced.updates)
         tensors = dict(state.tensors)
-        for name_a, name_b, into_a, into_b in self._layers():
-            a = [one.weight / total * one.tensors[name_a].astype(np.float64) for one in reduced.updates]
-            b = [one.tensors[name_b].astype(np.float64) for one in reduced.updates]
-            if into_a in tensors:
-                a, b = [tensors[into_a].astype(np.float64), *a], [tensors[into_b].astype(np.float64), *b]
-            whole_a, whole_b = np.concatenate(a, axis=0), np.concatenate(b, axis=1)
-            features = min(whole_a.shape[1], whole_b.shape[0])
-            if len(whole_a) > features:
-                whole_a, whole_b = compress(whole_a, whole_b, rank=features)
-            tensors[into_a], tensors[into_b] = whole_a, whole_b
+        for layer, a, b in pairs(self.setting.specs):
+            tensors |= extend(tensors, layer, *mean_product(reduced.updates, a, b))
         shared = [name for name, spec in self.expected(server_round).items() if spec.kind == "head"]
         return replace(state, tensors={**tensors, **weighted_mean(reduced.updates, shared)})
-
-    def _layers(self) -> Iterable[tuple[str, str, str, str]]:
-        """Yield for each layer the names of its A and B, and of the stacked ones."""
-        by_layer: dict[str, dict[str, str]] = {}
-        for name, spec in self.setting.specs.items():
-            if spec.kind in ("A", "B"):
-                by_layer.setdefault(spec.factors[0], {})[spec.kind] = name
-        for layer, names in by_layer.items():
-            yield names["A"], names["B"], f"{layer}.residual_A", f"{layer}.residual_B"

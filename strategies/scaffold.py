@@ -52,8 +52,8 @@ class Scaffold(Wrapped):
         self.num_clients, self.option = num_clients, option
         if not inner.keeps_basis or inner.reduction(1) != "mean" or inner.setting.ranks:
             raise ValueError(
-                f"local.term = 'scaffold': strategy {inner.name!r} changes the basis or the ranks of what it averages, "
-                "so a control variate of one round means nothing in the next; choose a strategy that averages, such as "
+                f"local.term = 'scaffold': strategy {inner.name!r} does not average in a fixed basis at one rank, so a "
+                "control variate of one round means nothing in the next; choose a strategy that averages, such as "
                 "'fedavg' or 'ffa-lora', with one rank for all clients."
             )
         check_shared(inner, "local.term = 'scaffold'")

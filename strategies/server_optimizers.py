@@ -54,9 +54,9 @@ class ServerOptimizer(Wrapped):
         self.config = config
         if not inner.keeps_basis or inner.reduction(1) != "mean":
             raise ValueError(
-                f"server.optimizer = {config.optimizer!r}: strategy {inner.name!r} changes the basis of its tensors in "
-                "every round, so moments of one round mean nothing in the next; set server.optimizer = 'none', or "
-                "choose a strategy that averages, such as 'fedavg' or 'ffa-lora'."
+                f"server.optimizer = {config.optimizer!r}: strategy {inner.name!r} does not average in a fixed "
+                "basis, so moments of one round mean nothing in the next; set server.optimizer = 'none', or choose a "
+                "strategy that averages, such as 'fedavg' or 'ffa-lora'."
             )
         check_shared(inner, f"server.optimizer = {config.optimizer!r}")
 

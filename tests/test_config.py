@@ -113,7 +113,7 @@ KNOWN_RANKS = (6, 5, 4, 2, 3, 4, 4, 5)
         ({"strategy.name": "local", "local.term": "prox"}, r"local.term = 'prox': strategy 'local' shares no tensors"),
         (
             {"strategy.name": "fedsvd", "local.term": "scaffold", "train.optimizer": "sgd"},
-            r"local.term = 'scaffold': strategy 'fedsvd' changes the basis",
+            r"local.term = 'scaffold': strategy 'fedsvd' does not average in a fixed basis",
         ),
         ({"task": "classify"}, r"task: unknown name 'classify'. Did you mean 'classification'"),
         ({"data.name": "docstring"}, r"data.name: unknown name 'docstring'. Did you mean 'docstrings'"),

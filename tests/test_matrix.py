@@ -136,7 +136,7 @@ def test_gradcheck(method: str) -> None:
 @models
 @methods
 def test_peft_reproduces_the_logits(method: str, family: str, targets: str, tmp_path: Path) -> None:
-    """float64 to 1e-12 and float32 to 1e-5 of the largest logit; layers and ranks of no use are left out."""
+    """float64 to 1e-12 and float32 to 1e-4 of the largest logit; layers and ranks of no use are left out."""
     if method == "mos" and family == "bert" and targets == "all-linear":
         # A layer that comes once, the pooler, has too few shards for itself: refused, see test_mos.py.
         targets = "query,key,value,attention.output.dense,intermediate.dense,output.dense"
@@ -153,7 +153,7 @@ def test_peft_reproduces_the_logits(method: str, family: str, targets: str, tmp_
     factors = engine.method.factors({name: engine.tensor(value) for name, value in tensors.items()})
     with torch.no_grad(), engine.grouped.placed(factors, Layout(1, 6, None)) as model:
         expected = model(**inputs).logits
-    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         plain = without_float32(small_model(family)).to(dtype)
         with torch.no_grad():
             before = plain(**inputs).logits

@@ -31,8 +31,9 @@ from tests.support.slow_optimizers import SecondMomentOfTheFirst, Slow
 
 OPTIMIZERS = ("momentum", "adagrad", "adam", "yogi")
 optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+RULES = {"fedsvd", "flora", "flexlora", "fedex-lora", "lora-fair", "fedrot-lora", "ravan"}  # other than means
 AVERAGING = [
-    *((n, m, ()) for n, m in CASES if n not in ("fedsvd", "flora", "local")),
+    *((n, m, ()) for n, m in CASES if n not in RULES | {"local"}),
     ("zero-padding", "lora", RAGGED),
 ]
 
@@ -206,10 +207,10 @@ def test_without_movement_nothing_moves() -> None:
 # -- refusals, resume, planted bugs -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fedsvd", "flora"])
-def test_a_strategy_that_changes_its_basis_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"server.optimizer = 'adam': strategy '{name}' changes the basis"):
-        ServerOptimizer(strategy_of(name, "lora"), ServerConfig("adam"))
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_a_strategy_that_does_not_average_in_a_fixed_basis_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"server.optimizer = 'adam': strategy '{name}' does not average in a fixed"):
+        ServerOptimizer(strategy_of(name, STRATEGIES[name].methods[0]), ServerConfig("adam"))
 
 
 def test_a_strategy_that_shares_nothing_is_refused() -> None:
@@ -219,7 +220,7 @@ def test_a_strategy_that_shares_nothing_is_refused() -> None:
 
 def test_all_others_are_accepted() -> None:
     accepted = {name for name, _, _ in AVERAGING}
-    assert set(STRATEGIES) - accepted == {"fedsvd", "flora", "local"}
+    assert set(STRATEGIES) - accepted == RULES | {"local"}
 
 
 def continued(strategy: Strategy, method: str, forget: Callable[[ServerState], ServerState]) -> tuple[Arrays, Arrays]:

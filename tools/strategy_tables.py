@@ -42,6 +42,7 @@ _MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budg
 # Every method at rank 8; MoS, whose parameters are those of LoRA of its budget, also at a budget of 1.
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     **{name: [(f"`{name}`, r = 8", Config(method=MethodConfig(name, rank=8)))] for name in REGISTERED},
+    "lora-sb": [(f"`lora-sb`, r = {rank}", Config(method=MethodConfig("lora-sb", rank=rank))) for rank in (8, 64)],
     "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }
 

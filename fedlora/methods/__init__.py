@@ -26,7 +26,9 @@ from fedlora.methods.base import (
 )
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
+from fedlora.methods.lora_sb import LoraSB
 from fedlora.methods.mos import Mos, MosOptions
+from fedlora.methods.ravan import Ravan, RavanOptions
 from fedlora.methods.s2_lora import S2Lora, S2Options
 from fedlora.registry import Registry
 
@@ -34,6 +36,8 @@ METHODS: Registry[type[LowRankMethod]] = Registry("method.name")
 METHODS.register("lora")(Lora)
 METHODS.register("mos", MosOptions)(Mos)
 METHODS.register("s2-lora", S2Options)(S2Lora)
+METHODS.register("lora-sb")(LoraSB)
+METHODS.register("ravan", RavanOptions)(Ravan)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -61,11 +65,14 @@ __all__ = [
     "Head",
     "Layer",
     "Lora",
+    "LoraSB",
     "LowRank",
     "LowRankMethod",
     "Method",
     "Mos",
     "MosOptions",
+    "Ravan",
+    "RavanOptions",
     "S2Lora",
     "S2Options",
     "Scale",

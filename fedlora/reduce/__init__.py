@@ -4,7 +4,7 @@ from fedlora.reduce.base import ClientUpdate, Expected, Reduced, Reduction
 from fedlora.reduce.check import check_tensors
 from fedlora.reduce.fold import REDUCTIONS, fold
 from fedlora.reduce.mean import WeightedMean
-from fedlora.reduce.one_by_one import OneByOne, weighted_mean
+from fedlora.reduce.one_by_one import OneByOne, mean_product, weighted_mean
 
 __all__ = [
     "REDUCTIONS",
@@ -16,5 +16,6 @@ __all__ = [
     "WeightedMean",
     "check_tensors",
     "fold",
+    "mean_product",
     "weighted_mean",
 ]

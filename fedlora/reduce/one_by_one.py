@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Self, final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.codec import WireError
 from fedlora.exact_sum import check_sizes
@@ -99,3 +100,22 @@ def weighted_mean(updates: Sequence[ClientUpdate], names: Iterable[str]) -> Tens
     total = sum(one.weight for one in updates)
     terms = ((name, [one.weight / total * one.tensors[name].astype(np.float64) for one in updates]) for name in names)
     return {name: np.sum(values, axis=0) for name, values in terms}
+
+
+def mean_product(
+    updates: Sequence[ClientUpdate], name_a: str, name_b: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return factors of the weighted mean of the clients' products, ``sum_k p_k B_k A_k``, stacked in their order.
+
+    Args:
+        updates: Updates that were kept apart, each at its own rank r_k.
+        name_a: Their A.
+        name_b: Their B.
+
+    Returns:
+        A [sum r_k, d_in], which has the weights, and B [d_out, sum r_k].
+    """
+    total = sum(one.weight for one in updates)
+    a = [one.weight / total * one.tensors[name_a].astype(np.float64) for one in updates]
+    b = [one.tensors[name_b].astype(np.float64) for one in updates]
+    return np.concatenate(a, axis=0), np.concatenate(b, axis=1)

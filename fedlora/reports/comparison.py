@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 from rich.table import Table as RichTable
 
 from fedlora.reports.format import human_bytes, human_time, number
+from fedlora.reports.paired import beside_the_best, paired_differences, paired_lines
 from fedlora.reports.run import Run
 
 
@@ -47,6 +49,20 @@ def comparison(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return columns, rows
+
+
+def paired_comparison(runs: list[Run]) -> list[str]:
+    """Return Markdown lines of what runs that differ in their seeds come to, pair by pair; nothing where none do."""
+    keys = differing(runs)
+    own = [key for key in keys if key not in ("seed", "privacy.noise-multiplier")]  # the latter follows from others
+    if "seed" not in keys or not own or len({(run.outcome.key) for run in runs}) > 1:
+        return []
+    measure, higher = runs[0].outcome, bool(runs[0].plan["higher_is_better"])
+    values = {measure.key: [run.value(measure) if run.result else None for run in runs]}
+    differences = paired_differences(pd.DataFrame({**keys, **values}), own, measure.key)
+    if differences["deviation"].isna().all():
+        return []
+    return ["", f"{measure.label} beside the best, seed by seed", *paired_lines(beside_the_best(differences, higher))]
 
 
 def comparison_table(runs: list[Run]) -> RichTable:

@@ -77,8 +77,8 @@ def one_run(run: Audited) -> Finding:
     return Finding(
         "one run tells no more of which rows are in it than epsilon allows",
         seen <= claimed,
-        f"epsilon at least {seen:.3g} by {correct} of {2 * guessed} guesses right on {len(rows):,} canaries, the best of "
-        f"{len(_NOISES)} attempts (chance of error {_CHANCE:g}), {claimed:.3g} by the ledger, at delta {delta:g}",
+        f"epsilon at least {seen:.3g} by {correct} of {2 * guessed} guesses right on {len(rows):,} canaries, the best "
+        f"of {len(_NOISES)} attempts (chance of error {_CHANCE:g}), {claimed:.3g} by the ledger, at delta {delta:g}",
     )
 
 

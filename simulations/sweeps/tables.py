@@ -1,4 +1,4 @@
-"""A sweep's tables: ``results`` and ``groups``, ``summary.md``, and the one for the terminal."""
+"""A sweep's tables: ``results``, ``groups`` and ``pairs``, ``summary.md``, and those for the terminal."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from fedlora.metrics import OUTSIDE, Metric
 from fedlora.privacy import conditions
 from fedlora.reports.figures import write_plot
 from fedlora.reports.format import human_bytes, number
+from fedlora.reports.paired import beside_the_best, draws_line, paired_differences, paired_lines
 from fedlora.reports.privacy_plots import conditions_line, draw_utility
 from fedlora.reports.run import Run
 from fedlora.runs.privacy import format_epsilon
 from fedlora.storage import write_whole
+from fedlora.tasks import TASKS
 from simulations.sweeps.cells import Values, measures
 from simulations.sweeps.file import Sweep
 
@@ -32,6 +34,8 @@ def finish(sweep: Sweep, console: Console) -> None:
     _write_utility(sweep)
     write_whole(sweep.folder / "summary.md", summary(sweep).encode())
     console.print(terminal_table(sweep))
+    for line in _compared(sweep):
+        console.print(line, markup=False)
     for name, reason in sweep.errors().items():
         console.print(f"failed: {name}: {reason}", markup=False)
     console.print(f"sweep folder: {sweep.folder}", markup=False)
@@ -51,7 +55,16 @@ def _write_utility(sweep: Sweep) -> None:
 
 
 def write_tables(sweep: Sweep) -> None:
-    """Write ``results`` (a line a cell) and ``groups`` (mean and spread over seeds), as parquet and csv."""
+    """Write ``results`` (a line a cell), ``groups`` (mean and spread over seeds) and ``pairs``, as parquet and csv."""
+    results = results_of(sweep)
+    _write_table(sweep.folder / "results", results)
+    _write_table(sweep.folder / "groups", _grouped(sweep, results))
+    if len(sweep.grid.get("seed", ())) > 1:
+        _write_table(sweep.folder / "pairs", pairs_of(sweep, results))
+
+
+def results_of(sweep: Sweep) -> pd.DataFrame:
+    """Return a line a cell: what distinguishes it, its numbers, status, error and run folder."""
     rows, errors = [], sweep.errors()
     for cell in sweep.cells():
         outcome = cell.outcome()
@@ -62,9 +75,7 @@ def write_tables(sweep: Sweep) -> None:
         rows.append(
             {"stage": cell.stage, **varied, "status": status, **numbers, "error": error, "folder": str(cell.folder)}
         )
-    results = pd.DataFrame(rows)
-    _write_table(sweep.folder / "results", results)
-    _write_table(sweep.folder / "groups", _grouped(sweep, results))
+    return pd.DataFrame(rows)
 
 
 def _grouped(sweep: Sweep, results: pd.DataFrame) -> pd.DataFrame:
@@ -84,6 +95,29 @@ def _grouped(sweep: Sweep, results: pd.DataFrame) -> pd.DataFrame:
                     row[f"{name}_n"] = len(values)  # the others have no such number
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def pairs_of(sweep: Sweep, results: pd.DataFrame) -> pd.DataFrame:
+    """Return the differences of any two combinations, seed by seed, for each measure that cells have."""
+    keys = [key for key in sweep.grid if key != "seed"]
+    done = results[results["stage"] == "final"]
+    found = [metric.key for metric in measures(sweep.first) if metric.key in done and "seed" in sweep.grid]
+    parts = [paired_differences(done, keys, name).assign(measure=name) for name in found]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _compared(sweep: Sweep) -> list[str]:
+    """Return what paired differences say, as Markdown lines; nothing where no two combinations share two seeds."""
+    file = sweep.folder / "pairs.parquet"
+    pairs = pd.read_parquet(file) if "seed" in sweep.grid and file.is_file() else pd.DataFrame()
+    lines = []
+    for metric in measures(sweep.first):
+        own = pairs[pairs["measure"] == metric.key] if len(pairs) else pairs
+        if len(own) and own["deviation"].notna().any():
+            best = beside_the_best(own, TASKS[sweep.first.task].measure.higher_is_better)
+            lines += ["", f"## {metric.label.capitalize()} beside the best, seed by seed", *paired_lines(best)]
+            lines += ["", draws_line(own)]
+    return lines
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
@@ -174,6 +208,7 @@ def summary(sweep: Sweep) -> str:
             cells.append(f"{row['rounds_to_target_mean']:.1f}{count}" if reached else "never")
             cells.append(human_bytes(row["bytes_up_to_target_mean"]) if reached else "-")
         lines.append(f"| {' | '.join(cells)} |")
+    lines += _compared(sweep)
     if (sweep.folder / _UTILITY).is_file():
         lines += ["", f"![{metrics[0].label} by epsilon]({_UTILITY})"]
     return "\n".join(lines) + "\n"

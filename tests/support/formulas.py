@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config import Config, MethodConfig
-from fedlora.methods import MosOptions, S2Options
+from fedlora.methods import MosOptions, RavanOptions, S2Options
 from fedlora.methods.base import Layer
 from fedlora.seeded import Seeded
 
@@ -107,6 +107,23 @@ def _s2_penalty(config: Config, tensors: Tensors) -> Tensor:
     return total
 
 
+# -- lora-sb and ravan --------------------------------------------------------------------------------
+
+
+def _lora_sb(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    a, b, core = (tensors[f"{layer.name}.sb_{letter}"] for letter in "ABR")
+    return _scale(config) * b @ core @ a
+
+
+def _ravan(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    a, b, cores, s = (tensors[f"{layer.name}.ravan_{letter}"] for letter in "ABHs")
+    rank, total = config.method.rank, 0.0
+    for i in range(config.options(RavanOptions).heads):
+        own = slice(i * rank, (i + 1) * rank)
+        total = total + s[i] * b[:, own] @ cores[i] @ a[own]
+    return _scale(config) * total
+
+
 def _config(method: str, rank: int) -> Config:
     return Config(method=MethodConfig(method, rank=rank, alpha=6.0))
 
@@ -120,6 +137,8 @@ FORMULAS = {
         _s2_penalty,
         l1={"s": 0.05},
     ),
+    "lora-sb": Formula(_config("lora-sb", 3), _lora_sb),
+    "ravan": Formula(_config("ravan", 2).with_options(RavanOptions(heads=3)), _ravan),
 }
 
 
@@ -162,6 +181,11 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
     yield ("fedsvd", "lora"), (b(3), both(3), both(3))
     yield ("zero-padding", "lora"), (both(3), both(3), both(3))
+    for name in ("flexlora", "lora-fair", "fedrot-lora"):
+        yield (name, "lora"), (both(3), both(3), both(3))
+    yield ("fedex-lora", "lora"), (both(3), both(3), both(3))  # and the residuals, which grow by round
+    yield ("fed-sb", "lora-sb"), (9 * len(LAYERS),) * 3
+    yield ("ravan", "ravan"), (3 * 5 * len(LAYERS), 3 * 4 * len(LAYERS), 3 * 4 * len(LAYERS))
     yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
     yield ("mos", "mos"), (both(3), both(3), both(3))
     yield ("mos-personal", "mos"), (both(2), both(2), both(2))

@@ -1,0 +1,56 @@
+"""Products B A of a layer's factors: which tensors they are of, and their singular values without the whole matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.methods.base import TensorSpec
+
+Array = NDArray[np.floating]
+
+
+class Pair(NamedTuple):
+    """The tensors whose product is a layer's update."""
+
+    layer: str
+    a: str  # the name of A [r, d_in]
+    b: str  # the name of B [d_out, r]
+
+
+def pairs(specs: Mapping[str, TensorSpec]) -> list[Pair]:
+    """Return the A and B of each layer, in the method's order."""
+    by_layer: dict[str, dict[str, str]] = {}
+    for name, spec in specs.items():
+        if spec.kind in ("A", "B"):
+            by_layer.setdefault(spec.factors[0], {})[spec.kind] = name
+    return [Pair(layer, names["A"], names["B"]) for layer, names in by_layer.items()]
+
+
+class Decomposed(NamedTuple):
+    """The singular value decomposition of a product, ``B A = (u * s) @ vt``."""
+
+    u: NDArray[np.float64]  # [d_out, n], orthonormal columns
+    s: NDArray[np.float64]  # [n], falling
+    vt: NDArray[np.float64]  # [n, d_in], orthonormal rows, the largest entry of each positive
+
+
+def decompose(a: Array, b: Array) -> Decomposed:
+    """Return the singular value decomposition of b a, by the core of a QR of each factor: never d_out x d_in numbers.
+
+    With n = min(R, d_in, d_out) values. Each pair of vectors has its sign fixed, so that no two machines differ in it.
+
+    Args:
+        a: [R, d_in].
+        b: [d_out, R].
+    """
+    q_b, r_b = np.linalg.qr(b.astype(np.float64))  # [d_out, min(d_out, R)], [.., R]
+    q_a, r_a = np.linalg.qr(a.astype(np.float64).T)  # [d_in, min(d_in, R)], [.., R]
+    u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)  # b a = Q_b (R_b R_a^T) Q_a^T
+    rows = vt @ q_a.T
+    largest = np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)
+    sign = np.where(largest < 0, -1.0, 1.0)  # [n, 1]
+    return Decomposed(q_b @ u * sign.T, s, sign * rows)

@@ -1,0 +1,85 @@
+"""Ravan: ``y = W x + scale * sum_i s_i B_i H_i A_i x``, several heads with a trained core and a trained scale each.
+
+"RAVAN: Multi-Head Low-Rank Adaptation for Federated Fine-Tuning", NeurIPS 2025, arXiv 2506.05568; known from notes, the
+authors' code was not at hand.
+
+A head i of h has fixed A_i [r, d_in] and B_i [d_out, r] and trains H_i [r, r], which starts at zero, and s_i, which
+starts at one. With r = ``method.rank`` the update has a rank of up to h r, for h (r^2 + 1) trained numbers a layer.
+What differs from the paper: A and B are drawn from the seed, uniform, with rows and columns of length one on average,
+and are not made orthogonal (its notes name Gaussian and Gram-Schmidt starts), so that they cost no bytes. The scale is
+alpha / r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, final
+
+from fedlora.config import Config, Options, at_least
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@final
+@dataclass(frozen=True)
+class RavanOptions(Options):
+    """Ravan; read by ``method.name = 'ravan'`` only."""
+
+    section: ClassVar[str] = "ravan"
+
+    heads: int = 4
+    """Heads h of each layer, of the rank ``method.rank`` each."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        at_least("ravan.heads", self.heads, 1)
+
+
+@final
+class Ravan(LowRankMethod):
+    """Ravan on a set of layers.
+
+    Args:
+        layers: The adapted layers.
+        rank: r, of a head.
+        alpha: The numerator of the scale.
+        heads: h.
+    """
+
+    def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, heads: int) -> None:
+        self.layers = tuple(layers)
+        self.rank, self.heads = rank, heads
+        self.scale = alpha / rank
+
+    @classmethod
+    def build(cls, layers: Sequence[Layer], config: Config) -> Ravan:
+        """Return Ravan of the rank ``method.rank`` with the keys of its section."""
+        refuse_rslora(config)
+        heads = config.options(RavanOptions).heads
+        return cls(layers, rank=config.method.rank, alpha=config.method.alpha, heads=heads)
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return for every layer ``<layer>.ravan_A`` [h r, d_in], ``_B`` [d_out, h r], ``_H`` [h, r, r], ``_s`` [h]."""
+        specs: dict[str, TensorSpec] = {}
+        h, r = self.heads, self.rank
+        for layer in self.layers:
+            name, product = layer.name, (layer.name,)
+            specs[f"{name}.ravan_A"] = TensorSpec((h * r, layer.d_in), "A", product, math.sqrt(3 / layer.d_in))
+            specs[f"{name}.ravan_B"] = TensorSpec((layer.d_out, h * r), "B", product, math.sqrt(3 / layer.d_out))
+            specs[f"{name}.ravan_H"] = TensorSpec((h, r, r), "H", product, 0.0)
+            specs[f"{name}.ravan_s"] = TensorSpec((h,), "s", product, 0.0, start=1.0)
+        return specs
+
+    def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
+        """Return each layer's A and B with the cores and their scales in A, all heads one behind the other."""
+        found: dict[str, Factor] = {}
+        for layer in self.layers:
+            a, b, cores, s = (tensors[f"{layer.name}.ravan_{letter}"] for letter in "ABHs")
+            heads = a.reshape(*a.shape[:-2], self.heads, self.rank, a.shape[-1])  # [*, h, r, d_in]
+            scaled = s[..., None, None] * (cores @ heads)
+            found[layer.name] = LowRank(scaled.flatten(-3, -2), b, self.scale)
+        return found
