@@ -36,10 +36,10 @@ test: setup
 	$(UNIT) -m "not e2e and not slow"
 	$(E2E) -m "e2e and not slow and not deploy"
 
-# Killed runs, recordings and soaks; some run nowhere else.
+# Killed runs, recordings and soaks, two files side by side: runs wait as long as they compute; some run nowhere else.
 test-slow: setup
 	$(UNIT) -m "not e2e and slow"
-	$(E2E) -m "e2e and slow"
+	$(E2E) --numprocesses 2 --dist loadfile -m "e2e and slow"
 	$(MAKE) test-quantised
 	$(MAKE) test-notebooks
 

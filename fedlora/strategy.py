@@ -137,8 +137,13 @@ class Strategy(ABC):
         """Return the tensors that grow by round and are broadcast beside :meth:`sent`, after so many added ranks."""
         return {}
 
-    def added_rank(self, clients: Iterable[int]) -> int:
-        """Return the rank that the updates of these clients add to :meth:`accumulated`."""
+    def added_rank(self, clients: Iterable[int], after: ServerState | None = None) -> int:
+        """Return the rank that a round adds to :meth:`accumulated`.
+
+        Args:
+            clients: Those whose updates are in it.
+            after: What :meth:`apply` has returned for it; None: before the round, where it is the most that it may be.
+        """
         return 0
 
     # -- the server ---------------------------------------------------------------------------------------

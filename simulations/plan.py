@@ -278,7 +278,8 @@ class Plan:
         if self.strategy.accumulated(1):
             downs = self.traffic[1]
             lines.append(
-                f"what is sent grows by round: {human_bytes(downs[0])} in round 1, {human_bytes(downs[-1])} in the last"
+                f"what is sent grows by round: {human_bytes(downs[0])} in round 1, "
+                f"{human_bytes(downs[-1])} in the last at most"
             )
         return lines
 

@@ -12,6 +12,7 @@ from strategies.fedsvd import FedSVD
 from strategies.ffa_lora import FFALora
 from strategies.flexlora import FlexLoRA, FlexLoraOptions
 from strategies.flora import FLoRA
+from strategies.florist import FLoRIST, FloristOptions
 from strategies.local import Local
 from strategies.lora_fair import LoRAFair, LoraFairOptions
 from strategies.mos import MoS
@@ -33,6 +34,7 @@ for _strategy, _options in (
     (ZeroPadding, None),
     (FlexLoRA, FlexLoraOptions),
     (FLoRA, None),
+    (FLoRIST, FloristOptions),
     (FedExLoRA, FedExOptions),
     (LoRAFair, LoraFairOptions),
     (FedRotLoRA, FedRotOptions),
@@ -55,6 +57,7 @@ __all__ = [
     "STRATEGIES",
     "FFALora",
     "FLoRA",
+    "FLoRIST",
     "FedAvg",
     "FedExLoRA",
     "FedExOptions",
@@ -65,6 +68,7 @@ __all__ = [
     "FedSVD",
     "FlexLoRA",
     "FlexLoraOptions",
+    "FloristOptions",
     "LoRAFair",
     "Local",
     "LoraFairOptions",

@@ -71,7 +71,7 @@ class FedExLoRA(Strategy):
         """Return the residuals of all rounds."""
         return residual_specs(self.setting.specs, rank)
 
-    def added_rank(self, clients: Iterable[int]) -> int:
+    def added_rank(self, clients: Iterable[int], after: ServerState | None = None) -> int:
         """Return (K - 1) r, or as much of it as is kept."""
         rank = next(spec.shape[0] for spec in self.setting.specs.values() if spec.kind == "A")
         whole = max(0, len(list(clients)) - 1) * rank

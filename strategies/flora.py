@@ -19,50 +19,22 @@ start, which is the server's model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import final
 
-from fedlora.methods.products import pairs
-from fedlora.methods.residual import extend, residual_specs
-from fedlora.reduce import Reduced, mean_product, weighted_mean
-from fedlora.roles import Role, Roles
-from fedlora.state import ServerState
-from fedlora.strategy import Specs, Strategy
+from fedlora.methods.products import Pair
+from strategies.stacked import Product, Stacked
 
 
 @final
-class FLoRA(Strategy):
+class FLoRA(Stacked):
     """Stacks the clients' factors; clients start a fresh LoRA each round."""
 
     name = "flora"
     methods = ("lora",)
     exact = True
     ragged = True
-    keeps_basis = False
 
-    def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
-        """Return ``upload`` for A and B: fresh in each round, sent and never received."""
-        return dict.fromkeys(kinds, Role.UPLOAD)
-
-    def reduction(self, server_round: int) -> str:
-        """Return the reduction that keeps updates apart."""
-        return "one-by-one"
-
-    def accumulated(self, rank: int) -> Specs:
-        """Return the stacked factors of all rounds."""
-        return residual_specs(self.setting.specs, rank)
-
-    def added_rank(self, clients: Iterable[int]) -> int:
-        """Return the sum of the clients' ranks."""
-        ranks = self.setting.ranks
-        whole = next(spec.shape[0] for spec in self.setting.specs.values() if spec.kind == "A")
-        return sum(ranks[client] if ranks else whole for client in clients)
-
-    def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
-        """Stack the updates behind those of the rounds before, and average the head."""
-        tensors = dict(state.tensors)
-        for layer, a, b in pairs(self.setting.specs):
-            tensors |= extend(tensors, layer, *mean_product(reduced.updates, a, b))
-        shared = [name for name, spec in self.expected(server_round).items() if spec.kind == "head"]
-        return replace(state, tensors={**tensors, **weighted_mean(reduced.updates, shared)})
+    def added(self, products: Mapping[Pair, Product]) -> Mapping[Pair, Product]:
+        """Return the stacked factors."""
+        return products

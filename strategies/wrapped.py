@@ -51,9 +51,9 @@ class Wrapped(Strategy, ABC):
         """Return the inner strategy's accumulated tensors."""
         return self.inner.accumulated(rank)
 
-    def added_rank(self, clients: Iterable[int]) -> int:
-        """Return the rank that updates add for the inner strategy."""
-        return self.inner.added_rank(clients)
+    def added_rank(self, clients: Iterable[int], after: ServerState | None = None) -> int:
+        """Return the rank that a round adds for the inner strategy."""
+        return self.inner.added_rank(clients, after)
 
     def initial(self, seeded: Tensors) -> ServerState:
         """Return the inner strategy's start."""

@@ -57,6 +57,8 @@ def test_mean_of_updates(name: str, method: str, ranks: Ranks, weights: str) -> 
             off = max(off, float(np.linalg.norm(update - mean) / np.linalg.norm(mean)))
     if strategy.exact:
         assert off < 1e-13
+    elif name == "florist":
+        assert 1e-13 < off < 0.1, "a hundredth of the energy is left out at most"
     else:
         assert off > 0.1, "averaging factors apart is a real error, not rounding"
 
@@ -148,7 +150,8 @@ def test_bytes_are_theory(name: str, method: str) -> None:
     later = traffic[strategy.period :]
     up, down, cached = BYTES[name, method]
     if strategy.accumulated(1):  # round 2 sends what round 1 has added: more ranks than any layer has features
-        grown = sum(min(layer.d_in, layer.d_out) * (layer.d_in + layer.d_out) for layer in LAYERS)
+        most = server.core.ranks[1] if name == "florist" else 15  # the former depends on the numbers
+        grown = sum(min(layer.d_in, layer.d_out, most) * (layer.d_in + layer.d_out) for layer in LAYERS)
         down, cached = down + grown, cached + grown
     clients, personal = 5, 2 if strategy.has_personal else 1  # to evaluate they are sent the tensors once more
     assert sum(one.bytes_up for one in later) / len(later) == pytest.approx(8 * clients * up)

@@ -26,6 +26,9 @@ from strategies import (
     FedRotOptions,
     FlexLoRA,
     FlexLoraOptions,
+    FLoRA,
+    FLoRIST,
+    FloristOptions,
     LoRAFair,
     LoraFairOptions,
     Ravan,
@@ -141,6 +144,41 @@ def test_flexlora_with_fewer_ranks_than_the_server_has() -> None:
         assert off(tensors[b] @ tensors[a], one.updates[0].tensors[b] @ one.updates[0].tensors[a]) < 1e-12
         assert not tensors[b][:, 2:].any()
         assert np.array_equal(tensors[a][2:], state.tensors[a][2:])
+
+
+# -- florist ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("ranks", [(), RANKS])
+def test_florist_keeps_the_energy_and_no_more_than_it_needs(energy: float, ranks: tuple[int, ...]) -> None:
+    """One rank for all layers, the largest that any needs; rounds add up, and bytes count what was kept."""
+    strategy = FLoRIST(setting(FloristOptions(energy), ranks=ranks))
+    state, expected, history = start_of(strategy), dict[str, Any](), 0
+    for number in (1, 2):
+        found = reduced(strategy, number)
+        state = strategy.apply(state, found, number)
+        kept = strategy.added_rank(range(3), state)
+        needed = []
+        for layer, whole in mean_products(found).items():
+            s = np.square(np.linalg.svd(whole, compute_uv=False))
+            needed.append(next(p for p in range(1, len(s) + 1) if s[:p].sum() >= energy * s.sum() * (1 - 1e-12)))
+            expected[layer] = expected.get(layer, 0.0) + best(whole, kept)
+        assert kept == max(needed) if energy < 1 else kept >= max(needed)
+        assert kept <= strategy.added_rank(range(3))
+        history += kept
+        for layer, whole in expected.items():
+            name = f"{layer}.residual_A"
+            assert off(state.tensors[f"{layer}.residual_B"] @ state.tensors[name], whole) < 1e-10
+            assert state.tensors[name].shape == strategy.accumulated(history)[name].shape
+
+
+def test_planted_energy_of_values_not_squared_keeps_more() -> None:
+    """The threshold is on squares (the paper says so): on the values themselves it would keep more ranks."""
+    whole = next(iter(mean_products(reduced(FLoRA(setting()))).values()))
+    s = np.linalg.svd(whole, compute_uv=False)
+    squares, plain = (np.searchsorted(v.cumsum(), 0.9 * v.sum()) + 1 for v in (s**2, s))
+    assert plain > squares
 
 
 # -- fedex-lora ---------------------------------------------------------------------------------------

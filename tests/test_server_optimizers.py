@@ -31,7 +31,16 @@ from tests.support.slow_optimizers import SecondMomentOfTheFirst, Slow
 
 OPTIMIZERS = ("momentum", "adagrad", "adam", "yogi")
 optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
-RULES = {"fedsvd", "flora", "flexlora", "fedex-lora", "lora-fair", "fedrot-lora", "ravan"}  # other than means
+RULES = {
+    "fedsvd",
+    "flora",
+    "florist",
+    "flexlora",
+    "fedex-lora",
+    "lora-fair",
+    "fedrot-lora",
+    "ravan",
+}  # other than means
 AVERAGING = [
     *((n, m, ()) for n, m in CASES if n not in RULES | {"local"}),
     ("zero-padding", "lora", RAGGED),

@@ -96,7 +96,7 @@ class Core:
         tensors = {name: value.astype(dtype) for name, value in {**state.tensors, **shrunk}.items()}
         self.state = replace(state, tensors=tensors)
         if strategy.accumulated(1):
-            history = np.array([*ranks, ranks[-1] + strategy.added_rank(used)], dtype=np.float64)
+            history = np.array([*ranks, ranks[-1] + strategy.added_rank(used, state)], dtype=np.float64)
             self.state = replace(self.state, extra={**self.state.extra, ACCUMULATED: history})
         self.remember(trained=self.state.clients.trained | set(used))
 

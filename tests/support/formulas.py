@@ -186,6 +186,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("fedex-lora", "lora"), (both(3), both(3), both(3))  # and the residuals, which grow by round
     yield ("fed-sb", "lora-sb"), (9 * len(LAYERS),) * 3
     yield ("ravan", "ravan"), (3 * 5 * len(LAYERS), 3 * 4 * len(LAYERS), 3 * 4 * len(LAYERS))
+    yield ("florist", "lora"), (both(3), 0, 0)  # and what has been kept of the stack, see test_product_rules.py
     yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
     yield ("mos", "mos"), (both(3), both(3), both(3))
     yield ("mos-personal", "mos"), (both(2), both(2), both(2))
