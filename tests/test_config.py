@@ -180,12 +180,16 @@ def test_sweeps_can_be_read() -> None:
 
 
 def test_recipes_are_configurations() -> None:
-    recipes = sorted((ROOT / "simulations" / "recipes").glob("*.toml"))
+    recipes = sorted((ROOT / "simulations" / "recipes").rglob("*.toml"))
     assert recipes
     for recipe in recipes:
-        flat = from_toml(recipe.read_text(encoding="utf-8"))
+        text = recipe.read_text(encoding="utf-8")
+        flat = from_toml(text)
         assert set(flat) <= set(KEYS)
         resolve(flat)
+        if recipe.parent.name == "papers":
+            assert "# Differs: " in text, "what is not as in the paper"
+            assert f"simulations/recipes/papers/{recipe.name}" in text
 
 
 def test_auto_names_are_filled_in() -> None:
