@@ -18,7 +18,7 @@ from fedlora.engine import Batching, Engine, find_batching
 from fedlora.engine.fast import like, reset, settle
 from fedlora.engine.rehearsal import rehearse
 from fedlora.methods import TensorSpec, build_method, initial_tensors
-from fedlora.models import Base, Structure, check_length, head_words, keeps_head, load_base
+from fedlora.models import Base, Structure, adapter_start, check_length, head_words, keeps_head, load_base
 from fedlora.quantisation import base_bytes
 from fedlora.reports.format import human_bytes
 from fedlora.seeded import Seeded
@@ -34,8 +34,8 @@ class LoadedModel:
         engine: The engine.
         parallel: The engine on all of the trainer's threads.
         specs: The method's tensors.
-        initial: Their values as every machine starts them: from the seed, the head's perhaps from the checkpoint.
-        head_start: Those of them that come from the checkpoint.
+        initial: Their values as every machine starts them: from the seed, or as they were saved.
+        saved: Those of them that were saved: the head of the checkpoint, the tensors of ``method.start``.
         examples: The tokenized rows, by split.
         classes: Class names by class number.
     """
@@ -45,7 +45,7 @@ class LoadedModel:
     parallel: DataParallel
     specs: dict[str, TensorSpec]
     initial: dict[str, NDArray[np.floating]]
-    head_start: dict[str, NDArray[np.floating]]
+    saved: dict[str, NDArray[np.floating]]
     examples: dict[str, Rows]
     classes: tuple[str, ...] = ()
 
@@ -130,8 +130,9 @@ class Resident:
             if split not in self._examples or self._examples[split][0] != source:
                 self._examples[split] = (source, self._encoded(table, task, base, config, own))
         specs = method.specs()
-        head_start = _head_start(base, config, corpus.classes)
-        initial = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype) | head_start
+        seeded = initial_tensors(specs, Seeded(config.seed), config.engine.tensor_dtype)
+        saved = _head_start(base, config, corpus.classes) | adapter_start(config, base.structure, seeded)
+        initial = seeded | saved
         # Of the base model, the method and the task, with the rows that it makes up: nothing else is tried.
         tried = (config.method, config.plugin_options, *own, config.train.max_length, config.engine.compile)
         if tried not in self._settled:
@@ -144,7 +145,7 @@ class Resident:
             parallel=DataParallel(ready, 1 if config.engine.pack else self._threads),
             specs=specs,
             initial=initial,
-            head_start=head_start,
+            saved=saved,
             examples={split: self._examples[split][1] for split in corpus.splits},
             classes=corpus.classes,
         )

@@ -50,7 +50,7 @@ class Description:
 
     Attributes:
         specs: The method's tensors.
-        head_start: Those of them that start as the checkpoint has them, and not from the seed.
+        saved: Those of them that start as they were saved, and not from the seed: the checkpoint's head, an adapter's.
         family: The base model's type.
         num_parameters: Parameters of the base model.
         num_layers: Its adapted layers.
@@ -68,7 +68,7 @@ class Description:
     """
 
     specs: dict[str, TensorSpec]
-    head_start: dict[str, NDArray[np.floating]]
+    saved: dict[str, NDArray[np.floating]]
     family: str
     num_parameters: int
     num_layers: int
@@ -90,8 +90,8 @@ class Description:
         return "/".join((self.fingerprint[0], self.digest, self.initial_digest, self.constants_digest))
 
     def initial(self, config: Config) -> dict[str, NDArray[np.floating]]:
-        """Return the tensors that a run starts with, without a group axis: drawn here, but for the checkpoint's."""
-        return initial_tensors(self.specs, Seeded(config.seed), config.engine.tensor_dtype) | self.head_start
+        """Return the tensors that a run starts with, without a group axis: drawn here, but for saved ones."""
+        return initial_tensors(self.specs, Seeded(config.seed), config.engine.tensor_dtype) | self.saved
 
     def join_report(self, site: str, rows: int = 0, trainers: int = 1) -> JoinReport:
         """Return what is said of it when a site joins, and what the coordinator holds against that."""

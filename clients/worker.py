@@ -247,7 +247,7 @@ class Worker:
         structure = model.engine.base.structure
         return Description(
             specs=model.specs,
-            head_start=model.head_start,
+            saved=model.saved,
             family=structure.family,
             num_parameters=structure.num_parameters,
             num_layers=len(structure.adapted),

@@ -129,7 +129,7 @@ class Run:
     def _start(self) -> int:
         """Restore or make the server's state, show and write what is known, and return the rounds behind it."""
         parts, config = self.parts, self.plan.config
-        same = {"base": parts.description.digest}
+        same = {"base": self._base}
         checkpoint = parts.folder.read_checkpoint(same) if config.run.resume else None
         if checkpoint is None:
             self.flower.state = self.plan.strategy.initial(parts.description.initial(config))
@@ -256,10 +256,16 @@ class Run:
         state, roles = self.flower.state, self.plan.strategy.all_roles(server_round + 1)
         return self.parts.evaluator.personal(state.tensors, roles, server_round + 1, sorted(state.clients.trained))
 
+    @property
+    def _base(self) -> str:
+        """What a run must find again to go on: base model and tokenizer, and the adapter that it has started from."""
+        description, start = self.parts.description, self.plan.config.method.start
+        return description.digest + (f"/{description.initial_digest}" if start else "")
+
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
             "strategy": self.plan.strategy.name,
-            "base": self.parts.description.digest,
+            "base": self._base,
             "packing": self._packing(),
             "before": self.before,
             "seconds": time.monotonic() - self.started,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedlora.config import Config
+from fedlora.config import Config, require
 from fedlora.ranks import client_ranks
 from fedlora.roles import Role
 from fedlora.strategy import Setting, Specs, Strategy
@@ -27,6 +27,8 @@ def build_strategy(config: Config, specs: Specs, frozen: frozenset[str] = frozen
     ranks = client_ranks(config, config.federation.num_clients)
     setting = Setting(specs, Role(config.method.head), frozen, ranks, config)
     strategy: Strategy = STRATEGIES[config.strategy.name](setting)
+    if config.method.start:
+        _check_start(config, strategy)
     if config.server.optimizer != "none":
         strategy = ServerOptimizer(strategy, config.server)
     match config.local.term:
@@ -38,3 +40,12 @@ def build_strategy(config: Config, specs: Specs, frozen: frozenset[str] = frozen
     if train.round_schedule != "constant" or train.warmup_rounds:
         strategy = RoundSchedule(strategy, config.rounds, train.round_schedule, train.warmup_rounds)
     return strategy
+
+
+def _check_start(config: Config, strategy: Strategy) -> None:
+    """Refuse an adapter to start from where it would be lost."""
+    start, name = config.method.start, config.strategy.name
+    require(config.method.name == "lora", "method.start", start, f"is read by lora, not {config.method.name!r}.")
+    fresh = any(Role.UPLOAD in roles for roles in strategy.roles_in_turn().values())
+    rule = f"clients of strategy {name!r} start a fresh LoRA in every round, and the adapter would be lost."
+    require(not fresh, "method.start", start, rule)

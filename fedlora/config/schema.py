@@ -91,6 +91,12 @@ class Config:
         )
         if not sites:
             return
+        require(
+            not self.method.start,
+            "method.start",
+            self.method.start,
+            "is no folder of the sites; leave it out.",
+        )
         require(data.dev_share == 0, "data.dev-share", data.dev_share, "is a share of rows that are at the sites.")
         require(
             not self.eval.baselines, "eval.baselines", self.eval.baselines, "needs all rows in one place; leave it out."

@@ -207,6 +207,9 @@ class MethodConfig:
     head_start: str = "auto"
     """``fresh``: the head starts from the seed; ``checkpoint``: as the checkpoint has trained it; ``auto``: the latter
     where the checkpoint has a head for these classes."""
+    start: str = ""
+    """Folder of a PEFT adapter, such as another run's ``adapter/``, whose A, B and head a run on ``lora`` starts from;
+    empty: from the seed."""
 
     def __post_init__(self) -> None:
         """Check the fields."""

@@ -1,5 +1,6 @@
 """Base models: finding and loading them, the layers that a run adapts, and a small one that a machine trains itself."""
 
+from fedlora.models.adapter_start import adapter_start
 from fedlora.models.head_start import head_words, keeps_head, trained_labels
 from fedlora.models.loading import (
     Base,
@@ -17,6 +18,7 @@ from fedlora.models.structure import Structure, head_modules, inspect
 __all__ = [
     "Base",
     "Structure",
+    "adapter_start",
     "check_length",
     "head_modules",
     "head_words",
