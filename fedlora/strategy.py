@@ -94,7 +94,7 @@ class Strategy(ABC):
         if setting.ranks and not self.ragged:
             raise ValueError(
                 f"method.ranks: strategy {self.name!r} needs one rank for all clients; leave it empty, or choose a "
-                "strategy for ranks by client (zero-padding, flexlora, flora, local)."
+                "strategy for ranks by client, such as 'zero-padding'."
             )
         check_gradients(self)
 

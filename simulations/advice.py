@@ -30,6 +30,7 @@ _FAR = 4.0  # times the rate that was found, or a part of it: there runs ended b
 _KEPT = "what clients keep to themselves no average rids of noise, and at epsilon 8 none learned on SST-2"
 _CURE = "`fedlora plan --suggest` looks for a schedule within the budget that does (docs/learning_rates.md)"
 _MOST_EPSILON = 64.0
+_UNMEASURED = ("fed-sb", "ravan")  # what signal to noise they learn from was not measured: not proposed
 
 
 def learns_from(config: Config) -> float:
@@ -129,6 +130,8 @@ def others(plan: PrivacyPlan, trained: Mapping[str, int]) -> Iterator[str]:
         trained: Numbers that a client trains under each strategy.
     """
     for name, count in trained.items():
+        if name in _UNMEASURED:
+            continue
         strategy = replace(plan.config.strategy, name=name)
         method = replace(plan.config.method, name=methods_of(name)[0])
         other = PrivacyPlan(replace(plan.config, strategy=strategy, method=method), count)

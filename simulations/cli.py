@@ -108,6 +108,8 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         )
     app = Path(options.app).expanduser().resolve()
     if options.command == "plan" and options.sweep:
+        if options.suggest:
+            raise ConfigError("fedlora plan --sweep does not go with --suggest, which is of one run; leave one out.")
         from simulations.sweeps.plan import show_sweep
 
         show_sweep(_read_sweep(options.sweep, app, options.run_config), console)

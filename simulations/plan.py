@@ -223,7 +223,7 @@ class Plan:
         ups, downs = self.traffic
         exact = {
             True: "exact",
-            False: "not exact (a product of means, not the mean of products)",
+            False: "not exact (docs/strategies.md says by how much)",
             None: "none: the server holds no whole update",
         }
         lines = [
@@ -241,7 +241,8 @@ class Plan:
             f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down"
             + (f" ({human_bytes(cached)} if it kept what it was sent)" if cached != down else "")
             + (f", means over {self.strategy.period} rounds" if self.strategy.period > 1 else ""),
-            f"bytes of the whole run: {human_bytes(sum(ups))} up, {human_bytes(sum(downs))} down",
+            f"bytes of the whole run: {human_bytes(sum(ups))} up, {human_bytes(sum(downs))} down"
+            + (" at most" if self.strategy.accumulated(1) and not self.strategy.exact else ""),
         ]
         if self.strategy.has_personal:
             lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")

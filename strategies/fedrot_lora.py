@@ -29,6 +29,8 @@ from fedlora.strategy import Setting, Strategy
 
 Array = NDArray[np.float64]
 
+_LEAST = 1e-5
+
 
 @final
 @dataclass(frozen=True)
@@ -75,7 +77,10 @@ class FedRotLoRA(Strategy):
         for _, name_a, name_b in pairs(self.setting.specs):
             a, b = update[name_a].astype(np.float64), update[name_b].astype(np.float64)
             cross = sent[name_a] @ a.T if server_round % 2 else sent[name_b].T @ b  # [r, r]
-            q = partly(rotation(cross.astype(np.float64)), self._share)
+            cross = cross.astype(np.float64)
+            # Directions that nothing determines (B of few ranks, narrow layers) stay as they are, above rounding.
+            cross += _LEAST * np.linalg.norm(cross) * np.eye(len(cross))
+            q = partly(rotation(cross), self._share)
             found |= {name_a: q @ a, name_b: b @ q.T}
         return found
 

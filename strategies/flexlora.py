@@ -10,8 +10,8 @@ makes the steps of the next round others. What differs from the paper and its co
 
 - the singular vectors come from the core of a QR of the stacked factors, not from the d_out x d_in product;
 - the scale is alpha / ``method.rank`` at all ranks, so nothing is divided out for a client (the code fixes alpha = 16);
-- where the clients of a round have fewer ranks together than the server, those behind them get a B of zero and keep
-  their A, so that they can be trained.
+- where the clients of a round have fewer ranks together than the server, those behind them keep the factor without the
+  singular values, and the other is zero, so that they can be trained.
 
 With unequal ranks, energy collects in the ranks that all clients hold: the others have it only through those who do
 (raFLoRA, arXiv 2602.13486).
@@ -73,6 +73,9 @@ class FlexLoRA(Strategy):
             rank = len(tensors[a])
             u, s, vt = u[:, :rank], s[:rank], vt[:rank]
             u, vt = (u * s, vt) if self._options.values == "B" else (u, s[:, None] * vt)
-            tensors |= {a: placed(vt, tensors[a].astype(np.float64)), b: placed(u, np.zeros(tensors[b].shape))}
+            whole_a, whole_b = tensors[a].astype(np.float64), tensors[b].astype(np.float64)
+            keep_b = (self._options.values == "A") & whole_b.any(axis=0)  # [r]: there A holds what may be zero
+            whole_a[keep_b], whole_b[:, ~keep_b] = 0.0, 0.0
+            tensors |= {a: placed(vt, whole_a), b: placed(u, whole_b)}
             averaged -= {a, b}
         return replace(state, tensors={**tensors, **weighted_mean(reduced.updates, sorted(averaged))})

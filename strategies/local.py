@@ -22,7 +22,6 @@ class Local(Strategy):
     exact = None
     personal = True
     ragged = True
-    ragged = True
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return ``personal`` for all kinds, and for the head unless it is frozen."""

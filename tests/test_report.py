@@ -20,7 +20,7 @@ from rich.console import Console
 from fedlora.config import Config
 from fedlora.plugins import read_config
 from fedlora.reports.card import model_card
-from fedlora.reports.comparison import comparison
+from fedlora.reports.comparison import comparison, paired_comparison
 from fedlora.reports.format import human_bytes, number
 from fedlora.reports.html import html_page
 from fedlora.reports.plots import plot_partition
@@ -125,6 +125,47 @@ def test_an_epsilon_that_became_infinite_is_not_shown_as_the_last_finite_one(tmp
     write_report(run)
     assert "| infinite | infinite | 5.0000 | 0.0000 |" in (run.path / "summary.md").read_text()
     assert (run.path / "epsilon.png").stat().st_size > 5000
+
+
+def test_runs_of_several_seeds_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """Under DP noise multipliers that follow from an epsilon distinguish nothing; those that were given do."""
+
+    def runs(named: str, **flat: Any) -> list[Run]:
+        return [
+            fake_run(
+                tmp_path,
+                f"{named}-{name}-{seed}",
+                [0.5 + 0.2 * seed + gap],
+                **{"strategy.name": name, "seed": seed},
+                **flat,
+            )
+            for name, gap in (("fedavg", 0.0), ("ffa-lora", -0.1))
+            for seed in range(3)
+        ]
+
+    def seeds(lines: list[str]) -> list[str]:
+        return [line.split(" | ")[2] for line in lines if line.startswith("| `")]
+
+    lines = paired_comparison(runs("plain"))
+    assert seeds(lines) == ["3"]
+    assert "| `ffa-lora` | `fedavg` | 3 | -0.1000 |" in lines[4]
+    dp = {"privacy.mode": "dp", "privacy.client-size": 50}
+    given = [
+        *runs("a", **dp, **{"privacy.noise-multiplier": 0.5}),
+        *runs("b", **dp, **{"privacy.noise-multiplier": 1.0}),
+    ]
+    assert seeds(paired_comparison(given)) == ["3", "3", "3"], "four configurations, each beside the best"
+    budget = {**dp, "privacy.epsilon": 3.0}
+    first, second = (
+        runs("c", **budget, **{"privacy.noise-multiplier": 0.5}),
+        runs("d", **budget, **{"privacy.noise-multiplier": 1.0}),
+    )
+    assert seeds(paired_comparison([first[0], *second[1:]])) == ["3"]
+    twice = paired_comparison(
+        [*runs("e"), fake_run(tmp_path, "again", [0.5], **{"strategy.name": "fedavg", "seed": 1})]
+    )
+    assert "two runs of one configuration have the seed 1" in twice[1]
+    assert paired_comparison(runs("f")[::3]) == [], "one seed"
 
 
 def test_runs_side_by_side(tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ class Goal:
     value: Value
     most: bool = False
 
-    def measured(self, groups: Sequence[Sequence[Line]]) -> float | None:
-        """Return the best value of several numbers of clients."""
-        found = [value for value in map(self.value, groups) if value is not None]
+    def measured(self, groups: Sequence[Sequence[Line]]) -> tuple[float, str] | None:
+        """Return the best value of several numbers of clients, and the GPU that gave it."""
+        values = ((self.value(lines), str(lines[0]["device"])) for lines in groups)
+        found = [(value, gpu) for value, gpu in values if value is not None]
         if not found:
             return None
         return min(found) if self.most else max(found)
@@ -113,8 +114,12 @@ def rows_of(lines: Sequence[Line], steps: Sequence[int]) -> list[list[str]]:
         cells = [goal.shape, str(goal.tokens), goal.what, f"{sign} {goal.bound:g}"]
         for count in steps:
             found = goal.measured(_groups(lines, goal, count))
-            met = found is not None and (found <= goal.bound if goal.most else found >= goal.bound)
-            cells.append("" if found is None else f"{found:.3g}{'' if met else ' (not met)'}")
+            if found is None:
+                cells.append("")
+                continue
+            value, gpu = found
+            met = value <= goal.bound if goal.most else value >= goal.bound
+            cells.append(f"{value:.3g} ({gpu}{'' if met else ', not met'})")
         rows.append(cells)
     return rows
 

@@ -7,8 +7,9 @@ R starts at zero. What differs from the paper:
 
 - the paper takes A and B from the singular vectors of a gradient of all weights, which is computed on training rows and
   so would cost privacy. Here they come from the seed: uniform, with rows of A and columns of B of length one on
-  average, which are nearly orthonormal in as many features as layers have. So they cost no bytes either. That is our
-  choice; the paper's start is not offered;
+  average. They are not orthonormal: for 384 features the singular values of A lie between 0.86 and 1.16 at rank 8, 0.6
+  and 1.4 at 64, 0.3 and 1.7 at 200. So they cost no bytes, and every machine draws the same. That is our choice; the
+  paper's start is not offered;
 - the scale is alpha / r, as for LoRA.
 """
 
@@ -34,6 +35,8 @@ class LoraSB(LowRankMethod):
         rank: r, the size of the cores.
         alpha: The numerator of the scale.
     """
+
+    strategies = ("local",)
 
     def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float) -> None:
         self.layers = tuple(layers)

@@ -50,6 +50,8 @@ class Ravan(LowRankMethod):
         heads: h.
     """
 
+    strategies = ("local",)
+
     def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, heads: int) -> None:
         self.layers = tuple(layers)
         self.rank, self.heads = rank, heads

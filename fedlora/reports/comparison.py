@@ -54,15 +54,23 @@ def comparison(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
 def paired_comparison(runs: list[Run]) -> list[str]:
     """Return Markdown lines of what runs that differ in their seeds come to, pair by pair; nothing where none do."""
     keys = differing(runs)
-    own = [key for key in keys if key not in ("seed", "privacy.noise-multiplier")]  # the latter follows from others
+    # Under DP these follow from others, or from the partition, where a run leaves them open.
+    settled = {"privacy.client-size", "privacy.delta"}
+    if all(run.config.privacy.epsilon for run in runs if run.config.privacy.mode == "dp"):
+        settled.add("privacy.noise-multiplier")
+    own = [key for key in keys if key not in {"seed", *settled}]
     if "seed" not in keys or not own or len({(run.outcome.key) for run in runs}) > 1:
         return []
     measure, higher = runs[0].outcome, bool(runs[0].plan["higher_is_better"])
     values = {measure.key: [run.value(measure) if run.result else None for run in runs]}
-    differences = paired_differences(pd.DataFrame({**keys, **values}), own, measure.key)
+    title = f"{measure.label} beside the best, seed by seed"
+    try:
+        differences = paired_differences(pd.DataFrame({**keys, **values}), own, measure.key)
+    except ValueError as error:
+        return ["", f"{title}: {error}"]
     if differences["deviation"].isna().all():
         return []
-    return ["", f"{measure.label} beside the best, seed by seed", *paired_lines(beside_the_best(differences, higher))]
+    return ["", title, *paired_lines(beside_the_best(differences, higher))]
 
 
 def comparison_table(runs: list[Run]) -> RichTable:

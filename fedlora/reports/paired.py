@@ -1,7 +1,7 @@
 """Whether runs of two configurations differ: by pairs of runs with the same partition, start and seed.
 
 A seed draws the partition as well as what is trained on it, and partitions differ more than strategies do. So runs are
-compared seed by seed: the mean of the differences, its interval by Student's t, and a verdict that holds for all pairs
+compared seed by seed: the mean of the differences, its interval by Student's t, and a verdict that holds for all lines
 of a table together (Bonferroni).
 """
 
@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 ERROR = 0.05
-"""The chance that an interval misses the truth, and that any verdict of a table is wrong where nothing differs."""
+"""The chance that an interval misses the truth, and that a table calls anything distinguishable where nothing is."""
 POWER = 0.8
 _SAME_DATA = ("data.", "federation.num-clients")  # keys that decide what is drawn: over them nothing is paired
-_MOST_DRAWS = 100_000
+_MOST_SEEDS = 100_000
+_SAME = 1e-9  # of a measure: less is rounding
 
 
 def draws_data(key: str) -> bool:
@@ -36,22 +38,31 @@ def paired_differences(results: pd.DataFrame, keys: Sequence[str], measure: str)
 
     Returns:
         Columns: the data's keys; ``one`` and ``other``, in words; ``n`` seeds that both have; ``difference`` of the
-        means, one less other, with the interval ``low`` to ``high``; ``deviation`` of the differences; ``distinct``:
-        whether zero is outside of the interval that holds for all lines of the same data together.
+        means, one less other, with the interval ``low`` to ``high``; ``deviation`` of the differences, at least that of
+        the measure's own steps (accuracies are k of n rows); ``distinct``: whether zero is outside of the interval
+        that holds for all lines together.
+
+    Raises:
+        ValueError: Two runs have the same configuration and seed, so it is not known which belongs to which.
     """
     done = results.dropna(subset=[measure])
+    twice = done.duplicated([*keys, "seed"])
+    if twice.any():
+        seed = done.loc[twice, "seed"].iloc[0]
+        raise ValueError(f"two runs of one configuration have the seed {seed}; name one of them.")
     data = [key for key in keys if draws_data(key)]
     own = [key for key in keys if key not in data]
-    lines = []
+    least, lines = _least_deviation(done[measure].to_numpy(float)), []
     for where, rows in _groups(done, data):
         by_seed = {name: part.set_index("seed")[measure].astype(float) for name, part in _groups(rows, own)}
-        pairs = list(itertools.combinations(by_seed, 2))
-        for one, other in pairs:
-            difference = (by_seed[one] - by_seed[other]).dropna()
-            names = {"one": _words(own, one), "other": _words(own, other)}
-            lines.append({**dict(zip(data, where, strict=True)), **names, **_of(difference.to_numpy(), len(pairs))})
+        for one, other in itertools.combinations(by_seed, 2):
+            difference = (by_seed[one] - by_seed[other]).dropna().to_numpy(np.float64)
+            if len(difference):
+                about = {**dict(zip(data, where, strict=True)), "one": _words(own, one), "other": _words(own, other)}
+                lines.append((about, difference))
     columns = [*data, "one", "other", "n", "difference", "low", "high", "deviation", "distinct"]
-    return pd.DataFrame(lines, columns=columns)
+    tested = sum(len(difference) > 1 for _, difference in lines)
+    return pd.DataFrame([{**about, **_of(values, least, tested)} for about, values in lines], columns=columns)
 
 
 def beside_the_best(differences: pd.DataFrame, higher_is_better: bool) -> pd.DataFrame:
@@ -66,7 +77,7 @@ def beside_the_best(differences: pd.DataFrame, higher_is_better: bool) -> pd.Dat
     turned[["difference", "low", "high"]] *= -1
     both = pd.concat([differences, turned], ignore_index=True)
     lines = []
-    for _, rows in _groups(both, data):
+    for _, rows in _groups(both, data) if len(both) else ():
         # Best: ahead of all others on average, on the seeds that they share.
         ahead = rows.groupby("one", sort=False)["difference"].agg("min" if higher_is_better else "max")
         best = ahead.idxmax() if higher_is_better else ahead.idxmin()
@@ -74,34 +85,38 @@ def beside_the_best(differences: pd.DataFrame, higher_is_better: bool) -> pd.Dat
     return pd.concat(lines, ignore_index=True) if lines else both
 
 
-def draws_needed(deviation: float, difference: float) -> int | None:
-    """Return how many pairs show a difference of a mean, with an error of 5 % and a power of 80 %; None: too many.
+def seeds_needed(deviation: float, difference: float, lines: int = 1) -> int | None:
+    """Return how many pairs show a difference, with a power of 80 %, as a verdict that holds for all lines of a table.
 
     Args:
         deviation: The standard deviation of a pair's difference.
         difference: To be seen.
+        lines: Of the table; each is tested at an error of 5 % by them.
+
+    Returns:
+        The number; None: more than a hundred thousand.
     """
     from scipy.stats import t
 
-    if deviation == 0:
-        return 2
-    for n in itertools.takewhile(lambda n: n < _MOST_DRAWS, _rising()):
-        reach = difference / deviation * math.sqrt(n)
-        if reach >= t.ppf(1 - ERROR / 2, n - 1) + t.ppf(POWER, n - 1):
+    error = ERROR / lines
+    for n in itertools.takewhile(lambda n: n < _MOST_SEEDS, _rising()):
+        if difference / deviation * math.sqrt(n) >= t.ppf(1 - error / 2, n - 1) + t.ppf(POWER, n - 1):
             return n
     return None
 
 
-def draws_line(differences: pd.DataFrame, difference: float = 0.01) -> str:
-    """Return how many seeds a difference needs, by the deviations seen so far; empty where none were seen."""
-    seen = differences["deviation"].dropna()
+def seeds_line(differences: pd.DataFrame, difference: float) -> str:
+    """Return how many seeds a difference takes, by the deviations seen so far; empty where none were seen."""
+    seen = differences.dropna(subset=["deviation"])
     if seen.empty:
         return ""
-    usual, most = (draws_needed(float(value), difference) for value in (seen.median(), seen.max()))
+    usual, most = float(seen["deviation"].median()), float(seen["deviation"].max())
+    counts = [_count(seeds_needed(value, difference, len(seen))) for value in (usual, most)]
+    of_table = f"power {POWER:.0%}, error {ERROR:.0%} over all {len(seen)} pairs"
     return (
-        f"To tell a difference of {difference:g} (error {ERROR:.0%}, power {POWER:.0%}) takes {_count(usual)} seeds "
-        f"for the usual pair, whose differences deviate by {seen.median():.4f}, and {_count(most)} for the most "
-        f"variable one ({seen.max():.4f}), by {len(seen)} pairs of at least {int(differences['n'].min())} seeds."
+        f"To tell a difference of {difference:.2g} ({of_table}) takes {counts[0]} seeds for the usual pair, whose "
+        f"differences deviate by {usual:.4f}, and {counts[1]} for the most variable one ({most:.4f}); seen so far: at "
+        f"least {int(seen['n'].min())} seeds of each."
     )
 
 
@@ -111,33 +126,46 @@ def paired_lines(best: pd.DataFrame) -> list[str]:
     columns = [*data, "", "minus", "seeds", "difference", f"{1 - ERROR:.0%} interval", "verdict"]
     lines = [f"| {' | '.join(map(str, columns))} |", "|" + " --- |" * len(columns)]
     for _, row in best.iterrows():
-        interval = "-" if math.isnan(row["low"]) else f"{row['low']:+.4f} to {row['high']:+.4f}"
-        said = "distinguishable" if row["distinct"] else "not distinguishable"
+        tested = not pd.isna(row["deviation"])
+        interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if tested else "-"
+        said = ("" if row["distinct"] else "not ") + "distinguishable" if tested else "one seed says nothing"
         cells = [*(f"`{row[key]}`" for key in data), f"`{row['one']}`", f"`{row['other']}`", row["n"]]
         lines.append(f"| {' | '.join(map(str, [*cells, f'{row.difference:+.4f}', interval, said]))} |")
-    return lines
+    legend = "Intervals are those of each line; verdicts hold for all pairs together, so they ask for more."
+    return [*lines, "", f"{legend} Which is the best was found by the same runs."]
 
 
-def _count(draws: int | None) -> str:
-    return f"more than {_MOST_DRAWS:,}" if draws is None else f"{draws:,}"
+def _count(seeds: int | None) -> str:
+    return f"more than {_MOST_SEEDS:,}" if seeds is None else f"{seeds:,}"
 
 
-def _rising() -> itertools.chain[int]:
-    """Numbers from 2, each one first, by hundredths later."""
-    return itertools.chain(range(2, 200), (int(200 * 1.01**step) for step in itertools.count()))
+def _rising() -> Iterator[int]:
+    """Yield numbers from 2: each one at first, by hundredths later."""
+    yield from range(2, 200)
+    for step in itertools.count():
+        yield int(200 * 1.01**step)
 
 
-def _of(differences: np.ndarray, pairs: int) -> dict[str, float | int | bool]:
+def _least_deviation(values: NDArray[np.float64]) -> float:
+    """Return the deviation that differences of a measure have by its steps alone: runs may agree by chance.
+
+    A number rounded to steps of h is off by h / sqrt(12), a difference of two by h / sqrt(6).
+    """
+    steps = np.diff(np.unique(values))
+    steps = steps[steps > _SAME * np.abs(values).max(initial=0.0)]
+    return float(steps.min()) / math.sqrt(6) if len(steps) else math.nan
+
+
+def _of(differences: NDArray[np.floating], least: float, tested: int) -> dict[str, float | int | bool]:
     from scipy.stats import t
 
-    n = len(differences)
-    mean = float(differences.mean()) if n else math.nan
+    n, mean = len(differences), float(differences.mean())
     if n < 2:
         nothing = dict.fromkeys(("low", "high", "deviation"), math.nan)
         return {"n": n, "difference": mean, **nothing, "distinct": False}
-    deviation = float(differences.std(ddof=1))
+    deviation = float(np.fmax(differences.std(ddof=1), least))
     of_mean = deviation / math.sqrt(n)
-    reach, whole = (float(t.ppf(1 - error / 2, n - 1)) * of_mean for error in (ERROR, ERROR / pairs))
+    reach, whole = (float(t.ppf(1 - error / 2, n - 1)) * of_mean for error in (ERROR, ERROR / tested))
     numbers = {"difference": mean, "low": mean - reach, "high": mean + reach, "deviation": deviation}
     return {"n": n, **numbers, "distinct": bool(abs(mean) > whole)}
 

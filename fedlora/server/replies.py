@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
 
 from fedlora.codec import WireError
 from fedlora.exchange import ClientReport, Outcome, Tensors
+from fedlora.methods import initial_tensors
 from fedlora.reduce import REDUCTIONS, Expected, Reduction
+from fedlora.seeded import Seeded
 from fedlora.server.cohort import Federation
 from fedlora.server.nodes import Nodes, SimulationNodes
 from fedlora.server.traffic import Payloads, Traffic
@@ -172,12 +175,17 @@ class Replies:
             return
         squares = 0.0
         for name, value in tensors.items():
-            start = cut(np.asarray(sent[name]), value.shape) if name in sent else 0.0
+            start = cut(np.asarray(sent[name] if name in sent else self._fresh(name)), value.shape)
             squares += float(np.square(value.astype(np.float64) - start).sum())
         if not squares <= most**2:
             raise WireError(
                 f"it changes the tensors by {squares**0.5:.4g} in L2 norm, more than federation.max-change = {most:g}"
             )
+
+    def _fresh(self, name: str) -> NDArray[np.floating]:
+        """Return what clients start a tensor at that is drawn anew for the round, and sent and never received."""
+        own = {name: self.strategy.setting.specs[name]}
+        return initial_tensors(own, Seeded(self.federation.seed), self.federation.dtype, self.round)[name]
 
     def _expected(self, report: ClientReport) -> Expected:
         """Return what a client's update must hold."""

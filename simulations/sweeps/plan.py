@@ -1,16 +1,14 @@
-"""What a sweep would run, what of it has run, and how many seeds a difference needs (``fedlora plan --sweep``)."""
+"""What a sweep would run, what of it has run, and how many seeds a difference takes (``fedlora plan --sweep``)."""
 
 from __future__ import annotations
 
 import statistics
 
-import pandas as pd
 from rich.console import Console
 
 from fedlora.reports.format import human_time
-from fedlora.reports.paired import draws_line
 from simulations.sweeps.file import Sweep
-from simulations.sweeps.tables import pairs_of, results_of
+from simulations.sweeps.tables import compared
 
 
 def show_sweep(sweep: Sweep, console: Console) -> None:
@@ -29,8 +27,6 @@ def show_sweep(sweep: Sweep, console: Console) -> None:
     if seconds and len(done) < sweep.size():
         left = (sweep.size() - len(done)) * statistics.median(seconds)
         console.print(f"about {human_time(left)} left in one process, by the median of those", markup=False)
-    differences = pairs_of(sweep, results_of(sweep)) if done else pd.DataFrame()
-    line = draws_line(differences) if len(differences) else ""
-    console.print(
-        line or "how many seeds a difference needs is said once two combinations have two seeds each", markup=False
-    )
+    lines = [line for _, _, line in compared(sweep)] if done else []
+    for line in lines or ["how many seeds a difference takes is said once two combinations have two seeds each"]:
+        console.print(line, markup=False)

@@ -14,7 +14,7 @@ from fedlora.metrics import OUTSIDE, Metric
 from fedlora.privacy import conditions
 from fedlora.reports.figures import write_plot
 from fedlora.reports.format import human_bytes, number
-from fedlora.reports.paired import beside_the_best, draws_line, paired_differences, paired_lines
+from fedlora.reports.paired import beside_the_best, paired_differences, paired_lines, seeds_line
 from fedlora.reports.privacy_plots import conditions_line, draw_utility
 from fedlora.reports.run import Run
 from fedlora.runs.privacy import format_epsilon
@@ -59,8 +59,12 @@ def write_tables(sweep: Sweep) -> None:
     results = results_of(sweep)
     _write_table(sweep.folder / "results", results)
     _write_table(sweep.folder / "groups", _grouped(sweep, results))
-    if len(sweep.grid.get("seed", ())) > 1:
-        _write_table(sweep.folder / "pairs", pairs_of(sweep, results))
+    pairs = pairs_of(sweep, results)
+    if len(pairs):
+        _write_table(sweep.folder / "pairs", pairs)
+    else:  # of an earlier grid
+        for suffix in (".parquet", ".csv"):
+            (sweep.folder / "pairs").with_suffix(suffix).unlink(missing_ok=True)
 
 
 def results_of(sweep: Sweep) -> pd.DataFrame:
@@ -98,25 +102,39 @@ def _grouped(sweep: Sweep, results: pd.DataFrame) -> pd.DataFrame:
 
 
 def pairs_of(sweep: Sweep, results: pd.DataFrame) -> pd.DataFrame:
-    """Return the differences of any two combinations, seed by seed, for each measure that cells have."""
+    """Return the differences of any two combinations, seed by seed, for each measure that cells have; one seed: none.
+
+    Args:
+        sweep: The sweep.
+        results: Its cells, as :func:`results_of` returns them.
+    """
     keys = [key for key in sweep.grid if key != "seed"]
     done = results[results["stage"] == "final"]
-    found = [metric.key for metric in measures(sweep.first) if metric.key in done and "seed" in sweep.grid]
+    several = len(sweep.grid.get("seed", ())) > 1
+    found = [metric.key for metric in measures(sweep.first) if metric.key in done and several]
     parts = [paired_differences(done, keys, name).assign(measure=name) for name in found]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
+def compared(sweep: Sweep) -> list[tuple[Metric, pd.DataFrame, str]]:
+    """Return for each measure its differences and how many seeds one takes: a point, or a hundredth of a loss."""
+    results, found = results_of(sweep), []
+    pairs = pairs_of(sweep, results)
+    for metric in measures(sweep.first) if len(pairs) else ():
+        own = pairs[pairs["measure"] == metric.key]
+        if own["deviation"].notna().any():
+            share = TASKS[sweep.first.task].measure.higher_is_better
+            size = 0.01 if share else 0.01 * float(results[metric.key].astype(float).mean())
+            found.append((metric, own, seeds_line(own, size)))
+    return found
+
+
 def _compared(sweep: Sweep) -> list[str]:
     """Return what paired differences say, as Markdown lines; nothing where no two combinations share two seeds."""
-    file = sweep.folder / "pairs.parquet"
-    pairs = pd.read_parquet(file) if "seed" in sweep.grid and file.is_file() else pd.DataFrame()
-    lines = []
-    for metric in measures(sweep.first):
-        own = pairs[pairs["measure"] == metric.key] if len(pairs) else pairs
-        if len(own) and own["deviation"].notna().any():
-            best = beside_the_best(own, TASKS[sweep.first.task].measure.higher_is_better)
-            lines += ["", f"## {metric.label.capitalize()} beside the best, seed by seed", *paired_lines(best)]
-            lines += ["", draws_line(own)]
+    lines, higher = [], TASKS[sweep.first.task].measure.higher_is_better
+    for metric, own, seeds in compared(sweep):
+        title = f"## {metric.label.capitalize()} beside the best, seed by seed"
+        lines += ["", title, *paired_lines(beside_the_best(own, higher)), "", seeds]
     return lines
 
 
