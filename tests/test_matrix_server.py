@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fedlora.methods import initial_tensors
 from fedlora.roles import Role
+from fedlora.seeded import Seeded
 from fedlora.server import FlowerStrategy, lacking
 from fedlora.server.traffic import Traffic
 from fedlora.strategy import Strategy
@@ -266,3 +268,20 @@ def test_clients_of_different_ranks_need_a_strategy_for_them(name: str, method: 
         return
     with pytest.raises(ValueError, match=r"method.ranks: strategy .* needs one rank for all clients; leave it empty"):
         strategy_of(name, method, (1,) * 5)
+
+
+@pytest.mark.parametrize(("name", "method"), [("flora", "lora"), ("ravan", "ravan"), ("fedavg", "lora")])
+def test_a_client_that_changes_nothing_has_changed_nothing(name: str, method: str) -> None:
+    """``federation.max-change`` counts from what a client starts with: for what starts anew, from the round's draw."""
+    strategy = strategy_of(name, method)
+    server = server_of(strategy, method, deployed=True, max_change=1e-3)
+    fresh = {key: spec for key, spec in strategy.expected(1).items() if key not in strategy.sent(1)}
+    start = {**seeded_of(method), **initial_tensors(fresh, Seeded(0), "float64", 1)}
+
+    def spoil(client: int, update: Arrays) -> Arrays:
+        return {key: value + (client == 4) for key, value in update.items()}
+
+    run(server, LoopGrid({k: node_of(server, spoil, same=start) for k in range(1, 6)}), 1)
+    assert server.replies is not None
+    assert list(server.replies.refused) == [4]
+    assert "federation.max-change" in server.replies.refused[4]
