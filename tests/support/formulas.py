@@ -124,8 +124,8 @@ def _ravan(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tenso
     return _scale(config) * total
 
 
-def _config(method: str, rank: int) -> Config:
-    return Config(method=MethodConfig(method, rank=rank, alpha=6.0))
+def _config(method: str, rank: int, alpha: float = 6.0) -> Config:
+    return Config(method=MethodConfig(method, rank=rank, alpha=alpha))
 
 
 FORMULAS = {
@@ -138,7 +138,8 @@ FORMULAS = {
         l1={"s": 0.05},
     ),
     "lora-sb": Formula(_config("lora-sb", 3), _lora_sb),
-    "ravan": Formula(_config("ravan", 2).with_options(RavanOptions(heads=3)), _ravan),
+    # Of a small scale: three heads of random numbers would saturate the loss, whose gradients are then rounding.
+    "ravan": Formula(_config("ravan", 2, alpha=1.0).with_options(RavanOptions(heads=3)), _ravan),
 }
 
 
