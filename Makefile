@@ -28,19 +28,18 @@ notebook: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[notebook]'
 	$(BIN)/jupyter lab notebooks
 
-# Unit tests side by side, each process on one core; after them what starts Flower and Ray, two files side by side, since
-# runs wait as long as they compute. Faults of a deployed federation are planted one at a time.
+# Unit tests side by side, each process on one core; what starts Flower and Ray after them, one at a time.
 UNIT := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
-E2E := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+E2E := $(BIN)/python -m pytest
 
 test: setup
 	$(UNIT) -m "not e2e and not slow"
 	$(E2E) -m "e2e and not slow and not deploy"
 
-# Killed runs, recordings and soaks; some run nowhere else.
+# Killed runs, recordings and soaks, two files side by side, since they wait as long as they compute; some run nowhere else.
 test-slow: setup
 	$(UNIT) -m "not e2e and slow"
-	$(E2E) -m "e2e and slow"
+	$(E2E) --numprocesses 2 --dist loadfile -m "e2e and slow"
 	$(MAKE) test-quantised
 	$(MAKE) test-notebooks
 
@@ -57,7 +56,7 @@ test-quantised: setup
 
 # A deployed federation under faults and attacks: kills, cut networks, malicious sites and servers (docs/reliability.md).
 test-deploy: setup
-	$(BIN)/python -m pytest -m "e2e and deploy" -s
+	$(E2E) -m "e2e and deploy" -s
 
 check: setup
 	$(BIN)/ruff format --check .

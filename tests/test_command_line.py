@@ -37,6 +37,7 @@ def test_flower_starts_a_few_actors(options: list[str], cores: int, expected: li
 
 
 @pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
+@pytest.mark.slow
 def test_flower_ships_the_same_of_a_copy(tmp_path: Path) -> None:
     """And does not walk through this checkout's virtual environment for it."""
     copy = shipped(ROOT, tmp_path / "app")

@@ -35,6 +35,7 @@ def test_docstrings_do_not_name_their_library(corpus: Corpus) -> None:
             assert name == "ray" or name not in text.lower(), text
 
 
+@pytest.mark.slow
 def test_harvesting_is_deterministic(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the files again, not from the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -86,6 +86,7 @@ def test_tokens_are_those_of_the_library(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_without_the_package_the_cure_is_named(kind: str, tmp_path: Path) -> None:
     """And what was saved with it is read without it: an adapter's tokenizer needs no SentencePiece."""
     trained(tmp_path / kind, kind)

@@ -92,6 +92,7 @@ def test_tensorboard_reads_it_back(tmp_path: Path) -> None:
     assert f"| strategy.name | `{config.strategy.name}` |" in texts["config/text_summary"]
 
 
+@pytest.mark.slow
 def test_mlflow_reads_it_back(tmp_path: Path) -> None:
     config = tracked(tmp_path, "mlflow", range(1, 3), None)
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:

@@ -74,6 +74,7 @@ def search(folder: Path, minutes: float, clock: Callable[[], float] | None = Non
     return Search(plan, minutes, Console(file=io.StringIO(), width=200), **({"clock": clock} if clock else {}))
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_too_small_is_left_behind(tmp_path: Path) -> None:
     """The planted default: with 1e-6 next to nothing is learned, and the search has to climb away from it."""
     own = {"train.learning-rate": 1e-6, "train.local-steps": 40, "rounds": 2, "strategy.name": "fedavg"}
