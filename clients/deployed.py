@@ -173,6 +173,8 @@ def own_job(file: SiteFile, request: JoinRequest) -> Job:
         raise RefusedError("the job's run.plugins are not those of this site; code comes from the site's operator only")
     if request.flat.get("model.trust-remote-code", False):
         raise RefusedError("the job has model.trust-remote-code; code comes from the site's operator only")
+    if request.flat.get("method.start", ""):  # a path on this machine, whose adapter may be private
+        raise RefusedError("the job has method.start; a site's own files are no server's to name")
     if is_pattern(str(request.flat.get("method.target-modules", ""))):  # which may be made to match for ever
         raise RefusedError("the job's method.target-modules is a regular expression; a site takes names")
     try:

@@ -66,8 +66,14 @@ def model_remarks(
 ) -> tuple[str, ...]:
     """Return in words what a model's own make decides: adapted layers, the head's start, batches, quantised layers."""
     lines = [f"adapted: {', '.join(structure.targets)}"]
+    start = config.method.start
+    if start:
+        lines.append(f"start: the adapter {start}; the order of the classes of its head is taken on trust")
+        if config.privacy.mode == "dp":
+            lines.append("note: what the start adapter was trained on is not covered by the epsilon of this run")
     if structure.head:
-        lines.append(f"head: starts {head_words(config.method.head_start, labels, classes)}")
+        own = "as the start adapter has it, or where it has none " if start else ""
+        lines.append(f"head: starts {own}{head_words(config.method.head_start, labels, classes)}")
     if batching is not None and batching.words:
         lines.append(f"batches: {batching.words}")
     if config.model.quantization != "none":

@@ -30,6 +30,7 @@ _FAR = 4.0  # times the rate that was found, or a part of it: there runs ended b
 _KEPT = "what clients keep to themselves no average rids of noise, and at epsilon 8 none learned on SST-2"
 _CURE = "`fedlora plan --suggest` looks for a schedule within the budget that does (docs/learning_rates.md)"
 _MOST_EPSILON = 64.0
+_UNMEASURED_METHODS = ("lora-sb", "ravan")
 _UNMEASURED = ("fed-sb", "ravan")  # what signal to noise they learn from was not measured: not proposed
 
 
@@ -45,6 +46,8 @@ def verdict(plan: PrivacyPlan) -> list[str]:
     """Return what is to be said of whether a run will learn, plainly where it will hardly."""
     config, steps = plan.config, plan.config.rounds * plan.mechanism.steps
     ratio, bound = plan.signal_to_noise(plan.steps), learns_from(config)
+    if config.method.name in _UNMEASURED_METHODS:
+        return [f"note: signal to noise {ratio:.3g}; what {config.method.name} learns from was not measured"]
     where = f"the signal to noise of a client's steps together is {ratio:.2g}, and on SST-2 runs began to learn at "
     where += f"{bound:g}"
     lines, personal = [], _keeps_noise(config)
@@ -149,6 +152,10 @@ def check_can_suggest(config: Config) -> None:
         raise ConfigError(
             "fedlora plan --suggest looks for schedules under DP within a budget: set privacy.mode = 'dp' and "
             "privacy.epsilon. Without privacy, `fedlora tune` looks for the learning rate."
+        )
+    if config.method.name in _UNMEASURED_METHODS:
+        raise ConfigError(
+            f"fedlora plan --suggest: what signal to noise {config.method.name} learns from was not measured."
         )
 
 

@@ -6,7 +6,7 @@ that there are more clients than rows, is found before torch and transformers ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import numpy as np
@@ -16,7 +16,7 @@ from fedlora.config import Config
 from fedlora.data import Corpus, FederatedData, load_corpus, partitioned
 from fedlora.data.partition import check_enough
 from fedlora.hub import check_model
-from fedlora.methods import TensorSpec, build_method, initial_tensors
+from fedlora.methods import build_method, initial_tensors
 from fedlora.quantisation import base_bytes
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS
@@ -71,7 +71,10 @@ class Preflight:
         corpus, clients = self.quick(config), asked_clients(config, self._nodes)
         structure, labels = self._model(config, corpus)
         specs = build_method(config, structure.adapted, structure.head).specs()
-        start = tuple(_start(config, structure, specs))
+        if config.method.start:
+            from fedlora.models import adapter_start
+
+            adapter_start(config, structure, initial_tensors(specs, Seeded(config.seed)))
         if clients not in self._data:
             self._data[clients] = partitioned(corpus, config, clients)
         config, data = settle(config, self._nodes, self._data[clients])
@@ -87,7 +90,7 @@ class Preflight:
             num_layers=len(structure.adapted),
             nodes=self._nodes,
             trainers=len(shards),
-            remarks=(*start, *remarks),
+            remarks=remarks,
             shards=shards,
             base_bytes=base_bytes(
                 structure.num_parameters, structure.num_quantisable, config.model.quantization, config.engine.dtype
@@ -173,20 +176,6 @@ class Preflight:
         remarks = model_remarks(structure, labels, found, config, corpus.classes)
         untried = "note: whether rows can be kept apart in this model is found out when it is loaded"
         return (remarks if found is not None else (*remarks, untried)), cost
-
-
-def _start(config: Config, structure: Structure, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
-    """Try the adapter that a run is to start from; yield what is to be said of it."""
-    if not config.method.start:
-        return
-    from fedlora.models import adapter_start
-
-    found = adapter_start(config, structure, initial_tensors(specs, Seeded(config.seed)))
-    layers = sum(name.endswith("lora_A") for name in found)
-    head = ", with its head" if any(specs[name].kind == "head" for name in found) else ""
-    yield f"start: the adapter {config.method.start}, on {layers} of {len(structure.adapted)} layers{head}"
-    if config.privacy.mode == "dp":
-        yield "note: what the start adapter was trained on is not covered by the epsilon of this run"
 
 
 def _outputs(config: Config, corpus: Corpus) -> int:

@@ -129,7 +129,7 @@ class Run:
     def _start(self) -> int:
         """Restore or make the server's state, show and write what is known, and return the rounds behind it."""
         parts, config = self.parts, self.plan.config
-        same = {"base": self._base}
+        same = self._base
         checkpoint = parts.folder.read_checkpoint(same) if config.run.resume else None
         if checkpoint is None:
             self.flower.state = self.plan.strategy.initial(parts.description.initial(config))
@@ -257,15 +257,15 @@ class Run:
         return self.parts.evaluator.personal(state.tensors, roles, server_round + 1, sorted(state.clients.trained))
 
     @property
-    def _base(self) -> str:
+    def _base(self) -> dict[str, str]:
         """What a run must find again to go on: base model and tokenizer, and the adapter that it has started from."""
         description, start = self.parts.description, self.plan.config.method.start
-        return description.digest + (f"/{description.initial_digest}" if start else "")
+        return {"base": description.digest, **({"method.start": description.initial_digest} if start else {})}
 
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
             "strategy": self.plan.strategy.name,
-            "base": self._base,
+            **self._base,
             "packing": self._packing(),
             "before": self.before,
             "seconds": time.monotonic() - self.started,

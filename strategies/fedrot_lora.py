@@ -8,6 +8,9 @@ nearest to what the client was sent: in odd rounds Q minimises |A_sent - Q A_k|,
 (orthogonal Procrustes, det Q = 1), and it is turned part of the way: to the rotation nearest to
 (1 - t) I + t Q, with t = ``fedrot.share``, 0.5 in the paper. Then A and B are averaged as in ``fedavg``.
 
+Directions that the product of sent and returned factors leaves open (B of few ranks, layers narrower than r) are not
+turned: a hundred-thousandth of its norm on its diagonal decides them, which is our choice.
+
 No bytes more, and no client's product changes, so nothing is lost where all are alike. In the paper clients turn their
 update before they send it. Here the server does: it knows what it sent, and clients need to know nothing.
 """

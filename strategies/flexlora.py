@@ -10,8 +10,8 @@ makes the steps of the next round others. What differs from the paper and its co
 
 - the singular vectors come from the core of a QR of the stacked factors, not from the d_out x d_in product;
 - the scale is alpha / ``method.rank`` at all ranks, so nothing is divided out for a client (the code fixes alpha = 16);
-- where the clients of a round have fewer ranks together than the server, those behind them keep the factor without the
-  singular values, and the other is zero, so that they can be trained.
+- where the clients of a round have fewer ranks together than the server, one factor of those behind them is kept and
+  the other zero, so that they can be trained: A is kept, or B with ``values = 'A'`` where it is not zero itself.
 
 With unequal ranks, energy collects in the ranks that all clients hold: the others have it only through those who do
 (raFLoRA, arXiv 2602.13486).

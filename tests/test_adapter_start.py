@@ -24,6 +24,7 @@ from tests.support.trainers import tiny_flat, tiny_job, tiny_worker
 
 ROWS = range(10)
 WEIGHTS = "adapter_model.safetensors"
+HEAD = "base_model.model.classifier"
 
 
 @pytest.fixture
@@ -139,6 +140,14 @@ def more_classes(tensors: dict[str, torch.Tensor]) -> None:
     tensors[name] = torch.cat([tensors[name], tensors[name]], 0)
 
 
+def half(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[next(name for name in tensors if name.endswith("lora_A.weight"))]
+
+
+def spoilt(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[next(name for name in tensors if name.endswith("lora_B.weight"))][0, 0] = torch.nan
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no adapter": (lambda path: shutil.rmtree(path), {}, "no PEFT adapter can be read there"),
     "no weights": (
@@ -153,7 +162,29 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "its base model is 'FacebookAI/roberta-large', and the run's is",
     ),
-    "a larger rank": (lambda path: None, {"method.rank": 1}, "has rank 2; set method.rank = 2 or more"),
+    "a larger rank": (
+        lambda path: None,
+        {"method.rank": 1},
+        "and each of method.ranks, to 2 or more",
+    ),
+    "a client of a smaller rank": (
+        lambda path: None,
+        {"strategy.name": "zero-padding", "method.ranks": "1,2,1,2"},
+        "has rank 2; set method.rank, and each of method.ranks, to 2",
+    ),
+    "another base of its own": (lambda path: changed(path, init_lora_weights="pissa"), {}, "may have changed the base"),
+    "no mapping": (
+        lambda path: (path / "adapter_config.json").write_text("[1]"),
+        {},
+        "it is of the kind [1], not LORA",
+    ),
+    "LoRA on the head": (
+        lambda path: with_tensors(path, lambda t: t.update({f"{HEAD}.lora_A.weight": torch.ones(2, 2)})),
+        {},
+        "tensors that the run does not train: ",
+    ),
+    "half a layer": (lambda path: with_tensors(path, half), {}, "it has one factor only"),
+    "not finite": (lambda path: with_tensors(path, spoilt), {}, "numbers that are not finite"),
     "other layers": (lambda path: None, {"method.target-modules": "key"}, "it is on none of the run's layers, such as"),
     "fewer layers": (lambda path: None, {"method.target-modules": "query"}, "tensors that the run does not train: "),
     "other shapes": (lambda path: with_tensors(path, wider), {}, "has factors of"),
@@ -196,7 +227,11 @@ def test_where_it_would_be_lost_it_is_refused(changes: dict[str, Any], reason: s
 def test_the_plan_says_what_is_started_from(first: Exported, tmp_path: Path) -> None:
     flat = {"strategy.name": "fedavg", "method.start": str(first.path / "adapter")}
     plan, _ = preflight(resolve(tiny_flat(tmp_path, **flat)), 2)
-    assert any("start: the adapter" in line and "on 4 of 4 layers, with its head" in line for line in plan.remarks)
+    assert any("start: the adapter" in line for line in plan.remarks)
+    assert any("head: starts as the start adapter has it" in line for line in plan.remarks)
+    worker = started(tmp_path)
+    worker.load()
+    assert worker.describe().remarks == plan.remarks, "a run says what its plan has said"
     private = {**flat, "privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "data.partition": "iid"}
     plan, _ = preflight(resolve(tiny_flat(tmp_path, **private)), 2)
     assert any("is not covered by the epsilon of this run" in line for line in plan.remarks)

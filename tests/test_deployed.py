@@ -181,6 +181,8 @@ def test_a_ledger_that_was_rolled_back_is_noticed_by_whoever_saw_it(tmp_path: Pa
         ({"train.local-steps": 0, "train.local-epochs": 2}, r"steps of a round, by max-steps"),
         ({"run.plugins": "evil.py"}, r"run\.plugins are not those of this site; code comes from the site's operator"),
         ({"run.plugins": "os"}, r"run\.plugins are not those of this site"),
+        ({"method.start": "/etc"}, r"the job has method\.start; a site's own files"),
+        ({"method.start": "adapter"}, r"the job has method\.start; a site's own files"),
         ({"run.plugins": 3}, r"run\.plugins are not those of this site"),
         ({"run.name": "../../other"}, r"run\.name = .*must be a plain folder name"),
         ({"data.classes": "good,bad"}, r"data\.classes = 'good,bad' and this site 'bad,good'; they must agree"),

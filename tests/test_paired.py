@@ -128,8 +128,27 @@ def test_equal_differences_are_no_certainty() -> None:
         "records"
     )
     assert not found["distinct"]
-    assert found["deviation"] == pytest.approx(0.01 / 6**0.5)
-    assert found["low"] < 0 < found["high"]
+    assert math.isnan(found["low"])
+    frame = pd.DataFrame(rows, columns=["seed", KEY, "accuracy"])
+    best = beside_the_best(paired_differences(frame, [KEY], "accuracy"), True)
+    assert "| no verdict: all differences are alike |" in paired_lines(best)[2]
+    equal = frame.assign(accuracy=1.0)
+    assert seeds_line(paired_differences(equal, [KEY], "accuracy"), 0.01) == ""
+
+
+def test_few_seeds_that_agree_well_are_enough() -> None:
+    """Three seeds whose partitions are far apart and whose differences are not: nothing but their deviation counts."""
+    rows = [
+        (k, name, value)
+        for k, base in enumerate((2.0, 2.5, 3.1))
+        for name, value in (("a", base), ("b", base + 0.1 + 1e-4 * k))
+    ]
+    frame = pd.DataFrame(rows, columns=["seed", KEY, "loss"]).assign(**{"data.path": "x"})
+    (alone,) = paired_differences(frame, [KEY, "data.path"], "loss").to_dict("records")
+    assert alone["distinct"]
+    assert alone["deviation"] == pytest.approx(1e-4)
+    more = pd.concat([frame, frame.assign(**{"data.path": "y"}, loss=frame["loss"] * 7)])
+    assert paired_differences(more, [KEY, "data.path"], "loss")["deviation"].iloc[0] == alone["deviation"]
 
 
 def test_two_runs_of_one_seed_are_refused() -> None:
@@ -186,6 +205,11 @@ def test_a_sweep_writes_pairs_and_the_plan_counts_seeds(tmp_path: Path, capsys: 
     shown = " ".join(capsys.readouterr().out.split())
     assert "12 final ones (3 combinations by 4 seeds); 11 have finished" in shown
     assert "To tell a difference of 0.01 (power 80%, error 5% over all 3 pairs) takes" in shown
+    for cell in sweep.cells():  # all alike: nothing varies, and nothing fails
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        (cell.folder / "result.json").write_text(json.dumps({"test_accuracy": 1.0, **RESULT}))
+    write_tables(sweep)
+    assert "no verdict: all differences are alike" in summary(sweep)
     one_seed = replace(sweep, grid={**sweep.grid, "seed": [0]})
     write_tables(one_seed)
     assert not (sweep.folder / "pairs.parquet").exists(), "of the grid before"

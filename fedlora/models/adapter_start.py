@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from fedlora.config import Config, ConfigError
 from fedlora.messages import first_line
 from fedlora.models.names import model_path
-from fedlora.models.structure import Structure, head_modules
+from fedlora.models.structure import Structure
+from fedlora.ranks import client_ranks
 
 Array = NDArray[np.floating]
 
@@ -32,7 +33,9 @@ _PLAIN = {  # what a plain LoRA has, by key of adapter_config.json; others chang
     "layer_replication": None,
     "target_parameters": None,
     "alora_invocation_tokens": None,
+    "kasa_config": None,
 }
+_PLAIN_STARTS = (None, True, False, "gaussian")  # others (pissa, olora, loftq ...) may have changed the base's weights
 
 
 def adapter_start(config: Config, structure: Structure, seeded: Mapping[str, Array]) -> dict[str, Array]:
@@ -53,18 +56,23 @@ def adapter_start(config: Config, structure: Structure, seeded: Mapping[str, Arr
     _check_kind(folder, about, config)
     found: dict[str, Array] = {}
     method = config.method
+    least = min(client_ranks(config, config.federation.num_clients), default=method.rank)
     own_scale = method.alpha / (math.sqrt(method.rank) if method.rslora else method.rank)
     for layer in structure.adapted:
         a, b = (weights.pop(f"{_PREFIX}{layer.name}.lora_{letter}.weight", None) for letter in "AB")
-        if a is None or b is None:
+        if a is None and b is None:
             continue
+        if a is None or b is None or not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise _unlike(folder, f"of {layer.name} it has one factor only, or numbers that are not finite")
         if (a.shape[1], b.shape[0]) != (layer.d_in, layer.d_out) or len(a) != b.shape[1]:
             shapes = f"{list(a.shape)} and {list(b.shape)}"
             rule = f"{layer.name} has factors of {shapes}, the run's {layer.d_in} features in and {layer.d_out} out"
             raise _unlike(folder, rule)
         rank = len(a)
-        if rank > method.rank:
-            raise _unlike(folder, f"{layer.name} has rank {rank}; set method.rank = {rank} or more")
+        if rank > min(method.rank, least):
+            raise _unlike(
+                folder, f"{layer.name} has rank {rank}; set method.rank, and each of method.ranks, to {rank} or more"
+            )
         whole_a = np.array(seeded[f"{layer.name}.lora_A"], dtype=np.float64)
         whole_b = np.zeros(seeded[f"{layer.name}.lora_B"].shape)
         whole_a[:rank], whole_b[:, :rank] = a, b * (_scale(about, layer.name, rank) / own_scale)
@@ -95,9 +103,12 @@ def _head(
             if name not in seeded or value.shape != seeded[name].shape:
                 wanted = list(seeded[name].shape) if name in seeded else "none"
                 raise _unlike(folder, f"{name} of its head is {list(value.shape)}, the run's {wanted}: other classes?")
+            if not np.isfinite(value).all():
+                raise _unlike(folder, f"{name} of its head has numbers that are not finite")
             found[name] = value
-    for key in [key for key in weights if key.removeprefix(_PREFIX).split(".", 1)[0] in head_modules(structure)]:
-        del weights[key]  # what the head's modules hold beside the trained layers, as the base has it
+    missing = [f"{layer.name}.weight" for layer in structure.head if f"{layer.name}.weight" not in found]
+    if found and missing:
+        raise _unlike(folder, f"it has a part of the head, and not {missing[0]}")
     return found
 
 
@@ -119,8 +130,16 @@ def _read(path: Path, folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
 
 def _check_kind(folder: str, about: Mapping[str, Any], config: Config) -> None:
     """Refuse an adapter that is no plain LoRA, or one of another base model."""
-    if about.get("peft_type") != "LORA":
-        raise _unlike(folder, f"it is of the kind {about.get('peft_type')}, not LORA")
+    if not isinstance(about, dict) or about.get("peft_type") != "LORA":
+        raise _unlike(
+            folder, f"it is of the kind {about.get('peft_type') if isinstance(about, dict) else about}, not LORA"
+        )
+    if about.get("init_lora_weights") not in _PLAIN_STARTS:
+        raise _unlike(
+            folder,
+            f"it has init_lora_weights = {about['init_lora_weights']!r}, which may have changed the base model; "
+            "save it by PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+        )
     for key, plain in _PLAIN.items():
         if about.get(key, plain) != plain:
             raise _unlike(folder, f"it has {key} = {about[key]!r}, which a plain LoRA has not")
@@ -138,7 +157,7 @@ def _scale(about: Mapping[str, Any], layer: str, rank: int) -> float:
     from peft.utils.other import get_pattern_key
 
     alphas = about.get("alpha_pattern") or {}
-    alpha = float(alphas.get(get_pattern_key(list(alphas), layer), about["lora_alpha"]))
+    alpha = float(alphas.get(get_pattern_key(list(alphas), layer), about.get("lora_alpha", 8)))
     return alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
 
 

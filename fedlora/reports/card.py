@@ -41,14 +41,16 @@ def model_card(
     head = {
         Role.SHARED: "The head was trained and averaged with the adapter.",
         Role.PERSONAL: "Clients kept their heads: "
-        + (
-            "this is the client's own." if clients else "the head in here is the untrained seed, train your own on top."
-        ),
-        Role.FROZEN: "The head is a random one from the seed; only the adapter was trained.",
+        + ("this is the client's own." if clients else "the head in here is untrained, train your own on top."),
+        Role.FROZEN: "The head is as it started; only the adapter was trained.",
     }
     head_policy = (
         f"Head policy: `{roles['head']}`. {head[roles['head']]}" if "head" in roles else "The task adds no head."
     )
+    if config.method.start:
+        head_policy += " Adapter and head started from another adapter."
+        if config.privacy.mode != "none":
+            head_policy += " What that one was trained on is not covered by the epsilon below."
     whose = f"The adapter of client {clients[0]}, with the tensors that it never sent." if clients else ""
     result = "\n".join(_line(key, value, config.privacy.mode != "none") for key, value in outcome.items())
     released = "\n".join(markdown(privacy))

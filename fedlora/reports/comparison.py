@@ -68,7 +68,7 @@ def paired_comparison(runs: list[Run]) -> list[str]:
         differences = paired_differences(pd.DataFrame({**keys, **values}), own, measure.key)
     except ValueError as error:
         return ["", f"{title}: {error}"]
-    if differences["deviation"].isna().all():
+    if (differences["n"] < 2).all():
         return []
     return ["", title, *paired_lines(beside_the_best(differences, higher))]
 

@@ -21,6 +21,7 @@ POWER = 0.8
 _SAME_DATA = ("data.", "federation.num-clients")  # keys that decide what is drawn: over them nothing is paired
 _MOST_SEEDS = 100_000
 _SAME = 1e-9  # of a measure: less is rounding
+_UNTESTED = ("one seed says nothing", "no verdict: all differences are alike")
 
 
 def draws_data(key: str) -> bool:
@@ -38,9 +39,9 @@ def paired_differences(results: pd.DataFrame, keys: Sequence[str], measure: str)
 
     Returns:
         Columns: the data's keys; ``one`` and ``other``, in words; ``n`` seeds that both have; ``difference`` of the
-        means, one less other, with the interval ``low`` to ``high``; ``deviation`` of the differences, at least that of
-        the measure's own steps (accuracies are k of n rows); ``distinct``: whether zero is outside of the interval
-        that holds for all lines together.
+        means, one less other, with the interval ``low`` to ``high``; ``deviation`` of the differences; ``distinct``:
+        whether zero is outside of the interval that holds for all lines together. Of one seed, and where all
+        differences are alike (accuracies are k of n rows, and seeds may agree by chance), there is neither.
 
     Raises:
         ValueError: Two runs have the same configuration and seed, so it is not known which belongs to which.
@@ -52,17 +53,17 @@ def paired_differences(results: pd.DataFrame, keys: Sequence[str], measure: str)
         raise ValueError(f"two runs of one configuration have the seed {seed}; name one of them.")
     data = [key for key in keys if draws_data(key)]
     own = [key for key in keys if key not in data]
-    least, lines = _least_deviation(done[measure].to_numpy(float)), []
+    lines = []
     for where, rows in _groups(done, data):
         by_seed = {name: part.set_index("seed")[measure].astype(float) for name, part in _groups(rows, own)}
         for one, other in itertools.combinations(by_seed, 2):
-            difference = (by_seed[one] - by_seed[other]).dropna().to_numpy(np.float64)
-            if len(difference):
+            both = pd.concat([by_seed[one], by_seed[other]], axis=1, join="inner").to_numpy(np.float64)
+            if len(both):
                 about = {**dict(zip(data, where, strict=True)), "one": _words(own, one), "other": _words(own, other)}
-                lines.append((about, difference))
+                lines.append((about, both))
     columns = [*data, "one", "other", "n", "difference", "low", "high", "deviation", "distinct"]
-    tested = sum(len(difference) > 1 for _, difference in lines)
-    return pd.DataFrame([{**about, **_of(values, least, tested)} for about, values in lines], columns=columns)
+    tested = sum(len(both) > 1 for _, both in lines)
+    return pd.DataFrame([{**about, **_of(both[:, 0], both[:, 1], tested)} for about, both in lines], columns=columns)
 
 
 def beside_the_best(differences: pd.DataFrame, higher_is_better: bool) -> pd.DataFrame:
@@ -128,7 +129,7 @@ def paired_lines(best: pd.DataFrame) -> list[str]:
     for _, row in best.iterrows():
         tested = not pd.isna(row["deviation"])
         interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if tested else "-"
-        said = ("" if row["distinct"] else "not ") + "distinguishable" if tested else "one seed says nothing"
+        said = ("" if row["distinct"] else "not ") + "distinguishable" if tested else _UNTESTED[row["n"] > 1]
         cells = [*(f"`{row[key]}`" for key in data), f"`{row['one']}`", f"`{row['other']}`", row["n"]]
         lines.append(f"| {' | '.join(map(str, [*cells, f'{row.difference:+.4f}', interval, said]))} |")
     legend = "Intervals are those of each line; verdicts hold for all pairs together, so they ask for more."
@@ -146,24 +147,14 @@ def _rising() -> Iterator[int]:
         yield int(200 * 1.01**step)
 
 
-def _least_deviation(values: NDArray[np.float64]) -> float:
-    """Return the deviation that differences of a measure have by its steps alone: runs may agree by chance.
-
-    A number rounded to steps of h is off by h / sqrt(12), a difference of two by h / sqrt(6).
-    """
-    steps = np.diff(np.unique(values))
-    steps = steps[steps > _SAME * np.abs(values).max(initial=0.0)]
-    return float(steps.min()) / math.sqrt(6) if len(steps) else math.nan
-
-
-def _of(differences: NDArray[np.floating], least: float, tested: int) -> dict[str, float | int | bool]:
+def _of(one: NDArray[np.float64], other: NDArray[np.float64], tested: int) -> dict[str, float | int | bool]:
     from scipy.stats import t
 
-    n, mean = len(differences), float(differences.mean())
-    if n < 2:
-        nothing = dict.fromkeys(("low", "high", "deviation"), math.nan)
-        return {"n": n, "difference": mean, **nothing, "distinct": False}
-    deviation = float(np.fmax(differences.std(ddof=1), least))
+    differences = one - other
+    n, mean, untested = len(differences), float(differences.mean()), {"low": math.nan, "high": math.nan}
+    deviation = float(differences.std(ddof=1)) if n > 1 else math.nan
+    if not deviation > _SAME * max(np.abs(one).max(), np.abs(other).max()):  # one seed, or differences all alike
+        return {"n": n, "difference": mean, **untested, "deviation": math.nan, "distinct": False}
     of_mean = deviation / math.sqrt(n)
     reach, whole = (float(t.ppf(1 - error / 2, n - 1)) * of_mean for error in (ERROR, ERROR / tested))
     numbers = {"difference": mean, "low": mean - reach, "high": mean + reach, "deviation": deviation}

@@ -54,10 +54,11 @@ def privacy_record(
     spent = max((one["epsilon"] for one in clients), default=0.0)
     rng = describe(privacy.seed, device)
     baselines = "" if not config.eval.baselines else " So are the runs in baselines/, which train without privacy."
+    start = " What the adapter that it starts from was trained on is not covered." if config.method.start else ""
     kinds = ", ".join(_shared(roles))
     return {
         "mode": privacy.mode,
-        "guarantee": f"{statement(config, spent)} Randomness: {rng}.",
+        "guarantee": f"{statement(config, spent)} Randomness: {rng}.{start}",
         "private": privacy.seed == 0 and math.isfinite(spent),
         "unit": privacy.unit,
         "trust": privacy.trust,

@@ -27,6 +27,6 @@ def show_sweep(sweep: Sweep, console: Console) -> None:
     if seconds and len(done) < sweep.size():
         left = (sweep.size() - len(done)) * statistics.median(seconds)
         console.print(f"about {human_time(left)} left in one process, by the median of those", markup=False)
-    lines = [line for _, _, line in compared(sweep)] if done else []
+    lines = [line for _, _, line in compared(sweep) if line] if done else []
     for line in lines or ["how many seeds a difference takes is said once two combinations have two seeds each"]:
         console.print(line, markup=False)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -122,9 +123,10 @@ def compared(sweep: Sweep) -> list[tuple[Metric, pd.DataFrame, str]]:
     pairs = pairs_of(sweep, results)
     for metric in measures(sweep.first) if len(pairs) else ():
         own = pairs[pairs["measure"] == metric.key]
-        if own["deviation"].notna().any():
+        if (own["n"] > 1).any():
             share = TASKS[sweep.first.task].measure.higher_is_better
-            size = 0.01 if share else 0.01 * float(results[metric.key].astype(float).mean())
+            final = results.loc[results["stage"] == "final", metric.key].astype(float)
+            size = 0.01 if share else 0.01 * float(final[np.isfinite(final)].median())
             found.append((metric, own, seeds_line(own, size)))
     return found
 
@@ -134,7 +136,7 @@ def _compared(sweep: Sweep) -> list[str]:
     lines, higher = [], TASKS[sweep.first.task].measure.higher_is_better
     for metric, own, seeds in compared(sweep):
         title = f"## {metric.label.capitalize()} beside the best, seed by seed"
-        lines += ["", title, *paired_lines(beside_the_best(own, higher)), "", seeds]
+        lines += ["", title, *paired_lines(beside_the_best(own, higher)), *(["", seeds] if seeds else [])]
     return lines
 
 
