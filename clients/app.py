@@ -28,15 +28,14 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """Train the clients that this node stands for."""
     instruction = _instruction(message, context)
-    reports, reduction = _site(context).reduce(instruction)
-    return Message(wire.Reply(reports, reduction).to_content(), reply_to=message)
+    return train_reply(_site(context), instruction, message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate each client's own model on the rows that it held out."""
-    reports = list(_site(context).evaluate(_instruction(message, context)))
-    return Message(wire.Reply(reports).to_content(), reply_to=message)
+    instruction = _instruction(message, context)
+    return evaluate_reply(_site(context), instruction, message)
 
 
 @app.query()
@@ -49,6 +48,17 @@ def join(message: Message, context: Context) -> Message:
     except SiteError as error:
         report = JoinReport("", str(error))
     return Message(wire.write_join_report(report), reply_to=message)
+
+
+def train_reply(site: Site, instruction: Instruction, message: Message) -> Message:
+    """Return the reply to a message that asks for training: the site's reports, and its updates, reduced."""
+    reports, reduction = site.reduce(instruction)
+    return Message(wire.Reply(reports, reduction).to_content(), reply_to=message)
+
+
+def evaluate_reply(site: Site, instruction: Instruction, message: Message) -> Message:
+    """Return the reply to a message that asks for evaluation: the site's reports."""
+    return Message(wire.Reply(list(site.evaluate(instruction))).to_content(), reply_to=message)
 
 
 def _socket(context: Context) -> Path | None:

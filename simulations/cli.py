@@ -7,11 +7,12 @@ others answer at once.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -78,6 +79,9 @@ def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, 
     sweep.add_argument("-c", "--run-config", action="append", default=[], help='"key=value ...", over the file')
     sweep.add_argument("--federation-config", action="append", default=[], help="as for `flwr run`")
     sweep.add_argument("--workers", type=int, default=1, metavar="N", help="processes side by side, on all GPUs")
+    sweep.add_argument(
+        "--in-process", action="store_true", help="each process trains by itself, without Flower: faster for short runs"
+    )
     sweep.add_argument("--share", default="", help=argparse.SUPPRESS)
     report = commands.add_parser("report", help="tables and plots of a run, or of several side by side")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
@@ -145,12 +149,14 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
 
     if options.workers < 1:
         raise ConfigError(f"--workers {options.workers}: must be at least 1.")
+    if options.in_process and options.federation_config:
+        raise ConfigError("--federation-config is for Flower, and --in-process runs without it; leave one of them out.")
     check_options(options.federation_config, options.workers)
     app = Path(options.app).expanduser().resolve()
-    sweep = _read_sweep(options.file, app, options.run_config)
+    sweep = _read_sweep(options.file, app, options.run_config, check=not options.share)
     file = sweep.folder / "sweep.toml"
     if options.share:  # one of several processes, see below
-        return _run_share(sweep, Share.read(options.share), app, file, options.federation_config, console)
+        return _run_share(sweep, Share.read(options.share), app, file, options, console)
     refuse_held(sweep.folder)
     check_can_write(sweep.folder)
     check_cells(sweep, Preflight(SUPERNODES, rows=_TRIED), console)
@@ -164,31 +170,45 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         write_whole(file, sweep.to_toml().encode())
         workers = min(options.workers, len(sweep.groups()))
         if workers == 1:
-            _run_share(sweep, Share(), app, file, options.federation_config, console)
+            _run_share(sweep, Share(), app, file, options, console)
         else:
-            run_side_by_side(app, file, workers, options.federation_config)
+            run_side_by_side(app, file, workers, options.federation_config, in_process=options.in_process)
         finish(sweep, console)
     return 1 if sweep.unfinished() else 0
 
 
-def _read_sweep(file: Path, app: Path, run_config: Sequence[str]) -> Sweep:
+def _read_sweep(file: Path, app: Path, run_config: Sequence[str], *, check: bool = True) -> Sweep:
     """Return a sweep with the paths in it absolute."""
     from simulations.sweeps.file import Sweep
 
-    asked = Sweep.read(str(file), read_overrides(app, []), read_options(run_config))
+    asked = Sweep.read(str(file), read_overrides(app, []), read_options(run_config), check=check)
     grid = {key: [absolute_paths({**asked.base, key: value})[key] for value in asked.grid[key]] for key in asked.grid}
-    return replace(asked, base=absolute_paths(asked.base), grid=grid)
+    cases = {
+        column: [replace(case, values=_absolute(case.values, asked.base)) for case in listed]
+        for column, listed in asked.cases.items()
+    }
+    return replace(asked, base=absolute_paths(asked.base), grid=grid, cases=cases)
 
 
-def _run_share(
-    sweep: Sweep, share: Share, app: Path, file: Path, federation_config: Sequence[str], console: Console
-) -> int:
-    """Run a share of a sweep under Flower; again where the process died elsewhere than the last time."""
+def _absolute(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a case with paths from this folder."""
+    whole = absolute_paths({**base, **values})
+    return {key: whole[key] for key in values}
+
+
+def _run_share(sweep: Sweep, share: Share, app: Path, file: Path, options: argparse.Namespace, console: Console) -> int:
+    """Run a share of a sweep under Flower, or in this process; again where Flower's died elsewhere than last time."""
+    if options.in_process:
+        from simulations.local_session import local_session
+        from simulations.sweeps.progress import run_share
+
+        run_share(sweep, local_session(max(1, (os.cpu_count() or 1) // share.of)), console, share)
+        return 0
     flat = {**sweep.base, "run.sweep": str(file), "run.share": str(share)}
     before = None
     while (now := sweep.state(share)) != before:
         before = now
-        if launch(app, flat, federation_config, console) == 0:
+        if launch(app, flat, options.federation_config, console) == 0:
             return 0
     return 1
 

@@ -56,6 +56,8 @@ def finish(run: Run, baselines: Callable[[], Mapping[str, float]]) -> dict[str, 
         "seconds": time.monotonic() - run.started,
     }
     run.parts.folder.write_json("result.json", outcome)
+    if console.quiet:  # a cell of a sweep, whose figures `fedlora report` draws
+        return outcome
     report = Report.read(run.parts.folder.path)
     try:
         write_report(report)

@@ -68,16 +68,15 @@ class Preflight:
 
     def plan(self, config: Config) -> tuple[Plan, Structure]:
         """Return the plan of a run and the structure of its model, as :func:`preflight` does."""
-        corpus, clients = self.quick(config), asked_clients(config, self._nodes)
+        data = self.deal(config)
+        corpus = data.corpus
         structure, labels = self._model(config, corpus)
         specs = build_method(config, structure.adapted, structure.head).specs()
         if config.method.start:
             from fedlora.models import adapter_start
 
             adapter_start(config, structure, initial_tensors(specs, Seeded(config.seed)))
-        if clients not in self._data:
-            self._data[clients] = partitioned(corpus, config, clients)
-        config, data = settle(config, self._nodes, self._data[clients])
+        config, data = settle(config, self._nodes, data)
         remarks, cost = self._tried(config, structure, corpus, labels)
         shards = tuple(shards_of_a_run(config, self._once("machines", make=machines_of_a_run)))
         plan = Plan(
@@ -98,6 +97,18 @@ class Preflight:
             row_tokens=self._row_tokens(data, cost),
         )
         return plan, structure
+
+    def deal(self, config: Config) -> FederatedData:
+        """Return the rows of each client, having tried what :meth:`quick` tries.
+
+        Raises:
+            ValueError: They cannot be dealt as they are to be.
+        """
+        corpus, clients = self.quick(config), asked_clients(config, self._nodes)
+        if clients not in self._data:
+            self._data[clients] = partitioned(corpus, config, clients)
+        data: FederatedData = self._data[clients]
+        return data
 
     def quick(self, config: Config) -> Corpus:
         """Try what takes no seconds, and return the rows: whether the model is there, and rows enough for all clients.

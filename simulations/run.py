@@ -171,7 +171,8 @@ class Run:
         )
         folder.write_json("plan.json", self.plan.record())
         self.privacy.write(self.flower.state.clients)
-        plot_partition(Report.read(folder.path))
+        if not self.parts.console.quiet:  # of a cell of a sweep `fedlora report` draws figures
+            plot_partition(Report.read(folder.path))
         folder.write_json("environment.json", environment(code_fingerprint((*CLIENT_PACKAGES, "strategies"))[0]))
         described = self.parts.description
         self.parts.console.print(

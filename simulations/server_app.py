@@ -27,12 +27,13 @@ def simulate(grid: Grid, context: Context) -> None:
         if flat.get("run.sweep"):  # its cells are configurations; what they share need not be one
             from simulations.sweeps.progress import run_share  # and with it pandas, which a run need not wait for
 
-            sweep, share = Sweep.read(str(flat["run.sweep"]), flat), Share.read(str(flat.get("run.share", "1/1")))
-            session = Session(grid, context)
+            sweep = Sweep.read(str(flat["run.sweep"]), flat, check=False)  # it was checked when it was written
+            share = Share.read(str(flat.get("run.share", "1/1")))
+            session = Session.under_flower(grid, context)
             run_share(sweep, session, console, share)
         else:
             config = resolve(flat)
-            session = Session(grid, context)
+            session = Session.under_flower(grid, context)
             session.run(config, console)
     except (ValueError, FederationError, TrainerLostError, StorageError) as error:
         console.print(f"fedlora: error: {error}", markup=False, style="bold red")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,36 @@ class Session:
 
     Args:
         grid: The way to the SuperNodes.
-        context: Of the ServerApp.
+        nodes: How many there are.
+        start: Starts trainers, one for each of some shards, at work on a job.
+        shards: Returns the shards that a run is to have.
     """
 
-    def __init__(self, grid: Grid, context: Context) -> None:
-        self.grid = grid
-        self.run_id = context.run_id
-        self.nodes = _wait_for_nodes(grid)
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: int,
+        start: Callable[[Sequence[Shard], Job], TrainerPool],
+        shards: Callable[[Config], list[Shard]],
+    ) -> None:
+        self.grid, self.nodes = grid, nodes
+        self._start, self._cut = start, shards
         self._pool: TrainerPool | None = None
         self._shards: list[Shard] = []
+
+    @classmethod
+    def under_flower(cls, grid: Grid, context: Context) -> Session:
+        """Return the session of a ServerApp, whose trainers are on the Ray cluster that Flower has started or joined.
+
+        Raises:
+            FederationError: There is no SuperNode, or no Ray.
+        """
+        nodes = _wait_for_nodes(grid)
+
+        def start(shards: Sequence[Shard], job: Job) -> TrainerPool:
+            return TrainerPool.start(context.run_id, shards, job, share=True)
+
+        return cls(grid, nodes, start, lambda config: shards_of_a_run(config, machines()))
 
     def run(
         self,
@@ -149,13 +170,13 @@ class Session:
     def assigned(self, config: Config, data: FederatedData) -> TrainerPool:
         """Return trainers at work on a run: those that are there, or new ones where they should be others."""
         job = Job(config.to_flat(), data, _limits(config))
-        shards = shards_of_a_run(config, machines())
+        shards = self._cut(config)
         if self._pool is not None and self._shards == shards:
             self._pool.assign(job)
             return self._pool
         self.stop()
         self._shards = shards
-        self._pool = TrainerPool.start(self.run_id, shards, job, share=True)
+        self._pool = self._start(shards, job)
         return self._pool
 
 

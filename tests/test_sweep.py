@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+from rich.console import Console
 
 from fedlora.config import ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
 from fedlora.plugins import read_config, schema
+from simulations.cli import run
 from simulations.sweeps.cells import Cell, Share
 from simulations.sweeps.file import Sweep
 from simulations.sweeps.tables import summary, write_tables
@@ -39,6 +43,7 @@ def sweep(folder: Path, **flat: Any) -> Sweep:
         ({"grid.train.learning-rate": [0.1]}, r"would be chosen by the test rows. Put it in \[tune\]"),
         ({**TUNE, "tune.seed": [0, 1]}, r"a seed is not chosen by its result"),
         ({**TUNE, "grid.train.learning-rate": [0.1], "eval.test": False}, r"is in \[grid\] and in \[tune\]"),
+        ({**GRID, "cases.a": 3}, r"\[\[cases.a\]\] = 3: must be a list of tables"),
         ({"tune.train.learning-rate": [0.1, -1.0]}, r"train.learning-rate = -1.0: must be at least 0"),
         ({"grid.privacy.epsilom": [1.0]}, r"unknown key 'privacy.epsilom'.* Did you mean 'privacy.epsilon'"),
         ({"grid.privacy.epsilon": [1.0]}, r"privacy.epsilon = 1.0: is read with privacy.mode = 'dp' only"),
@@ -61,10 +66,97 @@ def test_cells_and_the_file_that_remembers_them(tmp_path: Path) -> None:
     finals = one.finals({"strategy.name": "fedavg"}, {"train.learning-rate": 0.1})
     assert [cell.config.seed for cell in finals] == [0, 1, 2]
     assert all(cell.config.eval.test for cell in finals)
-    names = [cell.config.run.name for cell in (*tuning, *finals)]
+    names = [cell.name for cell in (*tuning, *finals)]
     assert len(set(names)) == len(names)
     (tmp_path / "again.toml").write_text(one.to_toml())
     assert Sweep.read(str(tmp_path / "again.toml"), DEFAULTS) == one
+
+
+CASES = """
+[[cases.strategy]]
+name = "FedIT"
+strategy.name = "fedavg"
+tune.train.learning-rate = [0.3]
+
+[[cases.strategy]]
+name = "cores of 4"
+strategy.name = "fed-sb"
+method.rank = 4
+
+[[cases.split]]
+name = "iid"
+data.partition = "iid"
+
+[[cases.split]]
+name = "skewed"
+data.alpha = 0.1
+"""
+
+
+def with_cases(folder: Path, cases: str = CASES, **flat: Any) -> Sweep:
+    file = folder / "sweep.toml"
+    file.write_text(to_toml({"run.dir": str(folder), "run.name": "s", "rounds": 2, **flat}) + cases)
+    return Sweep.read(str(file), DEFAULTS)
+
+
+def test_cases_are_keys_that_go_together(tmp_path: Path) -> None:
+    """Each with each of the other list and of the grid; one has rates of its own; a column that draws data says so."""
+    one = with_cases(tmp_path, **{"grid.seed": [0, 1]}, **TUNE)
+    assert one.columns == ["strategy", "data.split", "seed", "train.learning-rate"]
+    assert one.size() == (1 + 2) * 2 + 2 * 2 * 2
+    assert one.first.strategy.name == "fedavg"
+    found = [
+        (cell.varied["strategy"], cell.config.strategy.name, cell.config.method.rank, cell.config.train.learning_rate)
+        for cell in one.tuning()
+        if cell.config.data.partition == "iid"
+    ]
+    assert found == [("FedIT", "fedavg", 8, 0.3), ("cores of 4", "fed-sb", 4, 0.01), ("cores of 4", "fed-sb", 4, 0.1)]
+    skewed = one.finals({"strategy": "FedIT", "data.split": "skewed"}, {"train.learning-rate": 0.3})
+    assert [(cell.config.data.alpha, cell.config.seed) for cell in skewed] == [(0.1, 0), (0.1, 1)]
+    (tmp_path / "again.toml").write_text(one.to_toml())
+    assert Sweep.read(str(tmp_path / "again.toml"), DEFAULTS) == one
+
+
+@pytest.mark.parametrize(
+    ("cases", "message"),
+    [
+        ("[[cases.a]]\nrounds = 1", r"\[\[cases.a\]\] .*: needs a name of its own"),
+        ("[[cases.a]]\nname = 'x'\n[[cases.a]]\nname = 'x'", r"\[cases\] a = \['x', 'x'\]: holds a value twice"),
+        ("[[cases.a]]\nname = 'x'\ntune.train.momentum = [0.1]", r"tune.train.momentum is not in \[tune\]"),
+        ("[[cases.a]]\nname = 'x'\nseed = 1", r"seed is in \[grid\] and in \[\[cases.a\]\]; leave it in one"),
+        ("[[cases.a]]\nname = 'x'\nstrategy.nam = 'fedavg'", r"unknown key 'strategy.nam'"),
+    ],
+)
+def test_cases_that_cannot_be_swept_are_refused(cases: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_cases(tmp_path, cases, **{"grid.seed": [0, 1]}, **TUNE)
+
+
+def test_a_sweep_in_one_process(tmp_path: Path) -> None:
+    """Global and personal models; e2e/test_sweep.py holds the numbers against those under Flower."""
+    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "run.name": "", "data.holdout": 0.2})
+    file = tmp_path / "mini.toml"
+    file.write_text(to_toml({**flat, "grid.strategy.name": ["fedavg", "fedsa-lora"], "grid.seed": [0, 1]}))
+    console = Console(quiet=True)
+    assert run(["sweep", str(file), "--in-process"], console) == 0
+    results = pd.read_csv(tmp_path / "runs" / "mini" / "results.csv")
+    assert (results["status"] == "ok").all()
+    assert results["test_accuracy"].notna().tolist() == [True, True, False, False]
+    assert results["personal_accuracy"].notna().tolist() == [False, False, True, True]
+    cell = Path(results["folder"][0])
+    assert not list(cell.glob("*.png")), "figures are drawn by fedlora report"
+    assert json.loads((cell / "trainers.json").read_text())[0]["pid"] == os.getpid()
+
+
+def test_in_one_process_there_is_one_trainer(tmp_path: Path) -> None:
+    flat = tiny_flat(tmp_path, **{"run.dir": str(tmp_path / "runs"), "run.name": "", "engine.trainers": 2})
+    file = tmp_path / "mini.toml"
+    file.write_text(to_toml({**flat, "grid.seed": [0]}))
+    assert run(["sweep", str(file), "--in-process"], Console(quiet=True)) == 1
+    results = pd.read_csv(tmp_path / "runs" / "mini" / "results.csv")
+    assert "one process holds one trainer; leave out --in-process" in results["error"][0]
+    with pytest.raises(ConfigError, match="--federation-config is for Flower"):
+        run(["sweep", str(file), "--in-process", "--federation-config", "num-supernodes=3"], Console(quiet=True))
 
 
 def test_shares_are_all_groups_once(tmp_path: Path) -> None:
@@ -107,10 +199,10 @@ def test_a_finished_cell_has_no_error(tmp_path: Path) -> None:
     done, failed = one.finals({}, {})
     done.folder.mkdir(parents=True)
     (done.folder / "result.json").write_text('{"test_accuracy": 0.5}')
-    errors = {done.config.run.name: "ValueError: is being written", failed.config.run.name: "ValueError: of its own"}
+    errors = {done.name: "ValueError: is being written", failed.name: "ValueError: of its own"}
     one.errors_file(Share()).write_text(json.dumps(errors))
-    one.attempt_file(Share()).write_text(json.dumps({"cell": failed.config.run.name, "count": 2}))
-    assert one.errors() == {failed.config.run.name: "ValueError: of its own"}
+    one.attempt_file(Share()).write_text(json.dumps({"cell": failed.name, "count": 2}))
+    assert one.errors() == {failed.name: "ValueError: of its own"}
     one.begin()
     assert one.errors() == {}
     assert one.state(Share()) == (1, "")

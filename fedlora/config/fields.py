@@ -128,13 +128,14 @@ def from_toml(text: str) -> dict[str, Any]:
     Raises:
         tomllib.TOMLDecodeError: The text is not TOML.
     """
-    return _flatten(tomllib.loads(text))
+    return flatten(tomllib.loads(text))
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by dotted key, each behind a prefix."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

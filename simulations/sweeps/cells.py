@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -51,39 +52,52 @@ class Cell:
 
     Attributes:
         stage: ``tune`` or ``final``.
-        varied: What distinguishes it, by dotted key.
-        config: Its resolved configuration.
+        varied: What distinguishes it, by dotted key or the column of cases.
+        flat: Its configuration, by dotted key.
     """
 
     stage: str
     varied: Values
-    config: Config
+    flat: Values
+
+    @cached_property  # a sweep lists its cells often, thousands of them, and asks most of them for their folder alone
+    def config(self) -> Config:
+        """Its resolved configuration.
+
+        Raises:
+            ConfigError: It cannot work.
+        """
+        return resolve(self.flat)
 
     @classmethod
-    def of(cls, stage: str, base: Values, varied: Values, folder: Path) -> Cell:
+    def of(cls, stage: str, flat: Values, varied: Values, folder: Path) -> Cell:
         """Return the cell of a configuration, whose run folder is named by what distinguishes it and a digest.
 
         Args:
             stage: ``tune`` or ``final``.
-            base: The configuration that all cells share.
-            varied: What distinguishes this one.
+            flat: The configuration.
+            varied: What distinguishes it from that of other cells.
             folder: Where run folders go.
         """
-        flat = {**base, **varied}
         if stage == "tune":
-            flat |= {"eval.test": False, "eval.baselines": False}
+            flat = {**flat, "eval.test": False, "eval.baselines": False}
         identity = json.dumps({key: value for key, value in flat.items() if not key.startswith("run.")}, sort_keys=True)
         words = [
             re.sub(r"[^A-Za-z0-9.]+", "-", Path(str(value)).stem if "/" in str(value) else str(value))
             for value in varied.values()
         ]
         name = "-".join([stage, *words])[:80] + "-" + hashlib.sha256(identity.encode()).hexdigest()[:8]
-        return cls(stage, varied, resolve({**flat, "run.dir": str(folder), "run.name": name}))
+        return cls(stage, varied, {**flat, "run.dir": str(folder), "run.name": name})
 
     @property
     def folder(self) -> Path:
         """Its run folder."""
-        return Path(self.config.run.dir) / self.config.run.name
+        return Path(self.flat["run.dir"]) / self.name
+
+    @property
+    def name(self) -> str:
+        """Its name in the sweep, that of its folder."""
+        return str(self.flat["run.name"])
 
     def outcome(self) -> dict[str, Any] | None:
         """Return its result; None where it did not finish."""

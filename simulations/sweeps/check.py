@@ -22,13 +22,16 @@ def check_cells(sweep: Sweep, preflight: Preflight, console: Console) -> None:
     """
     cells = sweep.expected()
     left = sorted((cell for cell in cells if cell.outcome() is None), key=lambda cell: repr(what_is_read(cell.config)))
-    said = time.monotonic()
+    said, tried = time.monotonic(), set[str]()
     for number, cell in enumerate(left):
         if time.monotonic() - said > _PROGRESS_S:
             said = time.monotonic()
             console.print(f"checked {number} of {len(left)} cells", markup=False)
+        group = describe({key: value for key, value in cell.varied.items() if key != "seed"})
         try:
-            preflight.plan(cell.config)
+            # Of a combination that was tried another seed draws other rows, and nothing else.
+            (preflight.deal if group in tried else preflight.plan)(cell.config)
+            tried.add(group)
         except ValueError as error:
             done = len(cells) - len(left)
             kept = f" Finished already, and kept: {done} of {len(cells)} cells in {sweep.folder}." if done else ""

@@ -1,17 +1,19 @@
 """A sweep's file: a grid of runs, with hyper-parameters chosen on dev rows.
 
-It is a run configuration with two more tables. ``[grid]`` lists values by key, and every combination of them is a
-cell. ``[tune]`` lists hyper-parameters to choose: for each combination but for the seed, with the first seed, each is
-tried on dev rows, with the test rows not even loaded; the best then runs for every seed, and each of those runs reads
-the test rows once, after its last round.
+It is a run configuration with more tables. ``[grid]`` lists values by key, and every combination of them is a cell.
+``[[cases.NAME]]`` lists keys that go together, such as a strategy with the rank that suits it, and every case is
+combined with the grid, too. ``[tune]`` lists hyper-parameters to choose: for each combination but for the seed, with
+the first seed, each is tried on dev rows, with the test rows not even loaded; the best then runs for every seed, and
+each of those runs reads the test rows once, after its last round.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -20,6 +22,7 @@ from fedlora.messages import first_line
 from fedlora.tasks import TASKS
 from simulations.options import DEV_SHARE
 from simulations.setup import resolve
+from simulations.sweeps.cases import Case, keys_of, read_cases
 from simulations.sweeps.cells import Cell, Share, Values, check_values, combinations, describe
 
 
@@ -32,15 +35,25 @@ class Sweep:
         base: The configuration that all cells share, by dotted key.
         grid: Values by key.
         tune: Values of the hyper-parameters to choose, by key.
+        cases: Keys that go together, by the column of the tables that names them.
     """
 
     base: Values
     grid: dict[str, list[Any]]
     tune: dict[str, list[Any]]
+    cases: dict[str, list[Case]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, file: str, defaults: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Sweep:
-        """Read a sweep's file over the app's ``defaults`` and under ``overrides``, and check every cell of it.
+    def read(
+        cls, file: str, defaults: Mapping[str, Any], overrides: Mapping[str, Any] | None = None, *, check: bool = True
+    ) -> Sweep:
+        """Read a sweep's file over the app's ``defaults`` and under ``overrides``.
+
+        Args:
+            file: The file.
+            defaults: Values of all keys.
+            overrides: What goes over the file's.
+            check: Whether to check the configuration of every cell: not where whoever wrote the file has.
 
         Raises:
             ConfigError: It cannot be read, or a cell cannot work.
@@ -50,16 +63,18 @@ class Sweep:
             flat = from_toml(path.read_text(encoding="utf-8"))
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"the sweep {file} cannot be read: {first_line(error)}") from error
-        parts: dict[str, dict[str, Any]] = {"grid": {}, "tune": {}, "": {}}
+        parts: dict[str, dict[str, Any]] = {"grid": {}, "tune": {}, "cases": {}, "": {}}
         for key, value in flat.items():
             table, _, rest = key.partition(".")
-            where = table if table in ("grid", "tune") else ""
+            where = table if table in ("grid", "tune", "cases") else ""
             parts[where][rest if where else key] = value
         for table in ("grid", "tune"):
             for key, values in parts[table].items():
                 check_values(table, key, values)
+        cases = read_cases(parts["cases"], parts["tune"])
+        own = {key for some in cases.values() for case in some for key in case.values}
         for key in overrides or {}:
-            if key in parts["grid"] or key in parts["tune"]:
+            if key in parts["grid"] or key in parts["tune"] or key in own:
                 raise ConfigError(f"{key}: the sweep goes through values of it; change them in {file}.")
         base = {
             **defaults,
@@ -72,15 +87,22 @@ class Sweep:
         base["run.name"] = base["run.name"] or path.stem
         if parts["tune"]:
             base["data.dev-share"] = base["data.dev-share"] or DEV_SHARE
-        sweep = cls(base, parts["grid"], parts["tune"])
-        sweep._check()
+        sweep = cls(base, parts["grid"], parts["tune"], cases)
+        if check:
+            sweep._check()
         return sweep
 
     @property
     def first(self) -> Config:
         """The configuration with the first of all values: what all cells share can be read from it."""
         values = {key: values[0] for key, values in (*self.grid.items(), *self.tune.items())}
-        return resolve({**self.base, **values})
+        named = {column: cases[0].name for column, cases in self.cases.items()}
+        return resolve({**self.base, **self._settings({**named, **values})})
+
+    @property
+    def columns(self) -> list[str]:
+        """What distinguishes cells: names of cases, keys of the grid, hyper-parameters."""
+        return [*self.cases, *self.grid, *self.tune]
 
     @property
     def folder(self) -> Path:
@@ -90,17 +112,20 @@ class Sweep:
     def to_toml(self) -> str:
         """Return the sweep as a file that :meth:`read` understands."""
         tables = {"grid": self.grid, "tune": self.tune}
-        return to_toml(
+        plain = to_toml(
             {
                 **self.base,
                 **{f"{table}.{key}": values for table, part in tables.items() for key, values in part.items()},
             }
         )
+        return plain + "".join(case.to_toml(column) for column, cases in self.cases.items() for case in cases)
 
     def _check(self) -> None:
-        both = sorted(set(self.grid) & set(self.tune))
-        if both:
-            raise ConfigError(f"{both[0]} is in [grid] and in [tune]; a key is either compared or chosen.")
+        places = {"[grid]": set(self.grid), "[tune]": set(self.tune)}
+        places |= {f"[[cases.{column}]]": keys_of(cases) for column, cases in self.cases.items()}
+        for (one, keys), (other, others) in itertools.combinations(places.items(), 2):
+            if both := sorted(keys & others):
+                raise ConfigError(f"{both[0]} is in {one} and in {other}; leave it in one of them.")
         if "seed" in self.tune:
             raise ConfigError("seed is in [tune]: a seed is not chosen by its result; put it in [grid].")
         rates = [key for key in ("train.learning-rate", "server.learning-rate", "server.tau") if key in self.grid]
@@ -109,14 +134,17 @@ class Sweep:
                 f"{rates[0]} is in [grid]: the best of them would be chosen by the test rows. Put it in [tune], which "
                 "chooses on dev rows, or set eval.test = false."
             )
-        if not self.grid and not self.tune:
+        if not self.grid and not self.tune and not self.cases:
             raise ConfigError("the sweep has neither [grid] nor [tune]: it is a single run, for fedlora run.")
-        assert self.expected()
+        for cell in self.expected():
+            assert cell.config
 
     def groups(self, share: Share | None = None) -> list[Values]:
-        """Return the combinations of the grid but for the seed, of a share or all."""
+        """Return the combinations of cases and grid but for the seed, of a share or all."""
         share = share or Share()
-        groups = list(combinations({key: values for key, values in self.grid.items() if key != "seed"}))
+        named = {column: [case.name for case in cases] for column, cases in self.cases.items()}
+        grid = {key: values for key, values in self.grid.items() if key != "seed"}
+        groups = list(combinations({**named, **grid}))
         return groups[share.number - 1 :: share.of]
 
     def tuning(self, group: Values | None = None) -> list[Cell]:
@@ -125,7 +153,24 @@ class Sweep:
             return []
         seed = {"seed": self.grid["seed"][0]} if "seed" in self.grid else {}
         chosen = self.groups() if group is None else [group]
-        return [self._cell("tune", {**one, **seed, **tried}) for one in chosen for tried in combinations(self.tune)]
+        return [
+            self._cell("tune", {**one, **seed, **tried})
+            for one in chosen
+            for tried in combinations(self.tune | self._own_tune(one))
+        ]
+
+    def _own_tune(self, group: Values) -> dict[str, list[Any]]:
+        """Return the hyper-parameters for which the cases of a group have values of their own, and these."""
+        return {key: values for case in self._cases(group) for key, values in case.tune.items()}
+
+    def _cases(self, varied: Values) -> list[Case]:
+        """Return the cases that a combination names."""
+        return [case for column, cases in self.cases.items() for case in cases if case.name == varied.get(column)]
+
+    def _settings(self, varied: Values) -> Values:
+        """Return the keys that a combination sets, those of its cases among them."""
+        own = {key: value for key, value in varied.items() if key not in self.cases}
+        return {key: value for case in self._cases(varied) for key, value in case.values.items()} | own
 
     def finals(self, group: Values, chosen: Values) -> list[Cell]:
         """Return the cells of a group for every seed, with the hyper-parameters that were chosen."""
@@ -137,7 +182,7 @@ class Sweep:
         return len(self.tuning()) + sum(len(self.finals(group, {})) for group in self.groups())
 
     def _cell(self, stage: str, varied: Values) -> Cell:
-        return Cell.of(stage, self.base, varied, self.folder / "cells")
+        return Cell.of(stage, {**self.base, **self._settings(varied)}, varied, self.folder / "cells")
 
     def choose(self, group: Values) -> Values:
         """Return the hyper-parameters that did best on the dev rows of a group.
@@ -161,7 +206,7 @@ class Sweep:
             try:
                 chosen = self.choose(group)
             except ValueError:  # nothing has run yet
-                chosen = {key: values[0] for key, values in self.tune.items()}
+                chosen = {key: values[0] for key, values in (self.tune | self._own_tune(group)).items()}
             cells += [*self.tuning(group), *self.finals(group, chosen)]
         return cells
 
@@ -178,7 +223,7 @@ class Sweep:
         found: dict[str, str] = {}
         for file in sorted(self.folder.glob("errors-*.json")):
             found |= json.loads(file.read_text(encoding="utf-8"))
-        finished = {cell.config.run.name for cell in self.cells() if cell.outcome() is not None}
+        finished = {cell.name for cell in self.cells() if cell.outcome() is not None}
         return {name: reason for name, reason in found.items() if name not in finished}
 
     def cells(self, share: Share | None = None) -> Iterator[Cell]:

@@ -21,6 +21,7 @@ from simulations.sweeps.file import Sweep
 from simulations.sweeps.tables import write_tables
 
 _ATTEMPTS = 2  # of a cell in which the whole process died
+_TABLES = 0.05  # of the time may go into the tables of what has finished so far
 
 
 def run_share(sweep: Sweep, session: Session, console: Console, share: Share) -> None:
@@ -53,6 +54,7 @@ class _Progress:
         self.total = sum(len(sweep.tuning(group)) + len(sweep.finals(group, {})) for group in groups)
         self._record_errors()
         self._seconds: list[float] = []
+        self._tables_at = time.monotonic()
 
     def run(self, cell: Cell, session: Session) -> None:
         """Run a cell, or go on with it, unless it is finished."""
@@ -70,9 +72,9 @@ class _Progress:
         except Exception as error:  # whatever it is, it is this cell's own
             if isinstance(error, TrainerLostError):
                 session.stop()  # the next cell gets new ones
-            self.errors[cell.config.run.name] = f"{type(error).__name__}: {first_line(error)}"
+            self.errors[cell.name] = f"{type(error).__name__}: {first_line(error)}"
             self._record_errors()
-            self._report(cell, None, self.errors[cell.config.run.name])
+            self._report(cell, None, self.errors[cell.name])
             self._end_attempt()
         else:
             self._end_attempt()
@@ -80,7 +82,16 @@ class _Progress:
             left = (self.total - self.number) * statistics.median(self._seconds)  # the first one starts the trainers
             remark = f", {human_time(left)} left" if left >= 1 else ""
             self._report(cell, outcome, f"{self._seconds[-1]:.1f} s{remark}")
+        self._write_tables()
+
+    def _write_tables(self) -> None:
+        """Write the tables so far, unless that would take more than a small share of the time: they grow."""
+        started = time.monotonic()
+        if started < self._tables_at:
+            return
         write_tables(self.sweep)
+        now = time.monotonic()
+        self._tables_at = now + (now - started) / _TABLES * self.share.of  # each share writes those of all
 
     def skip(self, group: Values, error: ValueError) -> None:
         """Leave out the final cells of a group for which nothing could be chosen."""
@@ -97,10 +108,10 @@ class _Progress:
         """Give up a cell in which the process died over and over."""
         file = self.sweep.attempt_file(self.share)
         before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        count = before.get("count", 0) + 1 if before.get("cell") == cell.config.run.name else 1
+        count = before.get("count", 0) + 1 if before.get("cell") == cell.name else 1
         if count > _ATTEMPTS:
             raise RuntimeError(f"the whole process ended {_ATTEMPTS} times in this cell")
-        write_whole(file, json.dumps({"cell": cell.config.run.name, "count": count}).encode())
+        write_whole(file, json.dumps({"cell": cell.name, "count": count}).encode())
 
     def _end_attempt(self) -> None:
         self.sweep.attempt_file(self.share).unlink(missing_ok=True)

@@ -44,7 +44,7 @@ def finish(sweep: Sweep, console: Console) -> None:
 
 def _write_utility(sweep: Sweep) -> None:
     """Draw the measure by epsilon, a line a strategy, where a sweep varies these two, under the same conditions."""
-    if sweep.grid.keys() - {"seed"} != {"strategy.name", "privacy.epsilon"}:
+    if sweep.cases or sweep.grid.keys() - {"seed"} != {"strategy.name", "privacy.epsilon"}:
         return
     done = [cell for cell in sweep.cells() if cell.stage == "final" and cell.outcome() is not None]
     private = [cell for cell in done if cell.config.privacy.mode == "dp"]
@@ -73,9 +73,9 @@ def results_of(sweep: Sweep) -> pd.DataFrame:
     rows, errors = [], sweep.errors()
     for cell in sweep.cells():
         outcome = cell.outcome()
-        error = errors.get(cell.config.run.name, "")
+        error = errors.get(cell.name, "")
         status = "ok" if outcome is not None else "failed" if error else "missing"
-        varied = {key: cell.varied.get(key) for key in (*sweep.grid, *sweep.tune)}
+        varied = {key: cell.varied.get(key) for key in sweep.columns}
         numbers = {key: value for key, value in (outcome or {}).items() if isinstance(value, int | float)}
         rows.append(
             {"stage": cell.stage, **varied, "status": status, **numbers, "error": error, "folder": str(cell.folder)}
@@ -85,7 +85,7 @@ def results_of(sweep: Sweep) -> pd.DataFrame:
 
 def _grouped(sweep: Sweep, results: pd.DataFrame) -> pd.DataFrame:
     """Return mean, standard deviation and number of the finished final cells of each group, for every number."""
-    keys = [key for key in (*sweep.grid, *sweep.tune) if key != "seed"]
+    keys = [key for key in sweep.columns if key != "seed"]
     done = results[(results["stage"] == "final") & (results["status"] == "ok")]
     rows = []
     for _, group in done.groupby([done[key].astype(str) for key in keys], sort=False) if keys else [("", done)]:
@@ -109,7 +109,7 @@ def pairs_of(sweep: Sweep, results: pd.DataFrame) -> pd.DataFrame:
         sweep: The sweep.
         results: Its cells, as :func:`results_of` returns them.
     """
-    keys = [key for key in sweep.grid if key != "seed"]
+    keys = [key for key in (*sweep.cases, *sweep.grid) if key != "seed"]
     done = results[results["stage"] == "final"]
     several = len(sweep.grid.get("seed", ())) > 1
     found = [metric.key for metric in measures(sweep.first) if metric.key in done and several]
@@ -152,7 +152,7 @@ def _groups(sweep: Sweep) -> tuple[list[str], list[Metric], list[Row]]:
     """Return the keys that distinguish groups, the metrics they have, and the numbers of each of them."""
     groups = pd.read_parquet(sweep.folder / "groups.parquet")
     found = [metric for metric in measures(sweep.first) if f"{metric.key}_mean" in groups]
-    keys = [key for key in (*sweep.grid, *sweep.tune) if key != "seed"]
+    keys = [key for key in sweep.columns if key != "seed"]
     rows = [{str(name): value for name, value in row.items() if not pd.isna(value)} for _, row in groups.iterrows()]
     return keys, found, rows
 

@@ -64,3 +64,23 @@ def test_a_real_sweep(tmp_path: Path) -> None:
         assert [trainer["base_loads"] for trainer in trainers] == [1], "one process, one base model"
     left = Sweep.read(str(folder / "sweep.toml"), schema().defaults()).unfinished()
     assert [cell.config.model.name for cell in left] == [str(broken)] * 2, "a second call would try these again"
+    mini = file.read_text().replace(f'grid.model.name = ["{good}", "{broken}"]', f'model.name = "{good}"')
+    (tmp_path / "here.toml").write_text(mini)
+    assert fedlora("sweep", tmp_path / "here.toml", "--in-process", "-c", "rounds=1").returncode == 0
+    here = pd.read_parquet(tmp_path / "runs" / "here" / "results.parquet")
+    assert len(here) == 4
+    under_flower = results[results["status"] == "ok"]
+    for one, other in zip(here["folder"], under_flower["folder"], strict=True):
+        assert numbers(Path(one)) == numbers(Path(other)), "to the bit, bytes of messages included"
+        ours, theirs = (load_file(Path(folder) / "adapter" / "adapter_model.safetensors") for folder in (one, other))
+        assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def numbers(cell: Path) -> list[dict[str, object]]:
+    """Return the lines of a cell's rounds and clients, but for the time that they took."""
+    lines = [
+        json.loads(line)
+        for name in ("metrics", "clients")
+        for line in (cell / f"{name}.jsonl").read_text().splitlines()
+    ]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]

@@ -1,0 +1,193 @@
+"""A session in this process: one trainer, and messages that are answered as they are sent, without Flower and Ray.
+
+For sweeps of many short runs (``fedlora sweep --in-process``), in which messages between processes take longer than
+the training. A run, its rounds and its folder are those of any session, and so are the numbers, to the bit; Flower's
+records are made and read as under Flower, so that bytes are counted alike.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import TYPE_CHECKING, NoReturn, TypeVar, final
+from uuid import uuid4
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients.app import evaluate_reply, train_reply
+from clients.machines import gpu_bytes
+from clients.pool import TrainerPool
+from clients.pool_state import Standing
+from clients.ray_site import RaySite
+from clients.shards import Machine, Pack, Shard
+from clients.site import Job
+from fedlora.config import Config, ConfigError
+from fedlora.wire import read_instruction
+from simulations.cluster import shards_of_a_run
+from simulations.launch import SUPERNODES
+from simulations.session import Session
+
+if TYPE_CHECKING:
+    from clients.worker import Worker
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def local_session(threads: int) -> Session:
+    """Return a session whose trainer is this process.
+
+    Args:
+        threads: CPU threads that it may use.
+    """
+    trainer = LocalPool(threads)
+    return Session(LocalGrid(RaySite(trainer)), SUPERNODES, trainer.begun, partial(_shards, threads))
+
+
+def _shards(threads: int, config: Config) -> list[Shard]:
+    """Return the one shard of this process: all of its threads, and as many of its GPUs as the base model takes.
+
+    Raises:
+        ConfigError: A run asks for several trainers.
+    """
+    wanted = config.engine.trainers
+    if wanted > 1:
+        raise ConfigError(f"engine.trainers = {wanted}: one process holds one trainer; leave out --in-process.")
+    alone = replace(config, engine=replace(config.engine, trainers=1))
+    return shards_of_a_run(alone, [_machine(threads)])
+
+
+@cache  # a run of a sweep asks again, and a driver's command answers
+def _machine(threads: int) -> Machine:
+    """Return this machine, as far as this process may use it."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return Machine("", "", threads, gpus, gpu_bytes() if gpus else 0)
+
+
+@final
+class LocalPool(TrainerPool):
+    """A pool of one trainer, which works in the thread that asks it to.
+
+    Args:
+        threads: CPU threads to use.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__([None])
+        self._threads, self._cards = threads, 0
+        self._job: Job | None = None
+        self._worker: Worker | None = None
+
+    def begun(self, shards: Sequence[Shard], job: Job) -> LocalPool:
+        """Return the pool, at work on a job with a shard of its own."""
+        self._cards = shards[0].cards
+        self.assign(job)
+        return self
+
+    def assign(self, job: Job) -> None:
+        """Give the trainer a new job."""
+        self._job = job
+        self._own.renew()
+
+    def standings(self) -> list[Standing]:
+        """Return how the trainer stands: it is there."""
+        return [Standing(1, True, host=socket.gethostname(), pid=os.getpid())]
+
+    def outcomes(
+        self,
+        work: Callable[[Worker, Item], Result],
+        items: Sequence[Item],
+        *,
+        packs: Sequence[Pack] = (),
+        server_round: int = 0,
+    ) -> Iterator[Result | Exception]:
+        """Work on the items, one after the other; see :meth:`clients.pool.TrainerPool.outcomes`."""
+        for item in items:
+            try:
+                outcome: Result | Exception = work(self._own, item)
+            except Exception as error:
+                outcome = error
+            yield outcome
+
+    def everywhere(self, work: Callable[[Worker, None], Result], *, timeout: float | None = None) -> list[Result]:
+        """Do a piece of work; see :meth:`clients.pool.TrainerPool.everywhere`."""
+        return [work(self._own, None)]
+
+    def stop(self) -> None:
+        """Let go of the base model."""
+        self._worker = None
+
+    @property
+    def _own(self) -> Worker:
+        """The worker; a new one after :meth:`stop`."""
+        if self._worker is None:
+            from clients.worker import Worker  # and with it torch
+
+            self._worker = Worker(self._fetch, self._threads, cards=self._cards)
+        return self._worker
+
+    def _fetch(self) -> Job:
+        assert self._job is not None, "a job is given before any work"
+        return self._job
+
+
+@final
+class LocalGrid(Grid):
+    """A way to nodes that are this process: a message is answered when it is sent.
+
+    Args:
+        site: What answers.
+    """
+
+    def __init__(self, site: RaySite) -> None:
+        # Flower's messages ask their process which run it is part of.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+        self._site = site
+        self._replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the nodes, as many as Flower starts by itself."""
+        return range(1, SUPERNODES + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Answer messages, and return their numbers."""
+        numbers = []
+        for message in messages:
+            number = str(uuid4())
+            message.metadata.__dict__["_message_id"] = number  # Flower's own grids set it so, too
+            answer = train_reply if message.metadata.message_type == MessageType.TRAIN else evaluate_reply
+            self._replies[number] = answer(self._site, read_instruction(message.content), message)
+            numbers.append(number)
+        return numbers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies to messages, once."""
+        return [self._replies.pop(number) for number in message_ids if number in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Answer messages, and return the replies."""
+        return self.pull_messages(self.push_messages(messages))
+
+    # -- what a run has under Flower only -------------------------------------------------------------------
+
+    def set_run(self, run: object) -> NoReturn:
+        """Raise: there is no run of Flower's."""
+        raise NotImplementedError("a session in this process has no run of Flower's")
+
+    @property
+    def run(self) -> NoReturn:
+        """Raise, as :meth:`set_run` does."""
+        raise NotImplementedError("a session in this process has no run of Flower's")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> NoReturn:
+        """Raise: messages are made by their own constructor."""
+        raise NotImplementedError("make messages with flwr.app.Message")
