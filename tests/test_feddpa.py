@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from clients.worker import Worker
-from fedlora.config import Config, ConfigError
+from fedlora.config import Config, ConfigError, RunConfig
 from fedlora.exchange import Instruction
 from fedlora.methods import DualLora, LowRank, initial_tensors
 from fedlora.methods.base import Factor
+from fedlora.reports.card import model_card
 from fedlora.roles import Role, Roles
+from fedlora.runs.folder import RunFolder
+from fedlora.runs.privacy import without_privacy
 from fedlora.seeded import Seeded
 from fedlora.server import Payloads
 from fedlora.server.traffic import Traffic
@@ -26,6 +29,7 @@ from fedlora.wire import read_instruction
 from simulations.setup import resolve
 from strategies import FedDPA, FedDPAOptions
 from strategies.build import build_strategy
+from strategies.fedprox import FedProx
 from tests.support.federation import one_round, server_of
 from tests.support.formulas import BYTES, LAYERS
 from tests.support.loop import LoopGrid, node_of
@@ -98,7 +102,6 @@ def test_both_learn_from_the_first_step(mix: float) -> None:
         ({"method.rslora": True}, r"method.rslora = true: is read by lora; dual-lora scales by alpha / rank"),
         ({"feddpa.own-rounds": -1}, r"feddpa.own-rounds = -1: must be at least 0"),
         ({"feddpa.own-rounds": 3}, r"feddpa.own-rounds = 3: must be below rounds = 3, or the shared LoRA is never"),
-        ({"method.ranks": "2,2", "federation.num-clients": 2}, r"method.ranks"),
         ({"method.name": "lora"}, r"method.name = 'lora': strategy 'feddpa' works with dual-lora"),
     ],
 )
@@ -129,8 +132,18 @@ def test_roles_of_feddpa_f(head: Role) -> None:
         assert {roles[kind] for kind in SHARED} == {Role.BROADCAST if last else Role.SHARED}
         assert {roles[kind] for kind in OWN} == {Role.PERSONAL if last else Role.FROZEN}
         assert roles["head"] is (Role.BROADCAST if last and head is Role.SHARED else head)
-    assert strategy.laid_out == {"rounds": ROUNDS}
+
+
+def test_a_run_that_is_laid_out_over_its_rounds_goes_on_for_no_more(tmp_path: Path) -> None:
+    strategy = feddpa_f()
     assert FedDPA(setting("dual-lora")).laid_out == {}
+    assert FedProx(strategy, 0.1).laid_out == strategy.laid_out == {"rounds": ROUNDS}
+    config = Config(run=RunConfig(dir=str(tmp_path), name="f"), rounds=ROUNDS)
+    with RunFolder.opened(config) as folder:
+        folder.checkpoint(2, {}, strategy.laid_out)
+        assert folder.read_checkpoint(strategy.laid_out) is not None
+        with pytest.raises(ValueError, match=r"has rounds = 5, and this is 9; continue it with what it was made with"):
+            folder.read_checkpoint({"rounds": 9})
 
 
 def rounds_of(strategy: Strategy) -> list[Traffic]:
@@ -233,7 +246,7 @@ def test_clients_of_feddpa_f(tmp_path: Path) -> None:
         ):
             worker.train(replace(told, tensors=tensors))  # the round once more
             again = own_of(worker, 0, number + 1)
-            assert alike == all(np.array_equal(again[name], kept[0][name]) for name in seeded), "they use what is sent"
+            assert alike == all(np.array_equal(again[name], kept[0][name]) for name in seeded), "it uses what is sent"
     asked = Instruction(5, (0, 1), strategy.all_roles(5), state.tensors)
     losses = [report.metrics["loss"] for report in worker.evaluate_personal(asked, "test")]
     assert losses[0] != losses[1]
@@ -254,6 +267,13 @@ def test_an_exported_client_has_twice_the_rank_once_its_own_one_is_trained(tmp_p
     assert ranks == [4, 2]
 
 
+def test_the_card_of_an_adapter_says_what_became_of_the_head() -> None:
+    config, roles = resolve({"strategy.name": "feddpa"}), feddpa_f().all_roles(ROUNDS + 1)
+    card = model_card(config, ("bad", "good"), {}, roles, without_privacy(feddpa_f().roles_in_turn()), ROUNDS, (0,))
+    assert "The head was trained and averaged with the adapter, and then stayed as it was." in card
+    assert "- trained tensors of kind A, B, head: none" in card, "what has left"
+
+
 @pytest.mark.parametrize("own_rounds", [0, 2])
 def test_under_dp_what_clients_keep_is_noised_and_paid_for(own_rounds: int, tmp_path: Path) -> None:
     """In one step from the seed A_own has no gradient, as B_own is zero: what moves it is noise."""
@@ -263,11 +283,9 @@ def test_under_dp_what_clients_keep_is_noised_and_paid_for(own_rounds: int, tmp_
     model = worker.loaded.model
     strategy = build_strategy(model.config, model.specs)
     sent = strategy.initial(model.initial).tensors
-    roles = strategy.all_roles(3)
-    (update,) = worker.train(Instruction(3, (0,), roles, sent, ledger_heads=("",)))
+    (update,) = worker.train(Instruction(3, (0,), strategy.all_roles(3), sent, ledger_heads=("",)))
     assert update.report.reason == ""
     assert update.report.ledger_head
-    assert update.report.metrics == {}
     kept = own_of(worker, 0, 4)
     assert {model.specs[name].kind for name in kept} == OWN
     assert all((value != model.initial[name]).all() for name, value in kept.items()), "noise on every number"
