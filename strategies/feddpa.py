@@ -14,7 +14,8 @@ each client on its own rows. What differs from the paper and its code:
 
 - in FedDPA-T both are trained in the same steps. In the code a client trains its own one first, on top of the shared
   one, and then the shared one, so that a round has twice the steps;
-- the weights 1 - a and a are there from the first step. In the code the shared one is by default trained by itself, at weight 1;
+- the weights 1 - a and a are there from the first step. In the code the shared one is trained by itself unless
+  asked otherwise, at weight 1;
 - clients count by ``strategy.weights`` (the code has equal weights);
 - the weight by instance at inference, from the cosine similarity to rows of the client, is not built.
 """
