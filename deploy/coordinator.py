@@ -207,7 +207,7 @@ class _Deployment:
     def _start(self) -> int:
         """Restore or make the server's state, say what will happen, and return the rounds behind it."""
         plan, config, folder, console = self._plan, self._plan.config, self._folder, self._console
-        checkpoint = folder.read_checkpoint({"base": self._described.digest}) if config.run.resume else None
+        checkpoint = folder.read_checkpoint(self._base) if config.run.resume else None
         if checkpoint is None:
             self._flower.state = plan.strategy.initial(self._described.initial(config))
         else:
@@ -263,10 +263,15 @@ class _Deployment:
         joined = {name: report.header() for name, report in self._sites.reports.items()}
         self._folder.write_json("sites.json", joined)
 
+    @property
+    def _base(self) -> dict[str, Any]:
+        """What a run must find again to go on."""
+        return {"base": self._described.digest, **self._plan.strategy.laid_out}
+
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
             "strategy": self._plan.strategy.name,
-            "base": self._described.digest,
+            **self._base,
             "seconds": time.monotonic() - self._started,
         }
 

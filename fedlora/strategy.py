@@ -84,6 +84,8 @@ class Strategy(ABC):
     """Whether clients keep trained tensors of their own, so that there is no global model to measure."""
     period: int = 1
     """Rounds after which the roles repeat."""
+    repeats: bool = True
+    """Whether they do; else they are laid out over a run of ``period`` rounds, and after it stay as in its last one."""
     ragged: bool = False
     """Whether clients may hold different ranks (``method.ranks``)."""
     keeps_basis: bool = True
@@ -202,6 +204,11 @@ class Strategy(ABC):
     def has_personal(self) -> bool:
         """Whether clients keep trained tensors in some round: the strategy's personal ones, or the head."""
         return any(Role.PERSONAL in roles for roles in self.roles_in_turn().values())
+
+    @property
+    def laid_out(self) -> dict[str, int]:
+        """The number of rounds that the roles are laid out over, by its key: a run of more would be another one."""
+        return {} if self.repeats else {"rounds": self.period}
 
 
 def check_gradients(strategy: Strategy) -> None:

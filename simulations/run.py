@@ -258,10 +258,11 @@ class Run:
         return self.parts.evaluator.personal(state.tensors, roles, server_round + 1, sorted(state.clients.trained))
 
     @property
-    def _base(self) -> dict[str, str]:
-        """What a run must find again to go on: base model and tokenizer, and the adapter that it has started from."""
+    def _base(self) -> dict[str, Any]:
+        """What a run must find again to go on: base model, tokenizer, the adapter that it started from, its rounds."""
         description, start = self.parts.description, self.plan.config.method.start
-        return {"base": description.digest, **({"method.start": description.initial_digest} if start else {})}
+        started = {"method.start": description.initial_digest} if start else {}
+        return {"base": description.digest, **started, **self.plan.strategy.laid_out}
 
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedlora.plugins import STRATEGIES
 from strategies.fed_sb import FedSB
 from strategies.fedavg import FedAvg
+from strategies.feddpa import FedDPA, FedDPAOptions
 from strategies.fedex_lora import FedExLoRA, FedExOptions
 from strategies.fedrot_lora import FedRotLoRA, FedRotOptions
 from strategies.fedsa_lora import FedSALora
@@ -47,6 +48,7 @@ for _strategy, _options in (
     (S2Personal, None),
     (FedSB, None),
     (Ravan, None),
+    (FedDPA, FedDPAOptions),
 ):
     STRATEGIES.register(_strategy.name, _options)(_strategy)
 STRATEGIES.alias("mos-private", MoSPersonal.name)
@@ -59,6 +61,8 @@ __all__ = [
     "FLoRA",
     "FLoRIST",
     "FedAvg",
+    "FedDPA",
+    "FedDPAOptions",
     "FedExLoRA",
     "FedExOptions",
     "FedRotLoRA",

@@ -24,7 +24,7 @@ class Wrapped(Strategy, ABC):
         self.inner = inner
         self.name, self.methods, self.exact = inner.name, inner.methods, inner.exact
         self.personal, self.period, self.ragged = inner.personal, inner.period, inner.ragged
-        self.keeps_basis = inner.keeps_basis
+        self.repeats, self.keeps_basis = inner.repeats, inner.keeps_basis
         super().__init__(inner.setting)
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:

@@ -126,7 +126,7 @@ def test_repeating_a_pack_gives_the_same_bits(tmp_path: Path) -> None:
     assert all(np.array_equal(a.tensors[n], b.tensors[n]) for a, b in zip(one, two, strict=True) for n in a.tensors)
 
 
-@pytest.mark.parametrize("name", ["rolora", "fedsvd", "s2-cyclic", "mos-personal", "s2-personal"])
+@pytest.mark.parametrize("name", ["rolora", "fedsvd", "s2-cyclic", "mos-personal", "s2-personal", "feddpa"])
 def test_what_the_server_holds_reaches_the_clients(name: str, tmp_path: Path) -> None:
     """Two cycles of rounds through a trainer: broadcast tensors are used as they come, personal ones go on."""
     worker = tiny_worker(tmp_path, **{"strategy.name": name})

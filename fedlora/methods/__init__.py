@@ -24,6 +24,7 @@ from fedlora.methods.base import (
     tensors_digest,
     zero_kinds,
 )
+from fedlora.methods.dual_lora import DualLora, DualLoraOptions
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
 from fedlora.methods.lora_sb import LoraSB
@@ -38,6 +39,7 @@ METHODS.register("mos", MosOptions)(Mos)
 METHODS.register("s2-lora", S2Options)(S2Lora)
 METHODS.register("lora-sb")(LoraSB)
 METHODS.register("ravan", RavanOptions)(Ravan)
+METHODS.register("dual-lora", DualLoraOptions)(DualLora)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -60,6 +62,8 @@ def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]
 __all__ = [
     "METHODS",
     "Dense",
+    "DualLora",
+    "DualLoraOptions",
     "Factor",
     "Fault",
     "Head",

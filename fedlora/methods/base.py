@@ -156,6 +156,19 @@ class LowRankMethod(Method):
         return config
 
 
+def concatenated(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Return matrices [*, n, m] one behind the other; some may be common to the groups of a pack and others not.
+
+    Args:
+        parts: The matrices.
+        dim: Where they are put together, -2 or -1.
+    """
+    import torch
+
+    lead = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))  # type: ignore[no-untyped-call]
+    return torch.cat([part.expand(*lead, *part.shape[-2:]) for part in parts], dim)
+
+
 def refuse_rslora(config: Config) -> None:
     """Refuse ``method.rslora`` for a method that scales by alpha / rank."""
     if config.method.rslora:

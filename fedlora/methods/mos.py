@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, Options, at_least, require
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, concatenated, refuse_rslora
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
@@ -200,10 +200,7 @@ class Mos(LowRankMethod):
         import torch
 
         names = (f"{one.name}.mos_{side}", f"{one.name}.mos_{side}_private")
-        parts = [tensors[name] for name in names if name in tensors]
-        # One part may be common to the groups of a pack and the other not.
-        lead = torch.broadcast_shapes(*(part.shape[:-2] for part in parts))  # type: ignore[no-untyped-call]
-        pool = torch.cat([part.expand(*lead, *part.shape[-2:]) for part in parts], -2)
+        pool = concatenated([tensors[name] for name in names if name in tensors], -2)
         key = (one.name, side, pool.device)
         if key not in self._placed:
             with torch.inference_mode(
@@ -214,7 +211,7 @@ class Mos(LowRankMethod):
         # Shards are used by many layers, so their gradients are sums. These two ways add in a fixed order, each on its
         # own device; exchanged, they would add in whatever order threads happen to come.
         shards = pool[..., index, :] if pool.is_cuda else pool.index_select(-2, index.flatten())
-        return shards.reshape(*lead, len(one.layers), self.rank, -1)
+        return shards.reshape(*pool.shape[:-2], len(one.layers), self.rank, -1)
 
 
 def _starred(name: str) -> str:

@@ -42,6 +42,7 @@ def model_card(
         Role.SHARED: "The head was trained and averaged with the adapter.",
         Role.PERSONAL: "Clients kept their heads: "
         + ("this is the client's own." if clients else "the head in here is untrained, train your own on top."),
+        Role.BROADCAST: "The head was trained and averaged with the adapter, and then stayed as it was.",
         Role.FROZEN: "The head is as it started; only the adapter was trained.",
     }
     head_policy = (

@@ -109,11 +109,13 @@ class Payloads:
     def cycle(self) -> tuple[float, float, float]:
         """Return the bytes of a client in a round: up, down, and down for one that keeps what it was sent.
 
-        Means over a cycle of rounds after the first, for a client that takes part in all of them, without what
-        accumulates. To evaluate itself a client is sent the tensors once more, which is not counted here.
+        Means over a cycle of rounds after the first, or over the run where roles do not repeat, for a client that takes
+        part in all of them, without what accumulates. To evaluate itself a client is sent the tensors once more, which
+        is not counted here.
         """
         period = self.strategy.period
-        sums = [(self.up(n), *self.down(n, n - 2)) for n in range(period + 1, 2 * period + 1)]
+        before = period if self.strategy.repeats else 0
+        sums = [(self.up(n), *self.down(n, n - 2)) for n in range(before + 1, before + period + 1)]
         up, down, cached = (sum(column) / len(sums) for column in zip(*sums, strict=True))
         return up, down, cached
 

@@ -25,7 +25,6 @@ from simulations.audit.sampler import sampler
 from simulations.audit.sensitivity import sensitivity
 from simulations.audit.site import Audited
 from simulations.audit.statistical import statistical
-from strategies import STRATEGIES
 
 
 def audit(
@@ -44,9 +43,9 @@ def audit(
         found = [*rounds(run), order(run)]
         if not all(finding.passed for finding in found):
             return found  # nothing is claimed that the rest could be compared with
-        period = STRATEGIES[config.strategy.name].period
-        for number in range(1, period + 1):
-            turn = f", roles of round {number}" if period > 1 else ""
+        turns = run.turns()
+        for number in turns:
+            turn = f", roles of round {number}" if len(turns) > 1 else ""
             for one in (*sensitivity(run, number), *noise(run, number)):
                 found.append(replace(one, name=one.name + turn))
         return [*found, *sampler(run), *(statistical(run) if attacks else [])]

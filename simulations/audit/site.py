@@ -173,6 +173,15 @@ class Audited:
         noise = noise_multiplier or _NO_NOISE / max(1.0, clip)
         return self.site(rows, steps=1, batch=batch, client_size=batch, noise_multiplier=noise, max_grad_norm=clip)
 
+    def turns(self) -> list[int]:
+        """Return the first round of each set of roles that clients train with, over a cycle of rounds."""
+        site = self.site([self.data.training_rows(0)])
+        strategy = site.strategy
+        seen: dict[tuple[tuple[str, Role], ...], int] = {}
+        for number in range(1, strategy.period + 1):
+            seen.setdefault(tuple(strategy.all_roles(number).items()), number)
+        return list(seen.values())
+
     def _fetch(self) -> Job:
         assert self._job is not None, "a check makes its site first"
         return self._job

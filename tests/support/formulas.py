@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config import Config, MethodConfig
-from fedlora.methods import MosOptions, RavanOptions, S2Options
+from fedlora.methods import DualLoraOptions, MosOptions, RavanOptions, S2Options
 from fedlora.methods.base import Layer
 from fedlora.seeded import Seeded
 
@@ -124,6 +124,15 @@ def _ravan(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tenso
     return _scale(config) * total
 
 
+# -- dual-lora ----------------------------------------------------------------------------------------
+
+
+def _dual_lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    mix = config.options(DualLoraOptions).mix
+    a, b, a_own, b_own = (tensors[f"{layer.name}.dual_{kind}"] for kind in ("A", "B", "A_own", "B_own"))
+    return _scale(config) * ((1 - mix) * (b @ a) + mix * (b_own @ a_own))
+
+
 def _config(method: str, rank: int, alpha: float = 6.0) -> Config:
     return Config(method=MethodConfig(method, rank=rank, alpha=alpha))
 
@@ -138,6 +147,7 @@ FORMULAS = {
         l1={"s": 0.05},
     ),
     "lora-sb": Formula(_config("lora-sb", 3), _lora_sb),
+    "dual-lora": Formula(_config("dual-lora", 3, alpha=3.0).with_options(DualLoraOptions(mix=0.3)), _dual_lora),
     # Of a small scale: three heads of random numbers would saturate the loss, whose gradients are then rounding.
     "ravan": Formula(_config("ravan", 2, alpha=1.0).with_options(RavanOptions(heads=3)), _ravan),
 }
@@ -187,6 +197,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("fedex-lora", "lora"), (both(3), both(3), both(3))  # and the residuals, which grow by round
     yield ("fed-sb", "lora-sb"), (9 * len(LAYERS),) * 3
     yield ("ravan", "ravan"), (3 * 5 * len(LAYERS), 3 * 4 * len(LAYERS), 3 * 4 * len(LAYERS))
+    yield ("feddpa", "dual-lora"), (both(3), both(3), both(3))
     yield ("florist", "lora"), (both(3), 0, 0)  # and what has been kept of the stack, see test_product_rules.py
     yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
     yield ("mos", "mos"), (both(3), both(3), both(3))
