@@ -268,7 +268,7 @@ class Plan:
         first = self.strategy.local(1)
         if first.proximal:
             lines.append(f"local term: FedProx, mu {first.proximal:g}")
-        if first.penalty and first.decay < 1:
+        if first.penalty:
             lines.append(f"local term: HetLoRA's penalty on the last ranks, lambda {first.penalty:g}")
         if first.scaffold:
             lines.append(

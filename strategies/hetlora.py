@@ -85,11 +85,13 @@ class HetLoRA(Strategy):
 
     def local(self, server_round: int) -> LocalTerms:
         """Return the penalty on the clients' last ranks."""
-        return LocalTerms(penalty=self._options.penalty, decay=self._options.decay)
+        penalty, decay = self._options.penalty, self._options.decay
+        return LocalTerms(penalty=penalty if decay < 1 else 0.0, decay=decay)
 
     def ranks(self, state: ServerState) -> tuple[int, ...]:
         """Return the ranks that the state holds; those of the setting before there is one."""
-        return tuple(int(rank) for rank in state.extra.get(RANKS, self.setting.ranks))
+        held = state.extra.get(RANKS)
+        return self.setting.ranks if held is None else tuple(held.astype(np.int64).tolist())
 
     def initial(self, seeded: Tensors) -> ServerState:
         """Return the seed's tensors, and the ranks that clients start with."""
