@@ -104,7 +104,7 @@ class Plan:
 
     @cached_property
     def traffic(self) -> tuple[list[int], list[int]]:
-        """The bytes that all clients send, and are sent, in each round, if none fails."""
+        """The bytes that all clients send, and are sent, in each round, if none fails and no rank is pruned."""
         ups, downs, ranks = [], [], [0]
         for number in range(1, self.config.rounds + 1):
             cohort = self.federation.cohort(number)
