@@ -72,6 +72,8 @@ def instruction_header(instruction: Instruction) -> dict[str, Any]:
         "learning_rate": local.learning_rate,
         "proximal": local.proximal,
         "scaffold": local.scaffold,
+        "penalty": local.penalty,
+        "decay": local.decay,
         "ranks": list(instruction.ranks),
         "fingerprint": instruction.fingerprint,
         "pack": instruction.pack,
@@ -100,9 +102,16 @@ def read_instruction_header(header: HeaderReader, tensors: Tensors, extra: Tenso
         raise WireError("the instruction's ranks are not 1 or more")
     if len(set(clients)) != len(clients):
         raise WireError("the instruction names a client twice")
-    local = LocalTerms(header.one("learning_rate", float), header.one("proximal", float), header.one("scaffold", int))
-    sizes = (local.learning_rate, local.proximal)
-    if local.scaffold not in (0, 1, 2) or not all(0 <= size < math.inf for size in sizes):
+    local = LocalTerms(
+        learning_rate=header.one("learning_rate", float),
+        proximal=header.one("proximal", float),
+        scaffold=header.one("scaffold", int),
+        penalty=header.one("penalty", float),
+        decay=header.one("decay", float),
+    )
+    sizes = (local.learning_rate, local.proximal, local.penalty)
+    known = local.scaffold in (0, 1, 2) and 0 < local.decay <= 1
+    if not known or not all(0 <= size < math.inf for size in sizes):
         raise WireError("the instruction's terms of local training are not numbers of 0 or more, or not known")
     return Instruction(
         round=header.one("round", int),

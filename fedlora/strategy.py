@@ -27,7 +27,9 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from fedlora.config import Config
 from fedlora.exchange import Tensors
@@ -49,7 +51,7 @@ class Setting:
         specs: The method's tensors, at the server's rank.
         head: Role of the head.
         frozen: Kinds that stay as the seed gives them, whatever the strategy does with them.
-        ranks: The rank that each client holds; empty: all hold the method's.
+        ranks: The rank that each client holds, at first where the strategy prunes ranks; empty: all hold the method's.
         config: The run's configuration, where a strategy reads its own keys: ``config.options(...)``.
     """
 
@@ -88,6 +90,8 @@ class Strategy(ABC):
     """Whether they do; else they are laid out over a run of ``period`` rounds, and after it stay as in its last one."""
     ragged: bool = False
     """Whether clients may hold different ranks (``method.ranks``)."""
+    prunes: bool = False
+    """Whether a client's rank may fall from round to round, which makes bytes that follow from shapes the most."""
     keeps_basis: bool = True
     """Whether a tensor's numbers mean the same in the next round, which a server optimizer's moments rest on."""
 
@@ -108,6 +112,19 @@ class Strategy(ABC):
             ValueError: What is wrong, with the cure.
         """
         return None
+
+    def ranks(self, state: ServerState) -> tuple[int, ...]:
+        """Return the rank that each client holds next, given what the server holds; empty: all hold the method's."""
+        return self.setting.ranks
+
+    def at(self, state: ServerState) -> Self:
+        """Return the strategy at the ranks that clients hold next; itself where they have not changed."""
+        ranks = self.ranks(state)
+        if ranks == self.setting.ranks:
+            return self
+        now = copy(self)
+        now.setting = replace(self.setting, ranks=ranks)
+        return now
 
     # -- clients ------------------------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ def _measured(run: Run) -> dict[str, Any]:
     outcome |= {name: value for name, value in last.items() if name.startswith(own) and value is not None}
     splits = plan.data.corpus.splits
     if plan.measured == "dev" and plan.config.eval.test:
-        final = metrics(run.parts.evaluator, task, run.tensors, "test", len(splits["test"]))
+        final = metrics(run.evaluator, task, run.tensors, "test", len(splits["test"]))
         outcome |= {f"test_{name}": value for name, value in final.items()}
     if plan.privacy is not None and plan.strategy.has_personal and not run.sums:
         run.sums = run.evaluate_clients(last["round"])  # of a run that was continued after its last round
@@ -105,7 +105,7 @@ def _scores(run: Run) -> list[dict[str, Any]]:
     held = [(client, rows) for client, rows in enumerate(run.plan.data.holdout) if len(rows)]
     if not held:
         return []
-    facts = run.parts.evaluator.facts(run.tensors, "train", np.concatenate([rows for _, rows in held]).tolist())
+    facts = run.evaluator.facts(run.tensors, "train", np.concatenate([rows for _, rows in held]).tolist())
     bounds = np.cumsum([0, *(len(rows) for _, rows in held)])
     return [
         score(
@@ -142,7 +142,7 @@ def _export(run: Run, outcome: Mapping[str, Any]) -> None:
     roles = plan.strategy.all_roles(number)
     own = any(role is Role.PERSONAL for kind, role in roles.items() if kind != "head")
     clients = sorted(run.flower.state.clients.trained)[:_ADAPTERS] if own else []
-    exported = run.parts.evaluator.export(run.tensors, roles, number, clients)
+    exported = run.evaluator.export(run.tensors, roles, number, clients)
     whose: list[tuple[int, ...]] = [(client,) for client in clients] or [()]
     for one, files in zip(whose, exported, strict=True):
         name = f"adapters/client-{one[0]}" if one else "adapter"

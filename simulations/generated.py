@@ -13,7 +13,7 @@ def generated(run: Run) -> dict[str, float]:
 
     Answers to the server's own rows are kept in ``generated.jsonl``; what clients' rows say is not.
     """
-    plan, config, evaluator = run.plan, run.plan.config, run.parts.evaluator
+    plan, config, evaluator = run.plan, run.plan.config, run.evaluator
     if not config.eval.generate:
         return {}
     if plan.strategy.has_personal:

@@ -104,7 +104,7 @@ class Plan:
 
     @cached_property
     def traffic(self) -> tuple[list[int], list[int]]:
-        """The bytes that all clients send, and are sent, in each round, if none fails."""
+        """The bytes that all clients send, and are sent, in each round, if none fails and no rank is pruned."""
         ups, downs, ranks = [], [], [0]
         for number in range(1, self.config.rounds + 1):
             cohort = self.federation.cohort(number)
@@ -242,7 +242,7 @@ class Plan:
             + (f" ({human_bytes(cached)} if it kept what it was sent)" if cached != down else "")
             + (f", means over {self.strategy.period} rounds" if self.strategy.period > 1 else ""),
             f"bytes of the whole run: {human_bytes(sum(ups))} up, {human_bytes(sum(downs))} down"
-            + (" at most" if self.strategy.accumulated(1) and not self.strategy.exact else ""),
+            + (" at most" if self._at_most else ""),
         ]
         if self.strategy.has_personal:
             lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")
@@ -251,6 +251,12 @@ class Plan:
         lines += ["privacy: none"] if self.privacy is None else [*self.privacy.lines(), *verdict(self.privacy)]
         lines += self._remarks()
         return lines
+
+    @property
+    def _at_most(self) -> bool:
+        """Whether the run's bytes depend on numbers, and shapes give the most that they may be."""
+        grows = bool(self.strategy.accumulated(1)) and not self.strategy.exact
+        return grows or (self.strategy.prunes and bool(self.strategy.setting.ranks))
 
     def _terms(self) -> list[str]:
         """Return what is done beside the strategy's own rule: server optimizer, local terms, schedule, ranks."""
@@ -262,6 +268,8 @@ class Plan:
         first = self.strategy.local(1)
         if first.proximal:
             lines.append(f"local term: FedProx, mu {first.proximal:g}")
+        if first.penalty:
+            lines.append(f"local term: HetLoRA's penalty on the last ranks, lambda {first.penalty:g}")
         if first.scaffold:
             lines.append(
                 f"local term: SCAFFOLD, option {first.scaffold}; control variates double the bytes of what is shared"
@@ -275,7 +283,10 @@ class Plan:
         ranks = self.strategy.setting.ranks
         if ranks:
             shown = ", ".join(map(str, ranks[:20])) + (", ..." if len(ranks) > 20 else "")
-            lines.append(f"ranks by client: {shown}; what is said of a client above is for rank {config.method.rank}")
+            lines.append(
+                f"ranks by client{' in round 1, which fall where they are pruned' if self.strategy.prunes else ''}: "
+                f"{shown}; what is said of a client above is for rank {config.method.rank}"
+            )
         if self.strategy.accumulated(1):
             downs = self.traffic[1]
             lines.append(

@@ -98,6 +98,11 @@ class Run:
         """The server's tensors."""
         return self.flower.state.tensors
 
+    @property
+    def evaluator(self) -> TrainerEvaluator:
+        """The trainers, for clients at the ranks that they hold now."""
+        return self.parts.evaluator.at(self.flower.strategy.setting.ranks)
+
     def rounds(self, grid: Grid) -> None:
         """Run the rounds that are left."""
         completed = self._start()
@@ -183,7 +188,7 @@ class Run:
         """Print how long the rounds will take, by a short probe, and return what it measured."""
         plan, number = self.plan, completed + 1
         cohort, roles = plan.federation.cohort(number), plan.strategy.all_roles(number)
-        speed = self.parts.evaluator.probe(self.tensors, roles, number, cohort)
+        speed = self.evaluator.probe(self.tensors, roles, number, cohort)
         rounds = plan.config.rounds - completed
         train_s = plan.examples(rounds) * speed.row_tokens * speed.train_s
         measured = rounds * speed.measured_tokens
@@ -222,7 +227,7 @@ class Run:
 
     def _evaluation(self) -> ServerEvaluation:
         split = self.plan.measured
-        return ServerEvaluation(self.parts.evaluator, self.task, split, len(self.plan.data.corpus.splits[split]))
+        return ServerEvaluation(self.evaluator, self.task, split, len(self.plan.data.corpus.splits[split]))
 
     def _observe(self, observers: list[Observer], server_round: int, result: Result) -> None:
         if server_round == 0:
@@ -255,7 +260,7 @@ class Run:
     def evaluate_clients(self, server_round: int) -> Mapping[int, Sums]:
         """Return the sums of clients' rows under their own models after a round, by the trainers themselves."""
         state, roles = self.flower.state, self.plan.strategy.all_roles(server_round + 1)
-        return self.parts.evaluator.personal(state.tensors, roles, server_round + 1, sorted(state.clients.trained))
+        return self.evaluator.personal(state.tensors, roles, server_round + 1, sorted(state.clients.trained))
 
     @property
     def _base(self) -> dict[str, Any]:

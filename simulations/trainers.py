@@ -33,6 +33,10 @@ class TrainerEvaluator:
     def __init__(self, pool: TrainerPool, pack: int, ranks: Sequence[int] = (), most: int = MOST_CLIENTS) -> None:
         self.pool, self.pack, self.ranks, self.most = pool, pack, ranks, most
 
+    def at(self, ranks: Sequence[int]) -> TrainerEvaluator:
+        """Return the evaluator of clients that hold other ranks."""
+        return TrainerEvaluator(self.pool, self.pack, ranks, self.most)
+
     def facts(self, tensors: Tensors, split: str, rows: Sequence[int]) -> dict[str, NDArray[np.float64]]:
         """Return facts of each of these rows of a split under the server's tensors, by name, [rows] each."""
         packs, shares = self._shares(len(rows))

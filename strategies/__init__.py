@@ -14,6 +14,7 @@ from strategies.ffa_lora import FFALora
 from strategies.flexlora import FlexLoRA, FlexLoraOptions
 from strategies.flora import FLoRA
 from strategies.florist import FLoRIST, FloristOptions
+from strategies.hetlora import HetLoRA, HetLoraOptions
 from strategies.local import Local
 from strategies.lora_fair import LoRAFair, LoraFairOptions
 from strategies.mos import MoS
@@ -33,6 +34,7 @@ for _strategy, _options in (
     (FedSVD, None),
     (FedSALora, None),
     (ZeroPadding, None),
+    (HetLoRA, HetLoraOptions),
     (FlexLoRA, FlexLoraOptions),
     (FLoRA, None),
     (FLoRIST, FloristOptions),
@@ -73,6 +75,8 @@ __all__ = [
     "FlexLoRA",
     "FlexLoraOptions",
     "FloristOptions",
+    "HetLoRA",
+    "HetLoraOptions",
     "LoRAFair",
     "Local",
     "LoraFairOptions",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterable, Sequence
+from copy import copy
+from typing import Self
 
 from fedlora.exchange import Tensors
 from fedlora.local_terms import LocalTerms
@@ -24,8 +26,21 @@ class Wrapped(Strategy, ABC):
         self.inner = inner
         self.name, self.methods, self.exact = inner.name, inner.methods, inner.exact
         self.personal, self.period, self.ragged = inner.personal, inner.period, inner.ragged
-        self.repeats, self.keeps_basis = inner.repeats, inner.keeps_basis
+        self.repeats, self.keeps_basis, self.prunes = inner.repeats, inner.keeps_basis, inner.prunes
         super().__init__(inner.setting)
+
+    def ranks(self, state: ServerState) -> tuple[int, ...]:
+        """Return the ranks of the inner strategy's clients."""
+        return self.inner.ranks(state)
+
+    def at(self, state: ServerState) -> Self:
+        """Return the strategy around the inner one at the ranks that clients hold next."""
+        inner = self.inner.at(state)
+        if inner is self.inner:
+            return self
+        now = copy(self)
+        now.inner, now.setting = inner, inner.setting
+        return now
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return the inner strategy's roles."""

@@ -23,6 +23,14 @@ from tests.support.trainers import tiny_flat, tiny_job
 
 CASES: dict[str, dict[str, Any]] = {
     "ranks that differ": {"strategy.name": "zero-padding", "method.ranks": "1,2,2,1"},
+    "ranks that are pruned": {
+        **{"strategy.name": "hetlora", "method.ranks": "1,2,2,1", "method.head": "personal", "data.holdout": 0.2},
+        **{"hetlora.penalty": 50.0, "hetlora.decay": 0.5, "rounds": 4},
+    },
+    "ranks that are pruned, under DP": {
+        **{"strategy.name": "hetlora", "method.ranks": "1,2,2,1", "hetlora.penalty": 50.0, "hetlora.decay": 0.5},
+        **{"rounds": 4, "privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3, "data.partition": "iid"},
+    },
     "accumulated": {"strategy.name": "flora"},
     "a proximal step at the server": {"strategy.name": "s2-lora"},
     "personal": {"strategy.name": "fedsa-lora", "data.holdout": 0.2},
@@ -68,6 +76,8 @@ def test_same_bits_as_under_flower(tmp_path: Path, case: str) -> None:
     assert here.keys() == there.keys()
     assert all(np.array_equal(here[name], value) for name, value in there.items())
     assert federation.core.state.clients.trained == expected.state.clients.trained
+    if "pruned" in case:
+        assert federation.core.strategy.setting.ranks == (1, 1, 1, 1)
     measured = federation.measure(config.rounds)
     if expected.personal is not None and config.privacy.mode == "none":
         sums = expected.personal.sums.values()

@@ -1,4 +1,4 @@
-"""FedProx, SCAFFOLD and the learning rate of a round, in packs of ragged clients, against a plain loop per client."""
+"""FedProx, SCAFFOLD, HetLoRA's penalty and a round's learning rate, in packs of ragged clients, against plain loops."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from torch import Tensor
 from clients.start import VARIATE
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
+from fedlora.engine.local import NO_TERMS
 from fedlora.exchange import Instruction, Outcome
 from fedlora.local_terms import LocalTerms
+from fedlora.methods import initial_tensors
 from fedlora.roles import Role
+from fedlora.seeded import Seeded
 from tests.support.families import random_examples
 from tests.support.matrix import Arrays, engine_of, penalty, random_start, row_loss
 from tests.support.trainers import tiny_worker
@@ -36,9 +39,9 @@ def random_variate(start: Arrays, seed: int) -> Arrays:
     return {name: 0.1 * generator.standard_normal(value.shape) for name, value in start.items()}
 
 
-def shared_of(engine: Engine) -> frozenset[str]:
-    """All but one side's factors: of a tensor that is not shared no term may take hold."""
-    return frozenset(name for name, spec in engine.method.specs().items() if spec.kind != "B")
+def shared_of(engine: Engine, terms: LocalTerms = NO_TERMS) -> frozenset[str]:
+    """All but one side's factors: of a tensor that is not shared no term may take hold; a penalty needs both."""
+    return frozenset(name for name, spec in engine.method.specs().items() if spec.kind != "B" or terms.penalty)
 
 
 def pack_of(engine: Engine, family: str, terms: LocalTerms) -> list[ClientWork]:
@@ -61,11 +64,21 @@ def objective(method: str, family: str, engine: Engine, tensors: Mapping[str, Te
     return torch.stack(losses).mean() + penalty(method, tensors)
 
 
+def on_last_ranks(engine: Engine, tensors: Mapping[str, Tensor], terms: LocalTerms) -> Tensor:
+    """HetLoRA's penalty as it is written, a term of the loss."""
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in engine.base.structure.adapted:
+        a, b = tensors[f"{layer.name}.lora_A"], tensors[f"{layer.name}.lora_B"]
+        first = int(terms.decay * len(a))
+        total = total + torch.linalg.norm(b[:, first:]) * torch.linalg.norm(a[first:])
+    return terms.penalty * total
+
+
 def alone(
     method: str, family: str, engine: Engine, work: ClientWork, train: TrainConfig, terms: LocalTerms
 ) -> tuple[Arrays, Arrays]:
     """One client, one row at a time, torch's optimizers; return its tensors and its renewed variate."""
-    shared = shared_of(engine)
+    shared = shared_of(engine, terms)
     trained = {name: torch.tensor(value).requires_grad_() for name, value in work.start.items()}
     zero = {name: np.zeros_like(value) for name, value in work.start.items()}
     server, own = ({**zero, **variate} for variate in (work.server_variate, work.own_variate))
@@ -82,6 +95,8 @@ def alone(
         for name in shared:  # FedProx as it is written: a term of the loss
             off = trained[name] - torch.tensor(work.start[name])
             loss = loss + 0.5 * terms.proximal * off.square().sum()
+        if terms.penalty:
+            loss = loss + on_last_ranks(engine, trained, terms)
         loss.backward()  # type: ignore[no-untyped-call]
         for name in shared:
             assert trained[name].grad is not None
@@ -143,6 +158,40 @@ def test_a_pack_equals_a_loop(case: str, method: str, family: str) -> None:
     assert all(result.own_variate == {} for result in plain)
 
 
+PENALTIES = {
+    "all but the first rank": (LocalTerms(penalty=0.7, decay=0.5), SGD),
+    "the last rank, adamw": (LocalTerms(penalty=0.7, decay=0.9), ADAMW),
+    "with prox, momentum, clip": (LocalTerms(penalty=0.7, proximal=0.3, decay=0.9), CLIPPED),
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama-lm"])
+@pytest.mark.parametrize("case", PENALTIES)
+def test_hetloras_penalty_is_a_term_of_the_loss(case: str, family: str) -> None:
+    terms, train = PENALTIES[case]
+    engine = engine_of("lora", family)
+    works, shared = pack_of(engine, family, terms), shared_of(engine, terms)
+    results = train_pack(engine, works, {}, train, terms=terms, shared=shared)
+    for result, work in zip(results, works, strict=True):
+        assert result.error == ""
+        assert off(result.tensors, alone("lora", family, engine, work, train, terms)[0]) < 1e-10
+    without = train_pack(engine, works, {}, train, terms=replace(terms, penalty=0.0), shared=shared)
+    assert largest(without, results) > 1e-4, "control: the term makes a difference"
+
+
+def test_hetloras_penalty_has_no_gradient_where_b_is_zero() -> None:
+    """As in the first step of a run: no number is divided by a norm of zero, and the step is that of the loss alone."""
+    engine, terms = engine_of("lora", "bert"), LocalTerms(penalty=0.7, decay=0.5)
+    start = initial_tensors(engine.method.specs(), Seeded(7))
+    work = ClientWork(0, random_examples(6, 1), 6, [np.arange(6)], start)
+    results = [
+        train_pack(engine, [work], {}, SGD, terms=one, shared=shared_of(engine, terms))[0]
+        for one in (terms, LocalTerms())
+    ]
+    assert off(results[0].tensors, results[1].tensors) == 0.0
+    assert off(results[0].tensors, start) > 1e-4
+
+
 def test_option_1_on_the_whole_objective() -> None:
     """With a method's own penalty: it is part of each step's gradient, so of the variate, too."""
     engine, terms = engine_of("s2-lora", "bert"), LocalTerms(scaffold=1)
@@ -164,10 +213,14 @@ def test_without_terms_nothing_changes(train: TrainConfig) -> None:
     )
 
 
-@pytest.mark.parametrize("terms", [LocalTerms(proximal=0.7), LocalTerms(scaffold=2)], ids=["prox", "scaffold"])
+@pytest.mark.parametrize(
+    "terms",
+    [LocalTerms(proximal=0.7), LocalTerms(scaffold=2), LocalTerms(penalty=0.7, decay=0.5)],
+    ids=["prox", "scaffold", "penalty"],
+)
 def test_under_dp_terms_come_after_clip_and_noise(terms: LocalTerms) -> None:
     engine = engine_of("lora", "bert")
-    works, shared, private = pack_of(engine, "bert", terms), shared_of(engine), private_step(3, clip=0.05)
+    works, shared, private = pack_of(engine, "bert", terms), shared_of(engine, terms), private_step(3, clip=0.05)
     results = train_pack(engine, works, {}, SGD, private, terms=terms, shared=shared)
     for result, work, noise in zip(results, works, private.randoms, strict=True):
         tensors, variate = alone_under_dp(engine, work, private, noise, terms)  # type: ignore[arg-type]
@@ -182,7 +235,7 @@ def alone_under_dp(
     engine: Engine, work: ClientWork, private: Any, noise: Injected, terms: LocalTerms
 ) -> tuple[Arrays, Arrays]:
     """DP-SGD of one client, one row at a time, in numpy."""
-    mechanism, shared, rate = private.mechanism, shared_of(engine), SGD.learning_rate
+    mechanism, shared, rate = private.mechanism, shared_of(engine, terms), SGD.learning_rate
     now = {name: value.copy() for name, value in work.start.items()}
     zero = {name: np.zeros_like(value) for name, value in work.start.items()}
     server, own = ({**zero, **variate} for variate in (work.server_variate, work.own_variate))
@@ -190,7 +243,9 @@ def alone_under_dp(
         grads = row_gradients("lora", "bert", engine, now, work, batch)
         norms = np.sqrt(sum((value**2).reshape(len(batch), -1).sum(1) for value in grads.values()))
         factor, at = np.minimum(1.0, mechanism.max_grad_norm / (norms + 1e-6)), 0
-        moved = {}
+        moved, penalised = {}, {name: torch.tensor(value).requires_grad_() for name, value in now.items()}
+        if terms.penalty:
+            on_last_ranks(engine, penalised, terms).backward()  # type: ignore[no-untyped-call]
         for name, value in now.items():
             z = noise.drawn[step][at : at + value.size].view(value.shape).numpy()
             at += value.size
@@ -200,6 +255,8 @@ def alone_under_dp(
             if name in shared:
                 grad = grad + terms.proximal * (value - work.start[name])
                 grad = grad + (server[name] - own[name] if terms.scaffold else 0.0)
+            own_penalty = penalised[name].grad
+            grad = grad if own_penalty is None else grad + own_penalty.numpy()
             moved[name] = value - rate * grad
         now = moved
     rates = rate * len(work.batches)

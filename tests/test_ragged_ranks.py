@@ -125,7 +125,7 @@ def test_local_terms_at_ragged_ranks() -> None:
     for work in works_of(engine, "bert"):
         variate = {name: 0.1 * generator.standard_normal(value.shape) for name, value in work.start.items()}
         works.append(replace(work, server_variate=variate, own_variate={n: 2 * v for n, v in variate.items()}))
-    for terms in (LocalTerms(proximal=0.5), LocalTerms(scaffold=2)):
+    for terms in (LocalTerms(proximal=0.5), LocalTerms(scaffold=2), LocalTerms(penalty=0.5, decay=0.7)):
         train = replace(SGD, momentum=0.0, weight_decay=0.0)
         results = train_pack(engine, works, {}, train, terms=terms, shared=shared)
         for result, work in zip(results, works, strict=True):

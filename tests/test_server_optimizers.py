@@ -35,6 +35,7 @@ RULES = {
     "fedsvd",
     "flora",
     "florist",
+    "hetlora",
     "flexlora",
     "fedex-lora",
     "lora-fair",

@@ -192,7 +192,7 @@ INSTRUCTION = Instruction(
     weights="equal",
     tensors={"x": np.ones(3, np.float32)},
     reduction="one-by-one",
-    local=LocalTerms(learning_rate=0.5, proximal=0.01, scaffold=2),
+    local=LocalTerms(learning_rate=0.5, proximal=0.01, scaffold=2, penalty=0.02, decay=0.9),
     extra={"variate/x": np.full(3, 2.0, np.float32)},
     ranks=(2, 8),
     fingerprint="f",
@@ -241,6 +241,9 @@ def test_an_instruction_that_contradicts_itself_is_refused() -> None:
         ({"local": LocalTerms(scaffold=3)}, "terms of local training"),
         ({"local": LocalTerms(proximal=float("nan"))}, "terms of local training"),
         ({"local": LocalTerms(learning_rate=-1.0)}, "terms of local training"),
+        ({"local": LocalTerms(penalty=float("inf"))}, "terms of local training"),
+        ({"local": LocalTerms(decay=0.0)}, "terms of local training"),
+        ({"local": LocalTerms(decay=1.5)}, "terms of local training"),
     ):
         with pytest.raises(WireError, match=message):
             read_instruction(write_instruction(replace(INSTRUCTION, **changes)))
@@ -257,7 +260,19 @@ def test_reductions_that_are_no_answer_are_refused() -> None:
 
 KEYS = [
     *("round", "clients", "kinds", "roles", "weights", "fingerprint", "pack", "ranks", "reduction", "learning_rate"),
-    *("proximal", "scaffold", "examples", "steps", "metrics", "outcomes", "reasons", "ledger_heads", "numbers"),
+    *(
+        "proximal",
+        "scaffold",
+        "penalty",
+        "decay",
+        "examples",
+        "steps",
+        "metrics",
+        "outcomes",
+        "reasons",
+        "ledger_heads",
+        "numbers",
+    ),
     "values",
 ]
 

@@ -33,6 +33,7 @@ from fedlora.engine.schedule import Turn, turns
 from fedlora.engine.stack import Stack, common_shapes
 from fedlora.engine.work import Arrays, ClientWork
 from fedlora.local_terms import LocalTerms
+from fedlora.methods.products import pairs
 from fedlora.privacy.step import PrivateStep, PrivateSum
 from fedlora.tasks import Batch
 from fedlora.transfer import Places, to_device, to_places
@@ -84,10 +85,13 @@ class Pack:
         self.optimizer = build_optimizer(self.stack.values, config, steps_g, self.stack.spread(l1) if l1 else None)
         self.private_sum = PrivateSum(private, self.stack.values, self.stack.real) if private is not None else None
         self.local: LocalGradient | None = None
-        if terms.proximal or terms.scaffold:
+        if terms.proximal or terms.scaffold or terms.penalty:
             server_g = self.stack.rows([work.server_variate for work in works])
             own_g = self.stack.rows([work.own_variate for work in works])
-            self.local = LocalGradient(self.stack, terms, shared, server_g, own_g)
+            both = [pair for pair in pairs(specs) if {pair.a, pair.b} <= set(shared)] if terms.penalty else []
+            assert both or not terms.penalty, "a penalty on the ranks of factors that are not both shared"
+            ranks = [len(work.start[both[0].a]) for work in works] if both else []
+            self.local = LocalGradient(self.stack, terms, shared, server_g, own_g, both, ranks)
         self._losses: list[tuple[NDArray[np.int64], Tensor]] = []
 
     def backward(self, turn: Turn, probe: LayerProbe | None = None) -> Tensor:

@@ -54,3 +54,15 @@ def decompose(a: Array, b: Array) -> Decomposed:
     largest = np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)
     sign = np.where(largest < 0, -1.0, 1.0)  # [n, 1]
     return Decomposed(q_b @ u * sign.T, s, sign * rows)
+
+
+def product_norm(a: Array, b: Array) -> float:
+    """Return the Frobenius norm of b a, that of the core of a QR of each factor: never d_out x d_in numbers.
+
+    Args:
+        a: [R, d_in].
+        b: [d_out, R].
+    """
+    r_b = np.linalg.qr(b.astype(np.float64)).R  # [min(d_out, R), R]
+    r_a = np.linalg.qr(a.astype(np.float64).T).R
+    return float(np.linalg.norm(r_b @ r_a.T))

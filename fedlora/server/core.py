@@ -33,7 +33,12 @@ class Core:
     """
 
     def __init__(self, strategy: Strategy, federation: Federation, state: ServerState) -> None:
-        self.strategy, self.federation, self.state = strategy, federation, state
+        self._strategy, self.federation, self.state = strategy, federation, state
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy, at the ranks that clients hold now."""
+        return self._strategy.at(self.state)
 
     @property
     def ranks(self) -> list[int]:
@@ -42,10 +47,11 @@ class Core:
 
     def sent(self, server_round: int, clients: Sequence[int]) -> Tensors:
         """Return the tensors that clients are sent together: as much of each as the one with the largest rank holds."""
-        ranks = self.strategy.setting.ranks
+        strategy = self.strategy
+        ranks = strategy.setting.ranks
         widest = max(clients, key=lambda client: ranks[client]) if ranks else None
-        accumulated = {name: self.state.tensors[name] for name in self.strategy.accumulated(self.ranks[-1])}
-        sent = self.strategy.sent(server_round, widest)
+        accumulated = {name: self.state.tensors[name] for name in strategy.accumulated(self.ranks[-1])}
+        sent = strategy.sent(server_round, widest)
         return {**{name: cut(self.state.tensors[name], spec.shape) for name, spec in sent.items()}, **accumulated}
 
     def instruction(

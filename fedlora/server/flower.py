@@ -58,7 +58,6 @@ class FlowerStrategy(FlowerBase):
         state: ServerState | None = None,
         nodes: Nodes | None = None,
     ) -> None:
-        self.strategy = strategy
         self.nodes = SimulationNodes() if nodes is None else nodes
         self._ttl: float | None = None
         self._mail: Mail | None = None
@@ -66,7 +65,16 @@ class FlowerStrategy(FlowerBase):
         self.core = Core(strategy, federation, ServerState({}) if state is None else state)
         self.replies: Replies | None = None
         self.personal: PersonalEvaluation | None = None
-        self.payloads = Payloads(strategy, federation.dtype)
+
+    @property
+    def strategy(self) -> Strategy:
+        """The strategy, at the ranks that clients hold now."""
+        return self.core.strategy
+
+    @property
+    def payloads(self) -> Payloads:
+        """The bytes of a client's messages, at the ranks that clients hold now."""
+        return Payloads(self.strategy, self.federation.dtype)
 
     @property
     def state(self) -> ServerState:
@@ -253,9 +261,10 @@ class FlowerStrategy(FlowerBase):
     def _count_down(self, nodes: Mapping[int, tuple[int, ...]], server_round: int, payload: Payload) -> None:
         """Count what clients are sent for a round, and what of it they would lack if they kept what they were sent."""
         received = dict(self.state.clients.received)
-        ranks, counted = self.core.ranks, dict[tuple[int, int | None], tuple[int, int]]()
+        ranks, setting = self.core.ranks, self.strategy.setting
+        counted = dict[tuple[int, int | None], tuple[int, int]]()
         for client in (client for clients in nodes.values() for client in clients):
-            key = received.get(client, -1), self.strategy.setting.rank(client)
+            key = received.get(client, -1), setting.rank(client)
             if key not in counted:
                 counted[key] = payload(server_round, key[0], client, ranks)
             if self.replies is not None:

@@ -115,10 +115,10 @@ def node_of(
             sends what it likes.
         same: Every client sends back what it was sent, and these where it was sent nothing.
     """
-    strategy, dtype = server.strategy, server.federation.dtype
+    dtype = server.federation.dtype
 
     def update(instruction: Instruction, client: int) -> Update:
-        number = instruction.round
+        number, strategy = instruction.round, server.strategy  # at the ranks of the round
         expected = strategy.expected(number, client)
         tensors = update_of(client, number, expected, dtype)
         if same is not None:

@@ -56,18 +56,22 @@ class MetricsFile(Observer):
         self._started = now
         self.lines.append(end.line)
         self.folder.append("metrics.jsonl", end.line)
-        reports = end.replies.reports
+        reports, refused, setting = end.replies.reports, end.replies.refused, end.replies.strategy.setting
         self.folder.append(
             "clients.jsonl",
-            *(client_line(end.round, reports[client], end.replies.refused.get(client)) for client in sorted(reports)),
+            *(
+                client_line(end.round, reports[client], refused.get(client), setting.rank(client))
+                for client in sorted(reports)
+            ),
         )
 
 
-def client_line(server_round: int, report: ClientReport, refused: str | None) -> dict[str, Any]:
-    """Return a client's line of ``clients.jsonl``."""
+def client_line(server_round: int, report: ClientReport, refused: str | None, rank: int | None) -> dict[str, Any]:
+    """Return a client's line of ``clients.jsonl``, with the rank that it trained with where ranks are by client."""
     loss = {"loss": None} if refused and not report.metrics else {}
     numbers = {"examples": report.examples, "steps": report.steps, **loss, **report.metrics}
-    return {"round": server_round, "client": report.client, **numbers, "refused": refused}
+    held = {} if rank is None else {"rank": rank}
+    return {"round": server_round, "client": report.client, **held, **numbers, "refused": refused}
 
 
 def sparsity(strategy: Strategy, tensors: Tensors) -> float | None:
