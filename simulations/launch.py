@@ -42,6 +42,7 @@ _CLIENT_APPS = 4  # side by side: each waits for trainers most of the time
 SUPERNODES = 2
 """That Flower starts by default."""
 _FLOWERS = 2  # cores for each of its actors, by itself
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # By which programs are told to print colours into a pipe, too, as Jupyter tells them: Flower's JSON is none then.
 COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
 CONFIG_TABLE = "[tool.flwr.app.config]\n"
@@ -180,7 +181,9 @@ def run_side_by_side(
         for number in range(workers):
             gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
             share = ["--share", f"{number + 1}/{workers}"]
-            environment = {**os.environ, **gpu, COMMAND: mark}
+            # What numpy computes at the server would take all cores otherwise, in every process.
+            threads = {name: str(cores) for name in _THREADS if in_process and name not in os.environ}
+            environment = {**os.environ, **gpu, **threads, COMMAND: mark}
             children.append(subprocess.Popen([*command, *share], cwd=app, env=environment))
         for child in children:
             child.wait()
