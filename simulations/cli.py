@@ -7,8 +7,8 @@ others answer at once.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from simulations import push, try_adapter
 from simulations.advice import check_can_suggest, suggest
 from simulations.cluster import check_options
 from simulations.exits import exit_with
-from simulations.launch import SUPERNODES, end_abandoned, launch, run_side_by_side
+from simulations.launch import SUPERNODES, end_abandoned, launch, own_cores, run_side_by_side
 from simulations.options import absolute_paths, for_tuning, read_options, read_overrides
 from simulations.plan import Plan, trained_in_a_round
 from simulations.preflight import Preflight, preflight
@@ -81,6 +81,9 @@ def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, 
     sweep.add_argument("--workers", type=int, default=1, metavar="N", help="processes side by side, on all GPUs")
     sweep.add_argument(
         "--in-process", action="store_true", help="each process trains by itself, without Flower: faster for short runs"
+    )
+    sweep.add_argument(
+        "--together", type=int, default=1, metavar="N", help="seeds whose clients train in common packs, in process"
     )
     sweep.add_argument("--share", default="", help=argparse.SUPPRESS)
     report = commands.add_parser("report", help="tables and plots of a run, or of several side by side")
@@ -151,6 +154,8 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--workers {options.workers}: must be at least 1.")
     if options.in_process and options.federation_config:
         raise ConfigError("--federation-config is for Flower, and --in-process runs without it; leave one of them out.")
+    if options.together < 1 or (options.together > 1 and not options.in_process):
+        raise ConfigError(f"--together {options.together}: must be 1 or more, and goes with --in-process.")
     check_options(options.federation_config, options.workers)
     app = Path(options.app).expanduser().resolve()
     sweep = _read_sweep(options.file, app, options.run_config, check=not options.share)
@@ -172,7 +177,9 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         if workers == 1:
             _run_share(sweep, Share(), app, file, options, console)
         else:
-            run_side_by_side(app, file, workers, options.federation_config, in_process=options.in_process)
+            own = ["--in-process", "--together", str(options.together)] if options.in_process else []
+            run_side_by_side(app, file, workers, options.federation_config, own)
+        shutil.rmtree(sweep.rows, ignore_errors=True)
         finish(sweep, console)
     return 1 if sweep.unfinished() else 0
 
@@ -199,10 +206,11 @@ def _absolute(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 def _run_share(sweep: Sweep, share: Share, app: Path, file: Path, options: argparse.Namespace, console: Console) -> int:
     """Run a share of a sweep under Flower, or in this process; again where Flower's died elsewhere than last time."""
     if options.in_process:
-        from simulations.local_session import local_session
+        from simulations.side_by_side import cells_in_process
         from simulations.sweeps.progress import run_share
 
-        run_share(sweep, local_session(max(1, (os.cpu_count() or 1) // share.of)), console, share)
+        threads = max(1, own_cores() // share.of)
+        run_share(sweep, cells_in_process(threads, options.together, sweep.rows), console, share)
         return 0
     flat = {**sweep.base, "run.sweep": str(file), "run.share": str(share)}
     before = None

@@ -155,26 +155,31 @@ def with_keys(pyproject: str, config: Mapping[str, Scalar]) -> str:
     return "".join([before, header, to_toml(missing), rest])
 
 
+def own_cores() -> int:
+    """Return the CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_side_by_side(
-    app: Path, sweep: Path, workers: int, federation_config: Sequence[str], *, in_process: bool = False
+    app: Path, sweep: Path, workers: int, federation_config: Sequence[str], in_process: Sequence[str] = ()
 ) -> None:
     """Run a sweep's file by several ``fedlora sweep`` processes at once, each with a share of its groups.
 
-    Each has a Flower of its own, or where it is to be ``in_process`` none, one of the GPUs that this process may use,
-    and its part of the CPU cores.
+    Each has a Flower of its own (or none, with the options of one ``in_process``), one of the GPUs that this process
+    may use, and its part of the CPU cores.
     """
     import torch
 
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     if gpus == [""]:
         gpus = [str(number) for number in range(torch.cuda.device_count())]
-    cores = max(2, (os.cpu_count() or 1) // workers)
+    cores = max(2, own_cores() // workers)
     options = list(federation_config)
     if not in_process and not any("init-args-num-cpus" in option for option in options):
         options.append(f"init-args-num-cpus={cores}")
     command = [sys.executable, "-m", "simulations.cli", "sweep", str(sweep), str(app)]
     command += [part for option in options for part in ("--federation-config", option)]
-    command += ["--in-process"] if in_process else []
+    command += in_process
     mark = this_command()
     children: list[subprocess.Popen[bytes]] = []
     with kept(mark, COMMAND):

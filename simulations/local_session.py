@@ -33,19 +33,23 @@ from simulations.launch import SUPERNODES
 from simulations.session import Session
 
 if TYPE_CHECKING:
+    from clients.resident import Resident
+    from clients.trainer import TrainPack
     from clients.worker import Worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def local_session(threads: int) -> Session:
+def local_session(threads: int, train: TrainPack | None = None, resident: Resident | None = None) -> Session:
     """Return a session whose trainer is this process.
 
     Args:
         threads: CPU threads that it may use.
+        train: Trains a pack; None: the model does.
+        resident: What loads models, where other sessions use it, too; None: one of its own.
     """
-    trainer = LocalPool(threads)
+    trainer = LocalPool(threads, train, resident)
     return Session(LocalGrid(RaySite(trainer)), SUPERNODES, trainer.begun, partial(_shards, threads))
 
 
@@ -77,11 +81,14 @@ class LocalPool(TrainerPool):
 
     Args:
         threads: CPU threads to use.
+        train: Trains a pack; None: the model does.
+        resident: What loads models; None: one of its own.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, train: TrainPack | None = None, resident: Resident | None = None) -> None:
         super().__init__([None])
         self._threads, self._cards = threads, 0
+        self._train, self._resident = train, resident
         self._job: Job | None = None
         self._worker: Worker | None = None
 
@@ -130,7 +137,7 @@ class LocalPool(TrainerPool):
         if self._worker is None:
             from clients.worker import Worker  # and with it torch
 
-            self._worker = Worker(self._fetch, self._threads, cards=self._cards)
+            self._worker = Worker(self._fetch, self._threads, self._train, cards=self._cards, resident=self._resident)
         return self._worker
 
     def _fetch(self) -> Job:

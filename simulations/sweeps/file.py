@@ -109,6 +109,11 @@ class Sweep:
         """The sweep's folder."""
         return Path(str(self.base["run.dir"]), str(self.base["run.name"])).expanduser().resolve()
 
+    @property
+    def rows(self) -> Path:
+        """Where its processes keep tokenized rows while they are at work, if they train by themselves."""
+        return self.folder / "rows"
+
     def to_toml(self) -> str:
         """Return the sweep as a file that :meth:`read` understands."""
         tables = {"grid": self.grid, "tune": self.tune}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 from rich.console import Console
@@ -24,20 +24,36 @@ _ATTEMPTS = 2  # of a cell in which the whole process died
 _TABLES = 0.05  # of the time may go into the tables of what has finished so far
 
 
-def run_share(sweep: Sweep, session: Session, console: Console, share: Share) -> None:
+RunCells = Callable[[Sequence[Callable[[Session], None]]], None]
+"""Runs cells, each a function of a session: one after the other, or side by side."""
+
+
+def run_share(sweep: Sweep, run_cells: RunCells, console: Console, share: Share) -> None:
     """Run what has not run yet of a share; a cell that fails does not stop the others."""
     progress = _Progress(sweep, console, share)
+
+    def run(cells: Sequence[Cell]) -> None:
+        run_cells([partial(progress.run, cell) for cell in cells])
+
     for group in sweep.groups(share):
-        for cell in sweep.tuning(group):
-            progress.run(cell, session)
+        run(sweep.tuning(group))
         try:
             chosen = sweep.choose(group)
         except ValueError as error:
             progress.skip(group, error)
             continue
-        for cell in sweep.finals(group, chosen):
-            progress.run(cell, session)
+        run(sweep.finals(group, chosen))
     write_tables(sweep)
+
+
+def one_by_one(session: Session) -> RunCells:
+    """Return what runs cells in one session, one after the other."""
+
+    def run_cells(cells: Sequence[Callable[[Session], None]]) -> None:
+        for cell in cells:
+            cell(session)
+
+    return run_cells
 
 
 @final
@@ -53,8 +69,8 @@ class _Progress:
         groups = sweep.groups(share)
         self.total = sum(len(sweep.tuning(group)) + len(sweep.finals(group, {})) for group in groups)
         self._record_errors()
-        self._seconds: list[float] = []
-        self._tables_at = time.monotonic()
+        self._ran, self._started = 0, time.monotonic()
+        self._tables_at = self._started
 
     def run(self, cell: Cell, session: Session) -> None:
         """Run a cell, or go on with it, unless it is finished."""
@@ -78,10 +94,11 @@ class _Progress:
             self._end_attempt()
         else:
             self._end_attempt()
-            self._seconds.append(time.monotonic() - started)
-            left = (self.total - self.number) * statistics.median(self._seconds)  # the first one starts the trainers
+            self._ran += 1
+            now = time.monotonic()
+            left = (self.total - self.number) * (now - self._started) / self._ran
             remark = f", {human_time(left)} left" if left >= 1 else ""
-            self._report(cell, outcome, f"{self._seconds[-1]:.1f} s{remark}")
+            self._report(cell, outcome, f"{now - started:.1f} s{remark}")
         self._write_tables()
 
     def _write_tables(self) -> None:
