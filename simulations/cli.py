@@ -86,6 +86,7 @@ def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, 
         "--together", type=int, default=1, metavar="N", help="seeds whose clients train in common packs, in process"
     )
     sweep.add_argument("--share", default="", help=argparse.SUPPRESS)
+    sweep.add_argument("--gpu-share", type=float, default=1.0, help=argparse.SUPPRESS)
     report = commands.add_parser("report", help="tables and plots of a run, or of several side by side")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     report.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no other file")
@@ -210,7 +211,7 @@ def _run_share(sweep: Sweep, share: Share, app: Path, file: Path, options: argpa
         from simulations.sweeps.progress import run_share
 
         threads = max(1, own_cores() // share.of)
-        run_share(sweep, cells_in_process(threads, options.together, sweep.rows), console, share)
+        run_share(sweep, cells_in_process(threads, options.together, sweep.rows, options.gpu_share), console, share)
         return 0
     flat = {**sweep.base, "run.sweep": str(file), "run.share": str(share)}
     before = None

@@ -42,6 +42,7 @@ _CLIENT_APPS = 4  # side by side: each waits for trainers most of the time
 SUPERNODES = 2
 """That Flower starts by default."""
 _FLOWERS = 2  # cores for each of its actors, by itself
+_OF_GPU = 0.9  # of its memory that processes share; the rest is what each one takes beside its tensors
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # By which programs are told to print colours into a pipe, too, as Jupyter tells them: Flower's JSON is none then.
 COLOURS = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE")
@@ -179,6 +180,8 @@ def run_side_by_side(
         options.append(f"init-args-num-cpus={cores}")
     command = [sys.executable, "-m", "simulations.cli", "sweep", str(sweep), str(app)]
     command += [part for option in options for part in ("--federation-config", option)]
+    if in_process and gpus:
+        in_process = [*in_process, "--gpu-share", str(_OF_GPU / -(-workers // len(gpus)))]
     command += in_process
     mark = this_command()
     children: list[subprocess.Popen[bytes]] = []

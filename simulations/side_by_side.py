@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from clients.resident import Resident
 from clients.shared_rows import SharedRows
 from simulations.local_session import local_session
@@ -14,14 +16,17 @@ from simulations.session import Session
 from simulations.sweeps.progress import RunCells, one_by_one
 
 
-def cells_in_process(threads: int, together: int, rows: Path) -> RunCells:
+def cells_in_process(threads: int, together: int, rows: Path, gpu_share: float = 1.0) -> RunCells:
     """Return what runs cells in this process.
 
     Args:
         threads: CPU threads that it may use.
         together: Cells that run side by side.
         rows: Where the sweep's processes keep the rows that they have tokenized.
+        gpu_share: Share of a GPU's memory that it may take.
     """
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpu_share)
     resident = Resident(threads, SharedRows(rows))
     if together == 1:
         return one_by_one(local_session(threads, resident=resident))

@@ -275,10 +275,16 @@ def _fitting(engine: Engine, tensors: Arrays) -> int:
     (small, low), (large, high) = (_pass(engine, tensors, cost) for cost in _MEASURED)
     slopes = np.maximum((high - low) / (large - small) if large > small else high / large, 1.0)
     torch.cuda.empty_cache()
-    free = np.array([torch.cuda.mem_get_info(card)[0] for card in engine.cards])
+    free = np.array([_free(card) for card in engine.cards])
     at = int((free / slopes).argmin())
     _logger.info("a pass takes %.0f kB a token, %.1f GB are free", slopes[at] / 1e3, free[at] / 1e9)
     return max(1, min(engine.max_cost, int(_SHARE * free[at] / slopes[at])))
+
+
+def _free(card: torch.device) -> float:
+    """Return the bytes of a GPU that this process may still take, of which others may have a part."""
+    free, total = torch.cuda.mem_get_info(card)
+    return min(free, torch.cuda.get_per_process_memory_fraction(card) * total - torch.cuda.memory_reserved(card))
 
 
 def _pass(engine: Engine, tensors: Arrays, cost: int) -> tuple[int, NDArray[np.float64]]:

@@ -135,7 +135,7 @@ class Pack:
             if private is None or self._row_wise is None:
                 grads, losses_n = self._together(grads, here, batch, turn, chosen, share, probe)
             else:
-                fixed = self._fixed_of(turn.groups[slot_n])
+                fixed = self._fixed_of(to_device(turn.groups[slot_n], engine.device))
                 losses_n, parts = self._row_wise.gradients(
                     self.stack, fixed, here, batch, slot_n, turn.cost_n[chosen], real, probe
                 )
@@ -175,7 +175,9 @@ class Pack:
         present, group_n = np.unique(turn.slot_n[chosen], return_inverse=True)
         at = None if len(present) == len(here) else to_device(present, engine.device)
         own = (here if at is None else here[at]).detach().requires_grad_()
-        factors = engine.method.factors({**self._fixed_of(turn.groups[present]), **self.stack.named(own)})
+        factors = engine.method.factors(
+            {**self._fixed_of(to_places(turn.groups[present], engine.device)), **self.stack.named(own)}
+        )
         layout = engine.layout(group_n, len(present), turn.cost_n[chosen])
         with engine.grouped.placed(factors, layout, probe) as model:
             losses_n = engine.task.row_losses(model, batch)
@@ -187,11 +189,11 @@ class Pack:
         more = own.grad.to(total.dtype)
         return total.add_(more) if at is None else total.index_add_(0, at, more), losses_n
 
-    def _fixed_of(self, groups: NDArray[np.int64]) -> dict[str, Tensor]:
+    def _fixed_of(self, groups: Places) -> dict[str, Tensor]:
         """Return the tensors that these clients do not train, in the model's precision: common ones, and theirs."""
         if self._own is None:
             return self._fixed_here
-        own = self._own.values[to_places(groups, self._engine.device)].to(self._engine.compute)
+        own = self._own.values[groups].to(self._engine.compute)
         return {**self._fixed_here, **self._own.named(own)}
 
     @property
