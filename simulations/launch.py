@@ -162,12 +162,12 @@ def own_cores() -> int:
 
 
 def run_side_by_side(
-    app: Path, sweep: Path, workers: int, federation_config: Sequence[str], in_process: Sequence[str] = ()
+    app: Path, sweep: Path, workers: int, federation_config: Sequence[str], *, in_process: bool = False
 ) -> None:
     """Run a sweep's file by several ``fedlora sweep`` processes at once, each with a share of its groups.
 
-    Each has a Flower of its own (or none, with the options of one ``in_process``), one of the GPUs that this process
-    may use, and its part of the CPU cores.
+    Each has a Flower of its own, or where it is to be ``in_process`` none; one of the GPUs that this process may use,
+    and its part of the GPU's memory and of the CPU cores.
     """
     import torch
 
@@ -180,9 +180,9 @@ def run_side_by_side(
         options.append(f"init-args-num-cpus={cores}")
     command = [sys.executable, "-m", "simulations.cli", "sweep", str(sweep), str(app)]
     command += [part for option in options for part in ("--federation-config", option)]
-    if in_process and gpus:
-        in_process = [*in_process, "--gpu-share", str(_OF_GPU / -(-workers // len(gpus)))]
-    command += in_process
+    if in_process:
+        on_one = -(-workers // len(gpus)) if gpus else 1
+        command += ["--in-process", "--gpu-share", str(_OF_GPU / on_one if on_one > 1 else 1.0)]
     mark = this_command()
     children: list[subprocess.Popen[bytes]] = []
     with kept(mark, COMMAND):

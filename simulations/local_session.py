@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, final
 from uuid import uuid4
 
@@ -33,23 +34,25 @@ from simulations.launch import SUPERNODES
 from simulations.session import Session
 
 if TYPE_CHECKING:
-    from clients.resident import Resident
-    from clients.trainer import TrainPack
     from clients.worker import Worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def local_session(threads: int, train: TrainPack | None = None, resident: Resident | None = None) -> Session:
+def local_session(threads: int, rows: Path, gpu_share: float = 1.0) -> Session:
     """Return a session whose trainer is this process.
 
     Args:
         threads: CPU threads that it may use.
-        train: Trains a pack; None: the model does.
-        resident: What loads models, where other sessions use it, too; None: one of its own.
+        rows: Where it keeps the rows that it has tokenized, for the other processes of a sweep.
+        gpu_share: Share of a GPU's memory that it may take.
     """
-    trainer = LocalPool(threads, train, resident)
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpu_share)
+    trainer = LocalPool(threads, rows)
     return Session(LocalGrid(RaySite(trainer)), SUPERNODES, trainer.begun, partial(_shards, threads))
 
 
@@ -81,14 +84,12 @@ class LocalPool(TrainerPool):
 
     Args:
         threads: CPU threads to use.
-        train: Trains a pack; None: the model does.
-        resident: What loads models; None: one of its own.
+        rows: Where it keeps tokenized rows.
     """
 
-    def __init__(self, threads: int, train: TrainPack | None = None, resident: Resident | None = None) -> None:
+    def __init__(self, threads: int, rows: Path) -> None:
         super().__init__([None])
-        self._threads, self._cards = threads, 0
-        self._train, self._resident = train, resident
+        self._threads, self._rows, self._cards = threads, rows, 0
         self._job: Job | None = None
         self._worker: Worker | None = None
 
@@ -135,9 +136,10 @@ class LocalPool(TrainerPool):
     def _own(self) -> Worker:
         """The worker; a new one after :meth:`stop`."""
         if self._worker is None:
-            from clients.worker import Worker  # and with it torch
+            from clients.shared_rows import SharedRows  # and with it torch
+            from clients.worker import Worker
 
-            self._worker = Worker(self._fetch, self._threads, self._train, cards=self._cards, resident=self._resident)
+            self._worker = Worker(self._fetch, self._threads, shared=SharedRows(self._rows), cards=self._cards)
         return self._worker
 
     def _fetch(self) -> Job:

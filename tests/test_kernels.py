@@ -151,6 +151,37 @@ def test_the_low_rank_kernel_where_groups_meet(side_by_side: bool) -> None:
 
 
 @GPU
+@pytest.mark.parametrize("rank", [8, 16])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_the_low_rank_kernel_of_many_groups_that_meet(rank: int, fixed: bool) -> None:
+    """Hundreds of groups of any size, more blocks than a GPU works on at once: the same numbers each time, and right.
+
+    A is contiguous, as one that is put together of several, or a view of rows of numbers, as one that is trained.
+    """
+    sizes = np.random.default_rng(0).integers(200, 700, 192)
+    group, d = np.repeat(np.arange(192), sizes), 384
+    spans = Spans.of(group, 192, torch.device("cuda"))
+    y, x = (drawn(1, len(group), d, seed=n, dtype=torch.bfloat16, device="cuda") for n in (0, 1))
+    numbers = drawn(192, rank * d + 2, seed=2, dtype=torch.bfloat16, device="cuda").detach()
+    views = numbers[:, : rank * d].unflatten(1, (rank, d))
+    b = drawn(192, d, rank, seed=3, dtype=torch.bfloat16, device="cuda")
+    for a in (views, views.contiguous()):
+        a = a.detach() if fixed else a.detach().requires_grad_()
+        given = [value for value in (y, x, a, b) if value.requires_grad]
+        exact = [value.detach().double().requires_grad_(value.requires_grad) for value in (y, x, a, b)]
+        reference = low_rank.plain(exact[0][0], exact[1][0], *exact[2:], spans)
+        wanted = torch.autograd.grad(reference.sum(), [value for value in exact if value.requires_grad])
+        first = None
+        for _ in range(100):
+            mine = low_rank.added(y, x, a, b, spans)
+            found = [mine, *torch.autograd.grad(mine.sum(), given)]
+            first = first or found
+            assert all(torch.equal(one, two) for one, two in zip(found, first, strict=True))
+        for one, two in zip(first or [], [reference[None], *wanted], strict=True):
+            assert off(one, two) < 5e-3
+
+
+@GPU
 def test_the_low_rank_kernel_with_shared_factors() -> None:
     """As FFA-LoRA has A, and every evaluation of the server's adapter both."""
     spans = Spans.of(GROUPS, 4, torch.device("cuda"))

@@ -42,7 +42,8 @@ _logger = logging.getLogger(__name__)
 _SHORT = (torch.bfloat16, torch.float16)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 5e-2  # of 16 bits, where the model's own rounding is less
-_ROUNDINGS = 3  # numbers may differ by this many times what one rounding of each block's output changes
+ROUNDINGS = 3
+"""Numbers of 16 bits may differ by this many times what one rounding of each block's output changes."""
 _COARSEST = 0.25  # beyond this a difference is called an error, whatever the rounding
 _SPECIALISED = 64  # versions of a compiled block: of one row or many, of one client or many, with gradients or without
 # An analysis that is of no use to open shapes, and in torch 2.11 stops at some of them.
@@ -174,18 +175,18 @@ class Plain:
         found, fine = numbers(engine, tensors), _TOLERANCE.get(engine.compute)
         if fine is not None:
             return cls(found, (fine, fine))
-        with _rounded_blocks(engine):
+        with rounded_blocks(engine):
             losses, grads = _apart(numbers(engine, tensors), found)
         return cls(found, (_coarse(losses), _coarse(grads)))
 
 
 def _coarse(moved: float) -> float:
     """Return how far off numbers of 16 bits may be, of which one rounding of each block's output moves so many."""
-    return min(max(_COARSE, _ROUNDINGS * moved), _COARSEST)
+    return min(max(_COARSE, ROUNDINGS * moved), _COARSEST)
 
 
 @contextmanager
-def _rounded_blocks(engine: Engine) -> Iterator[None]:
+def rounded_blocks(engine: Engine) -> Iterator[None]:
     """Have each block's output moved by up to one unit in the last place, and its gradient likewise."""
     generator = torch.Generator(engine.device).manual_seed(0)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, final
 
 from rich.console import Console
@@ -24,36 +23,20 @@ _ATTEMPTS = 2  # of a cell in which the whole process died
 _TABLES = 0.05  # of the time may go into the tables of what has finished so far
 
 
-RunCells = Callable[[Sequence[Callable[[Session], None]]], None]
-"""Runs cells, each a function of a session: one after the other, or side by side."""
-
-
-def run_share(sweep: Sweep, run_cells: RunCells, console: Console, share: Share) -> None:
+def run_share(sweep: Sweep, session: Session, console: Console, share: Share) -> None:
     """Run what has not run yet of a share; a cell that fails does not stop the others."""
     progress = _Progress(sweep, console, share)
-
-    def run(cells: Sequence[Cell]) -> None:
-        run_cells([partial(progress.run, cell) for cell in cells])
-
     for group in sweep.groups(share):
-        run(sweep.tuning(group))
+        for cell in sweep.tuning(group):
+            progress.run(cell, session)
         try:
             chosen = sweep.choose(group)
         except ValueError as error:
             progress.skip(group, error)
             continue
-        run(sweep.finals(group, chosen))
+        for cell in sweep.finals(group, chosen):
+            progress.run(cell, session)
     write_tables(sweep)
-
-
-def one_by_one(session: Session) -> RunCells:
-    """Return what runs cells in one session, one after the other."""
-
-    def run_cells(cells: Sequence[Callable[[Session], None]]) -> None:
-        for cell in cells:
-            cell(session)
-
-    return run_cells
 
 
 @final
