@@ -1,7 +1,8 @@
-"""Makes the tables of ``docs/comparison.md`` from the results of the sweeps ``simulations/sweeps/sst2-*.toml``.
+"""Makes the tables of ``docs/comparison.md`` from the results of the sweeps in ``simulations/sweeps/``.
 
-``benchmarks/results/NAME.csv`` is the ``groups.csv`` of the sweep of that name, without timings. ``make tables`` runs
-this.
+``benchmarks/results/NAME.csv`` is the ``groups.csv`` of the sweep of that name, without timings, and
+``benchmarks/results/comparison/NAME.csv`` holds the final cells of ``comparison.toml`` and ``comparison-dp.toml`` on
+two data sets. ``make tables`` runs this.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from fedlora.reports.format import human_bytes
+from fedlora.reports.paired import beside_the_best, paired_differences
 from tools.markdown import Table, rewrite
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -54,6 +56,31 @@ def dp_table() -> list[str]:
         rows = [column[strategy] for column in columns.values()]
         cells = [f"{_spread(row, 'test_accuracy')} (`{row['train.learning-rate']:g}`)" for row in rows]
         lines.append(f"| {_key(strategy)} | {first['trained_parameters_mean']:,.0f} | {' | '.join(cells)} |")
+    return lines
+
+
+def paired_table(name: str, measure: str) -> list[str]:
+    """Return strategies beside the best one, seed by seed, as Markdown lines, the best first.
+
+    Args:
+        name: The results.
+        measure: Such as ``test_accuracy``; strategies without it are left out.
+    """
+    cells = pd.read_csv(RESULTS / "comparison" / f"{name}.csv").dropna(subset=[measure])
+    differences = paired_differences(cells, ["strategy"], measure)
+    best = beside_the_best(differences, higher_is_better=True).set_index("one")
+    columns = ["strategy", "learning rate", measure.replace("_", " "), "less the best", "95 % interval", "verdict"]
+    lines = [f"| {' | '.join([*columns, 'sent by clients'])} |", "| --- | --- | ---: | ---: | ---: | --- | ---: |"]
+    groups = {str(strategy): rows for strategy, rows in cells.groupby("strategy")}
+    for strategy, rows in sorted(groups.items(), key=lambda item: -item[1][measure].mean()):
+        spread = f"{rows[measure].mean():.4f} ± {rows[measure].std():.4f}"
+        beside = ["", "", "the best on average"]
+        if strategy in best.index:
+            one = best.loc[strategy]
+            said = "distinguishable" if one["distinct"] else "not distinguishable"
+            beside = [f"{one['difference']:+.4f}", f"{one['low']:+.4f} to {one['high']:+.4f}", said]
+        first = [_key(strategy), _key(f"{rows['rate'].iloc[0]:g}"), spread]
+        lines.append(f"| {' | '.join([*first, *beside, human_bytes(rows['bytes_up'].mean())])} |")
     return lines
 
 
@@ -98,6 +125,11 @@ TABLES: dict[str, Table] = {
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-mos-devices", "sst2-mos-budget")},
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-s2-rank", "sst2-s2-scale", "sst2-head")},
     "sst2-dp": dp_table,
+    **{
+        f"paired {name} {measure}": partial(paired_table, name, measure)
+        for name in ("text", "sst2", "text-dp", "sst2-dp")
+        for measure in ("test_accuracy", "clients_accuracy")
+    },
 }
 
 
