@@ -170,11 +170,15 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
             end_abandoned(cell)
         write_whole(file, sweep.to_toml().encode())
         workers = min(options.workers, len(sweep.groups()))
-        if workers == 1:
-            _run_share(sweep, Share(), app, file, options, console)
-        else:
-            run_side_by_side(app, file, workers, options.federation_config, in_process=options.in_process)
-        shutil.rmtree(sweep.rows, ignore_errors=True)
+        try:
+            if workers == 1:
+                _run_share(sweep, Share(), app, file, options, console)
+            elif options.in_process:
+                run_side_by_side(app, file, workers, [], again=sweep.again(workers))
+            else:
+                run_side_by_side(app, file, workers, options.federation_config)
+        finally:
+            shutil.rmtree(sweep.rows, ignore_errors=True)
         finish(sweep, console)
     return 1 if sweep.unfinished() else 0
 

@@ -42,6 +42,7 @@ _CLIENT_APPS = 4  # side by side: each waits for trainers most of the time
 SUPERNODES = 2
 """That Flower starts by default."""
 _FLOWERS = 2  # cores for each of its actors, by itself
+_LOOK_S = 0.2
 _OF_GPU = 0.9  # of its memory that processes share; the rest is what each one takes beside its tensors
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 # By which programs are told to print colours into a pipe, too, as Jupyter tells them: Flower's JSON is none then.
@@ -162,13 +163,21 @@ def own_cores() -> int:
 
 
 def run_side_by_side(
-    app: Path, sweep: Path, workers: int, federation_config: Sequence[str], *, in_process: bool = False
+    app: Path, sweep: Path, workers: int, federation_config: Sequence[str], again: Callable[[int], bool] | None = None
 ) -> None:
     """Run a sweep's file by several ``fedlora sweep`` processes at once, each with a share of its groups.
 
-    Each has a Flower of its own, or where it is to be ``in_process`` none; one of the GPUs that this process may use,
-    and its part of the GPU's memory and of the CPU cores.
+    Each has a Flower of its own, one of the GPUs that this process may use, and its part of the CPU cores.
+
+    Args:
+        app: Folder of the app.
+        sweep: The sweep's file.
+        workers: How many.
+        federation_config: Options of ``--federation-config``.
+        again: For processes without Flower, which share the memory of GPUs, too: whether one that died, by its number
+            from 1, is to be started again; None: they have a Flower, and see to that themselves.
     """
+    in_process = again is not None
     import torch
 
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -184,17 +193,24 @@ def run_side_by_side(
         on_one = -(-workers // len(gpus)) if gpus else 1
         command += ["--in-process", "--gpu-share", str(_OF_GPU / on_one if on_one > 1 else 1.0)]
     mark = this_command()
-    children: list[subprocess.Popen[bytes]] = []
+    # What numpy computes at the server would take all cores otherwise, in every process.
+    threads = {name: str(cores) for name in _THREADS if in_process and name not in os.environ}
+
+    def start(number: int) -> subprocess.Popen[bytes]:
+        gpu = {"CUDA_VISIBLE_DEVICES": gpus[(number - 1) % len(gpus)]} if gpus else {}
+        environment = {**os.environ, **gpu, **threads, COMMAND: mark}
+        return subprocess.Popen([*command, "--share", f"{number}/{workers}"], cwd=app, env=environment)
+
     with kept(mark, COMMAND):
-        for number in range(workers):
-            gpu = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
-            share = ["--share", f"{number + 1}/{workers}"]
-            # What numpy computes at the server would take all cores otherwise, in every process.
-            threads = {name: str(cores) for name in _THREADS if in_process and name not in os.environ}
-            environment = {**os.environ, **gpu, **threads, COMMAND: mark}
-            children.append(subprocess.Popen([*command, *share], cwd=app, env=environment))
-        for child in children:
-            child.wait()
+        children = {number: start(number) for number in range(1, workers + 1)}
+        while children:
+            for number, child in list(children.items()):
+                code = child.poll()
+                if code and again is not None and again(number):
+                    children[number] = start(number)
+                elif code is not None:
+                    del children[number]
+            time.sleep(_LOOK_S)
 
 
 def _flower(command: Sequence[str], link: SuperLink, folder: Path | None = None) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar, final
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, final
 from uuid import uuid4
 
 from flwr.app import Message, MessageType, RecordDict
@@ -23,9 +24,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients.app import evaluate_reply, train_reply
 from clients.machines import gpu_bytes
 from clients.pool import TrainerPool
-from clients.pool_state import Standing
+from clients.pool_state import PoolState, Standing
 from clients.ray_site import RaySite
-from clients.shards import Machine, Pack, Shard
+from clients.shards import Machine, Pack, Shard, deal
 from clients.site import Job
 from fedlora.config import Config, ConfigError
 from fedlora.wire import read_instruction
@@ -91,6 +92,7 @@ class LocalPool(TrainerPool):
         super().__init__([None])
         self._threads, self._rows, self._cards = threads, rows, 0
         self._job: Job | None = None
+        self._known: PoolState | None = None
         self._worker: Worker | None = None
 
     def begun(self, shards: Sequence[Shard], job: Job) -> LocalPool:
@@ -102,11 +104,24 @@ class LocalPool(TrainerPool):
     def assign(self, job: Job) -> None:
         """Give the trainer a new job."""
         self._job = job
+        self._known = PoolState(job, 1)
         self._own.renew()
 
     def standings(self) -> list[Standing]:
         """Return how the trainer stands: it is there."""
         return [Standing(1, True, host=socket.gethostname(), pid=os.getpid())]
+
+    def deal(self, packs: Sequence[Pack]) -> None:
+        """Say which clients train together."""
+        self._state.deal(packs)
+
+    def packs(self, clients: Sequence[int], pack: int) -> list[Pack]:
+        """Return the packs of these clients as they were dealt."""
+        return self._state.dealt(clients) or deal(clients, pack, self.shares())
+
+    def trained(self, known: int = 0) -> list[dict[str, Any]]:
+        """Return what each pack took, but for so many of the first ones."""
+        return self._state.trained(known)
 
     def outcomes(
         self,
@@ -117,11 +132,17 @@ class LocalPool(TrainerPool):
         server_round: int = 0,
     ) -> Iterator[Result | Exception]:
         """Work on the items, one after the other; see :meth:`clients.pool.TrainerPool.outcomes`."""
-        for item in items:
+        for place, item in enumerate(items):
+            started = time.perf_counter()
             try:
                 outcome: Result | Exception = work(self._own, item)
             except Exception as error:
                 outcome = error
+            else:
+                pack = packs[place] if packs else None
+                if pack is not None and server_round and pack.work:
+                    took = time.perf_counter() - started
+                    self._state.measured(0, server_round, len(pack.clients), pack.work, took)
             yield outcome
 
     def everywhere(self, work: Callable[[Worker, None], Result], *, timeout: float | None = None) -> list[Result]:
@@ -131,6 +152,11 @@ class LocalPool(TrainerPool):
     def stop(self) -> None:
         """Let go of the base model."""
         self._worker = None
+
+    @property
+    def _state(self) -> PoolState:
+        assert self._known is not None, "a job is given before any work"
+        return self._known
 
     @property
     def _own(self) -> Worker:

@@ -99,15 +99,16 @@ class Preflight:
         return plan, structure
 
     def deal(self, config: Config) -> FederatedData:
-        """Return the rows of each client, having tried what :meth:`quick` tries.
+        """Return the rows of each client, having tried what :meth:`quick` tries, and what depends on their number.
 
         Raises:
-            ValueError: They cannot be dealt as they are to be.
+            ValueError: They cannot be dealt as they are to be, or a client is too small for its batches or its privacy.
         """
         corpus, clients = self.quick(config), asked_clients(config, self._nodes)
         if clients not in self._data:
             self._data[clients] = partitioned(corpus, config, clients)
         data: FederatedData = self._data[clients]
+        settle(config, self._nodes, data)
         return data
 
     def quick(self, config: Config) -> Corpus:

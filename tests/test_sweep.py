@@ -124,6 +124,17 @@ def test_cases_are_keys_that_go_together(tmp_path: Path) -> None:
         ("[[cases.a]]\nname = 'x'\n[[cases.a]]\nname = 'x'", r"\[cases\] a = \['x', 'x'\]: holds a value twice"),
         ("[[cases.a]]\nname = 'x'\ntune.train.momentum = [0.1]", r"tune.train.momentum is not in \[tune\]"),
         ("[[cases.a]]\nname = 'x'\nseed = 1", r"seed is in \[grid\] and in \[\[cases.a\]\]; leave it in one"),
+        ("[[cases.partition]]\nname = 'x'\ndata.alpha = 0.1", r"data.partition is a key; call the list otherwise"),
+        ("[[cases.'a b']]\nname = 'x'\nrounds = 1", r"the name of a list is made of letters"),
+        (
+            "[[cases.a]]\nname = 'x'\nserver.learning-rate = 0.1\n[[cases.a]]\nname = 'y'\nserver.learning-rate = 0.2",
+            r"server.learning-rate is compared: the best of them would be chosen by the test rows",
+        ),
+        (
+            "[[cases.a]]\nname = 'x'\ntune.train.learning-rate = [1.0]\n"
+            "[[cases.b]]\nname = 'x'\ntune.train.learning-rate = [2.0]",
+            r"which of them a cell would take is not said",
+        ),
         ("[[cases.a]]\nname = 'x'\nstrategy.nam = 'fedavg'", r"unknown key 'strategy.nam'"),
     ],
 )
@@ -257,3 +268,13 @@ def test_a_search_reads_no_test_row(tmp_path: Path) -> None:
         assert not judged & set(tuned.holdout[client])
         assert not judged & set(tuned.training_rows(client))
         assert set(tuned.clients[client]) | judged == set(ended.clients[client])
+
+
+def test_a_process_that_dies_in_the_same_place_is_not_started_again(tmp_path: Path) -> None:
+    one = sweep(tmp_path, **GRID)
+    again = one.again(2)
+    assert again(1), "it has cells left"
+    assert not again(1), "nothing has moved since"
+    one.folder.mkdir(parents=True, exist_ok=True)
+    one.attempt_file(Share(1, 2)).write_text('{"cell": "a", "count": 2}')
+    assert again(1)

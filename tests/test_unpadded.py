@@ -166,7 +166,7 @@ def test_losses_and_gradients_have_a_tolerance_each() -> None:
     engine = in_precision(torch.bfloat16, lambda hidden: torch.sin(12.0 * hidden.float()).to(hidden.dtype))
     start = random_start(engine)
     plain = fast.Plain.of(engine, start)
-    with fast._rounded_blocks(engine):
+    with fast.rounded_blocks(engine):
         moved = fast._apart(fast.numbers(engine, start), plain.numbers)
     assert plain.tolerances[1] == pytest.approx(3 * moved[1])
     assert 0.05 < plain.tolerances[1] < 0.25

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +15,13 @@ from torch import nn
 
 from fedlora.engine import Engine, evaluate
 from fedlora.engine.fast import ROUNDINGS, rounded_blocks
+from fedlora.methods import LowRank
+from fedlora.methods.products import product_norm
 from fedlora.models.quiet import quiet
 
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3}  # of losses; what is wrong is off by far more
+_SAME = 1e-3  # of an update's norm
 _COARSE = 0.1  # of 16 bits and fewer, where PEFT's factors are in float32 and added in another order: at least
-
-
-_logger = logging.getLogger(__name__)
 
 
 class ExportError(ValueError):
@@ -55,13 +54,14 @@ def check_adapter(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], f
         except (ValueError, RuntimeError, KeyError) as error:
             raise ExportError(f"the exported adapter cannot be loaded in PEFT: {error}") from error
         theirs = np.array([_loss(engine, adapted, rows, row) for row in range(len(rows))])
-    off = np.abs(ours - theirs)
-    worst = int(off.argmax())
-    tolerance = _TOLERANCES.get(next(engine.base.model.parameters()).dtype)
-    allowed = (_COARSE if tolerance is None else tolerance) * max(1.0, abs(float(ours[worst])))
-    if tolerance is None and not off[worst] <= allowed:  # large factors make much of what 16 bits round away
+        off = np.abs(ours - theirs)
+        worst = int(off.argmax())
+        tolerance = _TOLERANCES.get(next(engine.base.model.parameters()).dtype)
+        allowed = (_COARSE if tolerance is None else tolerance) * max(1.0, abs(float(ours[worst])))
+        # Large factors make much of what 16 bits round away: then it is the numbers themselves that must agree.
+        coarse = tolerance is None and not off[worst] <= allowed and _same_products(engine, tensors, adapted)
+    if coarse:
         allowed = max(allowed, ROUNDINGS * _rounding(engine, tensors, rows, ours))
-        _logger.warning("the exported adapter is so large that 16 bits tell losses apart by %.2g only", allowed)
     if not off[worst] <= allowed:
         raise ExportError(
             f"the exported adapter does not give in PEFT what it gives here: the loss of a made-up row is "
@@ -69,6 +69,22 @@ def check_adapter(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], f
             "fedlora with this model's family, please report it."
         )
     return float(off[worst])
+
+
+def _same_products(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], adapted: nn.Module) -> bool:
+    """Return whether each layer's update is the same in PEFT, as numbers: losses in 16 bits may be too coarse."""
+    exact = {name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in tensors.items()}
+    for name, factor in engine.method.factors(exact).items():
+        if not isinstance(factor, LowRank):
+            continue
+        own = [factor] if factor.residual is None else [factor, factor.residual]
+        a, b = torch.cat([one.A for one in own], -2).numpy(), torch.cat([one.scaled_b() for one in own], -1).numpy()
+        layer: Any = adapted.get_submodule(f"base_model.model.{name}")
+        down, up = (one["default"].weight.double().cpu().numpy() for one in (layer.lora_A, layer.lora_B))
+        off = product_norm(np.concatenate([a, down]), np.concatenate([b, -layer.scaling["default"] * up], 1))
+        if not off <= _SAME * product_norm(a, b):
+            return False
+    return True
 
 
 def _rounding(

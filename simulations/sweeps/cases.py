@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -32,6 +33,8 @@ class Case:
         return f"[[cases.{column.removeprefix(_DATA)}]]\n" + to_toml({"name": self.name, **self.values, **tune})
 
 
+RATES = ("train.learning-rate", "server.learning-rate", "server.tau")
+"""Keys that are chosen, by dev rows, and not compared by test rows."""
 _DATA = "data."  # before the column of cases that decide which rows clients get: over them nothing is paired
 
 
@@ -48,12 +51,25 @@ def read_cases(tables: Mapping[str, Any], tune: Mapping[str, Any]) -> dict[str, 
     found = {}
     for name, listed in tables.items():
         place = f"[[cases.{name}]]"
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(f"{place}: the name of a list is made of letters, digits, - and _.")
         if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
             raise ConfigError(f"{place} = {listed!r}: must be a list of tables, such as {place} with name = 'a'.")
         cases = [_case(place, flatten(one), tune) for one in listed]
         check_values("cases", name, [case.name for case in cases])
         found[_DATA * any(map(draws_data, keys_of(cases))) + name] = cases
     return found
+
+
+def differing_rates(cases: Sequence[Case]) -> list[str]:
+    """Return the rates in which two of these cases differ that have all else in common."""
+    seen: dict[str, Case] = {}
+    for case in cases:
+        rest = repr(sorted((key, value) for key, value in case.values.items() if key not in RATES))
+        first = seen.setdefault(rest, case)
+        if first is not case:
+            return [key for key in RATES if first.values.get(key) != case.values.get(key)]
+    return []
 
 
 def keys_of(cases: Sequence[Case]) -> set[str]:

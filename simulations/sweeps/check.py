@@ -27,7 +27,7 @@ def check_cells(sweep: Sweep, preflight: Preflight, console: Console) -> None:
         if time.monotonic() - said > _PROGRESS_S:
             said = time.monotonic()
             console.print(f"checked {number} of {len(left)} cells", markup=False)
-        group = describe({key: value for key, value in cell.varied.items() if key != "seed"})
+        group = cell.stage + describe({key: value for key, value in cell.varied.items() if key != "seed"})
         try:
             # Of a combination that was tried another seed draws other rows, and nothing else.
             (preflight.deal if group in tried else preflight.plan)(cell.config)

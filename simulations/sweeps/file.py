@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -22,7 +23,7 @@ from fedlora.messages import first_line
 from fedlora.tasks import TASKS
 from simulations.options import DEV_SHARE
 from simulations.setup import resolve
-from simulations.sweeps.cases import Case, keys_of, read_cases
+from simulations.sweeps.cases import RATES, Case, differing_rates, keys_of, read_cases
 from simulations.sweeps.cells import Cell, Share, Values, check_values, combinations, describe
 
 
@@ -128,15 +129,31 @@ class Sweep:
     def _check(self) -> None:
         places = {"[grid]": set(self.grid), "[tune]": set(self.tune)}
         places |= {f"[[cases.{column}]]": keys_of(cases) for column, cases in self.cases.items()}
+        own = {
+            f"[[cases.{column}]]": {f"tune.{key}" for case in cases for key in case.tune}
+            for column, cases in self.cases.items()
+        }
+        for (one, keys), (other, others) in itertools.combinations(own.items(), 2):
+            if both := sorted(keys & others):
+                raise ConfigError(f"{both[0]} is in {one} and in {other}: which of them a cell would take is not said.")
         for (one, keys), (other, others) in itertools.combinations(places.items(), 2):
             if both := sorted(keys & others):
                 raise ConfigError(f"{both[0]} is in {one} and in {other}; leave it in one of them.")
+        for column in self.cases:
+            if column in self.base:
+                raise ConfigError(
+                    f"[[cases.{column.removeprefix('data.')}]]: {column} is a key; call the list otherwise."
+                )
         if "seed" in self.tune:
             raise ConfigError("seed is in [tune]: a seed is not chosen by its result; put it in [grid].")
-        rates = [key for key in ("train.learning-rate", "server.learning-rate", "server.tau") if key in self.grid]
-        if rates and self.base["eval.test"]:
+        rates = [key for key in RATES if key in self.grid]
+        tested = self.base["eval.test"] or any(
+            case.values.get("eval.test") for cases in self.cases.values() for case in cases
+        )
+        rates += [key for cases in self.cases.values() for key in differing_rates(cases)]
+        if rates and tested:
             raise ConfigError(
-                f"{rates[0]} is in [grid]: the best of them would be chosen by the test rows. Put it in [tune], which "
+                f"{rates[0]} is compared: the best of them would be chosen by the test rows. Put it in [tune], which "
                 "chooses on dev rows, or set eval.test = false."
             )
         if not self.grid and not self.tune and not self.cases:
@@ -222,6 +239,7 @@ class Sweep:
         for pattern in ("errors-*.json", "attempt-*.json"):
             for stale in self.folder.glob(pattern):
                 stale.unlink()
+        shutil.rmtree(self.rows, ignore_errors=True)  # of a call that was killed
 
     def errors(self) -> dict[str, str]:
         """Return why cells failed that have no result, by the names of their folders, whatever process ran them."""
@@ -243,6 +261,22 @@ class Sweep:
     def unfinished(self, share: Share | None = None) -> list[Cell]:
         """Return the cells of :meth:`cells` without a result, of a share or all."""
         return [cell for cell in self.cells(share) if cell.outcome() is None]
+
+    def again(self, workers: int) -> Callable[[int], bool]:
+        """Return what says whether a process that died is to be started again: not if it did so where it did before.
+
+        Args:
+            workers: Processes that the sweep is shared among.
+        """
+        before: dict[int, tuple[int, str]] = {}
+
+        def again(number: int) -> bool:
+            now = self.state(Share(number, workers))
+            moved = now[0] > 0 and before.get(number) != now
+            before[number] = now
+            return moved
+
+        return again
 
     def attempt_file(self, share: Share) -> Path:
         """Return the file with the cell that a share is running, and how often it was started without ending."""

@@ -200,6 +200,22 @@ def terminal_table(sweep: Sweep) -> RichTable:
     return table
 
 
+def _tried(sweep: Sweep, key: str) -> str:
+    """Return the values that a hyper-parameter was chosen among, those of cases with their own, too."""
+    own = {case.name: case.tune[key] for cases in sweep.cases.values() for case in cases if key in case.tune}
+    words = [
+        ", ".join(map(str, sweep.tune[key])),
+        *(f"for `{name}` {', '.join(map(str, some))}" for name, some in own.items()),
+    ]
+    return "; ".join(words)
+
+
+def _rounds(sweep: Sweep) -> str:
+    """Return the rounds of all cells in words; nothing where they differ."""
+    varied = "rounds" in sweep.grid or any("rounds" in case.values for cases in sweep.cases.values() for case in cases)
+    return "" if varied else f"{sweep.base['rounds']} rounds; "
+
+
 def summary(sweep: Sweep) -> str:
     """Return ``summary.md``: the groups with their measures, what they train, and what their clients send."""
     keys, metrics, rows = _groups(sweep)
@@ -210,9 +226,9 @@ def summary(sweep: Sweep) -> str:
     lines = [
         f"# {sweep.base['run.name']}",
         "",
-        f"Mean ± standard deviation over n runs; {sweep.base['rounds']} rounds; bytes are those of all clients.",
+        f"Mean ± standard deviation over n runs; {_rounds(sweep)}bytes are those of all clients.",
         *dp,
-        *(f"`{key}` was chosen on dev rows among {', '.join(map(str, tried))}." for key, tried in sweep.tune.items()),
+        *(f"`{key}` was chosen on dev rows among {_tried(sweep, key)}." for key in sweep.tune),
         "",
         f"| {' | '.join(columns)} |",
         "|" + " --- |" * len(columns),
