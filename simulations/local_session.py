@@ -91,7 +91,6 @@ class LocalPool(TrainerPool):
     def __init__(self, threads: int, rows: Path) -> None:
         super().__init__([None])
         self._threads, self._rows, self._cards = threads, rows, 0
-        self._job: Job | None = None
         self._known: PoolState | None = None
         self._worker: Worker | None = None
 
@@ -103,7 +102,6 @@ class LocalPool(TrainerPool):
 
     def assign(self, job: Job) -> None:
         """Give the trainer a new job."""
-        self._job = job
         self._known = PoolState(job, 1)
         self._own.renew()
 
@@ -165,12 +163,10 @@ class LocalPool(TrainerPool):
             from clients.shared_rows import SharedRows  # and with it torch
             from clients.worker import Worker
 
-            self._worker = Worker(self._fetch, self._threads, shared=SharedRows(self._rows), cards=self._cards)
+            self._worker = Worker(
+                lambda: self._state.job(), self._threads, shared=SharedRows(self._rows), cards=self._cards
+            )
         return self._worker
-
-    def _fetch(self) -> Job:
-        assert self._job is not None, "a job is given before any work"
-        return self._job
 
 
 @final

@@ -68,7 +68,7 @@ class Preflight:
 
     def plan(self, config: Config) -> tuple[Plan, Structure]:
         """Return the plan of a run and the structure of its model, as :func:`preflight` does."""
-        data = self.deal(config)
+        data = self._dealt(config)
         corpus = data.corpus
         structure, labels = self._model(config, corpus)
         specs = build_method(config, structure.adapted, structure.head).specs()
@@ -98,18 +98,13 @@ class Preflight:
         )
         return plan, structure
 
-    def deal(self, config: Config) -> FederatedData:
-        """Return the rows of each client, having tried what :meth:`quick` tries, and what depends on their number.
+    def deal(self, config: Config) -> None:
+        """Try what another seed changes: what :meth:`quick` tries, how rows are dealt, what depends on their number.
 
         Raises:
             ValueError: They cannot be dealt as they are to be, or a client is too small for its batches or its privacy.
         """
-        corpus, clients = self.quick(config), asked_clients(config, self._nodes)
-        if clients not in self._data:
-            self._data[clients] = partitioned(corpus, config, clients)
-        data: FederatedData = self._data[clients]
-        settle(config, self._nodes, data)
-        return data
+        settle(config, self._nodes, self._dealt(config))
 
     def quick(self, config: Config) -> Corpus:
         """Try what takes no seconds, and return the rows: whether the model is there, and rows enough for all clients.
@@ -128,6 +123,14 @@ class Preflight:
             self._made[key] = make()
         made: T = self._made[key]
         return made
+
+    def _dealt(self, config: Config) -> FederatedData:
+        """Return the rows of each client."""
+        corpus, clients = self.quick(config), asked_clients(config, self._nodes)
+        if clients not in self._data:
+            self._data[clients] = partitioned(corpus, config, clients)
+        data: FederatedData = self._data[clients]
+        return data
 
     def _corpus(self, config: Config) -> Corpus:
         """Return the rows, of which there may be many: those of one configuration are kept, and no others."""

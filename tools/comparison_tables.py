@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from fedlora.reports.format import human_bytes
-from fedlora.reports.paired import beside_the_best, paired_differences
+from fedlora.reports.paired import beside_the_best, paired_cells, paired_differences
 from tools.markdown import Table, rewrite
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -68,19 +68,16 @@ def paired_table(name: str, measure: str) -> list[str]:
     """
     cells = pd.read_csv(RESULTS / "comparison" / f"{name}.csv").dropna(subset=[measure])
     differences = paired_differences(cells, ["strategy"], measure)
-    best = beside_the_best(differences, higher_is_better=True).set_index("one")
+    best = beside_the_best(differences, higher_is_better=True)
+    beside = {str(row["one"]): paired_cells(row) for _, row in best.iterrows()}
     columns = ["strategy", "learning rate", measure.replace("_", " "), "less the best", "95 % interval", "verdict"]
     lines = [f"| {' | '.join([*columns, 'sent by clients'])} |", "| --- | --- | ---: | ---: | ---: | --- | ---: |"]
     groups = {str(strategy): rows for strategy, rows in cells.groupby("strategy")}
     for strategy, rows in sorted(groups.items(), key=lambda item: -item[1][measure].mean()):
         spread = f"{rows[measure].mean():.4f} ± {rows[measure].std():.4f}"
-        beside = ["", "", "the best on average"]
-        if strategy in best.index:
-            one = best.loc[strategy]
-            said = "distinguishable" if one["distinct"] else "not distinguishable"
-            beside = [f"{one['difference']:+.4f}", f"{one['low']:+.4f} to {one['high']:+.4f}", said]
         first = [_key(strategy), _key(f"{rows['rate'].iloc[0]:g}"), spread]
-        lines.append(f"| {' | '.join([*first, *beside, human_bytes(rows['bytes_up'].mean())])} |")
+        line = [*first, *beside.get(strategy, ["", "", "the best on average"]), human_bytes(rows["bytes_up"].mean())]
+        lines.append(f"| {' | '.join(line)} |")
     return lines
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -127,13 +128,18 @@ def paired_lines(best: pd.DataFrame) -> list[str]:
     columns = [*data, "", "minus", "seeds", "difference", f"{1 - ERROR:.0%} interval", "verdict"]
     lines = [f"| {' | '.join(map(str, columns))} |", "|" + " --- |" * len(columns)]
     for _, row in best.iterrows():
-        tested = not pd.isna(row["deviation"])
-        interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if tested else "-"
-        said = ("" if row["distinct"] else "not ") + "distinguishable" if tested else _UNTESTED[row["n"] > 1]
         cells = [*(f"`{row[key]}`" for key in data), f"`{row['one']}`", f"`{row['other']}`", row["n"]]
-        lines.append(f"| {' | '.join(map(str, [*cells, f'{row.difference:+.4f}', interval, said]))} |")
+        lines.append(f"| {' | '.join(map(str, [*cells, *paired_cells(row)]))} |")
     legend = "Intervals are those of each line; verdicts hold for all pairs together, so they ask for more."
     return [*lines, "", f"{legend} Which is the best was found by the same runs."]
+
+
+def paired_cells(row: pd.Series[Any]) -> list[str]:
+    """Return a line's difference, its interval and the verdict, in words."""
+    tested = not pd.isna(row["deviation"])
+    interval = f"{row['low']:+.4f} to {row['high']:+.4f}" if tested else "-"
+    said = ("" if row["distinct"] else "not ") + "distinguishable" if tested else _UNTESTED[row["n"] > 1]
+    return [f"{row['difference']:+.4f}", interval, said]
 
 
 def _count(seeds: int | None) -> str:

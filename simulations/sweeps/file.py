@@ -133,12 +133,13 @@ class Sweep:
             f"[[cases.{column}]]": {f"tune.{key}" for case in cases for key in case.tune}
             for column, cases in self.cases.items()
         }
-        for (one, keys), (other, others) in itertools.combinations(own.items(), 2):
-            if both := sorted(keys & others):
-                raise ConfigError(f"{both[0]} is in {one} and in {other}: which of them a cell would take is not said.")
-        for (one, keys), (other, others) in itertools.combinations(places.items(), 2):
-            if both := sorted(keys & others):
-                raise ConfigError(f"{both[0]} is in {one} and in {other}; leave it in one of them.")
+        for found, rule in (
+            (own, ": which of them a cell would take is not said."),
+            (places, "; leave it in one of them."),
+        ):
+            for (one, keys), (other, others) in itertools.combinations(found.items(), 2):
+                if both := sorted(keys & others):
+                    raise ConfigError(f"{both[0]} is in {one} and in {other}{rule}")
         for column in self.cases:
             if column in self.base:
                 raise ConfigError(
