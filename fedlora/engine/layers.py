@@ -87,13 +87,16 @@ class GroupedLayer(nn.Module):
         return self._fixed(x) + own if added else own
 
     def _fixed(self, x: Tensor) -> Tensor:
-        """Return what the layer makes of ``x`` alike for all groups: the base layer's output and the residual's."""
+        """Return what the layer makes of ``x`` without what is trained: the base layer's output and the residual's."""
         y: Tensor = self.base(x)
         residual = self.factor.residual if isinstance(self.factor, LowRank) else None
         if residual is None:
             return y
-        assert residual.A.dim() == residual.B.dim() == 2, "a residual is common to all groups"
-        return y + (x @ residual.A.to(x.dtype).mT) @ residual.scaled_b().to(x.dtype).mT
+        a, b = residual.A.to(x.dtype), residual.scaled_b().to(x.dtype)
+        if a.dim() == b.dim() == 2:
+            return y + (x @ a.mT) @ b.mT
+        assert self.layout is not None, "a factor without a layout"
+        return y + self.layout.to_rows((self.layout.to_groups(x) @ a.mT) @ b.mT, x)  # of several federations
 
     def _own(self, x: Tensor) -> Tensor:
         """Return what the factor makes of ``x``: a low-rank one's update of the base layer, or the whole output."""

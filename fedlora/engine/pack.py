@@ -75,10 +75,14 @@ class Pack:
         specs, starts = engine.method.specs(), [work.start for work in works]
         self._fixed = {name: engine.tensor(value) for name, value in common.items()}
         self._fixed_here = {name: value.to(engine.compute) for name, value in self._fixed.items()}
-        shapes = common_shapes(specs, starts, common)
+        fixed = [work.fixed for work in works]
+        shapes = common_shapes(specs, starts, common, *fixed)
         self._row_wise = RowWise(engine, shapes) if private is not None else None
         last = self._row_wise.replaced if self._row_wise is not None else set()
         self.stack = Stack(starts, shapes, engine.dtype, engine.device, last)
+        self._own: Stack | None = None
+        if any(fixed):
+            self._own = Stack(fixed, common_shapes(specs, fixed, common, *starts), engine.dtype, engine.device)
         self.turns = turns(works, engine.max_cost)
         steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
         l1 = {name: specs[name].l1 for name in self.stack.places if specs[name].l1}
@@ -123,16 +127,17 @@ class Pack:
         if private is not None:
             private.begin(len(turn.groups))
         group_n = turn.slot_n if self._row_wise is None else np.arange(len(turn.rows))
-        copied = 0 if self._row_wise is None else self._row_wise.copied
+        copied = 0 if self._row_wise is None else self._row_wise.copied + self._own_numbers
         for chosen in engine.passes(turn.cost_n, group_n, copied):
             slot_n = turn.slot_n[chosen]
             batch = self._batch(turn, chosen)
             share = to_device(share_n[chosen], engine.device).to(engine.dtype)
             if private is None or self._row_wise is None:
-                grads, losses_n = self._together(grads, here, batch, slot_n, turn.cost_n[chosen], share, probe)
+                grads, losses_n = self._together(grads, here, batch, turn, chosen, share, probe)
             else:
+                fixed = self._fixed_of(to_device(turn.groups[slot_n], engine.device))
                 losses_n, parts = self._row_wise.gradients(
-                    self.stack, self._fixed_here, here, batch, slot_n, turn.cost_n[chosen], real, probe
+                    self.stack, fixed, here, batch, slot_n, turn.cost_n[chosen], real, probe
                 )
                 grads = self.stack.values.new_zeros(here.shape) if grads is None else grads
                 private.add(grads, parts, to_device(slot_n, engine.device))
@@ -157,8 +162,8 @@ class Pack:
         grads: Tensor | None,
         here: Tensor,
         batch: Batch,
-        slot_n: NDArray[np.int64],
-        cost_n: NDArray[np.int64],
+        turn: Turn,
+        chosen: NDArray[np.int64],
         share: Tensor,
         probe: LayerProbe | None,
     ) -> tuple[Tensor | None, Tensor]:
@@ -167,11 +172,14 @@ class Pack:
         Those of one pass that has all clients stay as they come, in the precision of the base model.
         """
         engine = self._engine
-        present, group_n = np.unique(slot_n, return_inverse=True)
+        present, group_n = np.unique(turn.slot_n[chosen], return_inverse=True)
         at = None if len(present) == len(here) else to_device(present, engine.device)
         own = (here if at is None else here[at]).detach().requires_grad_()
-        factors = engine.method.factors({**self._fixed_here, **self.stack.named(own)})
-        with engine.grouped.placed(factors, engine.layout(group_n, len(present), cost_n), probe) as model:
+        factors = engine.method.factors(
+            {**self._fixed_of(to_places(turn.groups[present], engine.device)), **self.stack.named(own)}
+        )
+        layout = engine.layout(group_n, len(present), turn.cost_n[chosen])
+        with engine.grouped.placed(factors, layout, probe) as model:
             losses_n = engine.task.row_losses(model, batch)
             if losses_n.requires_grad:  # what does not is reported by the watch, with names
                 (losses_n * share).sum().backward()  # type: ignore[no-untyped-call]
@@ -180,6 +188,18 @@ class Pack:
         total = self.stack.values.new_zeros(here.shape) if grads is None else grads.to(self.stack.values.dtype)
         more = own.grad.to(total.dtype)
         return total.add_(more) if at is None else total.index_add_(0, at, more), losses_n
+
+    def _fixed_of(self, groups: Places) -> dict[str, Tensor]:
+        """Return the tensors that these clients do not train, in the model's precision: common ones, and theirs."""
+        if self._own is None:
+            return self._fixed_here
+        own = self._own.values[groups].to(self._engine.compute)
+        return {**self._fixed_here, **self._own.named(own)}
+
+    @property
+    def _own_numbers(self) -> int:
+        """Numbers of what a client does not train and others have otherwise."""
+        return 0 if self._own is None else self._own.values.shape[1]
 
     def move(self, turn: Turn, grads: Tensor) -> None:
         """Take a turn's steps along its gradients [a, P].
@@ -198,7 +218,8 @@ class Pack:
     def with_penalties(self, grads: Tensor, groups: Places) -> Tensor:
         """Return gradients [a, P] with those of what the method adds to these groups' loss whatever the data."""
         own = self.stack.values[groups].detach().requires_grad_()
-        penalty_g = self._engine.method.penalty({**self._fixed, **self.stack.named(own)})
+        fixed = self._fixed if self._own is None else {**self._fixed, **self._own.named(self._own.values[groups])}
+        penalty_g = self._engine.method.penalty({**fixed, **self.stack.named(own)})
         if penalty_g is None or not penalty_g.requires_grad:
             return grads
         return grads.to(own.dtype) + torch.autograd.grad(penalty_g.sum(), own)[0]

@@ -184,7 +184,7 @@ def _alike(parts: Sequence[_Part]) -> list[tuple[_Part, NDArray[np.int64]]]:
     return [(parts[places[0]], np.array(places)) for places in found.values()]
 
 
-def common_shapes(specs: Mapping[str, TensorSpec], tensors: Sequence[Arrays], fixed: Arrays) -> dict[str, Shape]:
+def common_shapes(specs: Mapping[str, TensorSpec], tensors: Sequence[Arrays], *fixed: Arrays) -> dict[str, Shape]:
     """Return the shapes that clients' tensors have in one pack: at the largest rank among them and ``fixed``.
 
     Args:
@@ -193,9 +193,10 @@ def common_shapes(specs: Mapping[str, TensorSpec], tensors: Sequence[Arrays], fi
         fixed: The tensors that they are used with.
     """
     axes = {name: spec.rank_axis for name, spec in specs.items() if spec.rank_axis is not None}
-    ranks = [value.shape[axes[name]] for one in (*tensors, fixed) for name, value in one.items() if name in axes]
+    ranks = [value.shape[axes[name]] for one in (*tensors, *fixed) for name, value in one.items() if name in axes]
 
-    def shape_of(name: str, shape: Shape) -> Shape:
-        return tuple(max(ranks) if axis == axes.get(name) else size for axis, size in enumerate(shape))
+    def shape_of(name: str) -> Shape:
+        sizes = zip(*{one[name].shape for one in tensors}, strict=True)  # of what is no method's, each axis may grow
+        return tuple(max(ranks if axis == axes.get(name) else size) for axis, size in enumerate(sizes))
 
-    return {name: shape_of(name, value.shape) for name, value in tensors[0].items()}
+    return {name: shape_of(name) for name in tensors[0]}

@@ -58,10 +58,11 @@ def train_pack(
         watch.observe(grads, to_places(turn.groups, engine.device))  # before what moves tensors that no row does
         pack.move(turn, grads)
     taken = [sum(len(batch) > 0 for batch in work.batches) for work in works]
-    tensors = {**common, **works[0].start}
+    fixed = {**common, **works[0].fixed}
+    tensors = {**fixed, **works[0].start}
     errors = watch.faults(
         engine.method,
-        common,
+        fixed,
         taken,
         negligible(engine),
         lambda: probe(engine, list(works[0].start), tensors, config, private),

@@ -30,6 +30,8 @@ class ClientWork:
         server_variate: SCAFFOLD's control variate of the server, by tensor; zero where there is none.
         own_variate: The client's own one, likewise.
         rows: All rows that it trains on; needed for SCAFFOLD's option 1 only.
+        fixed: Tensors that it does not train, and that other clients of the pack have otherwise, as those of another
+            federation do; all of a pack name the same.
     """
 
     client: int
@@ -40,6 +42,7 @@ class ClientWork:
     server_variate: Arrays = field(default_factory=dict)
     own_variate: Arrays = field(default_factory=dict)
     rows: Sequence[int] | NDArray[np.int64] = ()
+    fixed: Arrays = field(default_factory=dict)
 
 
 @final

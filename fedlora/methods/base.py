@@ -80,7 +80,7 @@ class LowRank(NamedTuple):
     A: Tensor  # [*, r, d_in]
     B: Tensor  # [*, d_out, r]
     scale: float | Tensor  # one number, or one for each rank [*, r]
-    residual: LowRank | None = None  # common to all groups: without their axis, and without a residual of its own
+    residual: LowRank | None = None  # without one of its own; groups of one federation have it in common
 
     def scaled_b(self) -> Tensor:
         """Return B with the scale folded in, [*, d_out, r]."""
