@@ -151,7 +151,7 @@ def test_the_low_rank_kernel_where_groups_meet(side_by_side: bool) -> None:
 
 
 @GPU
-@pytest.mark.parametrize("rank", [8, 16])
+@pytest.mark.parametrize("rank", [4, 8, 16, 64])
 @pytest.mark.parametrize("fixed", [False, True])
 def test_the_low_rank_kernel_of_many_groups_that_meet(rank: int, fixed: bool) -> None:
     """Hundreds of groups of any size, more blocks than a GPU works on at once: the same numbers each time, and right.
@@ -161,7 +161,7 @@ def test_the_low_rank_kernel_of_many_groups_that_meet(rank: int, fixed: bool) ->
     sizes = np.random.default_rng(0).integers(200, 700, 192)
     group, d = np.repeat(np.arange(192), sizes), 384
     spans = Spans.of(group, 192, torch.device("cuda"))
-    y, x = (drawn(1, len(group), d, seed=n, dtype=torch.bfloat16, device="cuda") for n in (0, 1))
+    y, x, dy = (drawn(1, len(group), d, seed=n, dtype=torch.bfloat16, device="cuda") for n in (0, 1, 4))
     numbers = drawn(192, rank * d + 2, seed=2, dtype=torch.bfloat16, device="cuda").detach()
     views = numbers[:, : rank * d].unflatten(1, (rank, d))
     b = drawn(192, d, rank, seed=3, dtype=torch.bfloat16, device="cuda")
@@ -169,12 +169,13 @@ def test_the_low_rank_kernel_of_many_groups_that_meet(rank: int, fixed: bool) ->
         a = a.detach() if fixed else a.detach().requires_grad_()
         given = [value for value in (y, x, a, b) if value.requires_grad]
         exact = [value.detach().double().requires_grad_(value.requires_grad) for value in (y, x, a, b)]
-        reference = low_rank.plain(exact[0][0], exact[1][0], *exact[2:], spans)
-        wanted = torch.autograd.grad(reference.sum(), [value for value in exact if value.requires_grad])
+        spread = zip(*(one[0].split(sizes.tolist()) for one in exact[:2]), *exact[2:], strict=True)
+        reference = torch.cat([y_g + x_g @ a_g.mT @ b_g.mT for y_g, x_g, a_g, b_g in spread])
+        wanted = torch.autograd.grad(reference, [v for v in exact if v.requires_grad], dy.detach()[0].double())
         first = None
         for _ in range(100):
             mine = low_rank.added(y, x, a, b, spans)
-            found = [mine, *torch.autograd.grad(mine.sum(), given)]
+            found = [mine, *torch.autograd.grad(mine, given, dy.detach())]
             first = first or found
             assert all(torch.equal(one, two) for one, two in zip(found, first, strict=True))
         for one, two in zip(first or [], [reference[None], *wanted], strict=True):

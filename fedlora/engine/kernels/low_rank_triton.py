@@ -1,8 +1,8 @@
 """The low-rank kernels themselves, see :mod:`fedlora.engine.kernels.low_rank`.
 
-A program works on a block of positions, of one group as a rule; where groups meet in a block, each one's part is
-computed with its own factors. Or, for the sums, it works on a block of features of one group, over some of its
-positions. Products accumulate in float32, and are always added in the same order.
+A program works on a block of positions, of one group as a rule; where groups meet in a block, it is computed with each
+one's factors, and each one's part is kept. Or, for the sums, it works on a block of features of one group, over some of
+its positions. Products accumulate in float32, and are always added in the same order.
 """
 
 from __future__ import annotations
@@ -60,27 +60,17 @@ def _two_products(
     group_t = tl.load(group_ptr + t // width, mask=t < tokens, other=0)
     first = tl.load(group_ptr + (tl.program_id(0) * BT) // width)
     last = tl.load(group_ptr + (tl.minimum(tl.program_id(0) * BT + BT, tokens) - 1) // width)
-    u = _projected(x_ptr, down_ptr + first * down_g, token, inside, down_d, down_r, IN, R, RB, BT, BD)
-    for group in range(first + 1, last + 1):
-        other = _projected(x_ptr, down_ptr + group * down_g, token, inside, down_d, down_r, IN, R, RB, BT, BD)
-        u = tl.where((group_t == group)[:, None], other, u)
-    low = u.to(x_ptr.dtype.element_ty)
-    tl.store(u_ptr + token * R + r[None, :], low, mask=inside & (r < R)[None, :])
-    if SECOND:
-        if first == last:
+    for group in range(first, last + 1):
+        # Each product is complete by itself. One that is added up over groups runs into the next one, whose rows then
+        # overwrite registers that the tensor cores still read (seen with Triton 3.6: garbage at some of these rows).
+        own = inside & (group_t == group)[:, None]
+        u = _projected(x_ptr, down_ptr + group * down_g, token, inside, down_d, down_r, IN, R, RB, BT, BD)
+        low = u.to(x_ptr.dtype.element_ty)
+        tl.store(u_ptr + token * R + r[None, :], low, mask=own & (r < R)[None, :])
+        if SECOND:
             for at in range(0, OUT, BD):
-                keep, place = inside & ((at + d) < OUT)[None, :], token * OUT + (at + d)[None, :]
-                y = tl.dot(low, _factor(up_ptr + first * up_g, at, up_d, up_r, OUT, R, RB, BD))
-                if ADD:
-                    y += tl.load(add_ptr + place, mask=keep, other=0.0)
-                tl.store(out_ptr + place, y.to(low.dtype), mask=keep)
-        else:
-            for at in range(0, OUT, BD):
-                keep, place = inside & ((at + d) < OUT)[None, :], token * OUT + (at + d)[None, :]
-                y = tl.zeros((BT, BD), dtype=tl.float32)
-                for group in range(first, last + 1):
-                    own = tl.where((group_t == group)[:, None], low, 0.0)
-                    y += tl.dot(own, _factor(up_ptr + group * up_g, at, up_d, up_r, OUT, R, RB, BD))
+                keep, place = own & ((at + d) < OUT)[None, :], token * OUT + (at + d)[None, :]
+                y = tl.dot(low, _factor(up_ptr + group * up_g, at, up_d, up_r, OUT, R, RB, BD))
                 if ADD:
                     y += tl.load(add_ptr + place, mask=keep, other=0.0)
                 tl.store(out_ptr + place, y.to(low.dtype), mask=keep)
