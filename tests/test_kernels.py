@@ -150,6 +150,27 @@ def test_the_low_rank_kernel_where_groups_meet(side_by_side: bool) -> None:
         assert off(one, two) < 5e-3
 
 
+def test_a_kernel_that_is_wrong_in_a_few_rows_is_found() -> None:
+    """Rows of garbage where groups meet, as a kernel of ours had them on an H200 in a pass of 80,000 tokens."""
+
+    def exact(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, spans: Spans) -> torch.Tensor:
+        u = torch.stack([x[0] @ one.mT for one in a])[spans.group_n, torch.arange(x.shape[1])]
+        return y + (u[:, None] @ b.mT[spans.group_n])[:, 0]
+
+    def garbage(*given: Any) -> torch.Tensor:
+        return exact(*given) + torch.eye(len(given[4].group_n), given[3].shape[1])[None] * 9.0
+
+    trial = (8, 4, 2, torch.device("cpu"), torch.float32)
+    assert low_rank.error_at_scale(*trial, exact) < 1e-5
+    assert low_rank.error_at_scale(*trial, garbage) > 0.1
+
+
+@GPU
+@pytest.mark.parametrize("shape", [(384, 384, 8), (384, 1536, 4), (1024, 1024, 16), (4096, 1024, 8), (384, 384, 64)])
+def test_the_low_rank_kernel_at_scale(shape: tuple[int, int, int]) -> None:
+    assert low_rank.error_at_scale(*shape, torch.device("cuda"), torch.bfloat16) < 0.05
+
+
 @GPU
 @pytest.mark.parametrize("rank", [4, 8, 16, 64])
 @pytest.mark.parametrize("fixed", [False, True])

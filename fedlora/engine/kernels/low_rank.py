@@ -10,7 +10,9 @@ Shapes: `N` rows of `T` positions, `G` groups, `d` features, `r` rank. Tokens si
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ _POSITIONS = (32, 64)
 _RANKS = (16, 32, 64, 128, 256)
 _SPLITS = (1, 8)
 _PROGRAMS = 528  # four for each multiprocessor of an H100
+_TRIED_GROUPS = 300
+_TRIED_NUMBERS = 2**25  # of the input of a trial, at most: of 384 features that is 1,300 blocks, of 4,096 a hundred
 
 
 def register() -> None:
@@ -72,3 +76,49 @@ def plain(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
     a_n, b_n = (one[spans.group_n] if one.dim() == 3 else one for one in (a, b))
     flat = (x.flatten(1, -2) if x.dim() > 2 else x[:, None]) @ a_n.mT @ b_n.mT
     return y + flat.view(y.shape)
+
+
+def error_at_scale(
+    d_in: int,
+    d_out: int,
+    rank: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    update: Callable[[Tensor, Tensor, Tensor, Tensor, Spans], Tensor] = added,
+) -> float:
+    """Return how far an update and its gradients are off where groups meet in most blocks, and blocks are many.
+
+    What a compiler gets wrong may show only where a GPU has more blocks than it works on at once: a few rows of
+    thousands. So the worst row counts, against the root mean square of all of them; NaN where one is not finite.
+
+    Args:
+        d_in: Features of the input.
+        d_out: Features of the output.
+        rank: r.
+        device: Where it is computed.
+        dtype: In which numbers.
+        update: The update.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    longest = max(2, min(600, 2 * _TRIED_NUMBERS // (_TRIED_GROUPS * max(d_in, d_out))))
+    sizes = np.random.default_rng(0).integers(1, longest, _TRIED_GROUPS)
+    group_n = np.repeat(np.arange(_TRIED_GROUPS), sizes)
+    y, x, dy = drawn(1, len(group_n), d_out), drawn(1, len(group_n), d_in), drawn(1, len(group_n), d_out)
+    a, b = drawn(_TRIED_GROUPS, rank, d_in) / d_in**0.5, drawn(_TRIED_GROUPS, d_out, rank)
+    given = [value.requires_grad_() for value in (x, a, b)]
+    out = update(y, x, a, b, Spans.of(group_n, _TRIED_GROUPS, device))
+    found = [out.detach(), *torch.autograd.grad(out, given, dy)]
+    exact = [value.detach().float().requires_grad_() for value in given]
+    y_g, x_g = (torch.split(one[0], sizes.tolist()) for one in (y.float(), exact[0]))
+    groups = zip(y_g, x_g, *exact[1:], strict=True)
+    wanted = torch.cat([y + x @ a.mT @ b.mT for y, x, a, b in groups])[None]
+    expected = [wanted.detach(), *torch.autograd.grad(wanted, exact, dy.float())]
+    errors = [
+        (one.float() - two).square().mean(-1).max() / two.square().mean()
+        for one, two in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(errors).max().sqrt())
