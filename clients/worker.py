@@ -74,6 +74,7 @@ class Worker:
         sync: Puts an open file of a ledger on the disk.
         shared: What the trainers of this machine have tokenized; None: nothing is shared.
         cards: GPUs that the base model is spread over; 1: it is on one, or on a machine without any on the CPU.
+        resident: What loads the model, where it is another worker's, too; None: one of its own.
     """
 
     def __init__(
@@ -84,12 +85,13 @@ class Worker:
         sync: Callable[[int], None] = os.fsync,
         shared: SharedRows | None = None,
         cards: int = 1,
+        resident: Resident | None = None,
     ) -> None:
         self._fetch = job
         self.threads = threads
         self._train = train
         self._sync = sync
-        self._resident, self._shared = Resident(threads, shared, cards), shared
+        self._resident, self._shared = resident or Resident(threads, shared, cards), shared
         self._job: Job | None = None
         self._loaded: LoadedJob | None = None
 

@@ -82,6 +82,9 @@ def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, 
     sweep.add_argument(
         "--in-process", action="store_true", help="each process trains by itself, without Flower: faster for short runs"
     )
+    sweep.add_argument(
+        "--together", type=int, default=1, metavar="N", help="seeds whose clients train in one pack, with --in-process"
+    )
     sweep.add_argument("--share", default="", help=argparse.SUPPRESS)
     sweep.add_argument("--gpu-share", type=float, default=1.0, help=argparse.SUPPRESS)
     report = commands.add_parser("report", help="tables and plots of a run, or of several side by side")
@@ -152,6 +155,8 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--workers {options.workers}: must be at least 1.")
     if options.in_process and options.federation_config:
         raise ConfigError("--federation-config is for Flower, and --in-process runs without it; leave one of them out.")
+    if options.together < 1 or (options.together > 1 and not options.in_process):
+        raise ConfigError(f"--together {options.together}: must be 1 or more, and goes with --in-process.")
     check_options(options.federation_config, options.workers)
     app = Path(options.app).expanduser().resolve()
     sweep = _read_sweep(options.file, app, options.run_config, check=not options.share)
@@ -174,7 +179,7 @@ def _sweep(options: argparse.Namespace, console: Console) -> int:
             if workers == 1:
                 _run_share(sweep, Share(), app, file, options, console)
             elif options.in_process:
-                run_side_by_side(app, file, workers, [], again=sweep.again(workers))
+                run_side_by_side(app, file, workers, [], sweep.again(workers), options.together)
             else:
                 run_side_by_side(app, file, workers, options.federation_config)
         finally:
@@ -205,11 +210,11 @@ def _absolute(values: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 def _run_share(sweep: Sweep, share: Share, app: Path, file: Path, options: argparse.Namespace, console: Console) -> int:
     """Run a share of a sweep under Flower, or in this process; again where Flower's died elsewhere than last time."""
     if options.in_process:
-        from simulations.local_session import local_session
+        from simulations.side_by_side import cells_in_process
         from simulations.sweeps.progress import run_share
 
-        session = local_session(max(1, own_cores() // share.of), sweep.rows, options.gpu_share)
-        run_share(sweep, session, console, share)
+        threads = max(1, own_cores() // share.of)
+        run_share(sweep, cells_in_process(threads, options.together, sweep.rows, options.gpu_share), console, share)
         return 0
     flat = {**sweep.base, "run.sweep": str(file), "run.share": str(share)}
     before = None

@@ -163,7 +163,12 @@ def own_cores() -> int:
 
 
 def run_side_by_side(
-    app: Path, sweep: Path, workers: int, federation_config: Sequence[str], again: Callable[[int], bool] | None = None
+    app: Path,
+    sweep: Path,
+    workers: int,
+    federation_config: Sequence[str],
+    again: Callable[[int], bool] | None = None,
+    together: int = 1,
 ) -> None:
     """Run a sweep's file by several ``fedlora sweep`` processes at once, each with a share of its groups.
 
@@ -176,6 +181,7 @@ def run_side_by_side(
         federation_config: Options of ``--federation-config``.
         again: For processes without Flower, which share the memory of GPUs, too: whether one that died, by its number
             from 1, is to be started again; None: they have a Flower, and see to that themselves.
+        together: Cells that a process without Flower runs side by side.
     """
     in_process = again is not None
     import torch
@@ -191,7 +197,13 @@ def run_side_by_side(
     command += [part for option in options for part in ("--federation-config", option)]
     if in_process:
         on_one = -(-workers // len(gpus)) if gpus else 1
-        command += ["--in-process", "--gpu-share", str(_OF_GPU / on_one if on_one > 1 else 1.0)]
+        command += [
+            "--in-process",
+            "--together",
+            str(together),
+            "--gpu-share",
+            str(_OF_GPU / on_one if on_one > 1 else 1.0),
+        ]
     mark = this_command()
     # What numpy computes at the server would take all cores otherwise, in every process.
     threads = {name: str(cores) for name in _THREADS if in_process and name not in os.environ}

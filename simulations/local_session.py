@@ -35,25 +35,26 @@ from simulations.launch import SUPERNODES
 from simulations.session import Session
 
 if TYPE_CHECKING:
+    from clients.resident import Resident
+    from clients.trainer import TrainPack
     from clients.worker import Worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def local_session(threads: int, rows: Path, gpu_share: float = 1.0) -> Session:
+def local_session(
+    threads: int, rows: Path, train: TrainPack | None = None, resident: Resident | None = None
+) -> Session:
     """Return a session whose trainer is this process.
 
     Args:
         threads: CPU threads that it may use.
         rows: Where it keeps the rows that it has tokenized, for the other processes of a sweep.
-        gpu_share: Share of a GPU's memory that it may take.
+        train: Trains a pack; None: the model does.
+        resident: What loads the model, where it is other sessions', too; None: one of its own.
     """
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(gpu_share)
-    trainer = LocalPool(threads, rows)
+    trainer = LocalPool(threads, rows, train, resident)
     return Session(LocalGrid(RaySite(trainer)), SUPERNODES, trainer.begun, partial(_shards, threads))
 
 
@@ -86,17 +87,28 @@ class LocalPool(TrainerPool):
     Args:
         threads: CPU threads to use.
         rows: Where it keeps tokenized rows.
+        train: Trains a pack; None: the model does.
+        resident: What loads the model; None: one of its own.
     """
 
-    def __init__(self, threads: int, rows: Path) -> None:
+    def __init__(
+        self, threads: int, rows: Path, train: TrainPack | None = None, resident: Resident | None = None
+    ) -> None:
         super().__init__([None])
         self._threads, self._rows, self._cards = threads, rows, 0
+        self._train, self._resident = train, resident
         self._known: PoolState | None = None
         self._worker: Worker | None = None
 
     def begun(self, shards: Sequence[Shard], job: Job) -> LocalPool:
-        """Return the pool, at work on a job with a shard of its own."""
+        """Return the pool, at work on a job with a shard of its own.
+
+        Raises:
+            ConfigError: The base model takes several GPUs, and other sessions use it, too.
+        """
         self._cards = shards[0].cards
+        if self._resident is not None and self._cards > 1:
+            raise ConfigError(f"the base model takes {self._cards} GPUs: leave out --together.")
         self.assign(job)
         return self
 
@@ -164,7 +176,12 @@ class LocalPool(TrainerPool):
             from clients.worker import Worker
 
             self._worker = Worker(
-                lambda: self._state.job(), self._threads, shared=SharedRows(self._rows), cards=self._cards
+                lambda: self._state.job(),
+                self._threads,
+                self._train,
+                shared=SharedRows(self._rows),
+                cards=self._cards,
+                resident=self._resident,
             )
         return self._worker
 

@@ -25,12 +25,12 @@ def simulate(grid: Grid, context: Context) -> None:
     try:
         flat = context.run_config
         if flat.get("run.sweep"):  # its cells are configurations; what they share need not be one
-            from simulations.sweeps.progress import run_share  # and with it pandas, which a run need not wait for
+            from simulations.sweeps.progress import one_by_one, run_share  # and with it pandas, which takes a while
 
             sweep = Sweep.read(str(flat["run.sweep"]), flat, check=False)  # it was checked when it was written
             share = Share.read(str(flat.get("run.share", "1/1")))
             session = Session.under_flower(grid, context)
-            run_share(sweep, session, console, share)
+            run_share(sweep, one_by_one(session), console, share)
         else:
             config = resolve(flat)
             session = Session.under_flower(grid, context)

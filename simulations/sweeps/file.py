@@ -280,7 +280,7 @@ class Sweep:
         return again
 
     def attempt_file(self, share: Share) -> Path:
-        """Return the file with the cell that a share is running, and how often it was started without ending."""
+        """Return the file with the cells that a share is running, and how often each was started without ending."""
         return self.folder / f"attempt-{share.number}.json"
 
     def errors_file(self, share: Share) -> Path:
@@ -288,6 +288,6 @@ class Sweep:
         return self.folder / f"errors-{share.number}.json"
 
     def state(self, share: Share) -> tuple[int, str]:
-        """Return how far a share is: cells without a result, and attempts at the one that is running."""
+        """Return how far a share is: cells without a result, and attempts at those that are running."""
         file = self.attempt_file(share)
         return len(self.unfinished(share)), file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 from rich.console import Console
@@ -23,20 +24,36 @@ _ATTEMPTS = 2  # of a cell in which the whole process died
 _TABLES = 0.05  # of the time may go into the tables of what has finished so far
 
 
-def run_share(sweep: Sweep, session: Session, console: Console, share: Share) -> None:
+RunCells = Callable[[Sequence[Callable[[Session], None]]], None]
+"""Runs cells, each a function of a session: one after the other, or side by side."""
+
+
+def run_share(sweep: Sweep, run_cells: RunCells, console: Console, share: Share) -> None:
     """Run what has not run yet of a share; a cell that fails does not stop the others."""
     progress = _Progress(sweep, console, share)
+
+    def run(cells: Sequence[Cell]) -> None:
+        run_cells([partial(progress.run, cell) for cell in cells])
+
     for group in sweep.groups(share):
-        for cell in sweep.tuning(group):
-            progress.run(cell, session)
+        run(sweep.tuning(group))
         try:
             chosen = sweep.choose(group)
         except ValueError as error:
             progress.skip(group, error)
             continue
-        for cell in sweep.finals(group, chosen):
-            progress.run(cell, session)
+        run(sweep.finals(group, chosen))
     write_tables(sweep)
+
+
+def one_by_one(session: Session) -> RunCells:
+    """Return what runs cells in one session, one after the other."""
+
+    def run_cells(cells: Sequence[Callable[[Session], None]]) -> None:
+        for cell in cells:
+            cell(session)
+
+    return run_cells
 
 
 @final
@@ -48,6 +65,8 @@ class _Progress:
         self.console = console
         self.share = share
         self.errors: dict[str, str] = {}
+        file = sweep.attempt_file(share)
+        self._attempts: dict[str, int] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self.number = 0
         groups = sweep.groups(share)
         self.total = sum(len(sweep.tuning(group)) + len(sweep.finals(group, {})) for group in groups)
@@ -74,9 +93,9 @@ class _Progress:
             self.errors[cell.name] = f"{type(error).__name__}: {first_line(error)}"
             self._record_errors()
             self._report(cell, None, self.errors[cell.name])
-            self._end_attempt()
+            self._end_attempt(cell)
         else:
-            self._end_attempt()
+            self._end_attempt(cell)
             self._ran += 1
             now = time.monotonic()
             left = (self.total - self.number) * (now - self._started) / self._ran
@@ -106,15 +125,19 @@ class _Progress:
 
     def _begin_attempt(self, cell: Cell) -> None:
         """Give up a cell in which the process died over and over."""
-        file = self.sweep.attempt_file(self.share)
-        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        count = before.get("count", 0) + 1 if before.get("cell") == cell.name else 1
+        count = self._attempts.get(cell.name, 0) + 1
         if count > _ATTEMPTS:
             raise RuntimeError(f"the whole process ended {_ATTEMPTS} times in this cell")
-        write_whole(file, json.dumps({"cell": cell.name, "count": count}).encode())
+        self._attempts[cell.name] = count
+        self._record_attempts()
 
-    def _end_attempt(self) -> None:
-        self.sweep.attempt_file(self.share).unlink(missing_ok=True)
+    def _end_attempt(self, cell: Cell) -> None:
+        self._attempts.pop(cell.name, None)
+        self._record_attempts()
+
+    def _record_attempts(self) -> None:
+        """Write which cells are running, and how often each was started without ending."""
+        write_whole(self.sweep.attempt_file(self.share), json.dumps(self._attempts).encode())
 
     def _report(self, cell: Cell, outcome: Mapping[str, Any] | None, remark: str) -> None:
         found = [metric for metric in measures(cell.config) if metric.key in (outcome or {})]

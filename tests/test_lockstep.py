@@ -1,0 +1,99 @@
+"""Runs whose clients train in common packs: what each of them gives alone."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from fedlora.config import ConfigError, to_toml
+from simulations import lockstep
+from simulations.cli import run
+from simulations.lockstep import Lockstep
+from tests.support.trainers import tiny_flat
+
+SEEDS = [0, 1, 2]
+PRIVATE = {"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "privacy.seed": 5, "data.partition": "iid"}
+
+
+def swept(folder: Path, name: str, together: int, **changes: Any) -> list[Path]:
+    """The folders of a sweep's cells, one a seed."""
+    flat = tiny_flat(folder, **{"run.dir": str(folder / "runs"), "run.name": "", **changes})
+    file = folder / f"{name}.toml"
+    file.write_text(to_toml({**flat, "grid.seed": SEEDS}))
+    assert run(["sweep", str(file), "--in-process", "--together", str(together)], Console(quiet=True)) == 0
+    return [Path(cell) for cell in pd.read_csv(folder / "runs" / name / "results.csv")["folder"]]
+
+
+def tensors(cell: Path) -> dict[str, Any]:
+    return load_file(cell / "checkpoint" / "round-2.safetensors")
+
+
+def lines(cell: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "a of each run's own": {"strategy.name": "ffa-lora"},
+    "personal": {"strategy.name": "feddpa", "data.holdout": 0.2},
+    "a second term that grows": {"strategy.name": "fedex-lora"},
+    "ranks by client": {"strategy.name": "zero-padding", "method.ranks": "uniform:1-2"},
+    "control variates": {"local.term": "scaffold", "train.optimizer": "sgd", "train.learning-rate": 0.1},
+    "packs that differ": {"strategy.name": "mos"},
+    "private, a of each run's own": {**PRIVATE, "strategy.name": "ffa-lora"},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(value, id=name, marks=[] if "own" in name else pytest.mark.slow) for name, value in CASES.items()],
+)
+def test_each_run_is_what_it_is_alone(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packs: list[int] = []
+    train_pack = lockstep.train_pack
+
+    def counted(engine: Any, works: Any, *args: Any, **others: Any) -> Any:
+        packs.append(len(works))
+        return train_pack(engine, works, *args, **others)
+
+    monkeypatch.setattr(lockstep, "train_pack", counted)
+    alone, together = swept(tmp_path, "alone", 1, **changes), swept(tmp_path, "together", 3, **changes)
+    assert max(packs, default=0) == (4 if changes.get("strategy.name") == "mos" else 12), "its seeds draw indices"
+    for one, other in zip(alone, together, strict=True):
+        expected, found = tensors(one), tensors(other)
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+        for mine, theirs in zip(lines(other), lines(one), strict=True):
+            assert mine["bytes_up"] == theirs["bytes_up"]
+            assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-9)
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:
+    """And an error that is no run's own is raised at the end."""
+    both, log = Lockstep(), []
+
+    def fails() -> None:
+        raise OSError("no space left")
+
+    def runs() -> None:
+        log.append(threading.current_thread())
+
+    with pytest.raises(OSError, match="no space left"):
+        both.run([fails, runs])
+    assert len(log) == 1
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mini.toml"
+    file.write_text(to_toml({**tiny_flat(tmp_path), "grid.seed": SEEDS}))
+    for options in (["--together", "2"], ["--in-process", "--together", "0"]):
+        with pytest.raises(ConfigError, match=r"--together \d: must be 1 or more, and goes with --in-process"):
+            run(["sweep", str(file), *options], Console(quiet=True))
