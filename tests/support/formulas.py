@@ -50,7 +50,9 @@ def _scale(config: Config) -> float:
 
 
 def _lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
-    return _scale(config) * tensors[f"{layer.name}.lora_B"] @ tensors[f"{layer.name}.lora_A"]
+    """With a residual beside A and B where the tensors have one."""
+    terms = [part for part in ("lora", "residual") if f"{layer.name}.{part}_A" in tensors]
+    return sum(_scale(config) * tensors[f"{layer.name}.{part}_B"] @ tensors[f"{layer.name}.{part}_A"] for part in terms)
 
 
 # -- mos ----------------------------------------------------------------------------------------------
