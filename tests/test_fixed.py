@@ -73,7 +73,10 @@ def test_a_pack_equals_one_client_and_one_row_at_a_time(family: str, case: str) 
         assert largest(results, expected) < 1e-10
     # Planted: another client's fixed tensors.
     turned = [replace(work, fixed=works[(k + 1) % 3].fixed) for k, work in enumerate(works)]
-    assert all(off(result.tensors, one) > 1e-4 for result, one in zip(train_pack(engine, turned, {}, TRAIN), expected, strict=True))
+    assert all(
+        off(result.tensors, one) > 1e-4
+        for result, one in zip(train_pack(engine, turned, {}, TRAIN), expected, strict=True)
+    )
     assert all(off(one, dict(work.start)) > 1e-3 for one, work in zip(expected, works, strict=True)), (
         "control: it moves"
     )

@@ -193,7 +193,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("rolora", method), (both(rank) / 2, both(rank), both(rank) / 2)
         yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
     yield ("fedsvd", "lora"), (b(3), both(3), both(3))
-    for name in ("zero-padding", "hetlora"):
+    for name in ("zero-padding", "hetlora", "fed-plora"):
         yield (name, "lora"), (both(3), both(3), both(3))
     for name in ("flexlora", "lora-fair", "fedrot-lora"):
         yield (name, "lora"), (both(3), both(3), both(3))
