@@ -19,6 +19,7 @@ from fedlora.methods import Factor, Method, TensorSpec
 from fedlora.methods.residual import residual_specs
 from tests.support.matrix import MODELS, Arrays, alone, engine_of, random_start
 from tests.test_dp_step import alone_under_dp, off, private_step, ragged, row_gradients
+from tests.test_unpadded import tried
 
 TRAIN = TrainConfig(learning_rate=0.02, weight_decay=0.1)
 SGD = TrainConfig(optimizer="sgd", learning_rate=0.1)
@@ -63,11 +64,11 @@ def largest(results: Sequence[ClientResult], expected: Sequence[Arrays]) -> floa
 @cases
 @families
 def test_a_pack_equals_one_client_and_one_row_at_a_time(family: str, case: str) -> None:
-    """By the formula of each layer's update; in one pass a step, and in many."""
+    """By the formula of each layer's update; in one pass a step, in many, and on tokens without padding."""
     engine = engine_of("lora", family)
     works = works_of(engine, family, case)
     expected = [alone("lora", family, engine, work, work.fixed, TRAIN) for work in works]
-    for some in (engine, replace(engine, max_cost=13)):
+    for some in (engine, replace(engine, max_cost=13), tried(engine_of("lora", family))):
         results = train_pack(some, works, {}, TRAIN)
         assert [result.error for result in results] == [""] * 3
         assert largest(results, expected) < 1e-10
@@ -92,6 +93,9 @@ def test_rows_under_dp_equal_a_loop(family: str, case: str) -> None:
     clip = float(np.median(np.sqrt(sum((value.reshape(3, -1) ** 2).sum(1) for value in first.values()))))
     private = private_step(3, noise=0.01, clip=clip)
     results = train_pack(replace(engine, max_cost=40), works, {}, TRAIN, private)
+    unpadded = private_step(3, noise=0.01, clip=clip)
+    sides = train_pack(tried(engine_of("lora", family)), works, {}, TRAIN, unpadded)
+    assert largest(sides, [result.tensors for result in results]) < 1e-10
     for result, work, noise in zip(results, works, private.randoms, strict=True):
         numbers = sum(value.size for value in work.start.values())
         assert len(noise.drawn[0]) == numbers, "noise is for what is trained, without padding"  # type: ignore[attr-defined]
