@@ -13,9 +13,10 @@ from clients.personal import PersonalStore
 from clients.resident import LoadedModel
 from fedlora.exchange import Instruction
 from fedlora.methods import TensorSpec, initial_tensors
+from fedlora.methods.residual import folded
 from fedlora.roles import TRAINED, UP, Role, with_role
 from fedlora.seeded import Seeded
-from fedlora.shapes import at_rank, cut
+from fedlora.shapes import at_rank, chosen, cut
 
 Arrays = dict[str, NDArray[np.floating]]
 
@@ -69,9 +70,20 @@ class StartTensors:
 
     def of(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
         """Return what a client trains as it starts the round, at its own rank; ``common`` is :meth:`common`."""
-        values = {**common, **self.kept(instruction, client)}
+        values, modules = {**common, **self.kept(instruction, client)}, instruction.modules_of(client)
         held = at_rank(self.trained(instruction), instruction.rank(client))
-        return {name: cut(values[name], spec.shape) for name, spec in held.items()}
+        return {name: chosen(cut(values[name], spec.shape), spec.rank_axis, modules) for name, spec in held.items()}
+
+    def fixed(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
+        """Return what a client does not train and others have otherwise: the modules of rank one that it folds."""
+        modules, trained = instruction.modules_of(client), self.trained(instruction)
+        if not modules:
+            return {}
+        others = {name: spec for name, spec in self.model.specs.items() if spec.rank_axis is not None}
+        own = {
+            name: chosen(common[name], spec.rank_axis, modules) for name, spec in others.items() if name not in trained
+        }
+        return {**own, **folded(self.model.specs, common, modules)}
 
     def shared(self, instruction: Instruction) -> dict[str, TensorSpec]:
         """Return the tensors that clients train and exchange: those that the server holds a value of."""

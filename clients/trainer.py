@@ -61,6 +61,8 @@ class Trainer:
         whole = self.model.config.method.rank
         if any(not 1 <= rank <= whole for rank in instruction.ranks):
             raise RefusedError(f"the ranks {instruction.ranks} are not all between 1 and method.rank = {whole}")
+        if any(max(own) >= whole for own in instruction.modules):
+            raise RefusedError(f"the instruction names modules beyond method.rank = {whole}")
         if self.accounts is not None:
             return self._train_under_dp(instruction, self.accounts)
         seeded, config = Seeded(self.model.config.seed), self.model.config.train
@@ -116,9 +118,10 @@ class Trainer:
                     server_variate=self.start.server_variate(instruction, client),
                     own_variate=self.start.own_variate(instruction, client),
                     rows=self.data.training_rows(client),
+                    fixed=self.start.fixed(instruction, client, common),
                 )
             )
-        fixed = {name: value for name, value in common.items() if name not in trained}
+        fixed = {name: value for name, value in common.items() if name not in trained | works[0].fixed.keys()}
         return self._train_pack(
             works,
             fixed,

@@ -157,10 +157,14 @@ class ExactSum:
             for value in parts.values()
         )
 
+    def total(self) -> dict[str, NDArray[np.float64]]:
+        """Return the weighted sum of every tensor, in float64."""
+        return {name: self.coarse[name] + self.fine[name] for name in self.coarse}
+
     def mean(self) -> dict[str, NDArray[np.float64]]:
         """Return the weighted mean of every tensor, in float64."""
         assert self.weight > 0, "the mean of nothing"
-        return {name: (self.coarse[name] + self.fine[name]) / self.weight for name in self.coarse}
+        return {name: value / self.weight for name, value in self.total().items()}
 
 
 def _named(flat: Flat, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.float64]]:

@@ -49,6 +49,8 @@ class Instruction:
         extra: What the server sends beside the tensors, by what it is and the tensor's name
             (``variate/<tensor>``: SCAFFOLD's control variate).
         ranks: The rank that each client holds, one a client; empty: all hold the method's.
+        modules: The modules of rank one (a row of A and a column of B) that each client trains while the others are
+            fixed, by their places, ascending; empty: each trains all that it holds.
         fingerprint: The server's code, see :mod:`fedlora.fingerprint`.
         pack: Clients trained together; 0: automatic.
         ledger_heads: Under DP for each client the hash of the last ledger entry that the server has seen; empty: none.
@@ -64,6 +66,7 @@ class Instruction:
     local: LocalTerms = field(default_factory=LocalTerms)
     extra: Tensors = field(default_factory=dict)
     ranks: tuple[int, ...] = ()
+    modules: tuple[tuple[int, ...], ...] = ()
     fingerprint: str = ""
     pack: int = 0
     ledger_heads: tuple[str, ...] = ()
@@ -76,11 +79,21 @@ class Instruction:
         def chosen(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(values[place] for place in places) if values else ()
 
-        return replace(self, clients=tuple(clients), ranks=chosen(self.ranks), ledger_heads=chosen(self.ledger_heads))
+        return replace(
+            self,
+            clients=tuple(clients),
+            ranks=chosen(self.ranks),
+            modules=chosen(self.modules),
+            ledger_heads=chosen(self.ledger_heads),
+        )
 
     def rank(self, client: int) -> int | None:
         """Return the rank that a client holds; None: the method's."""
         return self.ranks[self.clients.index(client)] if self.ranks else None
+
+    def modules_of(self, client: int) -> tuple[int, ...]:
+        """Return the modules that a client trains, by their places; empty: all that it holds."""
+        return self.modules[self.clients.index(client)] if self.modules else ()
 
 
 @dataclass(frozen=True)

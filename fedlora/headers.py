@@ -6,6 +6,7 @@ Anybody may have written what is read here, so every value is checked for its ty
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -75,6 +76,8 @@ def instruction_header(instruction: Instruction) -> dict[str, Any]:
         "penalty": local.penalty,
         "decay": local.decay,
         "ranks": list(instruction.ranks),
+        "module_counts": [len(own) for own in instruction.modules],
+        "modules": [place for own in instruction.modules for place in own],
         "fingerprint": instruction.fingerprint,
         "pack": instruction.pack,
         "ledger_heads": list(instruction.ledger_heads),
@@ -100,6 +103,9 @@ def read_instruction_header(header: HeaderReader, tensors: Tensors, extra: Tenso
         raise WireError("the instruction's ledger hashes or ranks are not one a client")
     if any(rank < 1 for rank in ranks):
         raise WireError("the instruction's ranks are not 1 or more")
+    modules = _modules(header, len(clients))
+    if ranks and modules:
+        raise WireError("the instruction has both ranks that clients hold and modules that they train")
     if len(set(clients)) != len(clients):
         raise WireError("the instruction names a client twice")
     local = LocalTerms(
@@ -123,11 +129,26 @@ def read_instruction_header(header: HeaderReader, tensors: Tensors, extra: Tenso
         local=local,
         extra=extra,
         ranks=ranks,
+        modules=modules,
         fingerprint=header.text("fingerprint"),
         pack=header.one("pack", int),
         ledger_heads=ledger_heads,
         job=header.text("job"),
     )
+
+
+def _modules(header: HeaderReader, clients: int) -> tuple[tuple[int, ...], ...]:
+    """Return the modules that each client trains; empty: the header names none."""
+    counts, places = header.list("module_counts", int), header.list("modules", int)
+    if not counts and not places:
+        return ()
+    if len(counts) != clients or any(count < 1 for count in counts) or sum(counts) != len(places):
+        raise WireError("the instruction's modules are not 1 or more of each client")
+    ends = itertools.accumulate(counts)
+    modules = tuple(tuple(places[end - count : end]) for end, count in zip(ends, counts, strict=True))
+    if any(own[0] < 0 or list(own) != sorted(set(own)) for own in modules):
+        raise WireError("the instruction's modules are not ascending places from 0")
+    return modules
 
 
 def reports_header(reports: Sequence[ClientReport]) -> dict[str, Any]:

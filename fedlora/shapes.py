@@ -1,8 +1,11 @@
-"""Tensors of clients that hold fewer ranks than the server: their shapes, arrays cut to them and padded from them."""
+"""Tensors of clients that hold fewer ranks than the server: their shapes, arrays cut to them and padded from them.
+
+Or some ranks in the midst of the others, by their places on the rank axis.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -35,6 +38,20 @@ def pad(value: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
     if value.shape == shape:
         return value
     return np.pad(value, [(0, whole - n) for whole, n in zip(shape, value.shape, strict=True)])
+
+
+def chosen(value: NDArray[Number], axis: int | None, places: Sequence[int]) -> NDArray[Number]:
+    """Return an array's numbers at some places of an axis; itself where there is no axis, or no place is named."""
+    return np.take(value, places, axis) if axis is not None and places else value
+
+
+def spread(value: NDArray[Number], shape: tuple[int, ...], axis: int | None, places: Sequence[int]) -> NDArray[Number]:
+    """Return the array of a larger shape that :func:`chosen` takes this one from, with zeros elsewhere."""
+    if axis is None or not places:
+        return value
+    whole = np.zeros(shape, value.dtype)
+    np.moveaxis(whole, axis, 0)[list(places)] = np.moveaxis(value, axis, 0)
+    return whole
 
 
 def placed(value: NDArray[Number], held: NDArray[Number]) -> NDArray[Number]:

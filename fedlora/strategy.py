@@ -90,6 +90,8 @@ class Strategy(ABC):
     """Whether they do; else they are laid out over a run of ``period`` rounds, and after it stay as in its last one."""
     ragged: bool = False
     """Whether clients may hold different ranks (``method.ranks``)."""
+    folds: bool = False
+    """Whether a client of a smaller rank computes with all ranks, and trains as many of them (:meth:`modules`)."""
     prunes: bool = False
     """Whether a client's rank may fall from round to round, which makes bytes that follow from shapes the most."""
     keeps_basis: bool = True
@@ -126,6 +128,11 @@ class Strategy(ABC):
         now.setting = replace(self.setting, ranks=ranks)
         return now
 
+    @property
+    def held(self) -> tuple[int, ...]:
+        """The rank that each client computes with; empty: all compute with the method's."""
+        return () if self.folds else self.setting.ranks
+
     # -- clients ------------------------------------------------------------------------------------------
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
@@ -139,6 +146,13 @@ class Strategy(ABC):
         """Return the tensors of a client in a round, which follow from its rank; of the server, without a client."""
         rank = self.setting.rank(client)
         return at_rank(self.setting.specs, rank)
+
+    def modules(self, server_round: int, client: int) -> tuple[int, ...]:
+        """Return the modules of rank one that a client trains in a round, by their places; empty: all that it holds.
+
+        A module is a row of A and the column of B that it is multiplied with.
+        """
+        return ()
 
     def reduction(self, server_round: int) -> str:
         """Return how updates are reduced, a name in :data:`fedlora.reduce.REDUCTIONS`."""
@@ -201,7 +215,7 @@ class Strategy(ABC):
 
     def sent(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:
         """Return the tensors that a client is sent in a round."""
-        return self.with_role(server_round, Role.SHARED, Role.BROADCAST, client=client)
+        return self.with_role(server_round, Role.SHARED, Role.BROADCAST, client=None if self.folds else client)
 
     def expected(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:
         """Return the tensors that a client sends back in a round."""

@@ -24,6 +24,7 @@ _WIDTHS = {"classes": 384, "dp": 384, "language": 128}  # of the models in those
 _ALIKE = {  # a pair that trains and averages the same tensors as another
     ("lora", "zero-padding"): ("lora", "fedavg"),
     ("lora", "hetlora"): ("lora", "fedavg"),
+    ("lora", "fed-plora"): ("lora", "fedavg"),
     ("lora", "florist"): ("lora", "flora"),
     ("mos", "fedavg"): ("mos", "mos"),
     ("s2-lora", "fedavg"): ("s2-lora", "s2-lora"),

@@ -101,7 +101,7 @@ class Run:
     @property
     def evaluator(self) -> TrainerEvaluator:
         """The trainers, for clients at the ranks that they hold now."""
-        return self.parts.evaluator.at(self.flower.strategy.setting.ranks)
+        return self.parts.evaluator.at(self.flower.strategy.held)
 
     def rounds(self, grid: Grid) -> None:
         """Run the rounds that are left."""

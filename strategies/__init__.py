@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedlora.plugins import STRATEGIES
+from strategies.fed_plora import FedPLoRA
 from strategies.fed_sb import FedSB
 from strategies.fedavg import FedAvg
 from strategies.feddpa import FedDPA, FedDPAOptions
@@ -35,6 +36,7 @@ for _strategy, _options in (
     (FedSALora, None),
     (ZeroPadding, None),
     (HetLoRA, HetLoraOptions),
+    (FedPLoRA, None),
     (FlexLoRA, FlexLoraOptions),
     (FLoRA, None),
     (FLoRIST, FloristOptions),
@@ -67,6 +69,7 @@ __all__ = [
     "FedDPAOptions",
     "FedExLoRA",
     "FedExOptions",
+    "FedPLoRA",
     "FedRotLoRA",
     "FedRotOptions",
     "FedSALora",

@@ -26,7 +26,8 @@ class Wrapped(Strategy, ABC):
         self.inner = inner
         self.name, self.methods, self.exact = inner.name, inner.methods, inner.exact
         self.personal, self.period, self.ragged = inner.personal, inner.period, inner.ragged
-        self.repeats, self.keeps_basis, self.prunes = inner.repeats, inner.keeps_basis, inner.prunes
+        self.repeats, self.keeps_basis = inner.repeats, inner.keeps_basis
+        self.folds, self.prunes = inner.folds, inner.prunes
         super().__init__(inner.setting)
 
     def ranks(self, state: ServerState) -> tuple[int, ...]:
@@ -49,6 +50,10 @@ class Wrapped(Strategy, ABC):
     def specs(self, server_round: int, client: int | None = None) -> Specs:
         """Return the inner strategy's tensors."""
         return self.inner.specs(server_round, client)
+
+    def modules(self, server_round: int, client: int) -> tuple[int, ...]:
+        """Return the modules that a client of the inner strategy trains."""
+        return self.inner.modules(server_round, client)
 
     def reduction(self, server_round: int) -> str:
         """Return the inner strategy's reduction."""

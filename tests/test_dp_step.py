@@ -60,11 +60,12 @@ def ragged(start: Arrays, family: str, rows: Sequence[Sequence[Sequence[int]]] =
 
 
 def row_gradients(method: str, family: str, engine: Engine, tensors: Arrays, work: ClientWork, rows: Any) -> Arrays:
-    """Return each row's gradient by tensor, one row at a time from the formula, [rows, ...]."""
+    """Return each row's gradient by trained tensor, one row at a time from the formula, [rows, ...]."""
     grads: dict[str, list[Any]] = {name: [] for name in work.start}
+    fixed = {name: torch.tensor(value) for name, value in work.fixed.items()}
     for row in rows:
         leaves = {name: torch.tensor(tensors[name]).requires_grad_() for name in work.start}
-        row_loss(method, family, engine, leaves, work, int(row)).backward()  # type: ignore[no-untyped-call]
+        row_loss(method, family, engine, {**fixed, **leaves}, work, int(row)).backward()  # type: ignore[no-untyped-call]
         for name, leaf in leaves.items():
             assert leaf.grad is not None
             grads[name].append(leaf.grad.numpy())

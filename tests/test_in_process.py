@@ -31,6 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
         **{"strategy.name": "hetlora", "method.ranks": "1,2,2,1", "hetlora.penalty": 50.0, "hetlora.decay": 0.5},
         **{"rounds": 4, "privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3, "data.partition": "iid"},
     },
+    "modules that differ": {
+        **{"strategy.name": "fed-plora", "method.rank": 4, "method.ranks": "1,4,2,3", "method.head": "personal"},
+        **{"data.holdout": 0.2, "rounds": 3},
+    },
+    "modules that differ, under DP": {
+        **{"strategy.name": "fed-plora", "method.rank": 4, "method.ranks": "1,4,2,3", "rounds": 3},
+        **{"privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3, "data.partition": "iid"},
+    },
     "accumulated": {"strategy.name": "flora"},
     "a proximal step at the server": {"strategy.name": "s2-lora"},
     "personal": {"strategy.name": "fedsa-lora", "data.holdout": 0.2},

@@ -170,6 +170,7 @@ def test_same_bits_in_any_order_and_after_a_resume() -> None:
         ("flora", (), "does not average in a fixed basis at one rank"),
         ("fedrot-lora", (), "does not average in a fixed basis at one rank"),
         ("hetlora", (), "does not average in a fixed basis at one rank"),
+        ("fed-plora", (), "does not average in a fixed basis at one rank"),
         ("zero-padding", (1, 2, 3, 1, 2), "does not average in a fixed basis at one rank"),
         ("local", (), "shares no tensors"),
     ],

@@ -36,6 +36,7 @@ RULES = {
     "flora",
     "florist",
     "hetlora",
+    "fed-plora",
     "flexlora",
     "fedex-lora",
     "lora-fair",

@@ -203,7 +203,8 @@ INSTRUCTION = Instruction(
 
 def test_instructions_round_trip() -> None:
     """Every field, and those of a plain one that are empty."""
-    for instruction in (INSTRUCTION, Instruction(1, (0,), {"A": Role.SHARED}, {})):
+    modules = replace(INSTRUCTION, ranks=(), modules=((0, 2, 7), (3,)))
+    for instruction in (INSTRUCTION, modules, Instruction(1, (0,), {"A": Role.SHARED}, {})):
         back = read_instruction(write_instruction(instruction))
         for field in fields(Instruction):
             here, there = getattr(instruction, field.name), getattr(back, field.name)
@@ -235,6 +236,12 @@ def test_an_instruction_that_contradicts_itself_is_refused() -> None:
         ({"clients": (4, 4), "ranks": (), "ledger_heads": ()}, "names a client twice"),
         ({"ranks": (1,)}, "ledger hashes or ranks are not one a client"),
         ({"ledger_heads": ("a",)}, "ledger hashes or ranks are not one a client"),
+        ({"modules": ((0,), (1,))}, "both ranks that clients hold and modules that they train"),
+        ({"ranks": (), "modules": ((0,),)}, "modules are not 1 or more of each client"),
+        ({"ranks": (), "modules": ((0, 1), ())}, "modules are not 1 or more of each client"),
+        ({"ranks": (), "modules": ((0, 0), (1,))}, "modules are not ascending places from 0"),
+        ({"ranks": (), "modules": ((2, 1), (1,))}, "modules are not ascending places from 0"),
+        ({"ranks": (), "modules": ((-1, 1), (1,))}, "modules are not ascending places from 0"),
         ({"reduction": "median"}, "reduction 'median' is not known"),
         ({"weights": "loss"}, "roles or weights are not known"),
         ({"roles": {"A": "boss"}}, "roles or weights are not known"),
@@ -260,6 +267,7 @@ def test_reductions_that_are_no_answer_are_refused() -> None:
 
 KEYS = [
     *("round", "clients", "kinds", "roles", "weights", "fingerprint", "pack", "ranks", "reduction", "learning_rate"),
+    *("modules", "module_counts"),
     *(
         "proximal",
         "scaffold",

@@ -146,7 +146,7 @@ class Stack:
         here, named = to_device(places, self._device), self.named(rows)
         for (name, shape), at in zip(part.shapes.items(), part.places, strict=True):
             index: tuple[Tensor | slice, ...] = (here, *(slice(n) for n in shape))
-            named[name][index] = numbers[:, at].reshape(-1, *shape)
+            named[name][index] = numbers[:, at].reshape(len(numbers), *shape)
 
     def _chosen(self, rows: Tensor, places: NDArray[np.int64], part: _Part) -> Tensor:
         """Return a part's numbers [n, p] of rows at some places, [n]."""

@@ -2,12 +2,13 @@
 
 What a paper merges into the frozen base (FLoRA: all rounds' updates, stacked; FedEx-LoRA: what means of A and B leave
 out) lives here instead, so the base stays untouched. Its rank R grows by round, up to the layer's features; above that
-:func:`compress` replaces its factors.
+:func:`compress` replaces its factors. What a client alone merges (Fed-PLoRA: the ranks that it does not train) is a
+residual of its own, which it makes of the adapter that it is sent (:func:`folded`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,21 @@ def residual_specs(specs: Mapping[str, TensorSpec], rank: int) -> dict[str, Tens
         residual[f"{layer}.residual_A"] = TensorSpec((held, d_in), KIND, (), 0.0)
         residual[f"{layer}.residual_B"] = TensorSpec((d_out, held), KIND, (), 0.0)
     return residual
+
+
+def folded(specs: Mapping[str, TensorSpec], tensors: Mapping[str, Array], trained: Sequence[int]) -> dict[str, Array]:
+    """Return as a residual what a layer's ranks but some come to, by name.
+
+    Args:
+        specs: The method's tensors.
+        tensors: The whole of each A and B.
+        trained: Places of the ranks that are left out.
+    """
+    found: dict[str, Array] = {}
+    for layer, a, b in pairs(specs):
+        found[f"{layer}.residual_A"] = np.delete(tensors[a], trained, 0)
+        found[f"{layer}.residual_B"] = np.delete(tensors[b], trained, 1)
+    return found
 
 
 # Singular values below this share of the largest are rounding: of factors as they are stored, of the SVD, and of any

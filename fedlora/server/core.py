@@ -48,7 +48,7 @@ class Core:
     def sent(self, server_round: int, clients: Sequence[int]) -> Tensors:
         """Return the tensors that clients are sent together: as much of each as the one with the largest rank holds."""
         strategy = self.strategy
-        ranks = strategy.setting.ranks
+        ranks = strategy.held
         widest = max(clients, key=lambda client: ranks[client]) if ranks else None
         accumulated = {name: self.state.tensors[name] for name in strategy.accumulated(self.ranks[-1])}
         sent = strategy.sent(server_round, widest)
@@ -62,11 +62,12 @@ class Core:
         Args:
             server_round: The round that they train, or would start next where they are only measured.
             clients: The clients, ascending.
-            train: Whether they train; else they need none of what is exchanged beside the tensors.
+            train: Whether they train; else they need none of what is exchanged beside the tensors, and use all ranks.
             job: Digest of the job that they have joined; empty in a simulation.
         """
         strategy, federation = self.strategy, self.federation
-        ranks, heads = strategy.setting.ranks, self.state.clients.ledger_heads
+        ranks, heads = strategy.held, self.state.clients.ledger_heads
+        modules = tuple(strategy.modules(server_round, client) for client in clients) if train else ()
         return Instruction(
             round=server_round,
             clients=tuple(clients),
@@ -77,6 +78,7 @@ class Core:
             local=strategy.local(server_round),
             extra={name: self.state.extra[name] for name in (strategy.extra(server_round) if train else ())},
             ranks=tuple(ranks[client] for client in clients) if ranks else (),
+            modules=modules if any(modules) else (),
             fingerprint=federation.fingerprint or code_fingerprint()[0],
             pack=federation.pack,
             ledger_heads=tuple(heads.get(client, "") for client in clients) if federation.dp else (),

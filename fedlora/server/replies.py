@@ -18,7 +18,7 @@ from fedlora.seeded import Seeded
 from fedlora.server.cohort import Federation
 from fedlora.server.nodes import Nodes, SimulationNodes
 from fedlora.server.traffic import Payloads, Traffic
-from fedlora.shapes import cut
+from fedlora.shapes import chosen, cut
 from fedlora.strategy import Strategy
 from fedlora.wire import message_bytes, read_reduction, read_reports
 
@@ -173,9 +173,11 @@ class Replies:
         most, sent = self.federation.max_change, self.sent.get(client)
         if not most or sent is None:
             return
-        squares = 0.0
+        squares, modules = 0.0, self.strategy.modules(self.round, client)
+        axes = {name: spec.rank_axis for name, spec in self.strategy.setting.specs.items()}
         for name, value in tensors.items():
-            start = cut(np.asarray(sent[name] if name in sent else self._fresh(name)), value.shape)
+            start = np.asarray(sent[name] if name in sent else self._fresh(name))
+            start = cut(chosen(start, axes[name], modules), value.shape)
             squares += float(np.square(value.astype(np.float64) - start).sum())
         if not squares <= most**2:
             raise WireError(

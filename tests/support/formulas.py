@@ -50,7 +50,9 @@ def _scale(config: Config) -> float:
 
 
 def _lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
-    return _scale(config) * tensors[f"{layer.name}.lora_B"] @ tensors[f"{layer.name}.lora_A"]
+    """With a residual beside A and B where the tensors have one."""
+    terms = [part for part in ("lora", "residual") if f"{layer.name}.{part}_A" in tensors]
+    return sum(_scale(config) * tensors[f"{layer.name}.{part}_B"] @ tensors[f"{layer.name}.{part}_A"] for part in terms)
 
 
 # -- mos ----------------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("rolora", method), (both(rank) / 2, both(rank), both(rank) / 2)
         yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
     yield ("fedsvd", "lora"), (b(3), both(3), both(3))
-    for name in ("zero-padding", "hetlora"):
+    for name in ("zero-padding", "hetlora", "fed-plora"):
         yield (name, "lora"), (both(3), both(3), both(3))
     for name in ("flexlora", "lora-fair", "fedrot-lora"):
         yield (name, "lora"), (both(3), both(3), both(3))

@@ -19,7 +19,7 @@ from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.methods import TensorSpec
 from fedlora.reduce import fold
 from fedlora.server import FlowerStrategy
-from fedlora.shapes import cut
+from fedlora.shapes import chosen, cut
 from fedlora.wire import Reply, encode, read_instruction
 
 Arrays = dict[str, NDArray[Any]]
@@ -123,7 +123,10 @@ def node_of(
         tensors = update_of(client, number, expected, dtype)
         if same is not None:
             held = {**same, **instruction.tensors}
-            tensors = {name: cut(held[name], spec.shape) for name, spec in expected.items()}
+            modules = instruction.modules_of(client)
+            tensors = {
+                name: cut(chosen(held[name], spec.rank_axis, modules), spec.shape) for name, spec in expected.items()
+            }
         report = ClientReport(client, examples=examples_of(client), steps=3, metrics={"loss": 1.0})
         return Update(report, tensors, update_of(client, 100 + number, strategy.extra(number), dtype))
 
