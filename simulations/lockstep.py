@@ -136,7 +136,9 @@ class Lockstep:
         first = requests[0]
         own = _differing(requests)
         works = [
-            replace(work, fixed={name: one.common[name] for name in own}) for one in requests for work in one.works
+            replace(work, fixed={**{name: one.common[name] for name in own}, **work.fixed})
+            for one in requests
+            for work in one.works
         ]
         common = {name: value for name, value in first.common.items() if name not in own}
         private = first.private
