@@ -55,6 +55,7 @@ from simulations.privacy import settle_privacy
 from simulations.rates import settle_rate
 from simulations.researcher import epsilon_spent
 from simulations.setup import federation_of
+from strategies import STRATEGIES
 from strategies.build import build_strategy
 
 
@@ -108,7 +109,7 @@ def run(grid: Grid, config: Config, console: Console) -> dict[str, Any]:
         timeout=config.federation.timeout,
         say=lambda text: console.print(text, markup=False),
     )
-    with RunFolder.opened(config) as folder:
+    with RunFolder.opened(config, STRATEGIES[config.strategy.name].laid_out(config)) as folder:
         return _Deployment(plan, folder, OwnModel(worker), described, sites, console, started).run(grid)
 
 
@@ -266,7 +267,7 @@ class _Deployment:
     @property
     def _base(self) -> dict[str, Any]:
         """What a run must find again to go on."""
-        return {"base": self._described.digest, **self._plan.strategy.laid_out}
+        return {"base": self._described.digest}
 
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {

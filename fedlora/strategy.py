@@ -115,6 +115,14 @@ class Strategy(ABC):
         """
         return None
 
+    @classmethod
+    def laid_out(cls, config: Config) -> str:
+        """Return the key, with its value, that lays roles out over all rounds of a run; empty: none does.
+
+        A run of more rounds would be another one from its start, so such a run is not continued for more.
+        """
+        return ""
+
     def ranks(self, state: ServerState) -> tuple[int, ...]:
         """Return the rank that each client holds next, given what the server holds; empty: all hold the method's."""
         return self.setting.ranks
@@ -235,11 +243,6 @@ class Strategy(ABC):
     def has_personal(self) -> bool:
         """Whether clients keep trained tensors in some round: the strategy's personal ones, or the head."""
         return any(Role.PERSONAL in roles for roles in self.roles_in_turn().values())
-
-    @property
-    def laid_out(self) -> dict[str, int]:
-        """The number of rounds that the roles are laid out over, by its key: a run of more would be another one."""
-        return {} if self.repeats else {"rounds": self.period}
 
 
 def check_gradients(strategy: Strategy) -> None:

@@ -264,10 +264,10 @@ class Run:
 
     @property
     def _base(self) -> dict[str, Any]:
-        """What a run must find again to go on: base model, tokenizer, the adapter that it started from, its rounds."""
+        """What a run must find again to go on: base model, tokenizer, the adapter that it started from."""
         description, start = self.parts.description, self.plan.config.method.start
         started = {"method.start": description.initial_digest} if start else {}
-        return {"base": description.digest, **started, **self.plan.strategy.laid_out}
+        return {"base": description.digest, **started}
 
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
