@@ -208,7 +208,7 @@ class _Deployment:
     def _start(self) -> int:
         """Restore or make the server's state, say what will happen, and return the rounds behind it."""
         plan, config, folder, console = self._plan, self._plan.config, self._folder, self._console
-        checkpoint = folder.read_checkpoint(self._base) if config.run.resume else None
+        checkpoint = folder.read_checkpoint(self._described.resumed) if config.run.resume else None
         if checkpoint is None:
             self._flower.state = plan.strategy.initial(self._described.initial(config))
         else:
@@ -264,15 +264,10 @@ class _Deployment:
         joined = {name: report.header() for name, report in self._sites.reports.items()}
         self._folder.write_json("sites.json", joined)
 
-    @property
-    def _base(self) -> dict[str, Any]:
-        """What a run must find again to go on."""
-        return {"base": self._described.digest}
-
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
             "strategy": self._plan.strategy.name,
-            **self._base,
+            **self._described.resumed,
             "seconds": time.monotonic() - self._started,
         }
 

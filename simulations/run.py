@@ -134,8 +134,7 @@ class Run:
     def _start(self) -> int:
         """Restore or make the server's state, show and write what is known, and return the rounds behind it."""
         parts, config = self.parts, self.plan.config
-        same = self._base
-        checkpoint = parts.folder.read_checkpoint(same) if config.run.resume else None
+        checkpoint = parts.folder.read_checkpoint(parts.description.resumed) if config.run.resume else None
         if checkpoint is None:
             self.flower.state = self.plan.strategy.initial(parts.description.initial(config))
         else:
@@ -262,17 +261,10 @@ class Run:
         state, roles = self.flower.state, self.plan.strategy.all_roles(server_round + 1)
         return self.evaluator.personal(state.tensors, roles, server_round + 1, sorted(state.clients.trained))
 
-    @property
-    def _base(self) -> dict[str, Any]:
-        """What a run must find again to go on: base model, tokenizer, the adapter that it started from."""
-        description, start = self.parts.description, self.plan.config.method.start
-        started = {"method.start": description.initial_digest} if start else {}
-        return {"base": description.digest, **started}
-
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
             "strategy": self.plan.strategy.name,
-            **self._base,
+            **self.parts.description.resumed,
             "packing": self._packing(),
             "before": self.before,
             "seconds": time.monotonic() - self.started,

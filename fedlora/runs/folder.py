@@ -31,18 +31,21 @@ _LIBRARIES = (
 )
 
 
-CHECKPOINT_FORMAT = 4  # raise when what a checkpoint holds, or what it means, changes
+CHECKPOINT_FORMAT = 5  # raise when what a checkpoint holds, or what it means, changes
 _MAY_DIFFER = (
     *(
         "run.resume",
         "run.trackers",
         "rounds",
+        "method.start",  # where it is; what is there is compared with the checkpoint
         "federation.timeout",
         "federation.failure-threshold",
         "federation.roster",
     ),
     *("federation.min-replies", "federation.grace", "federation.wait", "federation.max-change"),
 )
+
+_BEHIND = {"start": " (the adapter in method.start, or the head in the model's checkpoint, is not what it was)"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class RunFolder:
             if state.get(key) != value:
                 raise ValueError(
                     f"run.resume = true: the checkpoint in {self.path} has {key} = {state.get(key)!r}, and this is "
-                    f"{value!r}; continue it with what it was made with, or start a new run."
+                    f"{value!r}{_BEHIND.get(key, '')}; continue it with what it was made with, or start a new run."
                 )
         for name in ("metrics.jsonl", "clients.jsonl", "packs.jsonl"):
             if (self.path / name).is_file():
