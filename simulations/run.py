@@ -136,7 +136,9 @@ class Run:
         parts, config = self.parts, self.plan.config
         checkpoint = parts.folder.read_checkpoint(parts.description.resumed) if config.run.resume else None
         if checkpoint is None:
-            self.flower.state = self.plan.strategy.initial(parts.description.initial(config))
+            # By one trainer, since others round differently: it is for the server to send.
+            (own,) = parts.evaluator.pool.results(lambda worker, _: worker.start(), [None])
+            self.flower.state = self.plan.strategy.initial({**parts.description.initial(config), **own})
         else:
             self._restore(checkpoint)
         completed = checkpoint.round if checkpoint is not None else 0

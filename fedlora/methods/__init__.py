@@ -15,6 +15,7 @@ from fedlora.methods.base import (
     Method,
     Scale,
     TensorSpec,
+    check_init,
     check_start,
     count_parameters,
     initial_tensors,
@@ -54,7 +55,9 @@ def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]
             f"method.rank = {config.method.rank}: the adapted layers have {most} features at most, and no update of "
             "them has a higher rank; lower it."
         )
-    method = Head(METHODS[config.method.name].build(adapted, config), head)
+    kind = METHODS[config.method.name]
+    check_init(config, kind.inits)
+    method = Head(kind.build(adapted, config), head)
     check_start(method.specs())
     return method
 

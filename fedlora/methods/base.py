@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.config import Config
+from fedlora.config import Config, require
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class TensorSpec:
             this, after each optimizer step and once more on the server's mean.
         rank_axis: The axis that counts ranks, where a client may hold fewer of them than the server; None: none does.
         start: What all of it starts at, without a bound.
+        orthonormal: Whether what is drawn is made orthonormal: rows, or columns where these are fewer; of length 1.
     """
 
     shape: tuple[int, ...]
@@ -72,6 +73,7 @@ class TensorSpec:
     l1: float = 0.0
     rank_axis: int | None = None
     start: float = 0.0
+    orthonormal: bool = False
 
 
 class LowRank(NamedTuple):
@@ -140,6 +142,8 @@ class LowRankMethod(Method):
 
     strategies: ClassVar[tuple[str, ...]] = ()
     """Strategies that work with it, beside those that name it among their ``methods``: they are older than it."""
+    inits: ClassVar[tuple[str, ...]] = ()
+    """Values of ``method.init`` that it knows, beside ``auto``."""
 
     @classmethod
     @abstractmethod
@@ -175,6 +179,46 @@ def refuse_rslora(config: Config) -> None:
         raise ValueError(f"method.rslora = true: is read by lora; {config.method.name} scales by alpha / rank.")
 
 
+def check_init(config: Config, known: Sequence[str]) -> None:
+    """Refuse a ``method.init`` that the method does not know."""
+    init, rule = config.method.init, f"method {config.method.name!r} knows {', '.join(('auto', *known))}."
+    require(init in ("auto", *known), "method.init", init, rule)
+
+
+def orthonormal(config: Config, layers: Sequence[Layer], rank: int) -> bool:
+    """Return whether fixed factors A and B are to start orthonormal, by ``method.init``.
+
+    Args:
+        config: The configuration.
+        layers: The adapted layers.
+        rank: Rows of A and columns of B.
+
+    Raises:
+        ConfigError: A layer has fewer features than that.
+    """
+    init = config.method.init
+    if init == "auto":
+        return False
+    for layer in layers:
+        features = min(layer.d_in, layer.d_out)
+        rule = f"{rank} orthonormal vectors do not fit into the {features} features of {layer.name}; lower method.rank."
+        require(rank <= features, "method.init", init, rule)
+    return init == "orthonormal"
+
+
+def fixed(kind: str, shape: tuple[int, int], product: tuple[str, ...], orthonormal: bool) -> TensorSpec:
+    """Return a fixed A [r, d_in] or B [d_out, r], whose rows or columns have length one, on average or exactly.
+
+    Args:
+        kind: ``A`` or ``B``.
+        shape: Its shape.
+        product: The products that it is a factor of.
+        orthonormal: What :func:`orthonormal` says.
+    """
+    features = shape[1] if kind == "A" else shape[0]
+    return TensorSpec(shape, kind, product, math.sqrt(3 / features), orthonormal=orthonormal)
+
+
 def count_parameters(specs: Mapping[str, TensorSpec]) -> int:
     """Return the number of elements of these tensors."""
     return sum(math.prod(spec.shape) for spec in specs.values())
@@ -201,9 +245,11 @@ def initial_tensors(
     key = (round_number,) if round_number else ()
     return {
         name: (
-            seeded.uniform("init", name, *key, shape=spec.shape, bound=spec.bound)
-            if spec.bound
-            else np.full(spec.shape, spec.start)
+            np.full(spec.shape, spec.start)
+            if not spec.bound
+            else seeded.orthonormal("init", name, *key, shape=spec.shape)
+            if spec.orthonormal
+            else seeded.uniform("init", name, *key, shape=spec.shape, bound=spec.bound)
         ).astype(dtype)
         for name, spec in specs.items()
     }
