@@ -94,6 +94,8 @@ class Strategy(ABC):
     """Whether a client of a smaller rank computes with all ranks, and trains as many of them (:meth:`modules`)."""
     prunes: bool = False
     """Whether a client's rank may fall from round to round, which makes bytes that follow from shapes the most."""
+    accumulates: bool = False
+    """Whether tensors grow by round beside the method's (:meth:`accumulated`)."""
     keeps_basis: bool = True
     """Whether a tensor's numbers mean the same in the next round, which a server optimizer's moments rest on."""
 
@@ -174,18 +176,22 @@ class Strategy(ABC):
         """Return what clients and server send each other beside the tensors, named as ``ServerState.extra``."""
         return {}
 
-    def accumulated(self, rank: int) -> Specs:
-        """Return the tensors that grow by round and are broadcast beside :meth:`sent`, after so many added ranks."""
+    def accumulated(self, ranks: Sequence[int]) -> Specs:
+        """Return the tensors that grow by round and are broadcast beside :meth:`sent`.
+
+        Args:
+            ranks: The ranks that have been added so far, of each layer; empty: none yet.
+        """
         return {}
 
-    def added_rank(self, clients: Iterable[int], after: ServerState | None = None) -> int:
-        """Return the rank that a round adds to :meth:`accumulated`.
+    def added_ranks(self, clients: Iterable[int], after: ServerState | None = None) -> tuple[int, ...]:
+        """Return the ranks that a round adds to :meth:`accumulated`, of each layer.
 
         Args:
             clients: Those whose updates are in it.
             after: What :meth:`apply` has returned for it; None: before the round, where it is the most that it may be.
         """
-        return 0
+        return ()
 
     # -- the server ---------------------------------------------------------------------------------------
 

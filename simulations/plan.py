@@ -105,7 +105,8 @@ class Plan:
     @cached_property
     def traffic(self) -> tuple[list[int], list[int]]:
         """The bytes that all clients send, and are sent, in each round, if none fails and no rank is pruned."""
-        ups, downs, ranks = [], [], [0]
+        ups, downs = [], []
+        ranks: list[tuple[int, ...]] = [()]
         for number in range(1, self.config.rounds + 1):
             cohort = self.federation.cohort(number)
             alike: dict[int | None, list[int]] = {}  # clients of one rank have one payload
@@ -114,7 +115,8 @@ class Plan:
             one_of_each = [(len(clients), clients[0]) for clients in alike.values()]
             ups.append(sum(count * self.payloads.up(number, client) for count, client in one_of_each))
             downs.append(sum(count * self.payloads.down(number, -1, client, ranks)[0] for count, client in one_of_each))
-            ranks.append(ranks[-1] + self.strategy.added_rank(cohort))
+            added = self.strategy.added_ranks(cohort)
+            ranks.append(tuple(map(sum, zip(ranks[-1] or (0,) * len(added), added, strict=True))))
         return ups, downs
 
     def steps(self) -> list[int]:
@@ -255,7 +257,7 @@ class Plan:
     @property
     def _at_most(self) -> bool:
         """Whether the run's bytes depend on numbers, and shapes give the most that they may be."""
-        grows = bool(self.strategy.accumulated(1)) and not self.strategy.exact
+        grows = self.strategy.accumulates and not self.strategy.exact
         return grows or (self.strategy.prunes and bool(self.strategy.setting.ranks))
 
     def _terms(self) -> list[str]:
@@ -287,7 +289,7 @@ class Plan:
                 f"ranks by client{' in round 1, which fall where they are pruned' if self.strategy.prunes else ''}: "
                 f"{shown}; what is said of a client above is for rank {config.method.rank}"
             )
-        if self.strategy.accumulated(1):
+        if self.strategy.accumulates:
             downs = self.traffic[1]
             lines.append(
                 f"what is sent grows by round: {human_bytes(downs[0])} in round 1, "

@@ -27,7 +27,7 @@ class Wrapped(Strategy, ABC):
         self.name, self.methods, self.exact = inner.name, inner.methods, inner.exact
         self.personal, self.period, self.ragged = inner.personal, inner.period, inner.ragged
         self.repeats, self.keeps_basis = inner.repeats, inner.keeps_basis
-        self.folds, self.prunes = inner.folds, inner.prunes
+        self.folds, self.prunes, self.accumulates = inner.folds, inner.prunes, inner.accumulates
         super().__init__(inner.setting)
 
     def ranks(self, state: ServerState) -> tuple[int, ...]:
@@ -67,13 +67,13 @@ class Wrapped(Strategy, ABC):
         """Return what the inner strategy exchanges beside the tensors."""
         return self.inner.extra(server_round)
 
-    def accumulated(self, rank: int) -> Specs:
+    def accumulated(self, ranks: Sequence[int]) -> Specs:
         """Return the inner strategy's accumulated tensors."""
-        return self.inner.accumulated(rank)
+        return self.inner.accumulated(ranks)
 
-    def added_rank(self, clients: Iterable[int], after: ServerState | None = None) -> int:
-        """Return the rank that a round adds for the inner strategy."""
-        return self.inner.added_rank(clients, after)
+    def added_ranks(self, clients: Iterable[int], after: ServerState | None = None) -> tuple[int, ...]:
+        """Return the ranks that a round adds for the inner strategy."""
+        return self.inner.added_ranks(clients, after)
 
     def initial(self, seeded: Tensors) -> ServerState:
         """Return the inner strategy's start."""

@@ -194,7 +194,7 @@ def down_table() -> list[str]:
             strategy = _strategy(name, build_method(config, layers, []))
             trained = {n: s for n, s in strategy.setting.specs.items() if s.kind in strategy.trained_kinds}
             up, down, cached = map(_size, Payloads(strategy, _DTYPE).cycle())
-            sizes = f"{up} | grows | grows" if strategy.accumulated(1) else f"{up} | {down} | {cached}"
+            sizes = f"{up} | grows | grows" if strategy.accumulates else f"{up} | {down} | {cached}"
             lines.append(f"| `{name}` | {label} | {sizes} | {count_parameters(trained):,} |")
     return lines
 

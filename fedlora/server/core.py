@@ -41,9 +41,9 @@ class Core:
         return self._strategy.at(self.state)
 
     @property
-    def ranks(self) -> list[int]:
+    def ranks(self) -> list[tuple[int, ...]]:
         """The ranks that have been added until the end of each round, of a strategy whose tensors accumulate."""
-        return [int(rank) for rank in self.state.extra.get(ACCUMULATED, np.zeros(1))]
+        return [tuple(map(int, ranks)) for ranks in self.state.extra.get(ACCUMULATED, np.zeros((1, 0)))]
 
     def sent(self, server_round: int, clients: Sequence[int]) -> Tensors:
         """Return the tensors that clients are sent together: as much of each as the one with the largest rank holds."""
@@ -103,8 +103,10 @@ class Core:
         shrunk = proximal_step(state.tensors, strategy.expected(server_round), rate)
         tensors = {name: value.astype(dtype) for name, value in {**state.tensors, **shrunk}.items()}
         self.state = replace(state, tensors=tensors)
-        if strategy.accumulated(1):
-            history = np.array([*ranks, ranks[-1] + strategy.added_rank(used, state)], dtype=np.float64)
+        if strategy.accumulates:
+            added = np.array(strategy.added_ranks(used, state), dtype=np.float64)
+            history = np.array([rank or np.zeros_like(added) for rank in ranks])
+            history = np.concatenate([history, history[-1:] + added])
             self.state = replace(self.state, extra={**self.state.extra, ACCUMULATED: history})
         self.remember(trained=self.state.clients.trained | set(used))
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedlora.methods import LowRank, Method, initial_tensors
+from fedlora.methods.products import pairs
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
 from fedlora.server import Federation, FlowerStrategy
@@ -64,9 +65,10 @@ def one_round(server: FlowerStrategy, grid: LoopGrid, number: int) -> Arrays:
 
 def random_state(strategy: Strategy, number: int) -> ServerState:
     """What a server might hold before a round: four ranks where tensors accumulate."""
-    stacked = {ACCUMULATED: np.array([0.0, 4.0])} if strategy.accumulated(1) else {}
+    held = [4] * len(pairs(strategy.setting.specs)) if strategy.accumulates else []
+    stacked = {ACCUMULATED: np.array([np.zeros(len(held)), held])} if held else {}
     return ServerState(
-        update_of(99, 7, {**strategy.sent(number), **strategy.accumulated(4)}),
+        update_of(99, 7, {**strategy.sent(number), **strategy.accumulated(held)}),
         {**update_of(98, 7, strategy.extra(number)), **stacked},
     )
 
