@@ -63,7 +63,7 @@ class TensorSpec:
             this, after each optimizer step and once more on the server's mean.
         rank_axis: The axis that counts ranks, where a client may hold fewer of them than the server; None: none does.
         start: What all of it starts at, without a bound.
-        orthonormal: Whether what is drawn is made orthonormal: rows, or columns where these are fewer; of length 1.
+        orthonormal: Whether it is drawn orthonormal, in place of uniform: rows, or columns where these are fewer.
     """
 
     shape: tuple[int, ...]
@@ -243,16 +243,15 @@ def initial_tensors(
         round_number: The round, from 1, for which tensors that start anew in each round are drawn; 0: those of the run.
     """
     key = (round_number,) if round_number else ()
-    return {
-        name: (
-            np.full(spec.shape, spec.start)
-            if not spec.bound
-            else seeded.orthonormal("init", name, *key, shape=spec.shape)
-            if spec.orthonormal
-            else seeded.uniform("init", name, *key, shape=spec.shape, bound=spec.bound)
-        ).astype(dtype)
-        for name, spec in specs.items()
-    }
+
+    def start(name: str, spec: TensorSpec) -> NDArray[np.float64]:
+        if not spec.bound:
+            return np.full(spec.shape, spec.start)
+        if spec.orthonormal:
+            return seeded.orthonormal("init", name, *key, shape=spec.shape)
+        return seeded.uniform("init", name, *key, shape=spec.shape, bound=spec.bound)
+
+    return {name: start(name, spec).astype(dtype) for name, spec in specs.items()}
 
 
 def zero_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, bool]]:
