@@ -96,7 +96,7 @@ class GroupedLayer(nn.Module):
         if a.dim() == b.dim() == 2:
             return y + (x @ a.mT) @ b.mT
         assert self.layout is not None, "a factor without a layout"
-        return y + self.layout.to_rows((self.layout.to_groups(x) @ a.mT) @ b.mT, x)  # of several federations
+        return y + self.layout.to_rows((self.layout.to_groups(x) @ a.mT) @ b.mT, x)
 
     def _own(self, x: Tensor) -> Tensor:
         """Return what the factor makes of ``x``: a low-rank one's update of the base layer, or the whole output."""

@@ -82,7 +82,7 @@ class LowRank(NamedTuple):
     A: Tensor  # [*, r, d_in]
     B: Tensor  # [*, d_out, r]
     scale: float | Tensor  # one number, or one for each rank [*, r]
-    residual: LowRank | None = None  # without one of its own; groups of one federation have it in common
+    residual: LowRank | None = None  # without one of its own; common to all groups, or [*]
 
     def scaled_b(self) -> Tensor:
         """Return B with the scale folded in, [*, d_out, r]."""
