@@ -7,9 +7,9 @@ A layer trains 2 m coefficients, m = ``nola.bases`` of each side, whatever its s
 run's seed, uniform on +-1/sqrt(m) as in the code: a step of AdamW then moves A and B by about as much as in LoRA. The
 scale is alpha / r. What differs from the code:
 
-- the code adds sum_i alpha_i A_i to a fixed random A, with alpha and beta zero at the start. Here there is no such A, as
-  in the paper's formula: alpha starts uniform and independent by layer, so that A starts with the variance of LoRA's,
-  and beta at zero. So alpha alone, or beta alone, can train, and each is linear in the update given the other;
+- the code adds sum_i alpha_i A_i to a fixed random A, with alpha and beta zero at the start. Here A is the combination
+  alone: alpha starts uniform and independent by layer, so that A starts with the variance of LoRA's, and beta at zero.
+  So nothing but coefficients has to be known, and alpha may stay fixed, as A does in FFA-LoRA;
 - layers of one shape have their bases in common, and coefficients of their own. In the code each layer draws bases for
   itself, and again in every forward and backward pass; here a device holds them once, m r (d_in + d_out) numbers for
   each shape, and gradients are those of matrix products, by row, too (the code's own autograd function sums over rows);

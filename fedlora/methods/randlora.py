@@ -69,12 +69,12 @@ class RandLora(LowRankMethod):
         return cls(layers, rank=config.method.rank, alpha=config.method.alpha, seeded=Seeded(config.seed))
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Return for every layer ``<layer>.randlora_lambda`` [r, N] and ``.randlora_gamma`` [N, d]."""
+        """Return for every layer ``<layer>.randlora_gamma`` [N, d] and ``.randlora_lambda`` [r, N]."""
         specs: dict[str, TensorSpec] = {}
         for layer in self.layers:
             name, product, d = layer.name, (layer.name,), min(layer.d_in, layer.d_out)
-            specs[f"{name}.randlora_lambda"] = TensorSpec((self.rank, self._count(d)), "B_lambda", product, 0.0)
             specs[f"{name}.randlora_gamma"] = TensorSpec((self._count(d), d), "A_gamma", product, 0.0, start=1 / d)
+            specs[f"{name}.randlora_lambda"] = TensorSpec((self.rank, self._count(d)), "B_lambda", product, 0.0)
         return specs
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
