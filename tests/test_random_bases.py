@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from peft import RandLoraConfig, get_peft_model
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -54,6 +55,11 @@ def llama(count: int = 32) -> list[Layer]:
     ]
 
 
+def whole_a(method: Nola) -> NDArray[Any]:
+    """Return all bases of A of the first shape."""
+    return method._fixed.on(torch.device("cpu"), "nola.10x6", "A").numpy()
+
+
 # -- bases --------------------------------------------------------------------------------------------
 
 
@@ -61,6 +67,9 @@ def llama(count: int = 32) -> list[Layer]:
 def test_bases_are_those_of_the_seed_and_numbers_that_bfloat16_holds(name: str) -> None:
     one, same, other = (build(name, LAYERS, seed=seed).constants() for seed in (0, 0, 1))
     assert tensors_digest(one) == tensors_digest(same) != tensors_digest(other), "what machines must agree on"
+    if name == "nola":
+        more = [whole_a(build("nola", LAYERS, seed=0)), one["nola.10x6.A"]]
+        assert np.array_equal(more[0][:1], more[1]), "the first of them stands for all"
     for value in one.values():
         assert value.dtype == np.float32
         assert np.array_equal(torch.from_numpy(value).bfloat16().float().numpy(), value)

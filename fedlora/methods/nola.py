@@ -73,7 +73,7 @@ class Nola(LowRankMethod):
         for layer in layers:
             self.classes.setdefault(f"nola.{layer.d_out}x{layer.d_in}", []).append(layer)
         self._seeded = seeded
-        self._fixed = Fixed(lambda key: self._draw(*key))
+        self._fixed = Fixed(lambda key: self._draw(key[0], key[1], bases))
 
     @classmethod
     def build(cls, layers: Sequence[Layer], config: Config) -> Nola:
@@ -102,15 +102,16 @@ class Nola(LowRankMethod):
         return found
 
     def constants(self) -> dict[str, NDArray[Any]]:
-        """Return the bases, [m, r d_in] and [m, d_out r] of each shape."""
-        return {f"{name}.{side}": self._draw(name, side) for name in self.classes for side in "AB"}
+        """Return the first basis of each side and shape; the others go on where its numbers end."""
+        return {f"{name}.{side}": self._draw(name, side, 1) for name in self.classes for side in "AB"}
 
     def _combined(self, name: str, side: str, coefficients: Tensor, shape: tuple[int, int]) -> Tensor:
         """Return combinations of a shape's bases: from coefficients [*, L, m] matrices [*, L, n, k]."""
         bases = self._fixed.on(coefficients.device, name, side, dtype=coefficients.dtype)
         return (coefficients @ bases).reshape(*coefficients.shape[:-1], *shape)
 
-    def _draw(self, name: str, side: str) -> NDArray[np.float32]:
+    def _draw(self, name: str, side: str, count: int) -> NDArray[np.float32]:
+        """Return the first so many bases of a side, a row for each."""
         layer = self.classes[name][0]
-        shape = self.bases, self.rank * (layer.d_in if side == "A" else layer.d_out)
+        shape = count, self.rank * (layer.d_in if side == "A" else layer.d_out)
         return random_basis(self._seeded, name, side, shape=shape, bound=1 / math.sqrt(self.bases))

@@ -25,6 +25,7 @@ sum, so clients of different ranks are refused.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
@@ -93,6 +94,10 @@ class RandLora(LowRankMethod):
 
         They are the larger of the layers' largest numbers of inputs and of outputs, and the smaller of these two.
         """
+        return dict(self._bases)
+
+    @functools.cached_property
+    def _bases(self) -> dict[str, NDArray[np.float32]]:
         d, large = sorted(max(getattr(layer, side) for layer in self.layers) for side in ("d_in", "d_out"))
         shapes = {"A": (self.rank, 1, d), "B": (large, self._count(d), self.rank)}
         draw = self._seeded
@@ -107,7 +112,7 @@ class RandLora(LowRankMethod):
 
     def _part(self, side: str, small: int, large: int = 0) -> NDArray[np.float32]:
         """Return what layers of one shape take of the bases: A [r, d], or B [D, N r], the r columns of B_j together."""
-        whole = self.constants()[side]
+        whole = self._bases[side]
         if side == "A":
             return np.ascontiguousarray(whole[:, 0, :small])
         count = self._count(small)
