@@ -17,7 +17,7 @@ from fedlora.config import TrainConfig
 from fedlora.engine import Engine, train_pack
 from fedlora.engine.layers import Layout
 from fedlora.exchange import ClientReport, Update
-from fedlora.methods import LowRank, TensorSpec, initial_tensors
+from fedlora.methods import LowRank, ScaledBases, TensorSpec, initial_tensors
 from fedlora.reduce import REDUCTIONS
 from fedlora.runs.export import adapter_files
 from fedlora.seeded import Seeded
@@ -126,6 +126,8 @@ def test_gradcheck(method: str) -> None:
         named = {**head, **dict(zip(specs, values, strict=True))}
         factors = method_of(method).factors(named).values()
         parts = [(f.scaled_b() @ f.A).flatten() for f in factors if isinstance(f, LowRank)]
+        sums = [f for f in factors if isinstance(f, ScaledBases)]
+        parts += [f.of(torch.eye(len(f.B if f.transposed else f.A.mT)).double()).flatten() for f in sums]
         extra = method_of(method).penalty(named)
         return torch.cat([*parts, *([] if extra is None else [extra])])
 

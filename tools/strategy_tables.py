@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from fedlora.config import Config, MethodConfig, ModelConfig
 from fedlora.exchange import ClientReport, Update
 from fedlora.methods import METHODS as REGISTERED
-from fedlora.methods import Layer, LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
+from fedlora.methods import Layer, Method, MosOptions, as_low_rank, build_method, count_parameters, initial_tensors
 from fedlora.models import inspect, inspect_by_name
 from fedlora.plugins import methods_of
 from fedlora.reduce import REDUCTIONS
@@ -43,6 +43,7 @@ _MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budg
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     **{name: [(f"`{name}`, r = 8", Config(method=MethodConfig(name, rank=8)))] for name in REGISTERED},
     "lora-sb": [(f"`lora-sb`, r = {rank}", Config(method=MethodConfig("lora-sb", rank=rank))) for rank in (8, 64)],
+    "randlora": [("`randlora`, r = 32", Config(method=MethodConfig("randlora", rank=32)))],
     "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }
 
@@ -113,10 +114,11 @@ def updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict
     named = {name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()}
     found = {}
     for layer, factor in method.factors(named).items():
-        if isinstance(factor, LowRank):
-            update = factor.scaled_b() @ factor.A
+        added = as_low_rank(factor)
+        if added is not None:
+            update = added.scaled_b() @ added.A
             if f"{layer}.residual_A" in named:
-                update = update + factor.scale * named[f"{layer}.residual_B"] @ named[f"{layer}.residual_A"]
+                update = update + added.scale * named[f"{layer}.residual_B"] @ named[f"{layer}.residual_A"]
             found[layer] = update.numpy()
     return found
 

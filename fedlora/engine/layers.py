@@ -17,7 +17,7 @@ from fedlora.engine.kernels import low_rank
 from fedlora.engine.kernels.attention import rows_in_place
 from fedlora.engine.layout import Layout
 from fedlora.engine.unpadded import blocks_without_padding
-from fedlora.methods import Dense, Factor, LowRank, Scale
+from fedlora.methods import Dense, Factor, LowRank, Scale, ScaledBases
 
 
 class LayerProbe(Protocol):
@@ -80,7 +80,7 @@ class GroupedLayer(nn.Module):
             return low_rank.added(self._fixed(x), x, a, b, spans)
         if self.layout.groups > 1 and not self.layout.of_rows(x, self.layout.rows):
             raise NoRowsError(self.name)
-        added = isinstance(self.factor, LowRank)
+        added = isinstance(self.factor, LowRank | ScaledBases)
         if self.probe is not None:
             return self.probe.output(x, self._own, self._fixed if added else None)
         own = self._own(x)  # before the base layer: the order in which x's gradients are added up depends on it
@@ -99,7 +99,7 @@ class GroupedLayer(nn.Module):
         return y + self.layout.to_rows((self.layout.to_groups(x) @ a.mT) @ b.mT, x)
 
     def _own(self, x: Tensor) -> Tensor:
-        """Return what the factor makes of ``x``: a low-rank one's update of the base layer, or the whole output."""
+        """Return what the factor makes of ``x``: an added one's update of the base layer, or the whole output."""
         assert self.layout is not None, "a factor without a layout"
         if isinstance(self.factor, Scale):
             x_g = self.layout.to_groups(_normed(self.base, x))
@@ -109,6 +109,8 @@ class GroupedLayer(nn.Module):
             x_g = self.layout.to_groups(x)
             y_g = (x_g @ self.factor.A.to(x.dtype).mT) @ self.factor.scaled_b().to(x.dtype).mT
             return self.layout.to_rows(y_g, x)
+        if isinstance(self.factor, ScaledBases):
+            return self.layout.to_rows(self.factor.of(self.layout.to_groups(x)), x)
         if isinstance(self.factor, Dense):
             x_g = self.layout.to_groups(x)
             y_g = with_bias(x_g @ self.factor.weight.to(x.dtype).mT, self.factor.bias)

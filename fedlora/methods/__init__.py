@@ -15,6 +15,7 @@ from fedlora.methods.base import (
     Method,
     Scale,
     TensorSpec,
+    as_low_rank,
     check_init,
     check_start,
     count_parameters,
@@ -30,8 +31,11 @@ from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
 from fedlora.methods.lora_sb import LoraSB
 from fedlora.methods.mos import Mos, MosOptions
+from fedlora.methods.nola import Nola, NolaOptions
+from fedlora.methods.randlora import RandLora
 from fedlora.methods.ravan import Ravan, RavanOptions
 from fedlora.methods.s2_lora import S2Lora, S2Options
+from fedlora.methods.scaled_bases import ScaledBases
 from fedlora.registry import Registry
 
 METHODS: Registry[type[LowRankMethod]] = Registry("method.name")
@@ -41,6 +45,8 @@ METHODS.register("s2-lora", S2Options)(S2Lora)
 METHODS.register("lora-sb")(LoraSB)
 METHODS.register("ravan", RavanOptions)(Ravan)
 METHODS.register("dual-lora", DualLoraOptions)(DualLora)
+METHODS.register("nola", NolaOptions)(Nola)
+METHODS.register("randlora")(RandLora)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -78,12 +84,17 @@ __all__ = [
     "Method",
     "Mos",
     "MosOptions",
+    "Nola",
+    "NolaOptions",
+    "RandLora",
     "Ravan",
     "RavanOptions",
     "S2Lora",
     "S2Options",
     "Scale",
+    "ScaledBases",
     "TensorSpec",
+    "as_low_rank",
     "build_method",
     "check_start",
     "count_parameters",

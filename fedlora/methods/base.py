@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, require
+from fedlora.methods.scaled_bases import ScaledBases
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
@@ -103,7 +104,17 @@ class Scale(NamedTuple):
     bias: Tensor | None  # [*, d]
 
 
-Factor = LowRank | Dense | Scale
+Factor = LowRank | ScaledBases | Dense | Scale
+
+
+def as_low_rank(factor: Factor) -> LowRank | None:
+    """Return what a factor adds to its layer as one product, for exports and reports; None: it adds nothing to one.
+
+    That of scaled bases has as many ranks as its layer has features, and more.
+    """
+    if isinstance(factor, ScaledBases):
+        return LowRank(*factor.product(), 1.0)
+    return factor if isinstance(factor, LowRank) else None
 
 
 class Fault(Enum):
@@ -128,8 +139,8 @@ class Method(ABC):
         """Return what is added to the loss of each group whatever its data, [*]; None for nothing."""
         return None
 
-    def constants(self) -> dict[str, NDArray[np.int64]]:
-        """Return fixed numbers beside the tensors that every machine must agree on, by name."""
+    def constants(self) -> dict[str, NDArray[Any]]:
+        """Return fixed numbers beside the tensors that every machine must agree on, by name (:mod:`.fixed`)."""
         return {}
 
     def advice(self, fault: Fault) -> str:
@@ -292,7 +303,7 @@ def proximal_step(
     return {name: soft_threshold(tensors[name], learning_rate * spec.l1) for name, spec in specs.items() if spec.l1}
 
 
-def tensors_digest(tensors: Mapping[str, NDArray[np.floating] | NDArray[np.int64]]) -> str:
+def tensors_digest(tensors: Mapping[str, NDArray[Any]]) -> str:
     """Return a SHA-256 digest of tensors with their names, shapes and dtypes."""
     sha = hashlib.sha256()
     for name, value in sorted(tensors.items()):

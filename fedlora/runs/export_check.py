@@ -15,7 +15,7 @@ from torch import nn
 
 from fedlora.engine import Engine, evaluate
 from fedlora.engine.fast import ROUNDINGS, rounded_blocks
-from fedlora.methods import LowRank
+from fedlora.methods import LowRank, as_low_rank
 from fedlora.methods.products import product_norm
 from fedlora.models.quiet import quiet
 
@@ -75,12 +75,17 @@ def _same_products(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], 
     """Return whether each layer's update is the same in PEFT, as numbers: losses in 16 bits may be too coarse."""
     exact = {name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in tensors.items()}
     for name, factor in engine.method.factors(exact).items():
-        if not isinstance(factor, LowRank):
+        whole = as_low_rank(factor)
+        if whole is None:
             continue
-        own = [factor] if factor.residual is None else [factor, factor.residual]
+        own = [whole] if whole.residual is None else [whole, whole.residual]
         a, b = torch.cat([one.A for one in own], -2).numpy(), torch.cat([one.scaled_b() for one in own], -1).numpy()
         layer: Any = adapted.get_submodule(f"base_model.model.{name}")
-        down, up = (one["default"].weight.double().cpu().numpy() for one in (layer.lora_A, layer.lora_B))
+        if isinstance(factor, LowRank):
+            theirs = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        else:
+            theirs = layer.get_scaled_bases("default")
+        down, up = (one.double().cpu().numpy() for one in theirs)
         off = product_norm(np.concatenate([a, down]), np.concatenate([b, -layer.scaling["default"] * up], 1))
         if not off <= _SAME * product_norm(a, b):
             return False

@@ -22,12 +22,13 @@ def strengths(factors: Mapping[str, Factor]) -> dict[str, list[float]]:
     The component of rank i is ``scale_i B_:i A_i:``, whose norm is ``|scale_i| |B_:i| |A_i:|``; one that is exactly
     zero adds nothing.
     """
-    from fedlora.methods import LowRank
+    from fedlora.methods import as_low_rank
 
+    added = {name: as_low_rank(factor) for name, factor in factors.items()}
     return {
-        name: (factor.scaled_b().norm(dim=-2) * factor.A.norm(dim=-1)).tolist()
-        for name, factor in factors.items()
-        if isinstance(factor, LowRank)
+        name: (one.scaled_b().norm(dim=-2) * one.A.norm(dim=-1)).tolist()
+        for name, one in added.items()
+        if one is not None
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.methods import LowRank, Method, initial_tensors
+from fedlora.methods import Method, as_low_rank, initial_tensors
 from fedlora.methods.products import pairs
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
@@ -83,7 +83,8 @@ def updates(name: str, tensors: Arrays, method: Method | None = None) -> Arrays:
     """Return Delta W of each layer, [d_out, d_in]: the method's, and what has been stacked beside it."""
     method, scale = method or method_of(name), CONFIGS[name].method.alpha / CONFIGS[name].method.rank
     factors = method.factors({key: torch.tensor(np.asarray(value)).double() for key, value in tensors.items()})
-    found = {layer: (one.scaled_b() @ one.A).numpy() for layer, one in factors.items() if isinstance(one, LowRank)}
+    added = {layer: as_low_rank(one) for layer, one in factors.items()}
+    found = {layer: (one.scaled_b() @ one.A).numpy() for layer, one in added.items() if one is not None}
     for layer in found:
         if f"{layer}.residual_A" in tensors:
             found[layer] = found[layer] + scale * tensors[f"{layer}.residual_B"] @ tensors[f"{layer}.residual_A"]

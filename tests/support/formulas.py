@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config import Config, MethodConfig
-from fedlora.methods import DualLoraOptions, MosOptions, RavanOptions, S2Options
+from fedlora.methods import DualLoraOptions, MosOptions, NolaOptions, RavanOptions, S2Options
 from fedlora.methods.base import Layer
 from fedlora.seeded import Seeded
 
@@ -135,6 +135,40 @@ def _dual_lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: T
     return _scale(config) * ((1 - mix) * (b @ a) + mix * (b_own @ a_own))
 
 
+# -- nola and randlora --------------------------------------------------------------------------------
+
+
+def _basis(config: Config, *key: str, shape: tuple[int, ...], bound: float) -> Tensor:
+    """Return a random basis: the seed's uniform numbers as bfloat16 holds them."""
+    drawn = torch.from_numpy(Seeded(config.seed).uniform("basis", *key, shape=shape, bound=bound))
+    return drawn.float().bfloat16().double()
+
+
+def _nola(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    alike = [one.name for one in layers if (one.d_in, one.d_out) == (layer.d_in, layer.d_out)]
+    name, place, rank = f"nola.{layer.d_out}x{layer.d_in}", alike.index(layer.name), config.method.rank
+    count, total_a, total_b = config.options(NolaOptions).bases, 0.0, 0.0
+    a = _basis(config, name, "A", shape=(count, rank, layer.d_in), bound=count**-0.5)
+    b = _basis(config, name, "B", shape=(count, layer.d_out, rank), bound=count**-0.5)
+    for i in range(count):
+        total_a = total_a + tensors[f"{name}.alpha"][place, i] * a[i]
+        total_b = total_b + tensors[f"{name}.beta"][place, i] * b[i]
+    return _scale(config) * total_b @ total_a  # type: ignore[operator]
+
+
+def _randlora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    rank = config.method.rank
+    sides = max(one.d_in for one in layers), max(one.d_out for one in layers)
+    whole_a = _basis(config, "randlora", "A", shape=(rank, 1, min(sides)), bound=3**0.5)
+    whole_b = _basis(config, "randlora", "B", shape=(max(sides), -(-min(sides) // rank), rank), bound=3**0.5)
+    small, large = min(layer.d_in, layer.d_out), max(layer.d_in, layer.d_out)
+    count = -(-small // rank)
+    a, columns = whole_a[:, 0, :small], whole_b[:large, :count].flatten(1)
+    scales, features = (tensors[f"{layer.name}.randlora_{which}"] for which in ("lambda", "gamma"))
+    total = sum(columns[:, j::count] @ torch.diag(scales[:, j]) @ a @ torch.diag(features[j]) for j in range(count))
+    return _scale(config) * (total if layer.d_in == small else total.T)  # type: ignore[union-attr]
+
+
 def _config(method: str, rank: int, alpha: float = 6.0) -> Config:
     return Config(method=MethodConfig(method, rank=rank, alpha=alpha))
 
@@ -152,6 +186,8 @@ FORMULAS = {
     "dual-lora": Formula(_config("dual-lora", 3, alpha=3.0).with_options(DualLoraOptions(mix=0.3)), _dual_lora),
     # Of a small scale: three heads of random numbers would saturate the loss, whose gradients are then rounding.
     "ravan": Formula(_config("ravan", 2, alpha=1.0).with_options(RavanOptions(heads=3)), _ravan),
+    "nola": Formula(_config("nola", 3).with_options(NolaOptions(bases=5)), _nola),
+    "randlora": Formula(_config("randlora", 3, alpha=1.0), _randlora),
 }
 
 
@@ -200,6 +236,17 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("fedex-lora", "lora"), (both(3), both(3), both(3))  # and the residuals, which grow by round
     yield ("fed-sb", "lora-sb"), (9 * len(LAYERS),) * 3
     yield ("ravan", "ravan"), (3 * 5 * len(LAYERS), 3 * 4 * len(LAYERS), 3 * 4 * len(LAYERS))
+    m = 5 * len(LAYERS)  # alpha, and as many of beta
+    small = [min(layer.d_in, layer.d_out) for layer in LAYERS]
+    counts = [-(-d // 3) for d in small]
+    of_rank = 3 * sum(counts)  # lambda
+    of_features = sum(n * d for n, d in zip(counts, small, strict=True))  # gamma
+    for method, a_numbers, b_numbers in (("nola", m, m), ("randlora", of_features, of_rank)):
+        whole = a_numbers + b_numbers
+        yield ("fedavg", method), (whole, whole, whole)
+        yield ("ffa-lora", method), (b_numbers, b_numbers, b_numbers)
+        yield ("rolora", method), (whole / 2, whole, whole / 2)
+        yield ("fedsa-lora", method), (a_numbers, a_numbers, a_numbers)
     yield ("feddpa", "dual-lora"), (both(3), both(3), both(3))
     yield ("florist", "lora"), (both(3), 0, 0)  # and what has been kept of the stack, see test_product_rules.py
     yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
