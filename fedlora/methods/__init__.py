@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedlora.config import Config
 from fedlora.methods.base import (
     Dense,
+    Experts,
     Factor,
     Fault,
     Layer,
@@ -27,6 +28,7 @@ from fedlora.methods.base import (
 from fedlora.methods.dual_lora import DualLora, DualLoraOptions
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
+from fedlora.methods.lora_experts import LoraExperts, LoraExpertsOptions
 from fedlora.methods.lora_sb import LoraSB
 from fedlora.methods.mos import Mos, MosOptions
 from fedlora.methods.ravan import Ravan, RavanOptions
@@ -40,6 +42,7 @@ METHODS.register("s2-lora", S2Options)(S2Lora)
 METHODS.register("lora-sb")(LoraSB)
 METHODS.register("ravan", RavanOptions)(Ravan)
 METHODS.register("dual-lora", DualLoraOptions)(DualLora)
+METHODS.register("lora-experts", LoraExpertsOptions)(LoraExperts)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -64,11 +67,14 @@ __all__ = [
     "Dense",
     "DualLora",
     "DualLoraOptions",
+    "Experts",
     "Factor",
     "Fault",
     "Head",
     "Layer",
     "Lora",
+    "LoraExperts",
+    "LoraExpertsOptions",
     "LoraSB",
     "LowRank",
     "LowRankMethod",

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.engine.stack import common_shapes
-from fedlora.methods import Factor, LowRank
+from fedlora.methods import METHODS, Experts, Factor, LowRank
 from fedlora.methods.residual import compress
 from fedlora.models import head_modules, model_path
 from fedlora.runs.ranks import FILE, strengths
@@ -36,7 +36,13 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         engine: The engine whose method made the tensors.
         tensors: All of the method's tensors, at the method's rank or a smaller one.
         config: The run's configuration.
+
+    Raises:
+        ValueError: The method's update is no LoRA.
     """
+    no_adapter = METHODS[config.method.name].no_adapter
+    if no_adapter:
+        raise ValueError(f"method.name = {config.method.name!r}: cannot be exported to PEFT; {no_adapter}.")
     shapes = common_shapes(engine.method.specs(), [tensors], {})
     made = engine.method.factors({name: engine.tensor(pad(value, shapes[name])) for name, value in tensors.items()})
     factors = {name: _one_term(factor, engine) for name, factor in made.items()}
@@ -50,6 +56,7 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         used[next(iter(used))] = [0]  # PEFT has no empty adapter: one rank of zeros stands for it
     for name, factor in factors.items():
         key = f"base_model.model.{name}"
+        assert not isinstance(factor, Experts), "refused above"
         if isinstance(factor, LowRank):
             if used[name]:
                 weights[f"{key}.lora_A.weight"] = factor.A[used[name]]
