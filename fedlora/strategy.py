@@ -87,7 +87,7 @@ class Strategy(ABC):
     period: int = 1
     """Rounds after which the roles repeat."""
     repeats: bool = True
-    """Whether they do; else they are laid out over a run of ``period`` rounds, and after it stay as in its last one."""
+    """Whether they do; else they are laid out over ``period`` rounds, and after them stay as in the last one."""
     ragged: bool = False
     """Whether clients may hold different ranks (``method.ranks``)."""
     folds: bool = False
@@ -244,7 +244,7 @@ class Strategy(ABC):
 
     @property
     def laid_out(self) -> dict[str, int]:
-        """The number of rounds that the roles are laid out over, by its key: a run of more would be another one."""
+        """The run's number of rounds where the roles are laid out over it, by its key: more would make another run."""
         return {} if self.repeats else {"rounds": self.period}
 
 

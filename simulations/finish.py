@@ -169,7 +169,7 @@ def _next(run: Run) -> list[list[str]]:
         return [*commands, ["fedlora", "audit", "-c", file]]
     other = "fedavg" if config.strategy.name == "ffa-lora" else "ffa-lora"
     commands.append(["fedlora", "run", "-c", f'strategy.name="{other}"'])
-    if config.train.round_schedule == "constant" and run.plan.strategy.repeats:
+    if config.train.round_schedule == "constant" and not run.plan.strategy.laid_out:
         more = f"run.resume=true rounds={2 * config.rounds}"
         commands.append(["fedlora", "run", "-c", file, "-c", more])
     return commands

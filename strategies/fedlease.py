@@ -70,6 +70,11 @@ class FedLEASE(Strategy):
         self._experts: tuple[int, ...] = ()
         super().__init__(setting)
 
+    @property
+    def laid_out(self) -> dict[str, int]:
+        """Nothing: the first round is another one, however many there are."""
+        return {}
+
     @classmethod
     def check(cls, config: Config) -> None:
         """Refuse a first round that would not show how clients are alike."""

@@ -31,6 +31,11 @@ class Wrapped(Strategy, ABC):
         self.most_experts = inner.most_experts
         super().__init__(inner.setting)
 
+    @property
+    def laid_out(self) -> dict[str, int]:
+        """The number of rounds that the inner strategy's roles are laid out over."""
+        return self.inner.laid_out
+
     def ranks(self, state: ServerState) -> tuple[int, ...]:
         """Return the ranks of the inner strategy's clients."""
         return self.inner.ranks(state)
