@@ -16,13 +16,11 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from clients.worker import Worker
-from fedlora.codec import WireError
 from fedlora.config import Config
 from fedlora.engine import layers
 from fedlora.engine.layers import routed, router_weights
 from fedlora.exchange import ClientReport, Instruction
 from fedlora.experts import copied
-from fedlora.headers import HeaderReader, instruction_header, read_instruction_header
 from fedlora.methods import Experts, LowRank
 from fedlora.reduce import ClientUpdate, Reduced
 from fedlora.roles import Role
@@ -437,13 +435,6 @@ def test_max_change_counts_from_the_clients_expert() -> None:
     assert server.replies is not None
     assert list(server.replies.refused) == [4]
     assert "federation.max-change" in server.replies.refused[4]
-
-
-@pytest.mark.parametrize("told", [(0,), (0, -1)])
-def test_experts_that_are_not_one_a_client_are_refused(told: tuple[int, ...]) -> None:
-    header = instruction_header(Instruction(1, (0, 1), {}, {}, experts=told))
-    with pytest.raises(WireError, match="experts"):
-        read_instruction_header(HeaderReader(header, "instruction"), {}, {})
 
 
 def test_a_record_says_the_expert_that_a_client_trained() -> None:

@@ -128,8 +128,9 @@ def routed(experts: Experts, x_g: Tensor) -> Tensor:
     own_g, rest_g = router_weights(experts, x_g)
     hidden_g = x_g @ experts.own.A.to(x_g.dtype).mT * own_g
     y_g = hidden_g @ experts.own.scaled_b().to(x_g.dtype).mT
-    spread_g = rest_g.repeat_interleave(experts.own.A.shape[-2], -1)  # from [G, n, M] to [G, n, M r]
-    return y_g + (x_g @ experts.all.A.to(x_g.dtype).mT * spread_g) @ experts.all.scaled_b().to(x_g.dtype).mT
+    hidden_g = x_g @ experts.all.A.to(x_g.dtype).mT  # [G, n, M r]
+    weighed_g: Tensor = hidden_g.unflatten(-1, (rest_g.shape[-1], -1)) * rest_g.unsqueeze(-1)  # type: ignore[no-untyped-call]
+    return y_g + weighed_g.flatten(-2) @ experts.all.scaled_b().to(x_g.dtype).mT
 
 
 def router_weights(experts: Experts, x_g: Tensor) -> tuple[Tensor, Tensor]:
