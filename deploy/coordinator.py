@@ -288,7 +288,7 @@ class _Deployment:
         outcome["seconds"] = time.monotonic() - self._started
         roles = plan.strategy.all_roles(config.rounds + 1)
         if any(role is Role.PERSONAL for kind, role in roles.items() if kind != "head"):
-            console.print("no adapter is written: half of each site's is personal, and never leaves it")
+            console.print("no adapter is written: a part of each site's is personal, and never leaves it")
         else:
             (files,) = self._model.export(tensors, roles, config.rounds + 1)
             card = model_card(config, plan.data.corpus.classes, outcome, roles, self._privacy.record, last["round"], ())

@@ -87,7 +87,7 @@ class Strategy(ABC):
     period: int = 1
     """Rounds after which the roles repeat."""
     repeats: bool = True
-    """Whether they do; else they are laid out over a run of ``period`` rounds, and after it stay as in its last one."""
+    """Whether they do; else they are laid out over ``period`` rounds, and after them stay as in the last one."""
     ragged: bool = False
     """Whether clients may hold different ranks (``method.ranks``)."""
     folds: bool = False
@@ -96,6 +96,8 @@ class Strategy(ABC):
     """Whether a client's rank may fall from round to round, which makes bytes that follow from shapes the most."""
     accumulates: bool = False
     """Whether tensors grow by round beside the method's (:meth:`accumulated`)."""
+    most_experts: int = 0
+    """Experts that clients are sent at most, where their number is found from updates; 0: none are sent."""
     keeps_basis: bool = True
     """Whether a tensor's numbers mean the same in the next round, which a server optimizer's moments rest on."""
 
@@ -130,7 +132,7 @@ class Strategy(ABC):
         return self.setting.ranks
 
     def at(self, state: ServerState) -> Self:
-        """Return the strategy at the ranks that clients hold next; itself where they have not changed."""
+        """Return the strategy as the state has it next, such as its clients' ranks; itself where that is no other."""
         ranks = self.ranks(state)
         if ranks == self.setting.ranks:
             return self
@@ -142,6 +144,10 @@ class Strategy(ABC):
     def held(self) -> tuple[int, ...]:
         """The rank that each client computes with; empty: all compute with the method's."""
         return () if self.folds else self.setting.ranks
+
+    def expert(self, client: int) -> int | None:
+        """Return which of the experts that are sent is a client's own (:mod:`fedlora.experts`); None: none are sent."""
+        return None
 
     # -- clients ------------------------------------------------------------------------------------------
 

@@ -100,8 +100,8 @@ class Run:
 
     @property
     def evaluator(self) -> TrainerEvaluator:
-        """The trainers, for clients at the ranks that they hold now."""
-        return self.parts.evaluator.at(self.flower.strategy.held)
+        """The trainers, for clients with the ranks and experts that they have now."""
+        return self.parts.evaluator.at(self.flower.strategy)
 
     def rounds(self, grid: Grid) -> None:
         """Run the rounds that are left."""

@@ -125,7 +125,7 @@ class Session:
             known = check_disk(pool, config) if apart else ""
             job = Job(config.to_flat(), data, _limits(config), folder_id=known, agreed=description.agreed)
             pool.expect(job)
-            evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.held, plan.most_clients)
+            evaluator = TrainerEvaluator(pool, config.engine.pack, strategy, plan.most_clients)
             accounts = Accounts(_limits(config), config) if config.privacy.mode == "dp" else None
             run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)
             outcome: dict[str, Any] | None = None
@@ -156,7 +156,7 @@ class Session:
             config: Config, frozen: frozenset[str], clients: Sequence[int], split: str
         ) -> list[dict[str, Any]]:
             strategy = build_strategy(config, run.parts.description.specs, frozen)
-            evaluator = TrainerEvaluator(self.assigned(config, plan.data), config.engine.pack, strategy.held)
+            evaluator = TrainerEvaluator(self.assigned(config, plan.data), config.engine.pack, strategy)
             sums = evaluator.personal({}, strategy.all_roles(1), config.rounds + 1, clients, split)
             return [score(run.task, client, one) for client, one in sums.items()]
 

@@ -28,6 +28,7 @@ class Wrapped(Strategy, ABC):
         self.personal, self.period, self.ragged = inner.personal, inner.period, inner.ragged
         self.repeats, self.keeps_basis = inner.repeats, inner.keeps_basis
         self.folds, self.prunes, self.accumulates = inner.folds, inner.prunes, inner.accumulates
+        self.most_experts = inner.most_experts
         super().__init__(inner.setting)
 
     def ranks(self, state: ServerState) -> tuple[int, ...]:
@@ -35,13 +36,17 @@ class Wrapped(Strategy, ABC):
         return self.inner.ranks(state)
 
     def at(self, state: ServerState) -> Self:
-        """Return the strategy around the inner one at the ranks that clients hold next."""
+        """Return the strategy around the inner one as the state has that next."""
         inner = self.inner.at(state)
         if inner is self.inner:
             return self
         now = copy(self)
         now.inner, now.setting = inner, inner.setting
         return now
+
+    def expert(self, client: int) -> int | None:
+        """Return the expert of the inner strategy's client."""
+        return self.inner.expert(client)
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return the inner strategy's roles."""

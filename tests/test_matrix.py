@@ -28,6 +28,7 @@ from tests.support.formulas import LAYERS
 from tests.support.matrix import (
     CASES,
     CONFIGS,
+    LINEAR,
     MODELS,
     Arrays,
     alone,
@@ -114,7 +115,7 @@ def test_gradients_of_each_row(method: str, family: str) -> None:
     assert min(largest.values()) > 1e-6, "a single row may give a tensor no gradient, all rows together do"
 
 
-@methods
+@pytest.mark.parametrize("method", LINEAR)
 def test_gradcheck(method: str) -> None:
     """Two groups at once: derivatives of all layers' updates by finite differences."""
     torch.manual_seed(0)
@@ -136,7 +137,7 @@ def test_gradcheck(method: str) -> None:
 
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 @models
-@methods
+@pytest.mark.parametrize("method", LINEAR)
 def test_peft_reproduces_the_logits(method: str, family: str, targets: str, tmp_path: Path) -> None:
     """float64 to 1e-12 and float32 to 1e-4 of the largest logit; layers and ranks of no use are left out."""
     if method == "mos" and family == "bert" and targets == "all-linear":

@@ -145,10 +145,12 @@ def roles_table() -> list[str]:
                 mean = "exact" if strategy.exact else f"off by {off:.2f}"
                 assert (off < 1e-12) == strategy.exact, f"{name} is off by {off}"
             sent_only = [k for k in by_role[Role.BROADCAST] if k not in sent]
-            fixed = ", ".join([*by_role[Role.FROZEN], *(f"{k} (by the server)" for k in sent_only)])
+            kept = by_role[Role.PERSONAL]
+            never = [k for k in by_role[Role.FROZEN] if k not in (*sent, *kept)]
+            fixed = ", ".join([*never, *(f"{k} (by the server)" for k in sent_only)])
             lines.append(
-                f"| `{name}` | `{kind}` | {_joined(sent)} | {_joined(by_role[Role.PERSONAL])} | "
-                f"{fixed or '-'} | {' → '.join(turns) if strategy.period > 1 else '-'} | {mean} |"
+                f"| `{name}` | `{kind}` | {_joined(sent)} | {_joined(kept)} | "
+                f"{fixed or '-'} | {' → '.join(turns) if len(set(turns)) > 1 else '-'} | {mean} |"
             )
     return lines
 

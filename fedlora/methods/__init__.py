@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedlora.config import Config
 from fedlora.methods.base import (
     Dense,
+    Experts,
     Factor,
     Fault,
     Layer,
@@ -29,6 +30,7 @@ from fedlora.methods.base import (
 from fedlora.methods.dual_lora import DualLora, DualLoraOptions
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
+from fedlora.methods.lora_experts import LoraExperts, LoraExpertsOptions
 from fedlora.methods.lora_sb import LoraSB
 from fedlora.methods.mos import Mos, MosOptions
 from fedlora.methods.nola import Nola, NolaOptions
@@ -47,6 +49,7 @@ METHODS.register("ravan", RavanOptions)(Ravan)
 METHODS.register("dual-lora", DualLoraOptions)(DualLora)
 METHODS.register("nola", NolaOptions)(Nola)
 METHODS.register("randlora")(RandLora)
+METHODS.register("lora-experts", LoraExpertsOptions)(LoraExperts)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -73,11 +76,14 @@ __all__ = [
     "Dense",
     "DualLora",
     "DualLoraOptions",
+    "Experts",
     "Factor",
     "Fault",
     "Head",
     "Layer",
     "Lora",
+    "LoraExperts",
+    "LoraExpertsOptions",
     "LoraSB",
     "LowRank",
     "LowRankMethod",

@@ -90,6 +90,19 @@ class LowRank(NamedTuple):
         return self.B * (self.scale if isinstance(self.scale, float) else self.scale.unsqueeze(-2))
 
 
+class Experts(NamedTuple):
+    """What a layer adds to its base where a router weighs several low-rank updates for each token of its input x.
+
+    The router's first M outputs are of the M experts, the rest of the client's own one; the M largest count, by their
+    softmax.
+    """
+
+    own: LowRank  # the client's own expert
+    all: LowRank  # the M experts side by side, A [*, M r, d_in] and B [*, d_out, M r]
+    router: Tensor  # [*, 2 M - 1, d_in]
+    is_own: Tensor  # [*, M], 1 where it is the client's own, whose weight goes to ``own``, and else 0
+
+
 class Dense(NamedTuple):
     """A layer that is replaced: ``y = weight x + bias``."""
 
@@ -104,7 +117,7 @@ class Scale(NamedTuple):
     bias: Tensor | None  # [*, d]
 
 
-Factor = LowRank | ScaledBases | Dense | Scale
+Factor = LowRank | ScaledBases | Experts | Dense | Scale
 
 
 def as_low_rank(factor: Factor) -> LowRank | None:
@@ -155,6 +168,8 @@ class LowRankMethod(Method):
     """Strategies that work with it, beside those that name it among their ``methods``: they are older than it."""
     inits: ClassVar[tuple[str, ...]] = ()
     """Values of ``method.init`` that it knows, beside ``auto``."""
+    no_adapter: ClassVar[str] = ""
+    """Why its update is no PEFT adapter, so that none is exported; empty: it is one."""
 
     @classmethod
     @abstractmethod

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.engine.stack import common_shapes
-from fedlora.methods import Dense, Factor, LowRank, Scale, ScaledBases
+from fedlora.methods import METHODS, Dense, Factor, LowRank, Scale, ScaledBases
 from fedlora.methods.residual import compress
 from fedlora.models import head_modules, model_path
 from fedlora.runs.ranks import FILE, strengths
@@ -38,7 +38,13 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         engine: The engine whose method made the tensors.
         tensors: All of the method's tensors, at the method's rank or a smaller one.
         config: The run's configuration.
+
+    Raises:
+        ValueError: The method's update is no LoRA.
     """
+    no_adapter = METHODS[config.method.name].no_adapter
+    if no_adapter:
+        raise ValueError(f"method.name = {config.method.name!r}: cannot be exported to PEFT; {no_adapter}.")
     shapes = common_shapes(engine.method.specs(), [tensors], {})
     made = engine.method.factors({name: engine.tensor(pad(value, shapes[name])) for name, value in tensors.items()})
     factors = {name: _one_term(factor, engine) for name, factor in made.items()}

@@ -106,7 +106,7 @@ class FlowerStrategy(FlowerBase):
         able = [client for client in cohort if client not in self.state.clients.spent]
         nodes = self.nodes.assign(grid, able, server_round)
         sent = (
-            {clients[0]: self.core.sent(server_round, clients) for clients in nodes.values()}
+            {clients[0]: self.core.start(server_round, clients[0]) for clients in nodes.values()}
             if federation.max_change
             else {}
         )

@@ -109,16 +109,21 @@ class Payloads:
             total += self._size({name: spec}) - (self._size({name: had[name]}) if appended else 0)
         return total
 
+    @property
+    def rounds(self) -> range:
+        """A cycle of rounds after the first; where roles do not repeat, all rounds of the run."""
+        strategy = self.strategy
+        if strategy.repeats:
+            return range(strategy.period + 1, 2 * strategy.period + 1)
+        return range(1, max(strategy.period, strategy.setting.config.rounds) + 1)
+
     def cycle(self) -> tuple[float, float, float]:
         """Return the bytes of a client in a round: up, down, and down for one that keeps what it was sent.
 
-        Means over a cycle of rounds after the first, or over the run where roles do not repeat, for a client that takes
-        part in all of them, without what accumulates. To evaluate itself a client is sent the tensors once more, which
-        is not counted here.
+        Means over :attr:`rounds`, for a client that takes part in all of them, without what accumulates. To evaluate
+        itself a client is sent the tensors once more, which is not counted here.
         """
-        period = self.strategy.period
-        before = period if self.strategy.repeats else 0
-        sums = [(self.up(n), *self.down(n, n - 2)) for n in range(before + 1, before + period + 1)]
+        sums = [(self.up(n), *self.down(n, n - 2)) for n in self.rounds]
         up, down, cached = (sum(column) / len(sums) for column in zip(*sums, strict=True))
         return up, down, cached
 

@@ -19,6 +19,7 @@ from fedlora.state import ServerState
 from fedlora.strategy import Strategy
 from fedlora.wire import from_named_arrays
 from strategies import STRATEGIES
+from tests.support.formulas import FORMULAS
 from tests.support.loop import Arrays, LoopGrid, update_of
 from tests.support.matrix import CASES, CONFIGS, method_of, setting
 
@@ -80,8 +81,14 @@ def saved(state: ServerState) -> ServerState:
 
 
 def updates(name: str, tensors: Arrays, method: Method | None = None) -> Arrays:
-    """Return Delta W of each layer, [d_out, d_in]: the method's, and what has been stacked beside it."""
+    """Return Delta W of each layer, [d_out, d_in]: the method's, and what has been stacked beside it.
+
+    Of experts, which a router mixes: the Delta W of each of them, [M, d_out, d_in].
+    """
     method, scale = method or method_of(name), CONFIGS[name].method.alpha / CONFIGS[name].method.rank
+    if FORMULAS[name].added is not None:
+        layers = [layer for layer, _, _ in pairs(method.specs())]
+        return {layer: scale * tensors[f"{layer}.expert_B_all"] @ tensors[f"{layer}.expert_A_all"] for layer in layers}
     factors = method.factors({key: torch.tensor(np.asarray(value)).double() for key, value in tensors.items()})
     added = {layer: as_low_rank(one) for layer, one in factors.items()}
     found = {layer: (one.scaled_b() @ one.A).numpy() for layer, one in added.items() if one is not None}

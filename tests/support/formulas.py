@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedlora.config import Config, MethodConfig
-from fedlora.methods import DualLoraOptions, MosOptions, NolaOptions, RavanOptions, S2Options
+from fedlora.methods import DualLoraOptions, LoraExpertsOptions, MosOptions, NolaOptions, RavanOptions, S2Options
 from fedlora.methods.base import Layer
+from fedlora.plugins import methods_of
 from fedlora.seeded import Seeded
 
 Tensors = Mapping[str, Any]
@@ -31,15 +32,18 @@ class Formula:
 
     Attributes:
         config: A small configuration of it.
-        update: Delta W of a layer, [d_out, d_in], given all adapted layers and the tensors, in torch.
+        update: Delta W of a layer, [d_out, d_in], given all adapted layers and the tensors, in torch; None: it is not
+            the same for all tokens, see ``added``.
         penalty: What is added to a client's loss whatever its data.
         l1: Weight of the L1 penalty, by kind of tensor.
+        added: What a layer adds to its output, [T, d_out], for an input [T, d_in]; None: Delta W times the input.
     """
 
     config: Config
-    update: Callable[[Config, Sequence[Layer], Layer, Tensors], Any]
+    update: Callable[[Config, Sequence[Layer], Layer, Tensors], Any] | None
     penalty: Callable[[Config, Tensors], Tensor] = _no_penalty
     l1: Mapping[str, float] = field(default_factory=dict)
+    added: Callable[[Config, Layer, Tensors, Tensor], Tensor] | None = None
 
 
 def _scale(config: Config) -> float:
@@ -169,6 +173,29 @@ def _randlora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Te
     return _scale(config) * (total if layer.d_in == small else total.T)  # type: ignore[union-attr]
 
 
+# -- lora-experts -------------------------------------------------------------------------------------
+
+
+def _routed(config: Config, layer: Layer, tensors: Tensors, x: Tensor) -> Tensor:
+    """Token by token: each of the M largest outputs has its expert's update, by a softmax over those M."""
+    a, b, router = (tensors[f"{layer.name}.{name}"] for name in ("expert_A", "expert_B", "router"))
+    all_a, all_b, own = tensors[f"{layer.name}.expert_A_all"], tensors[f"{layer.name}.expert_B_all"], "experts.own"
+    count, rows = len(all_a), []
+    for token in x:
+        outputs = [router[place] @ token for place in range(2 * count - 1)]
+        largest = sorted(range(2 * count - 1), key=lambda place: -outputs[place].item())[:count]
+        total = sum(outputs[place].exp() for place in largest)
+        update = torch.zeros(layer.d_out, dtype=x.dtype)
+        for place in largest:
+            of_own = b @ (a @ token)
+            if place < count:  # of an expert that is the client's own, the trained copy; in tests own may be any number
+                is_own = tensors[own][place]
+                of_own = is_own * of_own + (1 - is_own) * (all_b[place] @ (all_a[place] @ token))
+            update = update + outputs[place].exp() / total * of_own
+        rows.append(_scale(config) * update)
+    return torch.stack(rows)
+
+
 def _config(method: str, rank: int, alpha: float = 6.0) -> Config:
     return Config(method=MethodConfig(method, rank=rank, alpha=alpha))
 
@@ -184,6 +211,9 @@ FORMULAS = {
     ),
     "lora-sb": Formula(_config("lora-sb", 3), _lora_sb),
     "dual-lora": Formula(_config("dual-lora", 3, alpha=3.0).with_options(DualLoraOptions(mix=0.3)), _dual_lora),
+    "lora-experts": Formula(
+        _config("lora-experts", 3, alpha=3.0).with_options(LoraExpertsOptions(max_experts=3)), None, added=_routed
+    ),
     # Of a small scale: three heads of random numbers would saturate the loss, whose gradients are then rounding.
     "ravan": Formula(_config("ravan", 2, alpha=1.0).with_options(RavanOptions(heads=3)), _ravan),
     "nola": Formula(_config("nola", 3).with_options(NolaOptions(bases=5)), _nola),
@@ -194,6 +224,7 @@ FORMULAS = {
 def update_of_layer(method: str, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
     """Return Delta W of a layer, [d_out, d_in], by a method's formula in its small configuration."""
     formula = FORMULAS[method]
+    assert formula.update is not None, f"{method} has no one matrix for all tokens"
     return formula.update(formula.config, layers, layer, tensors)
 
 
@@ -248,6 +279,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("rolora", method), (whole / 2, whole, whole / 2)
         yield ("fedsa-lora", method), (a_numbers, a_numbers, a_numbers)
     yield ("feddpa", "dual-lora"), (both(3), both(3), both(3))
+    yield ("fedlease", "lora-experts"), (both(3), 3 * both(3), 3 * both(3))  # of three experts, from round 2 on
     yield ("florist", "lora"), (both(3), 0, 0)  # and what has been kept of the stack, see test_product_rules.py
     yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
     yield ("mos", "mos"), (both(3), both(3), both(3))
@@ -258,7 +290,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("s2-frozen", "s2-lora"), (s, s, s)
     yield ("s2-cyclic", "s2-lora"), ((bases + s) / 3, bases + s, (bases + s) / 3)
     yield ("s2-personal", "s2-lora"), (bases, bases, bases)
-    for method in FORMULAS:
+    for method in methods_of("local"):
         yield ("local", method), (0, 0, 0)
 
 
