@@ -11,6 +11,7 @@ to wait trains those of all.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ import numpy as np
 
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
+from fedlora.engine.fast import set_compile_limits
 from fedlora.engine.local import NO_TERMS
 from fedlora.engine.work import Arrays
 from fedlora.experts import OWN
@@ -27,6 +29,7 @@ from fedlora.local_terms import LocalTerms
 from fedlora.methods import tensors_digest
 from fedlora.privacy.step import PrivateStep
 
+_logger = logging.getLogger(__name__)
 _OWN_NUMBERS = 2**20  # that a row under DP has a copy of, at most: beyond it passes have few rows
 
 
@@ -104,10 +107,11 @@ class Lockstep:
         request.done.wait()
         self._baton.acquire()
         if request.error is not None:
-            raise request.error
+            raise request.error.with_traceback(None)  # which would keep the failed pack's tensors
         return request.results
 
     def _one(self, each: Callable[[], None]) -> None:
+        set_compile_limits()  # they hold in the thread that sets them
         with self._baton:
             try:
                 each()
@@ -132,7 +136,26 @@ class Lockstep:
             request.done.set()
 
     def _train(self, requests: Sequence[_Request]) -> None:
-        """Train clients of several runs in one pack."""
+        """Train clients of several runs in one pack; where that fails, such as for lack of memory, each run's alone.
+
+        Under DP a run pays for a round before it trains: one that another run's clients made fail would pay twice.
+        """
+        try:
+            results = self._trained(requests)
+        except Exception as error:
+            failure = error.with_traceback(None)
+        else:
+            for one in requests:
+                one.results, results = results[: len(one.works)], results[len(one.works) :]
+            return
+        if len(requests) == 1:
+            requests[0].error = failure
+            return
+        _logger.warning("%d runs side by side: each trains alone in this round (%s)", len(requests), failure)
+        for one in requests:
+            self._train([one])
+
+    def _trained(self, requests: Sequence[_Request]) -> list[ClientResult]:
         self.packs += 1
         first = requests[0]
         own = _differing(requests)
@@ -145,16 +168,7 @@ class Lockstep:
         private = first.private
         if private is not None:
             private = replace(private, randoms=[r for one in requests if one.private for r in one.private.randoms])
-        try:
-            results = train_pack(
-                first.engine, works, common, first.config, private, terms=first.terms, shared=first.shared
-            )
-        except Exception as error:
-            for one in requests:
-                one.error = error
-            return
-        for one in requests:
-            one.results, results = results[: len(one.works)], results[len(one.works) :]
+        return train_pack(first.engine, works, common, first.config, private, terms=first.terms, shared=first.shared)
 
 
 def _differing(requests: Sequence[_Request]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -106,6 +107,38 @@ def test_runs_with_other_numbers_of_experts_train_apart(monkeypatch: pytest.Monk
     assert off_by_experts() < 1e-10
     monkeypatch.setattr(lockstep._Request, "key", lambda _self: ())
     assert off_by_experts() > 1e-4
+
+
+@pytest.mark.slow
+def test_settings_that_are_tried_do_not_mix(tmp_path: Path) -> None:
+    """A scale is the method's, and no key of a training: cells that differ in it train one by one."""
+    flat = {"tune.method.alpha": [2.0, 64.0], "data.dev-share": 0.2, "rounds": 1}
+    for name, together in (("alone", 1), ("together", 3)):
+        swept(tmp_path, name, together, **flat)
+    found = [
+        sorted(lines(cell)[0]["train_loss"] for cell in (tmp_path / "runs" / name / "cells").glob("tune-*"))
+        for name in ("alone", "together")
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+    assert found[0][0] < found[0][1] - 1e-6, "which another scale does change"
+
+
+def test_a_pack_that_fails_is_trained_run_by_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under DP a round is paid before it trains: none of the runs pays for another's lack of memory."""
+    train_pack, sizes = lockstep.train_pack, []
+
+    def short(engine: Any, works: Any, *args: Any, **others: Any) -> Any:
+        sizes.append(len(works))
+        if len(works) > 4:
+            raise torch.OutOfMemoryError("no memory for so many")
+        return train_pack(engine, works, *args, **others)
+
+    monkeypatch.setattr(lockstep, "train_pack", short)
+    budget = {"privacy.mode": "dp", "privacy.epsilon": 8.0, "data.partition": "iid"}
+    cells = swept(tmp_path, "together", 3, **budget)
+    assert [size for size in sizes if size >= 4] == [12, 4, 4, 4] * 2, "and a trial with one client each before"
+    assert [len(lines(cell)) for cell in cells] == [2, 2, 2], "all rounds"
+    assert all(line["clients_ok"] == 4 for cell in cells for line in lines(cell))
 
 
 def test_a_run_that_fails_stops_no_other(tmp_path: Path) -> None:

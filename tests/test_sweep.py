@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -15,8 +17,10 @@ from fedlora.config import ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
 from fedlora.plugins import read_config, schema
 from simulations.cli import run
+from simulations.session import Session
 from simulations.sweeps.cells import Cell, Share
 from simulations.sweeps.file import Sweep
+from simulations.sweeps.progress import run_share
 from simulations.sweeps.tables import summary, write_tables
 from tests.support.trainers import tiny_flat
 
@@ -212,7 +216,7 @@ def test_a_finished_cell_has_no_error(tmp_path: Path) -> None:
     (done.folder / "result.json").write_text('{"test_accuracy": 0.5}')
     errors = {done.name: "ValueError: is being written", failed.name: "ValueError: of its own"}
     one.errors_file(Share()).write_text(json.dumps(errors))
-    one.attempt_file(Share()).write_text(json.dumps({"cell": failed.name, "count": 2}))
+    one.attempt_file(Share()).write_text(json.dumps({failed.name: 2}))
     assert one.errors() == {failed.name: "ValueError: of its own"}
     one.begin()
     assert one.errors() == {}
@@ -276,5 +280,25 @@ def test_a_process_that_dies_in_the_same_place_is_not_started_again(tmp_path: Pa
     assert again(1), "it has cells left"
     assert not again(1), "nothing has moved since"
     one.folder.mkdir(parents=True, exist_ok=True)
-    one.attempt_file(Share(1, 2)).write_text('{"cell": "a", "count": 2}')
+    one.attempt_file(Share(1, 2)).write_text('{"a": 2}')
     assert again(1)
+
+
+def test_cells_in_which_the_process_died_run_one_by_one_and_the_third_time_not_at_all(tmp_path: Path) -> None:
+    one = sweep(tmp_path, **{"grid.seed": [0, 1, 2, 3]})
+    cells, packs = one.finals({}, {}), []
+    one.folder.mkdir(parents=True, exist_ok=True)
+    one.attempt_file(Share()).write_text(json.dumps({cells[1].name: 1, cells[2].name: 2}))
+
+    def run_cells(chosen: Sequence[Callable[[Session], None]]) -> None:
+        packs.append(len(chosen))
+        for each in chosen:
+            each(session)
+
+    session: Any = SimpleNamespace(run=lambda config, console: {"test_accuracy": 0.5})
+    console = Console(record=True, quiet=True)
+    run_share(one, run_cells, console, Share())
+    assert packs == [1, 1, 2]
+    assert list(one.errors()) == [cells[2].name]
+    assert "the whole process ended 2 times" in one.errors()[cells[2].name]
+    assert json.loads(one.attempt_file(Share()).read_text()) == {}, "none is at work"

@@ -153,10 +153,15 @@ def _low_rank_shapes(engine: Engine) -> list[tuple[int, int, int]]:
     return sorted({(one.A.shape[-1], one.B.shape[-2], one.A.shape[-2]) for one in factors})
 
 
-def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+def set_compile_limits() -> None:
+    """Have compiled blocks keep as many versions as there are kinds of passes; it holds in this thread only."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SPECIALISED)
     # A scale is a constant: left open it is a tensor on the CPU in each block, for which C++ is compiled, too.
     torch._dynamo.config.specialize_float = True
+
+
+def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
+    set_compile_limits()
     grouped = engine.grouped
     grouped.blocks = {
         block: torch.compile(block.forward, dynamic=True, options=_OPTIONS) for block in blocks_of(engine)

@@ -36,13 +36,18 @@ def run_share(sweep: Sweep, run_cells: RunCells, console: Console, share: Share)
         run_cells([partial(progress.run, cell) for cell in cells])
 
     for group in sweep.groups(share):
-        run(sweep.tuning(group))
+        for cell in sweep.tuning(group):  # what they differ in may be the model's
+            run([cell])
         try:
             chosen = sweep.choose(group)
         except ValueError as error:
             progress.skip(group, error)
             continue
-        run(sweep.finals(group, chosen))
+        finals = sweep.finals(group, chosen)
+        suspects = [cell for cell in finals if progress.tried(cell)]  # of those side by side, one made the process die
+        for cell in suspects:
+            run([cell])
+        run([cell for cell in finals if cell not in suspects])
     write_tables(sweep)
 
 
@@ -122,6 +127,10 @@ class _Progress:
         """Write the errors where the tables of all shares are made from; of earlier calls none is left."""
         self.sweep.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.sweep.errors_file(self.share), json.dumps(self.errors).encode())
+
+    def tried(self, cell: Cell) -> bool:
+        """Return whether the process died in this cell, or in others beside it."""
+        return cell.name in self._attempts
 
     def _begin_attempt(self, cell: Cell) -> None:
         """Give up a cell in which the process died over and over."""
