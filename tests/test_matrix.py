@@ -17,7 +17,7 @@ from fedlora.config import TrainConfig
 from fedlora.engine import Engine, train_pack
 from fedlora.engine.layers import Layout
 from fedlora.exchange import ClientReport, Update
-from fedlora.methods import LowRank, TensorSpec, initial_tensors
+from fedlora.methods import LowRank, TensorSpec, WeightDecomposed, initial_tensors
 from fedlora.reduce import REDUCTIONS
 from fedlora.runs.export import adapter_files
 from fedlora.seeded import Seeded
@@ -124,8 +124,10 @@ def test_gradcheck(method: str) -> None:
 
     def function(*values: torch.Tensor) -> torch.Tensor:
         named = {**head, **dict(zip(specs, values, strict=True))}
-        factors = method_of(method).factors(named).values()
-        parts = [(f.scaled_b() @ f.A).flatten() for f in factors if isinstance(f, LowRank)]
+        factors = list(method_of(method).factors(named).values())
+        lows = [f.update if isinstance(f, WeightDecomposed) else f for f in factors]
+        parts = [(f.scaled_b() @ f.A).flatten() for f in lows if isinstance(f, LowRank)]
+        parts += [f.magnitude.flatten() for f in factors if isinstance(f, WeightDecomposed)]
         extra = method_of(method).penalty(named)
         return torch.cat([*parts, *([] if extra is None else [extra])])
 

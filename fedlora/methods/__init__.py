@@ -13,8 +13,10 @@ from fedlora.methods.base import (
     LowRank,
     LowRankMethod,
     Method,
+    PeftAdapter,
     Scale,
     TensorSpec,
+    WeightDecomposed,
     check_start,
     count_parameters,
     initial_tensors,
@@ -24,6 +26,7 @@ from fedlora.methods.base import (
     tensors_digest,
     zero_kinds,
 )
+from fedlora.methods.dora import Dora
 from fedlora.methods.dual_lora import DualLora, DualLoraOptions
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
@@ -31,6 +34,7 @@ from fedlora.methods.lora_sb import LoraSB
 from fedlora.methods.mos import Mos, MosOptions
 from fedlora.methods.ravan import Ravan, RavanOptions
 from fedlora.methods.s2_lora import S2Lora, S2Options
+from fedlora.methods.vera import Vera, VeraOptions
 from fedlora.registry import Registry
 
 METHODS: Registry[type[LowRankMethod]] = Registry("method.name")
@@ -40,6 +44,8 @@ METHODS.register("s2-lora", S2Options)(S2Lora)
 METHODS.register("lora-sb")(LoraSB)
 METHODS.register("ravan", RavanOptions)(Ravan)
 METHODS.register("dual-lora", DualLoraOptions)(DualLora)
+METHODS.register("vera", VeraOptions)(Vera)
+METHODS.register("dora")(Dora)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -48,13 +54,14 @@ def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]
     Raises:
         ValueError: The configuration does not fit the layers.
     """
+    kind = METHODS[config.method.name]
     most = max((min(layer.d_in, layer.d_out) for layer in adapted), default=config.method.rank)
-    if config.method.rank > most:
+    if kind.rank_is_bounded and config.method.rank > most:
         raise ValueError(
             f"method.rank = {config.method.rank}: the adapted layers have {most} features at most, and no update of "
             "them has a higher rank; lower it."
         )
-    method = Head(METHODS[config.method.name].build(adapted, config), head)
+    method = Head(kind.build(adapted, config), head)
     check_start(method.specs())
     return method
 
@@ -62,6 +69,7 @@ def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]
 __all__ = [
     "METHODS",
     "Dense",
+    "Dora",
     "DualLora",
     "DualLoraOptions",
     "Factor",
@@ -75,12 +83,16 @@ __all__ = [
     "Method",
     "Mos",
     "MosOptions",
+    "PeftAdapter",
     "Ravan",
     "RavanOptions",
     "S2Lora",
     "S2Options",
     "Scale",
     "TensorSpec",
+    "Vera",
+    "VeraOptions",
+    "WeightDecomposed",
     "build_method",
     "check_start",
     "count_parameters",

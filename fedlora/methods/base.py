@@ -63,6 +63,7 @@ class TensorSpec:
             this, after each optimizer step and once more on the server's mean.
         rank_axis: The axis that counts ranks, where a client may hold fewer of them than the server; None: none does.
         start: What all of it starts at, without a bound.
+        linear: Whether the layer's update is linear in it, or affine, while the other factors stay as they are.
     """
 
     shape: tuple[int, ...]
@@ -72,19 +73,32 @@ class TensorSpec:
     l1: float = 0.0
     rank_axis: int | None = None
     start: float = 0.0
+    linear: bool = True
 
 
 class LowRank(NamedTuple):
-    """What a layer adds to its base: ``y = W x + B (scale * A x)``, and the same of a residual."""
+    """What a layer adds to its base: ``y = W x + out_scale * B (scale * A x)``, and the same of a residual."""
 
     A: Tensor  # [*, r, d_in]
     B: Tensor  # [*, d_out, r]
     scale: float | Tensor  # one number, or one for each rank [*, r]
     residual: LowRank | None = None  # without one of its own; groups of one federation have it in common
+    out_scale: Tensor | None = None  # one number for each output [*, d_out]; None: 1
 
     def scaled_b(self) -> Tensor:
-        """Return B with the scale folded in, [*, d_out, r]."""
-        return self.B * (self.scale if isinstance(self.scale, float) else self.scale.unsqueeze(-2))
+        """Return B with both scales folded in, [*, d_out, r]."""
+        b = self.B * (self.scale if isinstance(self.scale, float) else self.scale.unsqueeze(-2))
+        return b if self.out_scale is None else b * self.out_scale.unsqueeze(-1)
+
+
+class WeightDecomposed(NamedTuple):
+    """A layer whose weight is split in magnitude and direction: ``y = m (W x + B A x) / |W + B A| + bias``.
+
+    Norms are those of rows, one an output, and constants in gradients.
+    """
+
+    update: LowRank  # without a residual
+    magnitude: Tensor  # m - |W|, [*, d_out]
 
 
 class Dense(NamedTuple):
@@ -101,7 +115,21 @@ class Scale(NamedTuple):
     bias: Tensor | None  # [*, d]
 
 
-Factor = LowRank | Dense | Scale
+Factor = LowRank | WeightDecomposed | Dense | Scale
+
+
+class PeftAdapter(NamedTuple):
+    """A method's tensors as an adapter of a type that PEFT has for it.
+
+    Attributes:
+        kind: The name of the type, in ``peft.PeftType``.
+        settings: Fields of its configuration, ``target_modules`` among them; not those that follow from model and task.
+        weights: Its tensors, by the name that PEFT saves them with.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    weights: dict[str, Tensor]
 
 
 class Fault(Enum):
@@ -126,9 +154,13 @@ class Method(ABC):
         """Return what is added to the loss of each group whatever its data, [*]; None for nothing."""
         return None
 
-    def constants(self) -> dict[str, NDArray[np.int64]]:
+    def constants(self) -> dict[str, NDArray[np.int64] | NDArray[np.float32]]:
         """Return fixed numbers beside the tensors that every machine must agree on, by name."""
         return {}
+
+    def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter | None:
+        """Return the method's own type of PEFT adapter; None: its factors are a LoRA there."""
+        return None
 
     def advice(self, fault: Fault) -> str:
         """Return what of this method's own keys is likely to be behind a fault of training; empty: nothing."""
@@ -140,6 +172,8 @@ class LowRankMethod(Method):
 
     strategies: ClassVar[tuple[str, ...]] = ()
     """Strategies that work with it, beside those that name it among their ``methods``: they are older than it."""
+    rank_is_bounded: ClassVar[bool] = True
+    """Whether ranks above the layers' features are refused, as they would add nothing."""
 
     @classmethod
     @abstractmethod
@@ -247,7 +281,7 @@ def proximal_step(
     return {name: soft_threshold(tensors[name], learning_rate * spec.l1) for name, spec in specs.items() if spec.l1}
 
 
-def tensors_digest(tensors: Mapping[str, NDArray[np.floating] | NDArray[np.int64]]) -> str:
+def tensors_digest(tensors: Mapping[str, NDArray[np.floating] | NDArray[np.int64] | NDArray[np.float32]]) -> str:
     """Return a SHA-256 digest of tensors with their names, shapes and dtypes."""
     sha = hashlib.sha256()
     for name, value in sorted(tensors.items()):

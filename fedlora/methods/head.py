@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, Scale, TensorSpec
+from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, PeftAdapter, Scale, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,9 +59,13 @@ class Head(Method):
         """Return the method's penalty; the head has none."""
         return self.method.penalty(tensors)
 
-    def constants(self) -> dict[str, NDArray[np.int64]]:
+    def constants(self) -> dict[str, NDArray[np.int64] | NDArray[np.float32]]:
         """Return the method's constants."""
         return self.method.constants()
+
+    def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter | None:
+        """Return the method's own type of PEFT adapter, without the head."""
+        return self.method.peft_adapter(tensors)
 
     def advice(self, fault: Fault) -> str:
         """Return the method's advice."""

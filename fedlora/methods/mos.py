@@ -191,7 +191,7 @@ class Mos(LowRankMethod):
                 factors[layer.name] = LowRank(a, b.mT, self.scale)
         return factors
 
-    def constants(self) -> dict[str, NDArray[np.int64]]:
+    def constants(self) -> dict[str, NDArray[np.int64] | NDArray[np.float32]]:
         """Return the indices."""
         return {f"{one.name}.{side}": index for one in self.types for side, index in one.index.items()}
 

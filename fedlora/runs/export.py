@@ -7,30 +7,31 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, TaskType
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType
 from safetensors.torch import save_file
 
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.engine.stack import common_shapes
-from fedlora.methods import Factor, LowRank
+from fedlora.methods import Dense, Factor, LowRank, PeftAdapter, Scale, WeightDecomposed
 from fedlora.methods.residual import compress
 from fedlora.models import head_modules, model_path
 from fedlora.runs.ranks import FILE, strengths
 from fedlora.shapes import pad
 
+_PREFIX = "base_model.model."
+
 
 def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], config: Config) -> dict[str, bytes]:
     """Return a PEFT adapter's files by name: configuration, weights, tokenizer, and the ranks of its layers.
 
-    The scale is folded into B, with alpha equal to the rank, so PEFT's own scale is 1 whatever the method. Ranks that
-    add nothing are left out, and so are layers without any other. A layer's residual becomes a part of its A and B,
-    whose rank is then that of their sum; the strengths of its ranks are singular values. PEFT saves and loads the
-    head's modules whole, so whatever they hold is among the weights, trained or not.
+    A method that PEFT has a type of its own for is of that type, any other a LoRA. PEFT saves and loads the head's
+    modules whole, so whatever they hold is among the weights, trained or not.
 
     Args:
         engine: The engine whose method made the tensors.
@@ -38,45 +39,29 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         config: The run's configuration.
     """
     shapes = common_shapes(engine.method.specs(), [tensors], {})
-    made = engine.method.factors({name: engine.tensor(pad(value, shapes[name])) for name, value in tensors.items()})
-    factors = {name: _one_term(factor, engine) for name, factor in made.items()}
-    layers = {layer.name: layer for layer in engine.base.structure.adapted}
-    weights: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    heads = head_modules(engine.base.structure)
-    found = strengths(factors)
-    used = {name: [rank for rank, strength in enumerate(values) if strength] for name, values in found.items()}
-    if not any(used.values()):
-        used[next(iter(used))] = [0]  # PEFT has no empty adapter: one rank of zeros stands for it
+    placed = {name: engine.tensor(pad(value, shapes[name])) for name, value in tensors.items()}
+    factors = {name: _one_term(factor, engine) for name, factor in engine.method.factors(placed).items()}
+    heads, found = head_modules(engine.base.structure), strengths(factors)
+    adapter = engine.method.peft_adapter(placed) or _lora(engine, factors, found)
+    weights = dict(adapter.weights)
     for name, factor in factors.items():
-        key = f"base_model.model.{name}"
-        if isinstance(factor, LowRank):
-            if used[name]:
-                weights[f"{key}.lora_A.weight"] = factor.A[used[name]]
-                weights[f"{key}.lora_B.weight"] = factor.scaled_b()[:, used[name]]
-                ranks[name] = len(used[name])
-        else:
-            weights[f"{key}.weight"] = factor.weight
+        if isinstance(factor, Dense | Scale):
+            weights[f"{_PREFIX}{name}.weight"] = factor.weight
             if factor.bias is not None:
-                weights[f"{key}.bias"] = factor.bias
-    weights |= {f"base_model.model.{name}": value for name, value in _untrained(engine, heads).items()}
-    common = max(ranks.values(), key=list(ranks.values()).count)
-    pattern = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != common}
-    adapter = LoraConfig(
+                weights[f"{_PREFIX}{name}.bias"] = factor.bias
+    weights |= {f"{_PREFIX}{name}": value for name, value in _untrained(engine, heads).items()}
+    targets = adapter.settings["target_modules"]
+    settings: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.kind)](
         task_type=TaskType(engine.task.peft_type),
         base_model_name_or_path=model_path(config.model.name),
         revision=config.model.revision or None,
-        r=common,
-        lora_alpha=common,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=sorted(ranks),
         modules_to_save=sorted(heads) or None,
-        fan_in_fan_out=any(layers[name].fan_in_fan_out for name in ranks),
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in engine.base.structure.adapted if layer.name in targets),
         inference_mode=True,
+        **adapter.settings,
     )
     with TemporaryDirectory() as folder:
-        adapter.save_pretrained(folder)
+        settings.save_pretrained(folder)
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in weights.items()},
             f"{folder}/adapter_model.safetensors",
@@ -85,6 +70,46 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
             engine.base.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
     return {**files, FILE: json.dumps(found).encode()}
+
+
+def _lora(engine: Engine, factors: Mapping[str, Factor], found: Mapping[str, list[float]]) -> PeftAdapter:
+    """Return factors as a LoRA, or as a DoRA where layers are weight-decomposed.
+
+    The scale is folded into B, with alpha equal to the rank, so PEFT's own scale is 1 whatever the method. Ranks that
+    add nothing are left out, and so are layers without any other, unless they are weight-decomposed. A layer's residual
+    is a part of its A and B, whose rank is then that of their sum; the strengths of its ranks are singular values.
+
+    Args:
+        engine: The engine.
+        factors: The layers' factors.
+        found: The strengths of their ranks.
+    """
+    used = {name: [rank for rank, strength in enumerate(values) if strength] for name, values in found.items()}
+    decomposed = {name: factor for name, factor in factors.items() if isinstance(factor, WeightDecomposed)}
+    if not any(used.values()):
+        used[next(iter(used))] = [0]  # PEFT has no empty adapter: one rank of zeros stands for it
+    used |= {name: used[name] or [0] for name in decomposed}
+    weights: dict[str, torch.Tensor] = {}
+    ranks = {name: len(kept) for name, kept in used.items() if kept}
+    for name in ranks:
+        factor = factors[name]
+        low = factor.update if isinstance(factor, WeightDecomposed) else factor
+        assert isinstance(low, LowRank), "a layer with ranks"
+        weights[f"{_PREFIX}{name}.lora_A.weight"] = low.A[used[name]]
+        weights[f"{_PREFIX}{name}.lora_B.weight"] = low.scaled_b()[:, used[name]]
+    for name, one in decomposed.items():
+        weights[f"{_PREFIX}{name}.lora_magnitude_vector"] = engine.grouped.magnitude(name, one)
+    common = max(ranks.values(), key=list(ranks.values()).count)
+    pattern = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != common}
+    settings = {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(ranks),
+        "use_dora": bool(decomposed),
+    }
+    return PeftAdapter("LORA", settings, weights)
 
 
 def _untrained(engine: Engine, heads: Sequence[str]) -> dict[str, torch.Tensor]:

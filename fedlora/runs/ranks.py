@@ -20,14 +20,15 @@ def strengths(factors: Mapping[str, Factor]) -> dict[str, list[float]]:
     """Return for each adapted layer the Frobenius norm of each rank-one component of its update, [r].
 
     The component of rank i is ``scale_i B_:i A_i:``, whose norm is ``|scale_i| |B_:i| |A_i:|``; one that is exactly
-    zero adds nothing.
+    zero adds nothing. Of a weight-decomposed layer they are those before its rows are brought to their magnitudes.
     """
-    from fedlora.methods import LowRank
+    from fedlora.methods import LowRank, WeightDecomposed
 
+    updates = {name: one.update if isinstance(one, WeightDecomposed) else one for name, one in factors.items()}
     return {
-        name: (factor.scaled_b().norm(dim=-2) * factor.A.norm(dim=-1)).tolist()
-        for name, factor in factors.items()
-        if isinstance(factor, LowRank)
+        name: (one.scaled_b().norm(dim=-2) * one.A.norm(dim=-1)).tolist()
+        for name, one in updates.items()
+        if isinstance(one, LowRank)
     }
 
 

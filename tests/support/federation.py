@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.methods import LowRank, Method, initial_tensors
+from fedlora.methods import LowRank, Method, WeightDecomposed, initial_tensors
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
 from fedlora.server import Federation, FlowerStrategy
@@ -78,10 +78,19 @@ def saved(state: ServerState) -> ServerState:
 
 
 def updates(name: str, tensors: Arrays, method: Method | None = None) -> Arrays:
-    """Return Delta W of each layer, [d_out, d_in]: the method's, and what has been stacked beside it."""
+    """Return Delta W of each layer, [d_out, d_in]: the method's, and what has been stacked beside it.
+
+    Of a weight-decomposed layer it is that of a base weight which is drawn for it.
+    """
     method, scale = method or method_of(name), CONFIGS[name].method.alpha / CONFIGS[name].method.rank
     factors = method.factors({key: torch.tensor(np.asarray(value)).double() for key, value in tensors.items()})
     found = {layer: (one.scaled_b() @ one.A).numpy() for layer, one in factors.items() if isinstance(one, LowRank)}
+    for layer, one in factors.items():
+        if isinstance(one, WeightDecomposed):
+            update = (one.update.scaled_b() @ one.update.A).numpy()
+            base = Seeded(3).uniform("base", layer, shape=update.shape, bound=1.0)
+            before, after = (np.linalg.norm(weight, axis=1) for weight in (base, base + update))
+            found[layer] = ((before + one.magnitude.numpy()) / after)[:, None] * (base + update) - base
     for layer in found:
         if f"{layer}.residual_A" in tensors:
             found[layer] = found[layer] + scale * tensors[f"{layer}.residual_B"] @ tensors[f"{layer}.residual_A"]

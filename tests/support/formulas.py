@@ -5,6 +5,7 @@ A method is an entry of :data:`FORMULAS`, a strategy its bytes in :data:`BYTES`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -18,6 +19,10 @@ from fedlora.methods.base import Layer
 from fedlora.seeded import Seeded
 
 Tensors = Mapping[str, Any]
+
+
+def _added(base: Tensor, update: Tensor, layer: Layer, tensors: Tensors) -> Tensor:
+    return base + update
 
 
 def _no_penalty(config: Config, tensors: Tensors) -> Tensor:
@@ -34,12 +39,14 @@ class Formula:
         update: Delta W of a layer, [d_out, d_in], given all adapted layers and the tensors, in torch.
         penalty: What is added to a client's loss whatever its data.
         l1: Weight of the L1 penalty, by kind of tensor.
+        weight: What becomes of the base's weight [d_out, d_in], given Delta W, the layer and the tensors.
     """
 
     config: Config
     update: Callable[[Config, Sequence[Layer], Layer, Tensors], Any]
     penalty: Callable[[Config, Tensors], Tensor] = _no_penalty
     l1: Mapping[str, float] = field(default_factory=dict)
+    weight: Callable[[Tensor, Tensor, Layer, Tensors], Tensor] = _added
 
 
 def _scale(config: Config) -> float:
@@ -135,6 +142,28 @@ def _dual_lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: T
     return _scale(config) * ((1 - mix) * (b @ a) + mix * (b_own @ a_own))
 
 
+# -- vera ---------------------------------------------------------------------------------------------
+
+
+def _vera(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    rank, draws = config.method.rank, Seeded(config.seed)
+    d_in, d_out = max(one.d_in for one in layers), max(one.d_out for one in layers)
+    a = draws.uniform("vera", "A", shape=(rank, d_in), bound=math.sqrt(6 / d_in))
+    b = draws.uniform("vera", "B", shape=(d_out, rank), bound=math.sqrt(6 / rank))
+    a, b = (torch.tensor(one, dtype=torch.float32).double() for one in (a, b))
+    down, up = (torch.diag(tensors[f"{layer.name}.vera_{vector}"]) for vector in "db")
+    return up @ b[: layer.d_out] @ down @ a[:, : layer.d_in]
+
+
+# -- dora ---------------------------------------------------------------------------------------------
+
+
+def _dora_weight(base: Tensor, update: Tensor, layer: Layer, tensors: Tensors) -> Tensor:
+    whole = base + update
+    m = base.norm(dim=1) + tensors[f"{layer.name}.lora_magnitude"]
+    return (m / whole.detach().norm(dim=1))[:, None] * whole
+
+
 def _config(method: str, rank: int, alpha: float = 6.0) -> Config:
     return Config(method=MethodConfig(method, rank=rank, alpha=alpha))
 
@@ -149,6 +178,8 @@ FORMULAS = {
         l1={"s": 0.05},
     ),
     "lora-sb": Formula(_config("lora-sb", 3), _lora_sb),
+    "vera": Formula(_config("vera", 5, MethodConfig.alpha), _vera),
+    "dora": Formula(_config("dora", 3), _lora, weight=_dora_weight),
     "dual-lora": Formula(_config("dual-lora", 3, alpha=3.0).with_options(DualLoraOptions(mix=0.3)), _dual_lora),
     # Of a small scale: three heads of random numbers would saturate the loss, whose gradients are then rounding.
     "ravan": Formula(_config("ravan", 2, alpha=1.0).with_options(RavanOptions(heads=3)), _ravan),
@@ -159,6 +190,11 @@ def update_of_layer(method: str, layers: Sequence[Layer], layer: Layer, tensors:
     """Return Delta W of a layer, [d_out, d_in], by a method's formula in its small configuration."""
     formula = FORMULAS[method]
     return formula.update(formula.config, layers, layer, tensors)
+
+
+def weight_of_layer(method: str, layers: Sequence[Layer], layer: Layer, base: Tensor, tensors: Tensors) -> Tensor:
+    """Return the weight of a layer, [d_out, d_in], that a method makes of its base's."""
+    return FORMULAS[method].weight(base, update_of_layer(method, layers, layer, tensors), layer, tensors)
 
 
 def penalty(method: str, tensors: Tensors) -> Tensor:
@@ -193,6 +229,12 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("rolora", method), (both(rank) / 2, both(rank), both(rank) / 2)
         yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
     yield ("fedsvd", "lora"), (b(3), both(3), both(3))
+    ranks, outputs = 5 * len(LAYERS), sum(layer.d_out for layer in LAYERS)
+    for name, d, b_ in (("fedavg", 1, 1), ("ffa-lora", 0, 1), ("fedsa-lora", 1, 0)):
+        yield (name, "vera"), (d * ranks + b_ * outputs,) * 3
+        yield (name, "dora"), (d * a(3) + b_ * (b(3) + outputs),) * 3
+    yield ("rolora", "vera"), ((ranks + outputs) / 2, ranks + outputs, (ranks + outputs) / 2)
+    yield ("rolora", "dora"), ((both(3) + outputs) / 2, both(3) + outputs, (both(3) + outputs) / 2)
     for name in ("zero-padding", "hetlora", "fed-plora"):
         yield (name, "lora"), (both(3), both(3), both(3))
     for name in ("flexlora", "lora-fair", "fedrot-lora"):
