@@ -60,7 +60,7 @@ def check_adapter(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], f
         tolerance = _TOLERANCES.get(next(engine.base.model.parameters()).dtype)
         allowed = (_COARSE if tolerance is None else tolerance) * max(1.0, abs(float(ours[worst])))
         # Large factors make much of what 16 bits round away: then it is the numbers themselves that must agree.
-        coarse = tolerance is None and not off[worst] <= allowed and _same_products(engine, tensors, adapted)
+        coarse = tolerance is None and not off[worst] <= allowed and same_numbers(engine, tensors, adapted)
     if coarse:
         allowed = max(allowed, ROUNDINGS * _rounding(engine, tensors, rows, ours))
     if not off[worst] <= allowed:
@@ -72,8 +72,8 @@ def check_adapter(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], f
     return float(off[worst])
 
 
-def _same_products(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], adapted: nn.Module) -> bool:
-    """Return whether each layer's update is the same in PEFT, as numbers: losses in 16 bits may be too coarse."""
+def same_numbers(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], adapted: nn.Module) -> bool:
+    """Return whether what adapts each layer is the same in PEFT, as numbers: losses in 16 bits may be too coarse."""
     exact = {name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in tensors.items()}
     for name, factor in engine.method.factors(exact).items():
         layer: Any = adapted.get_submodule(f"base_model.model.{name}")
