@@ -152,7 +152,14 @@ def test_memory_that_is_short_for_one_row_is_an_error(monkeypatch: pytest.Monkey
 @GPU
 @pytest.mark.parametrize(
     ("family", "method", "compiled"),
-    [("bert", "lora", True), ("llama-lm", "lora", True), ("roberta", "mos", False), ("llama-lm", "s2-lora", False)],
+    [
+        ("bert", "lora", True),
+        ("llama-lm", "lora", True),
+        ("roberta", "mos", False),
+        ("llama-lm", "s2-lora", False),
+        ("bert", "dora", True),
+        ("llama-lm", "vera", True),
+    ],
 )
 def test_the_fast_ways_of_a_gpu_train_as_the_plain_one(family: str, method: str, compiled: bool) -> None:
     """Loss by loss over 50 steps of AdamW in bfloat16, beside the plain way in float32."""

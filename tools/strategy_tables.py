@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from fedlora.config import Config, MethodConfig, ModelConfig
 from fedlora.exchange import ClientReport, Update
 from fedlora.methods import METHODS as REGISTERED
-from fedlora.methods import Layer, LowRank, Method, MosOptions, build_method, count_parameters, initial_tensors
+from fedlora.methods import (
+    Layer,
+    LowRank,
+    Method,
+    MosOptions,
+    WeightDecomposed,
+    build_method,
+    count_parameters,
+    initial_tensors,
+)
 from fedlora.models import inspect, inspect_by_name
 from fedlora.plugins import methods_of
 from fedlora.reduce import REDUCTIONS
@@ -39,10 +48,12 @@ _CLIENTS = 5
 MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,v", "Llama-2-7B all")
 _LORA = Config(method=MethodConfig("lora", rank=8))
 _MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budget=1, private=0))
-# Every method at rank 8; MoS, whose parameters are those of LoRA of its budget, also at a budget of 1.
+# Every method at rank 8, VeRA at one of its own; MoS, whose parameters are those of LoRA of its budget, also at a
+# budget of 1.
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     **{name: [(f"`{name}`, r = 8", Config(method=MethodConfig(name, rank=8)))] for name in REGISTERED},
     "lora-sb": [(f"`lora-sb`, r = {rank}", Config(method=MethodConfig("lora-sb", rank=rank))) for rank in (8, 64)],
+    "vera": [("`vera`, r = 256", Config(method=MethodConfig("vera", rank=256)))],
     "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }
 
@@ -109,10 +120,18 @@ def error_of_mean(strategy: Strategy, method: Method) -> float:
 
 
 def updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.float64]]:
-    """Return Delta W of each of a method's layers, [d_out, d_in], in float64, with what is stacked beside it."""
+    """Return Delta W of each of a method's layers, [d_out, d_in], in float64, with what is stacked beside it.
+
+    Of a weight-decomposed layer it is that of a base weight which is drawn as clients' tensors are.
+    """
     named = {name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()}
     found = {}
     for layer, factor in method.factors(named).items():
+        if isinstance(factor, WeightDecomposed):
+            added = factor.update.scaled_b() @ factor.update.A
+            base = torch.from_numpy(Seeded(0).uniform("base", layer, shape=tuple(added.shape), bound=1.0))
+            m = base.norm(dim=1) + factor.magnitude
+            found[layer] = ((m / (base + added).norm(dim=1))[:, None] * (base + added) - base).numpy()
         if isinstance(factor, LowRank):
             update = factor.scaled_b() @ factor.A
             if f"{layer}.residual_A" in named:

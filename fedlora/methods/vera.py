@@ -12,7 +12,8 @@ rows. They start Kaiming-uniform as in PEFT, on +-sqrt(6/d_in) and +-sqrt(6/r), 
   no tensors of the method, so that no strategy can train or send them; machines compare their digest. Their numbers fit
   into float32, so that an exported adapter, which PEFT loads in float32, has exactly them.
 - d counts as a part of A and b as one of B (kinds ``A_d``, ``B_b``): strategies that freeze, share or keep A do so with
-  d. With one of the two fixed, means of the other are exact.
+  d, as the authors of FedSA-LoRA have it for FFA and FedSA on VeRA. With one of the two fixed, means of the other are
+  exact.
 """
 
 from __future__ import annotations
