@@ -20,6 +20,7 @@ from fedlora.engine import layers as engine_layers
 from fedlora.engine.decomposed import gain, squared_norms, weight_of
 from fedlora.engine.layers import GroupedLayer
 from fedlora.engine.layout import Layout
+from fedlora.exchange import Outcome
 from fedlora.methods import Dora, LowRank, WeightDecomposed, initial_tensors
 from fedlora.runs.export import adapter_files
 from fedlora.runs.export_check import ExportError, check_adapter
@@ -29,6 +30,8 @@ from strategies import FedAvg, FFALora, RoLoRA
 from tests.support.families import random_examples, small_model, without_float32
 from tests.support.matrix import CONFIGS, MODELS, engine_of, random_start, setting
 from tests.support.peft_oracle import by_engine, by_peft, same
+from tests.support.tiny import save_tiny_model
+from tests.support.trainers import ask, tiny_worker
 from tests.test_matrix import test_packed_equals_sequential as packed_equals_sequential
 from tests.test_matrix_server import test_mean_of_updates as mean_of_updates
 
@@ -241,6 +244,26 @@ def test_an_adapter_with_a_wrong_magnitude_is_not_finished(planted: str) -> None
         weights[name] = torch.from_numpy(tensors[layer])
     with pytest.raises(ExportError, match=r"does not give in PEFT what it gives here|cannot be loaded in PEFT"):
         check_adapter(engine, tensors, {**files, "adapter_model.safetensors": save(weights)})
+
+
+def test_a_worker_exports_what_it_trains(tmp_path: Path) -> None:
+    worker = tiny_worker(tmp_path, **{"strategy.name": "fedavg", "method.name": "dora"})
+    updates = ask(worker)
+    assert [update.report.outcome for update in updates] == [Outcome.OK] * 4
+    assert any(np.any(value) for name, value in updates[0].tensors.items() if name.endswith("magnitude"))
+    assert b'"use_dora": true' in worker.export(updates[0].tensors)["adapter_config.json"]
+
+
+def test_a_worker_refuses_a_base_without_a_norm_before_it_trains(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "pruned")
+    file = Path(folder, "model.safetensors")
+    weights = load(file.read_bytes())
+    name = next(name for name in weights if name.endswith("attention.self.query.weight"))
+    weights[name][2] = 0.0
+    file.write_bytes(save(weights, {"format": "pt"}))
+    worker = tiny_worker(tmp_path, **{"strategy.name": "fedavg", "method.name": "dora", "model.name": folder})
+    with pytest.raises(ValueError, match=r"query has 1 outputs whose weights are all zero in the base model"):
+        worker.loaded  # noqa: B018
 
 
 # -- planted bugs in the engine -----------------------------------------------------------------------

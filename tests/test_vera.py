@@ -14,6 +14,7 @@ from peft import VeraConfig
 from safetensors.torch import load
 
 from fedlora.config import Config, ConfigError, MethodConfig
+from fedlora.exchange import Outcome
 from fedlora.methods import LowRank, Vera, build_method, count_parameters, initial_tensors, tensors_digest
 from fedlora.methods.base import Factor, Layer
 from fedlora.models import inspect
@@ -25,6 +26,7 @@ from strategies import FFALora, RoLoRA
 from tests.support.formulas import LAYERS
 from tests.support.matrix import CONFIGS, MODELS, engine_of, random_start, setting
 from tests.support.peft_oracle import by_engine, by_peft, same
+from tests.support.trainers import ask, tiny_worker
 from tests.test_matrix import test_packed_equals_sequential as packed_equals_sequential
 
 ALL = frozenset({"A_d", "B_b", "head"})
@@ -139,6 +141,17 @@ def test_exported_as_vera(tmp_path: Path) -> None:
         planted = save({**weights, name: weights[name].flip(-1)})
         with pytest.raises(ExportError, match="does not give in PEFT what it gives here"):
             check_adapter(engine, tensors, {**files, "adapter_model.safetensors": planted})
+
+
+def test_a_worker_exports_what_it_trains_and_machines_compare_a_and_b(tmp_path: Path) -> None:
+    keys = {"strategy.name": "fedavg", "method.name": "vera", "method.rank": 6}
+    worker, other = tiny_worker(tmp_path, **keys), tiny_worker(tmp_path, **keys, seed=1)
+    updates = ask(worker)
+    assert [update.report.outcome for update in updates] == [Outcome.OK] * 4
+    assert {name.rsplit(".", 1)[-1] for name in updates[0].tensors} == {"vera_d", "vera_b", "weight", "bias"}
+    files = worker.export(updates[0].tensors)
+    assert b'"peft_type": "VERA"' in files["adapter_config.json"]
+    assert worker.describe().constants_digest != other.describe().constants_digest
 
 
 # -- planted bugs -------------------------------------------------------------------------------------
