@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol, TypeGuard, final
+from typing import Any, Protocol, final
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -90,8 +90,8 @@ class GroupedLayer(nn.Module):
         assert self.layout is not None, "a factor without a layout"
         spans = self.layout.spans if self.probe is None else None
         # First, and by tensors' shapes alone: what is compiled holds for any number of groups.
-        low = self.factor.update if isinstance(self.factor, WeightDecomposed) else self.factor
-        if spans is not None and _is_fused(low) and self.layout.of_rows(x, spans.group_n.shape[0]):
+        low = for_kernel(self.factor)
+        if spans is not None and low is not None and self.layout.of_rows(x, spans.group_n.shape[0]):
             a, b = low.A.to(x.dtype), low.scaled_b().to(x.dtype)
             y = low_rank.added(self._fixed(x), x, a, b, spans)
             return y if low is self.factor else self._at_magnitude(y)
@@ -144,9 +144,10 @@ class GroupedLayer(nn.Module):
         return y + self.layout.to_rows(more, y)  # the base's own bits where m is |W + B A|
 
 
-def _is_fused(factor: object) -> TypeGuard[LowRank]:
-    """Return whether the low-rank kernel computes a factor: with an output scale, A and B are common to all groups."""
-    return isinstance(factor, LowRank) and factor.out_scale is None
+def for_kernel(factor: Factor | Replaced | None) -> LowRank | None:
+    """Return the part of a factor that the low-rank kernel computes; None: none, as of A and B for all groups."""
+    low = factor.update if isinstance(factor, WeightDecomposed) else factor
+    return low if isinstance(low, LowRank) and low.out_scale is None else None
 
 
 def _update(x_g: Tensor, factor: LowRank) -> Tensor:
