@@ -318,6 +318,15 @@ def test_planted_magnitude_in_place_of_its_difference_is_seen(monkeypatch: pytes
         test_starts_as_its_base_to_the_bit("bert")
 
 
+def test_nothing_of_a_pass_stays_in_a_layer() -> None:
+    engine = engine_of("dora", "bert")
+    layer: Any = engine.grouped.model.get_submodule(engine.base.structure.adapted[0].name)
+    factors = engine.method.factors({name: engine.tensor(value) for name, value in random_start(engine).items()})
+    with engine.grouped.placed(factors, Layout(1, 1, None)):
+        assert layer._gain is not None
+    assert layer._gain is None
+
+
 def test_norms_that_an_evaluation_measured_can_be_trained_with() -> None:
     base = layer_of(nn.Linear).requires_grad_(False)
     layer = GroupedLayer(base, "q")

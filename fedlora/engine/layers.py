@@ -250,6 +250,7 @@ class GroupedModel:
                     block.forward = hooked
             for slot in self._slots.values():
                 slot.factor, slot.layout, slot.probe = None, None, None
+                slot.settle()  # nothing of the pass stays
 
     def magnitude(self, name: str, factor: WeightDecomposed) -> Tensor:
         """Return m of a wrapped layer that is weight-decomposed, [*, d_out]."""
