@@ -89,6 +89,11 @@ class Description:
         """What one that is started later must have in common with it: code, base model, seeded tensors, indices."""
         return "/".join((self.fingerprint[0], self.digest, self.initial_digest, self.constants_digest))
 
+    @property
+    def resumed(self) -> dict[str, str]:
+        """What a run must find again to go on from its checkpoint: base model and tokenizer, start tensors."""
+        return {"base": self.digest, "start": self.initial_digest}
+
     def initial(self, config: Config) -> dict[str, NDArray[np.floating]]:
         """Return the tensors that a run starts with, without a group axis: drawn here, but for saved ones."""
         return initial_tensors(self.specs, Seeded(config.seed), config.engine.tensor_dtype) | self.saved

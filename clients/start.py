@@ -9,9 +9,11 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from clients.errors import RefusedError
 from clients.personal import PersonalStore
 from clients.resident import LoadedModel
 from fedlora.exchange import Instruction
+from fedlora.experts import copied
 from fedlora.methods import TensorSpec, initial_tensors
 from fedlora.methods.residual import folded
 from fedlora.roles import TRAINED, UP, Role, with_role
@@ -68,17 +70,34 @@ class StartTensors:
             return {}
         return self.store.load(client, instruction.round) or {}
 
+    def expert(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
+        """Return what a client has for itself of the experts in ``common`` (:mod:`fedlora.experts`); empty: no experts.
+
+        Raises:
+            RefusedError: Its expert is none of those that were sent.
+        """
+        place = instruction.expert(client)
+        try:
+            return {} if place is None else copied(common, place)
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
+
     def of(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
         """Return what a client trains as it starts the round, at its own rank; ``common`` is :meth:`common`."""
-        values, modules = {**common, **self.kept(instruction, client)}, instruction.modules_of(client)
+        values = {**common, **self.expert(instruction, client, common), **self.kept(instruction, client)}
+        modules = instruction.modules_of(client)
         held = at_rank(self.trained(instruction), instruction.rank(client))
         return {name: chosen(cut(values[name], spec.shape), spec.rank_axis, modules) for name, spec in held.items()}
 
     def fixed(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
-        """Return what a client does not train and others have otherwise: the modules of rank one that it folds."""
+        """Return what a client does not train and others have otherwise.
+
+        The modules of rank one that it folds, or which of the experts is its own.
+        """
         modules, trained = instruction.modules_of(client), self.trained(instruction)
         if not modules:
-            return {}
+            own = self.expert(instruction, client, common)
+            return {name: value for name, value in own.items() if name not in trained}
         others = {name: spec for name, spec in self.model.specs.items() if spec.rank_axis is not None}
         own = {
             name: chosen(common[name], spec.rank_axis, modules) for name, spec in others.items() if name not in trained
@@ -103,9 +122,10 @@ class StartTensors:
         return {name: kept.get(name, np.zeros_like(value)) for name, value in server.items()}
 
     def personal_of(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
-        """Return what is a client's own as it starts the round: personal tensors, and all that have its own rank."""
-        values, rank = {**common, **self.kept(instruction, client)}, instruction.rank(client)
-        own = self.personal(instruction)
+        """Return what is a client's own as it starts the round: personal tensors, its expert, what has its own rank."""
+        expert, rank = self.expert(instruction, client, common), instruction.rank(client)
+        values = {**common, **expert, **self.kept(instruction, client)}
+        own = self.personal(instruction) | {name: self.model.specs[name] for name in expert}
         if rank is not None:
             own = own | {name: spec for name, spec in self.model.specs.items() if spec.rank_axis is not None}
         return {name: cut(values[name], spec.shape) for name, spec in at_rank(own, rank).items()}

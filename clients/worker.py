@@ -30,6 +30,7 @@ from clients.site import Description, Job, Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer, TrainPack
 from fedlora import plugins
+from fedlora.engine.gradients import gradient_start
 from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.generated import Answer
 from fedlora.messages import first_line
@@ -169,6 +170,17 @@ class Worker:
     def export_personal(self, instruction: Instruction) -> list[dict[str, bytes]]:
         """Return PEFT adapters of clients: :meth:`clients.evaluator.PersonalEvaluator.export`."""
         return self.loaded.personal.export(instruction)
+
+    def start(self) -> dict[str, NDArray[np.floating]]:
+        """Return the tensors that a run starts with in place of the seed's, of ``method.init = 'gradient'``; or none.
+
+        Raises:
+            ConfigError: The public rows are too few for them.
+        """
+        model = self.loaded.model
+        if model.config.method.init != "gradient":
+            return {}
+        return gradient_start(model.engine, model.initial, model.examples["public"])
 
     def row_tokens(self) -> list[float]:
         """Return the mean tokens of each client's training rows; 0 where it has none."""

@@ -55,6 +55,7 @@ from simulations.privacy import settle_privacy
 from simulations.rates import settle_rate
 from simulations.researcher import epsilon_spent
 from simulations.setup import federation_of
+from strategies import STRATEGIES
 from strategies.build import build_strategy
 
 
@@ -108,7 +109,7 @@ def run(grid: Grid, config: Config, console: Console) -> dict[str, Any]:
         timeout=config.federation.timeout,
         say=lambda text: console.print(text, markup=False),
     )
-    with RunFolder.opened(config) as folder:
+    with RunFolder.opened(config, STRATEGIES[config.strategy.name].laid_out(config)) as folder:
         return _Deployment(plan, folder, OwnModel(worker), described, sites, console, started).run(grid)
 
 
@@ -207,7 +208,7 @@ class _Deployment:
     def _start(self) -> int:
         """Restore or make the server's state, say what will happen, and return the rounds behind it."""
         plan, config, folder, console = self._plan, self._plan.config, self._folder, self._console
-        checkpoint = folder.read_checkpoint(self._base) if config.run.resume else None
+        checkpoint = folder.read_checkpoint(self._described.resumed) if config.run.resume else None
         if checkpoint is None:
             self._flower.state = plan.strategy.initial(self._described.initial(config))
         else:
@@ -263,15 +264,10 @@ class _Deployment:
         joined = {name: report.header() for name, report in self._sites.reports.items()}
         self._folder.write_json("sites.json", joined)
 
-    @property
-    def _base(self) -> dict[str, Any]:
-        """What a run must find again to go on."""
-        return {"base": self._described.digest, **self._plan.strategy.laid_out}
-
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
             "strategy": self._plan.strategy.name,
-            **self._base,
+            **self._described.resumed,
             "seconds": time.monotonic() - self._started,
         }
 
@@ -292,7 +288,7 @@ class _Deployment:
         outcome["seconds"] = time.monotonic() - self._started
         roles = plan.strategy.all_roles(config.rounds + 1)
         if any(role is Role.PERSONAL for kind, role in roles.items() if kind != "head"):
-            console.print("no adapter is written: half of each site's is personal, and never leaves it")
+            console.print("no adapter is written: a part of each site's is personal, and never leaves it")
         else:
             (files,) = self._model.export(tensors, roles, config.rounds + 1)
             card = model_card(config, plan.data.corpus.classes, outcome, roles, self._privacy.record, last["round"], ())

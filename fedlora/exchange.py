@@ -51,6 +51,8 @@ class Instruction:
         ranks: The rank that each client holds, one a client; empty: all hold the method's.
         modules: The modules of rank one (a row of A and a column of B) that each client trains while the others are
             fixed, by their places, ascending; empty: each trains all that it holds.
+        experts: Which of the experts that are sent is each client's own (:mod:`fedlora.experts`), one a client; empty:
+            none are sent.
         fingerprint: The server's code, see :mod:`fedlora.fingerprint`.
         pack: Clients trained together; 0: automatic.
         ledger_heads: Under DP for each client the hash of the last ledger entry that the server has seen; empty: none.
@@ -67,6 +69,7 @@ class Instruction:
     extra: Tensors = field(default_factory=dict)
     ranks: tuple[int, ...] = ()
     modules: tuple[tuple[int, ...], ...] = ()
+    experts: tuple[int, ...] = ()
     fingerprint: str = ""
     pack: int = 0
     ledger_heads: tuple[str, ...] = ()
@@ -84,6 +87,7 @@ class Instruction:
             clients=tuple(clients),
             ranks=chosen(self.ranks),
             modules=chosen(self.modules),
+            experts=chosen(self.experts),
             ledger_heads=chosen(self.ledger_heads),
         )
 
@@ -94,6 +98,10 @@ class Instruction:
     def modules_of(self, client: int) -> tuple[int, ...]:
         """Return the modules that a client trains, by their places; empty: all that it holds."""
         return self.modules[self.clients.index(client)] if self.modules else ()
+
+    def expert(self, client: int) -> int | None:
+        """Return which of the experts is a client's own; None: none are sent."""
+        return self.experts[self.clients.index(client)] if self.experts else None
 
 
 @dataclass(frozen=True)

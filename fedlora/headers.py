@@ -78,6 +78,7 @@ def instruction_header(instruction: Instruction) -> dict[str, Any]:
         "ranks": list(instruction.ranks),
         "module_counts": [len(own) for own in instruction.modules],
         "modules": [place for own in instruction.modules for place in own],
+        "experts": list(instruction.experts),
         "fingerprint": instruction.fingerprint,
         "pack": instruction.pack,
         "ledger_heads": list(instruction.ledger_heads),
@@ -98,11 +99,11 @@ def read_instruction_header(header: HeaderReader, tensors: Tensors, extra: Tenso
     if reduction not in REDUCTIONS:
         raise WireError(f"the instruction's reduction {reduction!r} is not known")
     clients, ranks = tuple(header.list("clients", int)), tuple(header.list("ranks", int))
-    ledger_heads = tuple(header.list("ledger_heads", str))
-    if any(values and len(values) != len(clients) for values in (ledger_heads, ranks)):
-        raise WireError("the instruction's ledger hashes or ranks are not one a client")
-    if any(rank < 1 for rank in ranks):
-        raise WireError("the instruction's ranks are not 1 or more")
+    experts, ledger_heads = tuple(header.list("experts", int)), tuple(header.list("ledger_heads", str))
+    if any(values and len(values) != len(clients) for values in (ledger_heads, ranks, experts)):
+        raise WireError("the instruction's ledger hashes, ranks or experts are not one a client")
+    if any(rank < 1 for rank in ranks) or any(expert < 0 for expert in experts):
+        raise WireError("the instruction's ranks are not 1 or more, or its experts not 0 or more")
     modules = _modules(header, len(clients))
     if ranks and modules:
         raise WireError("the instruction has both ranks that clients hold and modules that they train")
@@ -130,6 +131,7 @@ def read_instruction_header(header: HeaderReader, tensors: Tensors, extra: Tenso
         extra=extra,
         ranks=ranks,
         modules=modules,
+        experts=experts,
         fingerprint=header.text("fingerprint"),
         pack=header.one("pack", int),
         ledger_heads=ledger_heads,

@@ -22,7 +22,8 @@ class Role(StrEnum):
     BROADCAST = "broadcast"
     """Not trained this round, but the server holds a newer value than the client, so it is sent."""
     UPLOAD = "upload"
-    """Trained from a fresh seeded start in each round and sent to the server, which never sends it."""
+    """Trained from a fresh start in each round and sent to the server, which never sends it: from what the seed gives
+    for the round, or from a copy of the client's expert (:mod:`fedlora.experts`)."""
 
 
 Roles = Mapping[str, Role]

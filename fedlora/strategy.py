@@ -88,13 +88,17 @@ class Strategy(ABC):
     period: int = 1
     """Rounds after which the roles repeat."""
     repeats: bool = True
-    """Whether they do; else they are laid out over a run of ``period`` rounds, and after it stay as in its last one."""
+    """Whether they do; else they are laid out over ``period`` rounds, and after them stay as in the last one."""
     ragged: bool = False
     """Whether clients may hold different ranks (``method.ranks``)."""
     folds: bool = False
     """Whether a client of a smaller rank computes with all ranks, and trains as many of them (:meth:`modules`)."""
     prunes: bool = False
     """Whether a client's rank may fall from round to round, which makes bytes that follow from shapes the most."""
+    accumulates: bool = False
+    """Whether tensors grow by round beside the method's (:meth:`accumulated`)."""
+    most_experts: int = 0
+    """Experts that clients are sent at most, where their number is found from updates; 0: none are sent."""
     keeps_basis: bool = True
     """Whether a tensor's numbers mean the same in the next round, which a server optimizer's moments rest on."""
 
@@ -118,12 +122,20 @@ class Strategy(ABC):
         """
         return None
 
+    @classmethod
+    def laid_out(cls, config: Config) -> str:
+        """Return the key, with its value, that lays roles out over all rounds of a run; empty: none does.
+
+        A run of more rounds would be another one from its start, so such a run is not continued for more.
+        """
+        return ""
+
     def ranks(self, state: ServerState) -> tuple[int, ...]:
         """Return the rank that each client holds next, given what the server holds; empty: all hold the method's."""
         return self.setting.ranks
 
     def at(self, state: ServerState) -> Self:
-        """Return the strategy at the ranks that clients hold next; itself where they have not changed."""
+        """Return the strategy as the state has it next, such as its clients' ranks; itself where that is no other."""
         ranks = self.ranks(state)
         if ranks == self.setting.ranks:
             return self
@@ -135,6 +147,10 @@ class Strategy(ABC):
     def held(self) -> tuple[int, ...]:
         """The rank that each client computes with; empty: all compute with the method's."""
         return () if self.folds else self.setting.ranks
+
+    def expert(self, client: int) -> int | None:
+        """Return which of the experts that are sent is a client's own (:mod:`fedlora.experts`); None: none are sent."""
+        return None
 
     # -- clients ------------------------------------------------------------------------------------------
 
@@ -169,18 +185,22 @@ class Strategy(ABC):
         """Return what clients and server send each other beside the tensors, named as ``ServerState.extra``."""
         return {}
 
-    def accumulated(self, rank: int) -> Specs:
-        """Return the tensors that grow by round and are broadcast beside :meth:`sent`, after so many added ranks."""
+    def accumulated(self, ranks: Sequence[int]) -> Specs:
+        """Return the tensors that grow by round and are broadcast beside :meth:`sent`.
+
+        Args:
+            ranks: The ranks that have been added so far, of each layer; empty: none yet.
+        """
         return {}
 
-    def added_rank(self, clients: Iterable[int], after: ServerState | None = None) -> int:
-        """Return the rank that a round adds to :meth:`accumulated`.
+    def added_ranks(self, clients: Iterable[int], after: ServerState | None = None) -> tuple[int, ...]:
+        """Return the ranks that a round adds to :meth:`accumulated`, of each layer.
 
         Args:
             clients: Those whose updates are in it.
             after: What :meth:`apply` has returned for it; None: before the round, where it is the most that it may be.
         """
-        return 0
+        return ()
 
     # -- the server ---------------------------------------------------------------------------------------
 
@@ -238,11 +258,6 @@ class Strategy(ABC):
     def has_personal(self) -> bool:
         """Whether clients keep trained tensors in some round: the strategy's personal ones, or the head."""
         return any(Role.PERSONAL in roles for roles in self.roles_in_turn().values())
-
-    @property
-    def laid_out(self) -> dict[str, int]:
-        """The number of rounds that the roles are laid out over, by its key: a run of more would be another one."""
-        return {} if self.repeats else {"rounds": self.period}
 
 
 def check_gradients(strategy: Strategy) -> None:

@@ -139,7 +139,7 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         return _tune(config, options, console)
     check_options(options.federation_config)
     end_abandoned(run_path(config))
-    RunFolder.check(config)
+    RunFolder.check(config, STRATEGIES[config.strategy.name].laid_out(config))
     tried = Preflight(SUPERNODES, rows=_TRIED)
     tried.quick(config)
     return launch(app, overrides, options.federation_config, console, lambda: tried.plan(config))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedlora.methods import METHODS
 from fedlora.metrics import TRAFFIC
 from fedlora.reports.card import model_card
 from fedlora.reports.run import Run as Report
@@ -40,13 +41,14 @@ def finish(run: Run, baselines: Callable[[], Mapping[str, float]]) -> dict[str, 
     _export(run, outcome)
     strengths = read_strengths(run.parts.folder.path)
     ranks = effective_ranks(strengths)
-    outcome |= {
-        "effective_rank": float(ranks.mean()),
-        "effective_rank_least": float(ranks.min()),
-        "effective_rank_most": float(ranks.max()),
-        "zero_components": zero_share(strengths),
-        "trained_parameters": plan.trained_parameters(),
-    }
+    if strengths:
+        outcome |= {
+            "effective_rank": float(ranks.mean()),
+            "effective_rank_least": float(ranks.min()),
+            "effective_rank_most": float(ranks.max()),
+            "zero_components": zero_share(strengths),
+        }
+    outcome["trained_parameters"] = plan.trained_parameters()
     if plan.config.eval.baselines:
         outcome |= baselines()
     outcome |= {
@@ -138,6 +140,11 @@ def _to_target(run: Run) -> dict[str, int | None]:
 def _export(run: Run, outcome: Mapping[str, Any]) -> None:
     """Write the adapter; where clients keep factors of their own, an adapter for each of them."""
     plan, folder = run.plan, run.parts.folder
+    folder.write_json("trainers.json", describe(run.parts.evaluator.pool))
+    no_adapter = METHODS[plan.config.method.name].no_adapter
+    if no_adapter:
+        run.parts.console.print(f"no adapter is written: {no_adapter}")
+        return
     number = plan.config.rounds + 1
     roles = plan.strategy.all_roles(number)
     own = any(role is Role.PERSONAL for kind, role in roles.items() if kind != "head")
@@ -151,7 +158,6 @@ def _export(run: Run, outcome: Mapping[str, Any]) -> None:
         card = model_card(plan.config, corpus.classes, outcome, roles, run.privacy.record, last, one, texts)
         for file, content in {**files, "README.md": card.encode()}.items():
             folder.write_bytes(f"{name}/{file}", content)
-    folder.write_json("trainers.json", describe(run.parts.evaluator.pool))
 
 
 def _next(run: Run) -> list[list[str]]:
@@ -163,7 +169,7 @@ def _next(run: Run) -> list[list[str]]:
         return [*commands, ["fedlora", "audit", "-c", file]]
     other = "fedavg" if config.strategy.name == "ffa-lora" else "ffa-lora"
     commands.append(["fedlora", "run", "-c", f'strategy.name="{other}"'])
-    if config.train.round_schedule == "constant" and run.plan.strategy.repeats:
+    if config.train.round_schedule == "constant" and not run.plan.strategy.laid_out(config):
         more = f"run.resume=true rounds={2 * config.rounds}"
         commands.append(["fedlora", "run", "-c", file, "-c", more])
     return commands

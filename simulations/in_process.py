@@ -80,7 +80,7 @@ class InProcess:
         self.config, self._data, self._worker = config, data, worker
         model = worker.loaded.model
         strategy = build_strategy(config, model.specs)
-        self.core = Core(strategy, federation_of(config), strategy.initial(model.initial))
+        self.core = Core(strategy, federation_of(config), strategy.initial({**model.initial, **worker.start()}))
 
     def train(self, server_round: int) -> None:
         """Train the round's clients, and apply the strategy to their updates.

@@ -22,6 +22,7 @@ from fedlora.config import TrainConfig
 from fedlora.engine import ClientResult, ClientWork, Engine, train_pack
 from fedlora.engine.local import NO_TERMS
 from fedlora.engine.work import Arrays
+from fedlora.experts import OWN
 from fedlora.local_terms import LocalTerms
 from fedlora.methods import tensors_digest
 from fedlora.privacy.step import PrivateStep
@@ -47,10 +48,10 @@ class _Request:
     def key(self) -> tuple[Any, ...]:
         """Return what requests have in common that train in one pack."""
         mechanism = None if self.private is None else self.private.mechanism
-        shapes = tuple((name, value.shape) for name, value in self.common.items())
+        experts = len(self.works[0].fixed.get(OWN, ()))  # padded ones would be chosen by routers
         return (
-            *(self.config, mechanism, self.terms, self.shared, tuple(self.works[0].start)),
-            *(tuple(name for name, _ in shapes), tensors_digest(self.engine.method.constants())),
+            *(self.config, mechanism, self.terms, self.shared, tuple(self.works[0].start), experts),
+            *(tuple(self.common), tensors_digest(self.engine.method.constants())),
         )
 
 

@@ -74,7 +74,15 @@ def absolute_paths(flat: dict[str, Any]) -> dict[str, Any]:
     if isinstance(plugins := flat.get("run.plugins"), str):
         names = [name.strip() for name in plugins.split(",")]
         flat["run.plugins"] = ",".join(_absolute(name) if name.endswith(".py") else name for name in names)
-    for key in ("run.dir", "run.sweep", "data.path", "data.test-path", "model.name", "method.start"):
+    for key in (
+        "run.dir",
+        "run.sweep",
+        "data.path",
+        "data.test-path",
+        "data.public-path",
+        "model.name",
+        "method.start",
+    ):
         value = flat.get(key)
         if not isinstance(value, str) or not value:
             continue

@@ -16,7 +16,7 @@ from clients.site import Speed
 from fedlora.config import Config
 from fedlora.data import FederatedData
 from fedlora.data.targets import spread_note
-from fedlora.methods import TensorSpec, count_parameters, payload_bytes
+from fedlora.methods import METHODS, TensorSpec, count_parameters, payload_bytes
 from fedlora.reports.format import human_bytes
 from fedlora.reports.tables import clients_table
 from fedlora.roles import TRAINED, UP, Role
@@ -104,8 +104,9 @@ class Plan:
 
     @cached_property
     def traffic(self) -> tuple[list[int], list[int]]:
-        """The bytes that all clients send, and are sent, in each round, if none fails and no rank is pruned."""
-        ups, downs, ranks = [], [], [0]
+        """The bytes that all clients send, and are sent, in each round, if none fails: see :attr:`_at_most`."""
+        ups, downs = [], []
+        ranks: list[tuple[int, ...]] = [()]
         for number in range(1, self.config.rounds + 1):
             cohort = self.federation.cohort(number)
             alike: dict[int | None, list[int]] = {}  # clients of one rank have one payload
@@ -114,7 +115,8 @@ class Plan:
             one_of_each = [(len(clients), clients[0]) for clients in alike.values()]
             ups.append(sum(count * self.payloads.up(number, client) for count, client in one_of_each))
             downs.append(sum(count * self.payloads.down(number, -1, client, ranks)[0] for count, client in one_of_each))
-            ranks.append(ranks[-1] + self.strategy.added_rank(cohort))
+            added = self.strategy.added_ranks(cohort)
+            ranks.append(tuple(map(sum, zip(ranks[-1] or (0,) * len(added), added, strict=True))))
         return ups, downs
 
     def steps(self) -> list[int]:
@@ -240,7 +242,7 @@ class Plan:
             + (" (each client on the rows it holds out)" if self.strategy.has_personal else ""),
             f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down"
             + (f" ({human_bytes(cached)} if it kept what it was sent)" if cached != down else "")
-            + (f", means over {self.strategy.period} rounds" if self.strategy.period > 1 else ""),
+            + (f", means over {len(self.payloads.rounds)} rounds" if self.strategy.period > 1 else ""),
             f"bytes of the whole run: {human_bytes(sum(ups))} up, {human_bytes(sum(downs))} down"
             + (" at most" if self._at_most else ""),
         ]
@@ -255,8 +257,9 @@ class Plan:
     @property
     def _at_most(self) -> bool:
         """Whether the run's bytes depend on numbers, and shapes give the most that they may be."""
-        grows = bool(self.strategy.accumulated(1)) and not self.strategy.exact
-        return grows or (self.strategy.prunes and bool(self.strategy.setting.ranks))
+        grows = self.strategy.accumulates and not self.strategy.exact
+        prunes = self.strategy.prunes and bool(self.strategy.setting.ranks)
+        return grows or prunes or self.strategy.most_experts > 0
 
     def _terms(self) -> list[str]:
         """Return what is done beside the strategy's own rule: server optimizer, local terms, schedule, ranks."""
@@ -287,7 +290,15 @@ class Plan:
                 f"ranks by client{' in round 1, which fall where they are pruned' if self.strategy.prunes else ''}: "
                 f"{shown}; what is said of a client above is for rank {config.method.rank}"
             )
-        if self.strategy.accumulated(1):
+        if self.strategy.most_experts:
+            lines.append(
+                f"experts: as many as round 1 shows clusters of clients, 2 to {self.strategy.most_experts}; bytes down "
+                "are for the most"
+            )
+        no_adapter = METHODS[config.method.name].no_adapter
+        if no_adapter:
+            lines.append(f"no adapter will be written: {no_adapter}")
+        if self.strategy.accumulates:
             downs = self.traffic[1]
             lines.append(
                 f"what is sent grows by round: {human_bytes(downs[0])} in round 1, "

@@ -32,6 +32,8 @@ _ALIKE = {  # a pair that trains and averages the same tensors as another
 _TRIED = {  # the best of three rates on the built-in text, with one seed, at rank 8: less than what the others rest on
     ("lora-sb", "adamw", "classes"): ("fed-sb", 0.06),
     ("ravan", "adamw", "classes"): ("ravan", 0.06),
+    ("nola", "adamw", "classes"): ("fedavg", 0.02),
+    ("randlora", "adamw", "classes"): ("fedavg", 0.003),
 }
 _MAIN = {"lora": "fedavg", "mos": "mos", "s2-lora": "s2-lora"}  # the strategy of a method's own, for any other
 

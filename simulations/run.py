@@ -100,8 +100,8 @@ class Run:
 
     @property
     def evaluator(self) -> TrainerEvaluator:
-        """The trainers, for clients at the ranks that they hold now."""
-        return self.parts.evaluator.at(self.flower.strategy.held)
+        """The trainers, for clients with the ranks and experts that they have now."""
+        return self.parts.evaluator.at(self.flower.strategy)
 
     def rounds(self, grid: Grid) -> None:
         """Run the rounds that are left."""
@@ -134,10 +134,11 @@ class Run:
     def _start(self) -> int:
         """Restore or make the server's state, show and write what is known, and return the rounds behind it."""
         parts, config = self.parts, self.plan.config
-        same = self._base
-        checkpoint = parts.folder.read_checkpoint(same) if config.run.resume else None
+        checkpoint = parts.folder.read_checkpoint(parts.description.resumed) if config.run.resume else None
         if checkpoint is None:
-            self.flower.state = self.plan.strategy.initial(parts.description.initial(config))
+            # By one trainer, since others round differently: it is for the server to send.
+            (own,) = parts.evaluator.pool.results(lambda worker, _: worker.start(), [None])
+            self.flower.state = self.plan.strategy.initial({**parts.description.initial(config), **own})
         else:
             self._restore(checkpoint)
         completed = checkpoint.round if checkpoint is not None else 0
@@ -262,17 +263,10 @@ class Run:
         state, roles = self.flower.state, self.plan.strategy.all_roles(server_round + 1)
         return self.evaluator.personal(state.tensors, roles, server_round + 1, sorted(state.clients.trained))
 
-    @property
-    def _base(self) -> dict[str, Any]:
-        """What a run must find again to go on: base model, tokenizer, the adapter that it started from, its rounds."""
-        description, start = self.parts.description, self.plan.config.method.start
-        started = {"method.start": description.initial_digest} if start else {}
-        return {"base": description.digest, **started, **self.plan.strategy.laid_out}
-
     def _checkpoint_facts(self) -> dict[str, Any]:
         return {
             "strategy": self.plan.strategy.name,
-            **self._base,
+            **self.parts.description.resumed,
             "packing": self._packing(),
             "before": self.before,
             "seconds": time.monotonic() - self.started,

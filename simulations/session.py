@@ -33,6 +33,7 @@ from simulations.run import Parts, Run
 from simulations.scores import score
 from simulations.setup import federation_of, settle
 from simulations.trainers import TrainerEvaluator
+from strategies import STRATEGIES
 from strategies.build import build_strategy
 
 _START_TIMEOUT_S = 600.0  # a large base model takes minutes to load
@@ -119,12 +120,12 @@ class Session:
             row_tokens=tuple(row_tokens),
         )
         # Not before: a model that is not there should not take the run's name.
-        with RunFolder.opened(config) as folder:
+        with RunFolder.opened(config, STRATEGIES[config.strategy.name].laid_out(config)) as folder:
             apart = len({shard.node for shard in self._shards}) > 1 and plan.keeps_at_clients
             known = check_disk(pool, config) if apart else ""
             job = Job(config.to_flat(), data, _limits(config), folder_id=known, agreed=description.agreed)
             pool.expect(job)
-            evaluator = TrainerEvaluator(pool, config.engine.pack, strategy.held, plan.most_clients)
+            evaluator = TrainerEvaluator(pool, config.engine.pack, strategy, plan.most_clients)
             accounts = Accounts(_limits(config), config) if config.privacy.mode == "dp" else None
             run = Run(Parts(plan, folder, evaluator, description, accounts, console), started)
             outcome: dict[str, Any] | None = None
@@ -155,7 +156,7 @@ class Session:
             config: Config, frozen: frozenset[str], clients: Sequence[int], split: str
         ) -> list[dict[str, Any]]:
             strategy = build_strategy(config, run.parts.description.specs, frozen)
-            evaluator = TrainerEvaluator(self.assigned(config, plan.data), config.engine.pack, strategy.held)
+            evaluator = TrainerEvaluator(self.assigned(config, plan.data), config.engine.pack, strategy)
             sums = evaluator.personal({}, strategy.all_roles(1), config.rounds + 1, clients, split)
             return [score(run.task, client, one) for client, one in sums.items()]
 

@@ -40,7 +40,7 @@ def resolve(flat: Mapping[str, Any]) -> Config:
         config = replace(config, federation=replace(config.federation, num_clients=len(sites)))
     try:
         STRATEGIES[config.strategy.name].check(config)
-        METHODS[config.method.name].build((), config)  # on no layers: what does not depend on the model
+        build_method(config, (), ())  # on no layers: what does not depend on the model
     except ValueError as error:
         raise ConfigError(str(error)) from error
     _check_task(config, TASKS[config.task])

@@ -16,6 +16,7 @@ from fedlora.exchange import Instruction, Tensors
 from fedlora.generated import Answer
 from fedlora.roles import Role
 from fedlora.server.personal import Sums
+from fedlora.strategy import Strategy
 from simulations.scores import sums_of
 
 
@@ -26,16 +27,16 @@ class TrainerEvaluator:
     Args:
         pool: The trainers, at work on the run.
         pack: Clients evaluated together; 0: automatic.
-        ranks: The rank that each client holds; empty: all hold the method's.
+        strategy: Says which rank and expert each client has.
         most: Clients of a pack of an automatic size, at most.
     """
 
-    def __init__(self, pool: TrainerPool, pack: int, ranks: Sequence[int] = (), most: int = MOST_CLIENTS) -> None:
-        self.pool, self.pack, self.ranks, self.most = pool, pack, ranks, most
+    def __init__(self, pool: TrainerPool, pack: int, strategy: Strategy, most: int = MOST_CLIENTS) -> None:
+        self.pool, self.pack, self.strategy, self.most = pool, pack, strategy, most
 
-    def at(self, ranks: Sequence[int]) -> TrainerEvaluator:
-        """Return the evaluator of clients that hold other ranks."""
-        return TrainerEvaluator(self.pool, self.pack, ranks, self.most)
+    def at(self, strategy: Strategy) -> TrainerEvaluator:
+        """Return the evaluator of clients as the strategy has them after another round."""
+        return TrainerEvaluator(self.pool, self.pack, strategy, self.most)
 
     def facts(self, tensors: Tensors, split: str, rows: Sequence[int]) -> dict[str, NDArray[np.float64]]:
         """Return facts of each of these rows of a split under the server's tensors, by name, [rows] each."""
@@ -129,8 +130,10 @@ class TrainerEvaluator:
     def _instruction(
         self, tensors: Tensors, roles: Mapping[str, Role], server_round: int, clients: Sequence[int]
     ) -> Instruction:
-        ranks = tuple(self.ranks[client] for client in clients) if self.ranks else ()
-        return Instruction(server_round, tuple(clients), dict(roles), tensors, ranks=ranks)
+        held = self.strategy.held
+        ranks = tuple(held[client] for client in clients) if held else ()
+        experts = tuple(expert for expert in map(self.strategy.expert, clients) if expert is not None)
+        return Instruction(server_round, tuple(clients), dict(roles), tensors, ranks=ranks, experts=experts)
 
 
 def describe(pool: TrainerPool) -> list[dict[str, Any]]:

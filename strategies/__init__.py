@@ -8,6 +8,7 @@ from strategies.fed_sb import FedSB
 from strategies.fedavg import FedAvg
 from strategies.feddpa import FedDPA, FedDPAOptions
 from strategies.fedex_lora import FedExLoRA, FedExOptions
+from strategies.fedlease import FedLEASE
 from strategies.fedrot_lora import FedRotLoRA, FedRotOptions
 from strategies.fedsa_lora import FedSALora
 from strategies.fedsvd import FedSVD
@@ -53,6 +54,7 @@ for _strategy, _options in (
     (FedSB, None),
     (Ravan, None),
     (FedDPA, FedDPAOptions),
+    (FedLEASE, None),
 ):
     STRATEGIES.register(_strategy.name, _options)(_strategy)
 STRATEGIES.alias("mos-private", MoSPersonal.name)
@@ -69,6 +71,7 @@ __all__ = [
     "FedDPAOptions",
     "FedExLoRA",
     "FedExOptions",
+    "FedLEASE",
     "FedPLoRA",
     "FedRotLoRA",
     "FedRotOptions",

@@ -29,6 +29,10 @@ def build_strategy(config: Config, specs: Specs, frozen: frozenset[str] = frozen
     strategy: Strategy = STRATEGIES[config.strategy.name](setting)
     if config.method.start:
         _check_start(config, strategy)
+    if config.method.init == "gradient":
+        sent = any(Role.BROADCAST in roles for roles in strategy.roles_in_turn().values())
+        rule = f"is for the server to send, and strategy {config.strategy.name!r} sends no fixed factors; use 'fed-sb'."
+        require(sent, "method.init", config.method.init, rule)
     if config.server.optimizer != "none":
         strategy = ServerOptimizer(strategy, config.server)
     match config.local.term:

@@ -3,7 +3,7 @@
 Zhang, Hu & Xu, "Heterogeneous Federated Fine-Tuning with Parallel One-Rank Adaptation", ICLR 2026, arXiv 2602.16936. A
 LoRA of rank R is a sum of R modules, B A = sum_j b_j a_j, with b_j a column of B and a_j a row of A. In a round:
 
-- the server sends the whole adapter, and client k draws r_k modules K_k at random;
+- the server sends the whole adapter to all, of which client k trains r_k modules K_k, drawn at random;
 - the client folds the others into its frozen base, W + sum_{j not in K_k} b_j a_j, so that it starts from the server's
   whole model at any rank, and trains and sends its own r_k modules;
 - the server averages a_j and b_j over the clients that have trained module j in the round.
@@ -11,8 +11,8 @@ LoRA of rank R is a sum of R modules, B A = sum_j b_j a_j, with b_j a column of 
 With equal ranks R this is ``fedavg``, to the bit. Means of a_j and b_j are not the mean of their products. The paper
 was read in summaries and reviews; its text and code (TNI-playground/Fed-PLoRA) were not at hand. Our choice:
 
-- a client draws one set of modules for all layers, from the run's seed by round and client. No data has a part in it,
-  so it is free under DP, where clip and noise are for the r_k modules alone;
+- the server draws one set of modules for all layers of a client, from the run's seed by round and client. No data has a
+  part in it, so it is free under DP, where clip and noise are for the r_k modules alone;
 - the base stays untouched: the folded modules are a fixed residual of the client's own
   (:mod:`fedlora.methods.residual`), which costs d_in + d_out products a token for each of them, as a trained one does;
 - the scale is alpha / R for all modules, so that a module means the same wherever it is trained or folded (by alpha /

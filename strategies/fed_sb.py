@@ -6,7 +6,8 @@ Performance in (Private) Federated LoRA Fine-Tuning", TMLR 2026, arXiv 2502.1543
 
 With one A and one B for all clients, sum_k p_k B R_k A = B (sum_k p_k R_k) A: the average is exact, and the noise of
 DP-SGD enters the update linearly. A client sends r^2 numbers a layer, so ranks are high (32 to 200 in the paper). A and
-B come from the seed and cost no bytes; the paper's come from a gradient (:mod:`fedlora.methods.lora_sb`).
+B come from the seed and cost no bytes, or with ``method.init = 'gradient'`` from a gradient on public rows and are
+sent, once to a client that keeps them (:mod:`fedlora.methods.lora_sb`, which says what differs from the paper).
 """
 
 from __future__ import annotations
@@ -15,17 +16,26 @@ from collections.abc import Sequence
 from typing import final
 
 from fedlora.roles import Role, Roles
-from fedlora.strategy import Strategy
+from fedlora.strategy import Setting, Strategy
 
 
 @final
 class FedSB(Strategy):
-    """Trains and averages R; A and B are frozen."""
+    """Trains and averages R; A and B are fixed."""
 
     name = "fed-sb"
     methods = ("lora-sb",)
     exact = True
 
+    def __init__(self, setting: Setting) -> None:
+        self._fixed = Role.BROADCAST if setting.config.method.init == "gradient" else Role.FROZEN
+        super().__init__(setting)
+
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
-        """Return ``shared`` for R and ``frozen`` for the others."""
-        return {kind: Role.SHARED if kind == "R" else Role.FROZEN for kind in kinds}
+        """Return ``shared`` for R and ``frozen`` for the others, or ``broadcast`` where the seed does not give them."""
+        return {kind: Role.SHARED if kind == "R" else self._fixed for kind in kinds}
+
+    def changed(self, server_round: int) -> set[str]:
+        """Return R after a round; before the first one A and B, where they are broadcast."""
+        started = {"A", "B"} if server_round == 0 and self._fixed is Role.BROADCAST else set()
+        return started | super().changed(server_round)

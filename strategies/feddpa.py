@@ -64,6 +64,12 @@ class FedDPA(Strategy):
         super().__init__(setting)
 
     @classmethod
+    def laid_out(cls, config: Config) -> str:
+        """Return the number of own rounds, which are the last of the run."""
+        own = config.options(FedDPAOptions).own_rounds
+        return f"feddpa.own-rounds = {own}" if own else ""
+
+    @classmethod
     def check(cls, config: Config) -> None:
         """Refuse a run in which nothing would be shared."""
         own, rounds = config.options(FedDPAOptions).own_rounds, config.rounds

@@ -19,7 +19,7 @@ that the server's update is exact, and clients go on from A and B. What differs 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
@@ -56,6 +56,7 @@ class FedExLoRA(Strategy):
     name = "fedex-lora"
     methods = ("lora",)
     exact = True
+    accumulates = True
     keeps_basis = False  # a server optimizer would move A and B away from what the residual completes
 
     def __init__(self, setting: Setting) -> None:
@@ -67,15 +68,15 @@ class FedExLoRA(Strategy):
         """Return the reduction that keeps updates apart."""
         return "one-by-one"
 
-    def accumulated(self, rank: int) -> Specs:
+    def accumulated(self, ranks: Sequence[int]) -> Specs:
         """Return the residuals of all rounds."""
-        return residual_specs(self.setting.specs, rank)
+        return residual_specs(self.setting.specs, ranks)
 
-    def added_rank(self, clients: Iterable[int], after: ServerState | None = None) -> int:
-        """Return (K - 1) r, or as much of it as is kept."""
-        rank = next(spec.shape[0] for spec in self.setting.specs.values() if spec.kind == "A")
-        whole = max(0, len(list(clients)) - 1) * rank
-        return min(whole, self._kept) if self._kept else whole
+    def added_ranks(self, clients: Iterable[int], after: ServerState | None = None) -> tuple[int, ...]:
+        """Return (K - 1) r for all layers, or as much of it as is kept."""
+        layers = pairs(self.setting.specs)
+        whole = max(0, len(list(clients)) - 1) * self.setting.specs[layers[0].a].shape[0]
+        return (min(whole, self._kept) if self._kept else whole,) * len(layers)
 
     def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
         """Average all tensors, and add the round's residual to those of the rounds before."""

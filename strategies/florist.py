@@ -6,12 +6,9 @@ From its formulas; the authors' code was not at hand.
 As in ``flora`` clients start a fresh LoRA on the model so far and send A and B, and the server stacks them into
 D = sum_k p_k B_k A_k. Of D it keeps the fewest singular values p with sum_{i <= p} s_i^2 >= energy sum_i s_i^2, and
 sends those: B_g = U_p S_p and A_g = V_p^T in the paper, the root of S on both sides here, which is the same product.
-The singular vectors come from the core of a QR of the stacked factors. What differs from the paper:
-
-- it takes a p for each layer; here all layers have one p a round, the largest that any needs, so that a bit more energy
-  is kept, and bytes count that rank;
-- the paper merges B_g A_g into the base. Here it joins the second term, as ``flora``'s does (:mod:`strategies.flora`),
-  and the sum of all rounds is sent.
+Each layer has a p of its own. The singular vectors come from the core of a QR of the stacked factors. What differs from
+the paper: it merges B_g A_g into the base. Here it joins the second term, as ``flora``'s does
+(:mod:`strategies.flora`), and the sum of all rounds is sent.
 """
 
 from __future__ import annotations
@@ -58,9 +55,8 @@ class FLoRIST(Stacked):
         self._energy = setting.config.options(FloristOptions).energy
 
     def added(self, products: Mapping[Pair, Product]) -> Mapping[Pair, Product]:
-        """Return the products at the rank that holds the energy in every layer."""
-        rank = max(self._needed(product) for product in products.values())
-        return {pair: compress(*product, rank=rank) for pair, product in products.items()}
+        """Return each layer's product at the rank that holds its energy."""
+        return {pair: compress(*product, rank=self._needed(product)) for pair, product in products.items()}
 
     def _needed(self, product: Product) -> int:
         """Return the fewest singular values that hold the energy of a product; 1 where it is zero."""

@@ -5,7 +5,10 @@ authors' code was not at hand. The method is :mod:`fedlora.methods.ravan`.
 
 With one A and one B for all clients, H_i <- sum_k p_k s_ki H_ki and s_i <- 1 is the exact mean of the clients' updates,
 where means of H and s apart would not be. In the paper a client sends s_i H_i; here it sends both, h numbers a layer
-more, and the server multiplies. Training some heads only, which the paper has for weak clients, is not offered.
+more, and the server multiplies. The paper's weak clients train some heads only and keep the others fixed, each head
+averaged over those that have trained it; that is not offered. (``method.ranks`` as in ``zero-padding`` would not be it:
+a client that held the first heads alone would start from another model than the server's. What it takes is what
+``fed-plora`` does with ranks.)
 """
 
 from __future__ import annotations

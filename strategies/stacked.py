@@ -16,7 +16,7 @@ from fedlora.roles import Role, Roles
 from fedlora.state import ServerState
 from fedlora.strategy import Specs, Strategy
 
-_ADDED = "stacked/added"  # in the server's state: the rank that the last round has added, [1]
+_ADDED = "stacked/added"  # in the server's state: the ranks that the last round has added, [layers]
 
 Product = tuple[NDArray[np.float64], NDArray[np.float64]]
 """The factors A [R, d_in] and B [d_out, R] of a product B A."""
@@ -25,6 +25,7 @@ Product = tuple[NDArray[np.float64], NDArray[np.float64]]
 class Stacked(Strategy, ABC):
     """Clients send A and B of a fresh LoRA; what the server makes of their mean product is added to a residual."""
 
+    accumulates = True
     keeps_basis = False
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
@@ -35,24 +36,21 @@ class Stacked(Strategy, ABC):
         """Return the reduction that keeps updates apart."""
         return "one-by-one"
 
-    def accumulated(self, rank: int) -> Specs:
+    def accumulated(self, ranks: Sequence[int]) -> Specs:
         """Return the factors of the sum of all rounds."""
-        return residual_specs(self.setting.specs, rank)
+        return residual_specs(self.setting.specs, ranks)
 
-    def added_rank(self, clients: Iterable[int], after: ServerState | None = None) -> int:
+    def added_ranks(self, clients: Iterable[int], after: ServerState | None = None) -> tuple[int, ...]:
         """Return what was added; before a round the sum of the clients' ranks, which is the most."""
         if after is not None:
-            return int(after.extra[_ADDED][0])
-        ranks = self.setting.ranks
-        whole = next(spec.shape[0] for spec in self.setting.specs.values() if spec.kind == "A")
-        return sum(ranks[client] if ranks else whole for client in clients)
+            return tuple(after.extra[_ADDED].astype(np.int64).tolist())
+        ranks, layers = self.setting.ranks, pairs(self.setting.specs)
+        whole = self.setting.specs[layers[0].a].shape[0]
+        return (sum(ranks[client] if ranks else whole for client in clients),) * len(layers)
 
     @abstractmethod
     def added(self, products: Mapping[Pair, Product]) -> Mapping[Pair, Product]:
-        """Return what is added for each layer, given the mean of the clients' products.
-
-        All of one rank, or of as many as a layer has features.
-        """
+        """Return what is added for each layer, given the mean of the clients' products."""
 
     def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
         """Add the round's products to those of the rounds before, and average the head."""
@@ -61,7 +59,7 @@ class Stacked(Strategy, ABC):
         added = self.added(products)
         for pair, (a, b) in added.items():
             tensors |= extend(tensors, pair.layer, a, b)
-        rank = max(len(a) for a, _ in added.values())
+        ranks = np.array([len(added[pair][0]) for pair in products], dtype=np.float64)
         shared = [name for name, spec in self.expected(server_round).items() if spec.kind == "head"]
         tensors |= weighted_mean(reduced.updates, shared)
-        return replace(state, tensors=tensors, extra={**state.extra, _ADDED: np.full(1, float(rank))})
+        return replace(state, tensors=tensors, extra={**state.extra, _ADDED: ranks})

@@ -27,7 +27,8 @@ class Wrapped(Strategy, ABC):
         self.name, self.methods, self.exact = inner.name, inner.methods, inner.exact
         self.personal, self.period, self.ragged = inner.personal, inner.period, inner.ragged
         self.repeats, self.keeps_basis = inner.repeats, inner.keeps_basis
-        self.folds, self.prunes = inner.folds, inner.prunes
+        self.folds, self.prunes, self.accumulates = inner.folds, inner.prunes, inner.accumulates
+        self.most_experts = inner.most_experts
         super().__init__(inner.setting)
 
     def ranks(self, state: ServerState) -> tuple[int, ...]:
@@ -35,13 +36,17 @@ class Wrapped(Strategy, ABC):
         return self.inner.ranks(state)
 
     def at(self, state: ServerState) -> Self:
-        """Return the strategy around the inner one at the ranks that clients hold next."""
+        """Return the strategy around the inner one as the state has that next."""
         inner = self.inner.at(state)
         if inner is self.inner:
             return self
         now = copy(self)
         now.inner, now.setting = inner, inner.setting
         return now
+
+    def expert(self, client: int) -> int | None:
+        """Return the expert of the inner strategy's client."""
+        return self.inner.expert(client)
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return the inner strategy's roles."""
@@ -67,13 +72,13 @@ class Wrapped(Strategy, ABC):
         """Return what the inner strategy exchanges beside the tensors."""
         return self.inner.extra(server_round)
 
-    def accumulated(self, rank: int) -> Specs:
+    def accumulated(self, ranks: Sequence[int]) -> Specs:
         """Return the inner strategy's accumulated tensors."""
-        return self.inner.accumulated(rank)
+        return self.inner.accumulated(ranks)
 
-    def added_rank(self, clients: Iterable[int], after: ServerState | None = None) -> int:
-        """Return the rank that a round adds for the inner strategy."""
-        return self.inner.added_rank(clients, after)
+    def added_ranks(self, clients: Iterable[int], after: ServerState | None = None) -> tuple[int, ...]:
+        """Return the ranks that a round adds for the inner strategy."""
+        return self.inner.added_ranks(clients, after)
 
     def initial(self, seeded: Tensors) -> ServerState:
         """Return the inner strategy's start."""

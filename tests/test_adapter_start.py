@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from clients.site import Description
 from clients.worker import Worker
-from fedlora.config import ConfigError
-from simulations.in_process import Resident
+from fedlora.config import Config, ConfigError
+from fedlora.runs.folder import RunFolder
+from fedlora.state import ServerState
+from simulations.in_process import InProcess, Resident
 from simulations.preflight import preflight
 from simulations.setup import resolve
-from tests.support.exported import Exported, exported_run
+from tests.support.exported import Exported, exported_run, language_flat
 from tests.support.trainers import tiny_flat, tiny_job, tiny_worker
 
 ROWS = range(10)
@@ -37,6 +41,19 @@ def started(folder: Path, **changes: Any) -> Worker:
     """A worker of a run that starts from the first one's adapter."""
     flat = {"strategy.name": "fedavg", "method.start": str(folder / "runs" / "run" / "adapter"), **changes}
     return tiny_worker(folder, **flat)
+
+
+def worker_of(flat: dict[str, Any], folder: Path) -> Worker:
+    job = tiny_job(resolve(flat), folder)
+    return Worker(lambda: job, 1)
+
+
+def federation_of(config: Config, folder: Path) -> tuple[InProcess, Description]:
+    """A federation as a new process would have it."""
+    job = tiny_job(config, folder)
+    worker = Worker(lambda: job, 1)
+    worker.load()
+    return InProcess(config, job.data, worker), worker.describe()
 
 
 def losses(worker: Worker, tensors: Any) -> Any:
@@ -69,6 +86,21 @@ def test_it_starts_where_the_adapter_ended(first: Exported, tmp_path: Path, chan
     assert all(np.array_equal(value, worker.loaded.model.initial[name]) for name, value in initial.items())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method.rank": 5, "method.alpha": 3.0}, {"method.target-modules": "q_proj,k_proj,v_proj"}],
+    ids=["as it was", "another rank", "more layers"],
+)
+def test_a_language_model_starts_where_the_adapter_ended(changes: dict[str, Any], tmp_path: Path) -> None:
+    """A Llama, whose norms compute in float32, so that the scales' rounding in float64 shows up to 1e-5."""
+    first = exported_run(tmp_path, language_flat(tmp_path), scale=0.3)
+    flat = language_flat(tmp_path, **{"method.start": str(first.path / "adapter"), **changes})
+    worker = worker_of(flat, tmp_path)
+    expected = losses(first.worker, first.tensors)
+    assert np.abs(losses(worker, {}) - expected).max() < 1e-5
+    assert np.abs(losses(worker_of(language_flat(tmp_path), tmp_path), {}) - expected).max() > 1e-2
+
+
 def test_ranks_that_the_adapter_lacks_can_be_trained(first: Exported, tmp_path: Path) -> None:
     """Their A is the seed's and their B zero."""
     plain = tiny_worker(tmp_path, **{"strategy.name": "fedavg", "method.rank": 5}).loaded.model.initial
@@ -93,6 +125,50 @@ def test_a_federation_goes_on_from_it(first: Exported, tmp_path: Path) -> None:
     assert before[name].any()
     federation.train(1)
     assert np.abs(federation.core.state.tensors[name] - before[name]).max() > 0
+
+
+@pytest.mark.parametrize("flat_of", [tiny_flat, language_flat], ids=["bert", "llama"])
+def test_a_run_that_has_started_from_it_is_resumed(flat_of: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """From where its folder has moved to, to the bits of an undisturbed run; not from an adapter that has changed.
+
+    Under FFA-LoRA no client is ever sent A: were it not that of the adapter, nothing but the check would say so.
+    """
+    adapter = exported_run(tmp_path, flat_of(tmp_path, **{"strategy.name": "fedavg"})).path / "adapter"
+    moved = tmp_path / "moved"
+    keys = {"strategy.name": "ffa-lora", "run.dir": str(tmp_path / "runs"), "run.name": "second"}
+
+    def config_of(start: Path, *, resume: bool = True) -> Config:
+        return resolve(flat_of(tmp_path, **keys, **{"method.start": str(start), "run.resume": resume}))
+
+    def resumed(start: Path, *, same: bool = True) -> InProcess:
+        config = config_of(start)
+        with RunFolder.opened(config) as folder:
+            run, described = federation_of(config, tmp_path)
+            checkpoint = folder.read_checkpoint(described.resumed if same else {})
+            assert checkpoint is not None
+            run.core.state = ServerState.read(checkpoint.arrays, checkpoint.state["clients"])
+            return run
+
+    def is_undisturbed(run: InProcess) -> bool:
+        run.train(2)
+        tensors, expected = run.core.state.tensors, undisturbed.core.state.tensors
+        return all(np.array_equal(tensors[name], expected[name]) for name in expected)
+
+    config = config_of(adapter, resume=False)
+    undisturbed, described = federation_of(config, tmp_path)
+    with RunFolder.opened(config) as folder:
+        undisturbed.train(1)
+        state = undisturbed.core.state
+        folder.checkpoint(1, state.arrays(), {**described.resumed, "clients": state.clients.record()})
+        undisturbed.train(2)
+    adapter.rename(moved)
+    with pytest.raises(ConfigError, match=r"no PEFT adapter can be read there .* or where it has moved to"):
+        resumed(adapter)
+    assert is_undisturbed(resumed(moved))
+    with_tensors(moved, larger)
+    with pytest.raises(ValueError, match=r"has start = '\w+', and this is '\w+' \(the adapter in method.start, or "):
+        resumed(moved)
+    assert not is_undisturbed(resumed(moved, same=False)), "planted: nobody compares the adapter"
 
 
 def test_an_adapter_that_peft_has_made(tmp_path: Path) -> None:
@@ -128,6 +204,11 @@ def with_tensors(adapter: Path, change: Any) -> None:
     tensors = load_file(adapter / WEIGHTS)
     change(tensors)
     save_file(tensors, adapter / WEIGHTS)
+
+
+def larger(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    tensors[name] = 2 * tensors[name]
 
 
 def wider(tensors: dict[str, torch.Tensor]) -> None:

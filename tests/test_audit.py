@@ -43,7 +43,10 @@ def findings(folder: Path, train: Any = train_pack, **changes: Any) -> list[Find
 
 @pytest.mark.parametrize(
     ("strategy", "checks"),
-    [("ffa-lora", 14), ("fedsa-lora", 14), ("mos-personal", 14), ("feddpa", 14), ("s2-lora", 14), ("rolora", 20)],
+    [
+        *(("ffa-lora", 14), ("fedsa-lora", 14), ("mos-personal", 14), ("feddpa", 14), ("s2-lora", 14)),
+        *(("rolora", 20), ("fedlease", 20)),
+    ],
 )
 def test_the_shipped_code_passes(strategy: str, checks: int, tmp_path: Path) -> None:
     """Those whose roles change are checked in every turn."""

@@ -183,6 +183,8 @@ def test_a_ledger_that_was_rolled_back_is_noticed_by_whoever_saw_it(tmp_path: Pa
         ({"run.plugins": "os"}, r"run\.plugins are not those of this site"),
         ({"method.start": "/etc"}, r"the job has method\.start; a site's own files"),
         ({"method.start": "adapter"}, r"the job has method\.start; a site's own files"),
+        ({"method.init": "gradient"}, r"the job's configuration cannot be used: method\.init"),
+        ({"method.init": "gradient", "data.public-path": "/etc/passwd"}, r"cannot be used: method\.init"),
         ({"run.plugins": 3}, r"run\.plugins are not those of this site"),
         ({"run.name": "../../other"}, r"run\.name = .*must be a plain folder name"),
         ({"data.classes": "good,bad"}, r"data\.classes = 'good,bad' and this site 'bad,good'; they must agree"),

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from clients.worker import Worker
-from fedlora.config import Config, ConfigError, RunConfig
+from fedlora.config import Config, ConfigError
 from fedlora.exchange import Instruction
 from fedlora.methods import DualLora, LowRank, initial_tensors
 from fedlora.methods.base import Factor
+from fedlora.plugins import read_config
 from fedlora.reports.card import model_card
 from fedlora.roles import Role, Roles
 from fedlora.runs.folder import RunFolder
@@ -135,15 +136,28 @@ def test_roles_of_feddpa_f(head: Role) -> None:
 
 
 def test_a_run_that_is_laid_out_over_its_rounds_goes_on_for_no_more(tmp_path: Path) -> None:
+    """Refused before anything is written: the folder is as it was, and goes on for the rounds that it began with."""
+    flat = {"run.dir": str(tmp_path), "run.name": "f", "strategy.name": "feddpa", "rounds": ROUNDS}
+    flat |= {"feddpa.own-rounds": OWN_ROUNDS}
+    config, more = (read_config({**flat, "run.resume": resume}) for resume in (False, True))
+    laid_out = FedDPA.laid_out(config)
+    with RunFolder.opened(config, laid_out) as folder:
+        folder.write_json("result.json", {})
+    written = {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()}
+    refused = replace(more, rounds=9)
+    message = r"rounds was 5 and is 9, but feddpa.own-rounds = 2 was laid out for 5 rounds.* with rounds = 5"
+    with pytest.raises(ValueError, match=message):
+        RunFolder.check(refused, laid_out)
+    with pytest.raises(ValueError, match=message), RunFolder.opened(refused, laid_out):
+        pass
+    assert {path.name: path.read_bytes() for path in folder.path.iterdir() if path.is_file()} == written
+    (folder.path / "result.json").unlink()
+    with RunFolder.opened(more, laid_out):
+        pass  # the same rounds are no reason to refuse it
     strategy = feddpa_f()
-    assert FedDPA(setting("dual-lora")).laid_out == {}
-    assert FedProx(strategy, 0.1).laid_out == strategy.laid_out == {"rounds": ROUNDS}
-    config = Config(run=RunConfig(dir=str(tmp_path), name="f"), rounds=ROUNDS)
-    with RunFolder.opened(config) as folder:
-        folder.checkpoint(2, {}, strategy.laid_out)
-        assert folder.read_checkpoint(strategy.laid_out) is not None
-        with pytest.raises(ValueError, match=r"has rounds = 5, and this is 9; continue it with what it was made with"):
-            folder.read_checkpoint({"rounds": 9})
+    assert FedProx(strategy, 0.1).repeats is strategy.repeats is False
+    assert FedDPA(setting("dual-lora")).repeats
+    assert FedDPA.laid_out(Config()) == ""
 
 
 def rounds_of(strategy: Strategy) -> list[Traffic]:

@@ -41,7 +41,7 @@ def works_of(engine: Engine, family: str, case: str, rows: Sequence[Any] = ROWS)
         if case == "A":
             fixed = {name: generator.uniform(-0.5, 0.5, start.pop(name).shape) for name in factor_of("A", engine)}
         elif case == "residual":
-            specs = residual_specs(engine.method.specs(), 4)
+            specs = residual_specs(engine.method.specs(), [4] * len(engine.base.structure.adapted))
             fixed = {name: 0.2 * generator.standard_normal(spec.shape) for name, spec in specs.items()}
         else:  # the other ranks of one LoRA
             rank = RANKS[k]

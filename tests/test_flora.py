@@ -184,7 +184,7 @@ def test_what_is_broadcast_grows_by_the_ranks_of_those_that_did_not_fail() -> No
         assert seen[number - 1] == (down, cached)
         received |= dict.fromkeys(cohort, number - 1)
         history.append(history[-1] + sum(RANKS[k] for k in cohort if (number, k) not in failing))
-    assert server.state.extra[ACCUMULATED].tolist() == history
+    assert server.state.extra[ACCUMULATED].tolist() == [[rank, rank] for rank in history]
     assert history[-1] > 14, "control: the narrow layer is compressed on the way"
 
 
@@ -192,7 +192,7 @@ def test_as_many_ranks_as_features_are_not_compressed_yet() -> None:
     """At exactly 14 ranks the narrow layer still has its old ranks in front; with the fifteenth all is new."""
     server = server_of()
     per_rank = 60 + 50 + 30 + 14
-    ranks = (0, 7, 14, 21, 28)
+    ranks = [(rank, rank) for rank in (0, 7, 14, 21, 28)]
     assert server.payloads.down(3, 1, 0, ranks[:3])[1] == 8 * 7 * per_rank
     assert server.payloads.down(4, 2, 0, ranks[:4])[1] == 8 * (7 * 110 + 14 * 44)
     assert server.payloads.down(4, 3, 0, ranks[:4]) == (8 * numbers(21), 0), "it has been sent the round's already"
@@ -206,7 +206,7 @@ def test_clients_are_sent_what_is_stacked_and_no_a_or_b() -> None:
     run(server, grid, 3)
     for number, message in enumerate(grid.sent, 1):
         instruction = read_instruction(message.content)
-        held = residual_specs(SPECS, 7 * (number - 1))
+        held = residual_specs(SPECS, [7 * (number - 1)] * 2)
         assert {name: value.shape for name, value in instruction.tensors.items()} == {
             name: spec.shape for name, spec in held.items()
         }
@@ -239,14 +239,15 @@ def test_compression_below_the_rank_keeps_the_largest_singular_values() -> None:
 
 
 def test_residual_shapes() -> None:
-    assert residual_specs(SPECS, 0) == {}
-    assert {name: spec.shape for name, spec in residual_specs(SPECS, 20).items()} == {
+    assert residual_specs(SPECS, ()) == residual_specs(SPECS, (0, 0)) == {}
+    assert {name: spec.shape for name, spec in residual_specs(SPECS, (20, 20)).items()} == {
         "wide.residual_A": (20, 60),
         "wide.residual_B": (50, 20),
         "narrow.residual_A": (14, 30),
         "narrow.residual_B": (14, 14),
     }
-    assert {spec.kind for spec in residual_specs(SPECS, 20).values()} == {"residual"}
+    assert list(residual_specs(SPECS, (0, 3))) == ["narrow.residual_A", "narrow.residual_B"]
+    assert {spec.kind for spec in residual_specs(SPECS, (20, 20)).values()} == {"residual"}
 
 
 def test_a_fresh_start_differs_by_round() -> None:

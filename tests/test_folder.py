@@ -29,7 +29,7 @@ def finished(folder: Path, **flat: Any) -> RunFolder:
     """A run of four rounds that is finished."""
     written = opened(folder, **flat)
     written.append("metrics.jsonl", *({"round": number} for number in range(1, 5)))
-    written.checkpoint(4, {"B": np.ones(3)}, {"base": "mine"})
+    written.checkpoint(4, {"B": np.ones(3)}, {"base": "mine", "start": "seed"})
     written.write_json("result.json", {"test_accuracy": 0.5})
     return written
 
@@ -91,6 +91,8 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     folder = opened(tmp_path, **{"rounds": 9, "run.resume": True})
     with pytest.raises(ValueError, match=r"the checkpoint in .* has base = 'mine', and this is 'other'"):
         folder.read_checkpoint({"base": "other"})
+    with pytest.raises(ValueError, match=r"has start = 'seed', and this is 'other' \(the adapter in method.start, or "):
+        folder.read_checkpoint({"base": "mine", "start": "other"})
     file = folder.path / "checkpoint" / "state.json"
     state = json.loads(file.read_text())
     for key, value in {"fedlora": "0.0.1", "format": 3}.items():

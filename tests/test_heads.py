@@ -86,6 +86,7 @@ def test_what_16_bits_round_away_is_no_fault_of_an_export(monkeypatch: pytest.Mo
         ("lora", ["lora_A.default.weight", "lora_B.default.weight"]),
         ("dora", ["lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.default.weight"]),
         ("vera", ["vera_lambda_d.default", "vera_lambda_b.default", "vera_A.default", "vera_B.default"]),
+        ("randlora", [f"randlora_{part}.default" for part in ("lambda", "gamma", "A", "B")]),
     ],
 )
 def test_the_numbers_of_an_adapter_are_compared_where_losses_are_too_coarse(

@@ -323,10 +323,12 @@ def test_a_record_says_the_rank_that_a_client_trained_with() -> None:
 
 
 def test_an_evaluator_asks_for_the_ranks_that_clients_hold() -> None:
-    evaluator = TrainerEvaluator(None, 0, RAGGED)  # type: ignore[arg-type]
+    strategy = strategy_of("hetlora", "lora", RAGGED)
+    evaluator = TrainerEvaluator(None, 0, strategy)  # type: ignore[arg-type]
     roles = {"A": Role.SHARED}
     assert evaluator._instruction({}, roles, 1, (1, 4)).ranks == (3, 3)
-    assert evaluator.at(AFTER[1])._instruction({}, roles, 1, (1, 4)).ranks == (2, 3)
+    pruned = strategy_of("hetlora", "lora", AFTER[1])
+    assert evaluator.at(pruned)._instruction({}, roles, 1, (1, 4)).ranks == (2, 3)
 
 
 def test_the_plan_says_that_bytes_are_the_most(tmp_path: Path) -> None:

@@ -48,6 +48,11 @@ CASES: dict[str, dict[str, Any]] = {
     "a proximal step at the server": {"strategy.name": "s2-lora"},
     "personal": {"strategy.name": "fedsa-lora", "data.holdout": 0.2},
     "personal in the last rounds alone": {"strategy.name": "feddpa", "feddpa.own-rounds": 1, "data.holdout": 0.2},
+    "clusters of clients": {"strategy.name": "fedlease", "data.holdout": 0.2, "rounds": 3},
+    "clusters of clients, under DP": {
+        **{"strategy.name": "fedlease", "rounds": 3, "privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3},
+        **{"data.partition": "iid", "data.holdout": 0.2},
+    },
     "control variates": {"strategy.name": "fedavg", "local.term": "scaffold", "train.optimizer": "sgd"},
     "a part of the clients, under DP": {
         **{"strategy.name": "ffa-lora", "privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3},

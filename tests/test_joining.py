@@ -60,6 +60,7 @@ SERVERS = {
         "data.name",
         "data.path",
         "data.test-path",
+        "data.public-path",
     ),
     *("data.subset", "data.train-split", "data.test-split", "data.text-column", "data.label-column"),
     *("data.answer-column", "data.header", "data.partition", "data.alpha", "data.shards-per-client"),

@@ -17,7 +17,7 @@ from fedlora.config import TrainConfig
 from fedlora.engine import Engine, train_pack
 from fedlora.engine.layers import Layout
 from fedlora.exchange import ClientReport, Update
-from fedlora.methods import LowRank, TensorSpec, WeightDecomposed, initial_tensors
+from fedlora.methods import ScaledBases, TensorSpec, WeightDecomposed, as_low_rank, initial_tensors
 from fedlora.reduce import REDUCTIONS
 from fedlora.runs.export import adapter_files
 from fedlora.seeded import Seeded
@@ -28,6 +28,7 @@ from tests.support.formulas import LAYERS
 from tests.support.matrix import (
     CASES,
     CONFIGS,
+    LINEAR,
     MODELS,
     Arrays,
     alone,
@@ -114,7 +115,7 @@ def test_gradients_of_each_row(method: str, family: str) -> None:
     assert min(largest.values()) > 1e-6, "a single row may give a tensor no gradient, all rows together do"
 
 
-@methods
+@pytest.mark.parametrize("method", LINEAR)
 def test_gradcheck(method: str) -> None:
     """Two groups at once: derivatives of all layers' updates by finite differences."""
     torch.manual_seed(0)
@@ -125,8 +126,10 @@ def test_gradcheck(method: str) -> None:
     def function(*values: torch.Tensor) -> torch.Tensor:
         named = {**head, **dict(zip(specs, values, strict=True))}
         factors = list(method_of(method).factors(named).values())
-        lows = [f.update if isinstance(f, WeightDecomposed) else f for f in factors]
-        parts = [(f.scaled_b() @ f.A).flatten() for f in lows if isinstance(f, LowRank)]
+        sums = [f for f in factors if isinstance(f, ScaledBases)]
+        lows = [as_low_rank(f) for f in factors if not isinstance(f, ScaledBases)]
+        parts = [(low.scaled_b() @ low.A).flatten() for low in lows if low is not None]
+        parts += [f.of(torch.eye(len(f.B if f.transposed else f.A.mT)).double()).flatten() for f in sums]
         parts += [f.magnitude.flatten() for f in factors if isinstance(f, WeightDecomposed)]
         extra = method_of(method).penalty(named)
         return torch.cat([*parts, *([] if extra is None else [extra])])
@@ -136,7 +139,7 @@ def test_gradcheck(method: str) -> None:
 
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 @models
-@methods
+@pytest.mark.parametrize("method", LINEAR)
 def test_peft_reproduces_the_logits(method: str, family: str, targets: str, tmp_path: Path) -> None:
     """float64 to 1e-12 and float32 to 1e-4 of the largest logit; layers and ranks of no use are left out."""
     if method == "mos" and family == "bert" and targets == "all-linear":

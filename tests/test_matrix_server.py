@@ -89,8 +89,7 @@ def test_weights_count(name: str, method: str, ranks: Ranks) -> None:
     for key, spec in strategy.with_role(1, Role.SHARED).items():
         by_norm = name == "hetlora" and spec.kind != "head"
         assert np.array_equal(one[key], two[key]) if by_norm else np.abs(one[key] - two[key]).max() > 1e-3
-    stacked = strategy.accumulated(1)
-    pairs = [(updates(method, {**seeded_of(method), **end})) for end in ended] if stacked else []
+    pairs = [(updates(method, {**seeded_of(method), **end})) for end in ended] if strategy.accumulates else []
     assert all(np.abs(pairs[0][layer] - pairs[1][layer]).max() > 1e-3 for layer in (pairs[0] if pairs else ()))
 
 
@@ -153,9 +152,10 @@ def test_bytes_are_theory(name: str, method: str) -> None:
     server.start(LoopGrid({1: node_of(server)}), server.arrays, num_rounds=2 * strategy.period, on_round=note)
     later = traffic[strategy.period :]
     up, down, cached = BYTES[name, method]
-    if strategy.accumulated(1):  # round 2 sends what round 1 has added: more ranks than any layer has features
-        most = server.core.ranks[1] if name == "florist" else 15  # the former depends on the numbers
-        grown = sum(min(layer.d_in, layer.d_out, most) * (layer.d_in + layer.d_out) for layer in LAYERS)
+    if strategy.accumulates:  # round 2 sends what round 1 has added: more ranks than any layer has features
+        most = server.core.ranks[1] if name == "florist" else [15] * len(LAYERS)  # the former depends on the numbers
+        held = ((layer, min(layer.d_in, layer.d_out, rank)) for layer, rank in zip(LAYERS, most, strict=True))
+        grown = sum(rank * (layer.d_in + layer.d_out) for layer, rank in held)
         down, cached = down + grown, cached + grown
     clients, personal = 5, 2 if strategy.has_personal else 1  # to evaluate they are sent the tensors once more
     assert sum(one.bytes_up for one in later) / len(later) == pytest.approx(8 * clients * up)
@@ -243,7 +243,7 @@ def test_personal_and_frozen_tensors_never_cross_the_wire(name: str, method: str
     server, specs = server_of(strategy, method, clients=2), method_of(method).specs()
     grid = LoopGrid({1: node_of(server)})
     run(server, grid, 2 * strategy.period)
-    stacked = strategy.accumulated(1)
+    stacked = strategy.accumulated([1] * len(LAYERS))
     for message in grid.sent:
         instruction = read_instruction(message.content)
         kept = {k for k, role in instruction.roles.items() if role in (Role.PERSONAL, Role.FROZEN, Role.UPLOAD)}

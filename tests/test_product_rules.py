@@ -17,6 +17,7 @@ from fedlora.methods.products import decompose, pairs
 from fedlora.methods.residual import extend
 from fedlora.reduce import ClientUpdate, Reduced, weighted_mean
 from fedlora.seeded import Seeded
+from fedlora.server.traffic import Payloads
 from fedlora.state import ServerState
 from fedlora.strategy import Setting, Strategy
 from strategies import (
@@ -167,35 +168,64 @@ def test_flexlora_with_fewer_ranks_than_the_server_has(values: str) -> None:
 @pytest.mark.parametrize("energy", [0.3, 0.9, 1.0])
 @pytest.mark.parametrize("ranks", [(), RANKS])
 def test_florist_keeps_the_energy_and_no_more_than_it_needs(energy: float, ranks: tuple[int, ...]) -> None:
-    """One rank for all layers, the largest that any needs; rounds add up, and bytes count what was kept."""
+    """A rank for each layer; rounds add up, and bytes count what was kept."""
     strategy = FLoRIST(setting(FloristOptions(energy), ranks=ranks))
-    state, expected, history = start_of(strategy), dict[str, Any](), 0
+    state, expected, history = start_of(strategy), dict[str, Any](), np.zeros(2, dtype=np.int64)
     for number in (1, 2):
         found = reduced(strategy, number)
         state = strategy.apply(state, found, number)
-        kept = strategy.added_rank(range(3), state)
-        needed = []
-        for layer, whole in mean_products(found).items():
+        kept = strategy.added_ranks(range(3), state)
+        for rank, (layer, whole) in zip(kept, mean_products(found).items(), strict=True):
             s = np.square(np.linalg.svd(whole, compute_uv=False))
-            needed.append(next(p for p in range(1, len(s) + 1) if s[:p].sum() >= energy * s.sum() * (1 - 1e-12)))
-            expected[layer] = expected.get(layer, 0.0) + best(whole, kept)
-        assert kept == max(needed) if energy < 1 else kept >= max(needed)
-        assert kept <= strategy.added_rank(range(3))
+            needed = next(p for p in range(1, len(s) + 1) if s[:p].sum() >= energy * s.sum() * (1 - 1e-12))
+            assert rank == needed if energy < 1 else rank >= needed
+            expected[layer] = expected.get(layer, 0.0) + best(whole, rank)
+        assert all(np.less_equal(kept, strategy.added_ranks(range(3))))
         history += kept
         for layer, whole in expected.items():
             name = f"{layer}.residual_A"
             assert off(state.tensors[f"{layer}.residual_B"] @ state.tensors[name], whole) < 1e-10
-            assert state.tensors[name].shape == strategy.accumulated(history)[name].shape
+            assert state.tensors[name].shape == strategy.accumulated(history.tolist())[name].shape
+
+
+def uneven(strategy: Strategy) -> Reduced:
+    """One client, whose update of the wide layer has four strong ranks, and that of the narrow one a single one."""
+    (one, *_), strength = reduced(strategy).updates, {"wide": np.ones(4), "narrow": np.array([1.0, 0.01, 0.01, 0.01])}
+    sent = {a: np.linalg.qr(one.tensors[a].T)[0].T for _, a, _ in pairs(SPECS)}
+    sent |= {b: np.linalg.qr(one.tensors[b])[0] * strength[layer] for layer, _, b in pairs(SPECS)}
+    return Reduced(1, updates=(replace(one, tensors={**one.tensors, **sent}),))
+
+
+def test_layers_keep_ranks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks and one: the server counts, sends and saves as many; planted: one rank for all, the largest."""
+    strategy = FLoRIST(setting(FloristOptions(0.99)))
+    state = strategy.apply(start_of(strategy), uneven(strategy), 1)
+    kept = strategy.added_ranks([0], state)
+    assert kept == (4, 1)
+    sizes = {name: value.shape for name, value in state.tensors.items() if "residual" in name}
+    assert sizes == {name: spec.shape for name, spec in strategy.accumulated(kept).items()}
+    payloads = Payloads(strategy, "float64")
+    numbers = {
+        layer: sum(spec.shape[axis] for axis, spec in ((1, SPECS[a]), (0, SPECS[b]))) for layer, a, b in pairs(SPECS)
+    }
+    history = [(0, 0), kept, (8, 2)]
+    assert payloads.evaluation(2, 1, None, history[:2])[0] == 8 * (4 * numbers["wide"] + numbers["narrow"])
+    assert payloads.evaluation(3, 1, None, history)[1] == 8 * (4 * numbers["wide"] + numbers["narrow"])
+    whole = FLoRIST._needed
+    monkeypatch.setattr(FLoRIST, "_needed", lambda self, product: max(4, whole(self, product)))
+    wrong = strategy.added_ranks([0], strategy.apply(start_of(strategy), uneven(strategy), 1))
+    assert wrong == (4, 4)
+    assert payloads.evaluation(2, 1, None, [(0, 0), wrong])[0] > payloads.evaluation(2, 1, None, history[:2])[0]
 
 
 def test_planted_energy_of_values_that_are_not_squared(monkeypatch: pytest.MonkeyPatch) -> None:
     """The threshold is on squares (the paper says so): on the values themselves more ranks are kept."""
     strategy = FLoRIST(setting(FloristOptions(0.9)))
     found = reduced(strategy)
-    right = strategy.added_rank(range(3), strategy.apply(start_of(strategy), found, 1))
+    right = strategy.added_ranks(range(3), strategy.apply(start_of(strategy), found, 1))
     monkeypatch.setattr(florist.np, "square", lambda values: values)
-    wrong = strategy.added_rank(range(3), strategy.apply(start_of(strategy), found, 1))
-    assert wrong > right
+    wrong = strategy.added_ranks(range(3), strategy.apply(start_of(strategy), found, 1))
+    assert all(np.greater(wrong, right))
 
 
 # -- fedex-lora ---------------------------------------------------------------------------------------
@@ -204,19 +234,19 @@ def test_planted_energy_of_values_that_are_not_squared(monkeypatch: pytest.Monke
 def test_fedex_is_exact_in_every_round_and_goes_on_from_the_means() -> None:
     """What clients trained on was means and residual of the round before; the residuals add up."""
     strategy = FedExLoRA(setting())
-    state, added = start_of(strategy), 0
+    state, added = start_of(strategy), np.zeros(2, dtype=np.int64)
     for number in range(1, 4):
         found = reduced(strategy, number)
         before = {layer: value - state.tensors[b] @ state.tensors[a] for (layer, a, b), value in
                   zip(pairs(SPECS), products(state.tensors).values(), strict=True)}  # fmt: skip
         state = strategy.apply(state, found, number)
-        added += strategy.added_rank(range(3))
+        added += strategy.added_ranks(range(3))
         for layer, whole in mean_products(found).items():
             assert off(products(state.tensors)[layer], before[layer] + whole) < 1e-12
         for name in SPECS:
             mean = sum(p * one.tensors[name] for p, one in zip(SHARES, found.updates, strict=True))
             assert np.allclose(state.tensors[name], mean, atol=1e-14)
-        for name, spec in strategy.accumulated(added).items():
+        for name, spec in strategy.accumulated(added.tolist()).items():
             assert state.tensors[name].shape == spec.shape
     assert state.tensors["wide.residual_A"].shape == (20, 30), "3 rounds of (K - 1) r = 8 ranks, 20 features"
 
@@ -225,7 +255,7 @@ def test_fedex_of_one_client_has_no_residual() -> None:
     strategy = FedExLoRA(setting())
     found = reduced(strategy)
     state = strategy.apply(start_of(strategy), replace(found, updates=found.updates[:1]), 1)
-    assert strategy.added_rank([0]) == 0
+    assert strategy.added_ranks([0]) == (0, 0)
     assert set(state.tensors) == set(SPECS)
 
 
@@ -239,7 +269,7 @@ def test_a_truncated_residual_is_the_best_of_its_rank(kept: int) -> None:
         residual = mean_products(found)[layer] - tensors[b] @ tensors[a]
         own = tensors[f"{layer}.residual_B"] @ tensors[f"{layer}.residual_A"]
         assert off(own, best(residual, kept)) < 1e-10
-        shape = strategy.accumulated(strategy.added_rank(range(3)))[f"{layer}.residual_A"].shape
+        shape = strategy.accumulated(strategy.added_ranks(range(3)))[f"{layer}.residual_A"].shape
         assert tensors[f"{layer}.residual_A"].shape == shape
 
 

@@ -205,7 +205,7 @@ def test_nothing_is_merged(kind: str, tmp_path: Path) -> None:
     assert [update.report.outcome for update in ask(worker)] == [Outcome.OK] * 4
     residual = {
         name: generator.standard_normal(spec.shape).astype("float32")
-        for name, spec in residual_specs(engine.method.specs(), 3).items()
+        for name, spec in residual_specs(engine.method.specs(), [3] * len(engine.base.structure.adapted)).items()
     }
     tensors = {**random_tensors(model.initial, "x"), **residual}
     rows = engine.task.made_up_rows()

@@ -33,7 +33,7 @@ def residual_of(engine: Engine, rank: int = 4, seed: int = 5) -> Arrays:
     generator = np.random.default_rng(seed)
     return {
         name: 0.2 * generator.standard_normal(spec.shape)
-        for name, spec in residual_specs(engine.method.specs(), rank).items()
+        for name, spec in residual_specs(engine.method.specs(), [rank] * len(engine.base.structure.adapted)).items()
     }
 
 

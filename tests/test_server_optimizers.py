@@ -42,6 +42,7 @@ RULES = {
     "lora-fair",
     "fedrot-lora",
     "ravan",
+    "fedlease",
 }  # other than means
 AVERAGING = [
     *((n, m, ()) for n, m in CASES if n not in RULES | {"local"}),

@@ -195,6 +195,7 @@ INSTRUCTION = Instruction(
     local=LocalTerms(learning_rate=0.5, proximal=0.01, scaffold=2, penalty=0.02, decay=0.9),
     extra={"variate/x": np.full(3, 2.0, np.float32)},
     ranks=(2, 8),
+    experts=(1, 0),
     fingerprint="f",
     pack=3,
     ledger_heads=("h1", ""),
@@ -233,9 +234,11 @@ def test_metrics_of_a_client_that_failed_are_not_read() -> None:
 
 def test_an_instruction_that_contradicts_itself_is_refused() -> None:
     for changes, message in (
-        ({"clients": (4, 4), "ranks": (), "ledger_heads": ()}, "names a client twice"),
-        ({"ranks": (1,)}, "ledger hashes or ranks are not one a client"),
-        ({"ledger_heads": ("a",)}, "ledger hashes or ranks are not one a client"),
+        ({"clients": (4, 4), "ranks": (), "experts": (), "ledger_heads": ()}, "names a client twice"),
+        ({"ranks": (1,)}, "ledger hashes, ranks or experts are not one a client"),
+        ({"ledger_heads": ("a",)}, "ledger hashes, ranks or experts are not one a client"),
+        ({"experts": (0,)}, "ledger hashes, ranks or experts are not one a client"),
+        ({"experts": (0, -1)}, "its experts not 0 or more"),
         ({"modules": ((0,), (1,))}, "both ranks that clients hold and modules that they train"),
         ({"ranks": (), "modules": ((0,),)}, "modules are not 1 or more of each client"),
         ({"ranks": (), "modules": ((0, 1), ())}, "modules are not 1 or more of each client"),

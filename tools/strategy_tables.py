@@ -22,10 +22,10 @@ from fedlora.exchange import ClientReport, Update
 from fedlora.methods import METHODS as REGISTERED
 from fedlora.methods import (
     Layer,
-    LowRank,
     Method,
     MosOptions,
     WeightDecomposed,
+    as_low_rank,
     build_method,
     count_parameters,
     initial_tensors,
@@ -54,6 +54,7 @@ METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     **{name: [(f"`{name}`, r = 8", Config(method=MethodConfig(name, rank=8)))] for name in REGISTERED},
     "lora-sb": [(f"`lora-sb`, r = {rank}", Config(method=MethodConfig("lora-sb", rank=rank))) for rank in (8, 64)],
     "vera": [("`vera`, r = 256", Config(method=MethodConfig("vera", rank=256)))],
+    "randlora": [("`randlora`, r = 32", Config(method=MethodConfig("randlora", rank=32)))],
     "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }
 
@@ -127,15 +128,15 @@ def updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict
     named = {name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()}
     found = {}
     for layer, factor in method.factors(named).items():
-        if isinstance(factor, WeightDecomposed):
-            added = factor.update.scaled_b() @ factor.update.A
-            base = torch.from_numpy(Seeded(0).uniform("base", layer, shape=tuple(added.shape), bound=1.0))
-            m = base.norm(dim=1) + factor.magnitude
-            found[layer] = ((m / (base + added).norm(dim=1))[:, None] * (base + added) - base).numpy()
-        if isinstance(factor, LowRank):
-            update = factor.scaled_b() @ factor.A
+        added = as_low_rank(factor)
+        if added is not None:
+            update = added.scaled_b() @ added.A
+            if isinstance(factor, WeightDecomposed):
+                base = torch.from_numpy(Seeded(0).uniform("base", layer, shape=tuple(update.shape), bound=1.0))
+                m = base.norm(dim=1) + factor.magnitude
+                update = (m / (base + update).norm(dim=1))[:, None] * (base + update) - base
             if f"{layer}.residual_A" in named:
-                update = update + factor.scale * named[f"{layer}.residual_B"] @ named[f"{layer}.residual_A"]
+                update = update + added.scale * named[f"{layer}.residual_B"] @ named[f"{layer}.residual_A"]
             found[layer] = update.numpy()
     return found
 
@@ -162,10 +163,12 @@ def roles_table() -> list[str]:
                 mean = "exact" if strategy.exact else f"off by {off:.2f}"
                 assert (off < 1e-12) == strategy.exact, f"{name} is off by {off}"
             sent_only = [k for k in by_role[Role.BROADCAST] if k not in sent]
-            fixed = ", ".join([*by_role[Role.FROZEN], *(f"{k} (by the server)" for k in sent_only)])
+            kept = by_role[Role.PERSONAL]
+            never = [k for k in by_role[Role.FROZEN] if k not in (*sent, *kept)]
+            fixed = ", ".join([*never, *(f"{k} (by the server)" for k in sent_only)])
             lines.append(
-                f"| `{name}` | `{kind}` | {_joined(sent)} | {_joined(by_role[Role.PERSONAL])} | "
-                f"{fixed or '-'} | {' → '.join(turns) if strategy.period > 1 else '-'} | {mean} |"
+                f"| `{name}` | `{kind}` | {_joined(sent)} | {_joined(kept)} | "
+                f"{fixed or '-'} | {' → '.join(turns) if len(set(turns)) > 1 else '-'} | {mean} |"
             )
     return lines
 
@@ -213,7 +216,7 @@ def down_table() -> list[str]:
             strategy = _strategy(name, build_method(config, layers, []))
             trained = {n: s for n, s in strategy.setting.specs.items() if s.kind in strategy.trained_kinds}
             up, down, cached = map(_size, Payloads(strategy, _DTYPE).cycle())
-            sizes = f"{up} | grows | grows" if strategy.accumulated(1) else f"{up} | {down} | {cached}"
+            sizes = f"{up} | grows | grows" if strategy.accumulates else f"{up} | {down} | {cached}"
             lines.append(f"| `{name}` | {label} | {sizes} | {count_parameters(trained):,} |")
     return lines
 

@@ -202,6 +202,10 @@ class MethodConfig:
     target_modules: str = "auto"
     """Comma-separated module names as in PEFT, ``all-linear``, ``auto`` (the usual choice for the model's family), or a
     regular expression that full module names must match, such as ``.*[.][0-5][.].*query``."""
+    init: str = "auto"
+    """How factors start that the method draws. ``auto``: as its own file says; ``orthonormal``: the fixed A and B of
+    ``lora-sb`` and ``ravan`` with orthonormal rows and columns; ``gradient``: those of ``lora-sb`` as the singular
+    vectors of the weights' gradient on the rows of ``data.public-path``."""
     head: str = "shared"
     """``shared``: trained and averaged; ``personal``: trained and kept by the client; ``frozen``: as it starts."""
     head_start: str = "auto"

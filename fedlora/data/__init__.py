@@ -53,6 +53,10 @@ def load_corpus(config: Config) -> Corpus:
             f"task = {config.task!r}: the rows of data.name = {config.data.name!r} have one class each; give a file "
             "or a data set of your own, and name what is to be predicted in data.label-column."
         )
+    if config.data.public_path:
+        from fedlora.data.files import load_public_rows
+
+        corpus = replace(corpus, public=load_public_rows(config, corpus.classes))
     if not config.eval.test:
         corpus = replace(corpus, test=Table())
     if config.data.dev_share == 0:

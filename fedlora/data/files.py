@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 from pyarrow.parquet import read_schema
 
 from fedlora.config import Config
-from fedlora.config.data_keys import TABLE_SUFFIXES, table_suffix
+from fedlora.config.data_keys import TABLE_SUFFIXES, table_suffix, write_names
 from fedlora.data.columns import Source
 from fedlora.data.corpus import build_corpus
 from fedlora.data.decoding import check_kind, read_text
@@ -53,6 +55,29 @@ def load_server_rows(config: Config) -> Corpus:
         return Corpus(Table(), Table(), VALUE if config.task == "regression" else data.class_names)
     own = build_corpus(_source("data.test-path", data.test_path, data.header), None, config, split=False)
     return Corpus(Table(), own.train, own.classes)
+
+
+def load_public_rows(config: Config, classes: Sequence[str]) -> Table:
+    """Read ``data.public-path``, rows of the same columns and classes as those that clients have.
+
+    Raises:
+        ValueError: As for :func:`load_file_corpus`.
+    """
+    path, header = config.data.public_path, config.data.header
+    names = write_names(classes) if config.task in ("classification", "multi-label") else ""
+    data = replace(
+        config.data,
+        name="file",
+        path=path,
+        test_path="",
+        subset="",
+        test_split="",
+        classes=names,
+        partition="iid",  # nobody's, so that no column says whose they are
+        partition_column="",
+    )
+    source = _source("data.public-path", path, header)
+    return build_corpus(source, None, replace(config, data=data), split=False).train
 
 
 def _source(key: str, name: str, header: bool) -> Source:

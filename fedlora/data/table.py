@@ -76,6 +76,7 @@ class Corpus:
         classes: Class names by class number; of a regression, one name for its number.
         dev: What the server evaluates on while test rows wait for the end; empty without ``data.dev-share``.
         shape: How the columns were read, in words, where that is not what their keys say alone; else empty.
+        public: The rows of ``data.public-path``, which are no client's.
     """
 
     train: Table
@@ -83,11 +84,12 @@ class Corpus:
     classes: tuple[str, ...]
     dev: Table = field(default_factory=Table)
     shape: str = ""
+    public: Table = field(default_factory=Table)
 
     @property
     def splits(self) -> dict[str, Table]:
         """The tables that are not empty, by name."""
-        return {name: table for name in ("train", "dev", "test") if len(table := getattr(self, name))}
+        return {name: table for name in ("train", "dev", "test", "public") if len(table := getattr(self, name))}
 
     def text_names(self, wanted: str) -> tuple[str, ...]:
         """Return the columns that ``data.text-column`` names, by what was read: one may have commas in its name."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, final
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,7 +19,7 @@ from fedlora.engine.kernels import low_rank
 from fedlora.engine.kernels.attention import rows_in_place
 from fedlora.engine.layout import Layout
 from fedlora.engine.unpadded import blocks_without_padding
-from fedlora.methods import Dense, Factor, LowRank, Scale, WeightDecomposed
+from fedlora.methods import Dense, Experts, Factor, LowRank, Scale, ScaledBases, WeightDecomposed
 
 
 class LayerProbe(Protocol):
@@ -97,7 +98,7 @@ class GroupedLayer(nn.Module):
             return y if low is self.factor else self._at_magnitude(y)
         if self.layout.groups > 1 and not self.layout.of_rows(x, self.layout.rows):
             raise NoRowsError(self.name)
-        added = isinstance(self.factor, LowRank)
+        added = isinstance(self.factor, LowRank | ScaledBases | Experts)
         if self.probe is not None:
             return self.probe.output(x, self._own, self._fixed if added else None)
         own = self._own(x)  # before the base layer: the order in which x's gradients are added up depends on it
@@ -113,10 +114,10 @@ class GroupedLayer(nn.Module):
         if a.dim() == b.dim() == 2:
             return y + (x @ a.mT) @ b.mT
         assert self.layout is not None, "a factor without a layout"
-        return y + self.layout.to_rows((self.layout.to_groups(x) @ a.mT) @ b.mT, x)  # of several federations
+        return y + self.layout.to_rows((self.layout.to_groups(x) @ a.mT) @ b.mT, x)
 
     def _own(self, x: Tensor) -> Tensor:
-        """Return what the factor makes of ``x``: a low-rank one's update of the base layer, or the whole output."""
+        """Return what the factor makes of ``x``: an added one's update of the base layer, or the whole output."""
         assert self.layout is not None, "a factor without a layout"
         if isinstance(self.factor, Scale):
             x_g = self.layout.to_groups(_normed(self.base, x))
@@ -127,6 +128,10 @@ class GroupedLayer(nn.Module):
         if isinstance(self.factor, WeightDecomposed):
             own = self.layout.to_rows(_update(self.layout.to_groups(x), self.factor.update), x)
             return self._at_magnitude(self.base(x) + own)
+        if isinstance(self.factor, ScaledBases):
+            return self.layout.to_rows(self.factor.of(self.layout.to_groups(x)), x)
+        if isinstance(self.factor, Experts):
+            return self.layout.to_rows(routed(self.factor, self.layout.to_groups(x)), x)
         if isinstance(self.factor, Dense):
             x_g = self.layout.to_groups(x)
             y_g = with_bias(x_g @ self.factor.weight.to(x.dtype).mT, self.factor.bias)
@@ -158,6 +163,30 @@ def _update(x_g: Tensor, factor: LowRank) -> Tensor:
     # Scaled apart, so that no group has an A or B of its own where they are common to all.
     scale = factor.scale if isinstance(factor.scale, float) else factor.scale.to(x_g.dtype).unsqueeze(-2)
     return (low * scale) @ factor.B.to(x_g.dtype).mT * factor.out_scale.to(x_g.dtype).unsqueeze(-2)
+
+
+def routed(experts: Experts, x_g: Tensor) -> Tensor:
+    """Return the update [G, n, d_out] of tokens [G, n, d_in], each with the experts that the router weighs for it.
+
+    The experts that are not trained may be common to all groups: then each is one matrix product for all tokens.
+    """
+    own_g, rest_g = router_weights(experts, x_g)
+    hidden_g = x_g @ experts.own.A.to(x_g.dtype).mT * own_g
+    y_g = hidden_g @ experts.own.scaled_b().to(x_g.dtype).mT
+    hidden_g = x_g @ experts.all.A.to(x_g.dtype).mT  # [G, n, M r]
+    weighed_g: Tensor = hidden_g.unflatten(-1, (rest_g.shape[-1], -1)) * rest_g.unsqueeze(-1)  # type: ignore[no-untyped-call]
+    return y_g + weighed_g.flatten(-2) @ experts.all.scaled_b().to(x_g.dtype).mT
+
+
+def router_weights(experts: Experts, x_g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's weight of the own expert [G, n, 1], and of all of them [G, n, M], 0 for the own one."""
+    wide, count = torch.promote_types(x_g.dtype, torch.float32), experts.is_own.shape[-1]
+    output_g = x_g.to(wide) @ experts.router.to(wide).mT  # [G, n, 2 M - 1]
+    largest = output_g.topk(count, -1)
+    weight_g = torch.zeros_like(output_g).scatter(-1, largest.indices, largest.values.softmax(-1)).to(x_g.dtype)
+    first_g, is_own = weight_g[..., :count], experts.is_own.to(x_g.dtype).unsqueeze(-2)
+    own_g = (first_g * is_own).sum(-1, keepdim=True) + weight_g[..., count:].sum(-1, keepdim=True)
+    return own_g, first_g * (1.0 - is_own)
 
 
 def with_bias(y_g: Tensor, bias_g: Tensor | None) -> Tensor:

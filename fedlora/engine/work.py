@@ -30,8 +30,8 @@ class ClientWork:
         server_variate: SCAFFOLD's control variate of the server, by tensor; zero where there is none.
         own_variate: The client's own one, likewise.
         rows: All rows that it trains on; needed for SCAFFOLD's option 1 only.
-        fixed: Tensors that it does not train, and that other clients of the pack have otherwise, as those of another
-            federation do; all of a pack name the same.
+        fixed: Tensors that it does not train, and that other clients of the pack have otherwise, as clients of another
+            federation do, or those that train other ranks; all of a pack name the same.
     """
 
     client: int

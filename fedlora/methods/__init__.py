@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fedlora.config import Config
 from fedlora.methods.base import (
     Dense,
+    Experts,
     Factor,
     Fault,
     Layer,
@@ -17,6 +18,8 @@ from fedlora.methods.base import (
     Scale,
     TensorSpec,
     WeightDecomposed,
+    as_low_rank,
+    check_init,
     check_start,
     count_parameters,
     initial_tensors,
@@ -30,10 +33,14 @@ from fedlora.methods.dora import Dora
 from fedlora.methods.dual_lora import DualLora, DualLoraOptions
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
+from fedlora.methods.lora_experts import LoraExperts, LoraExpertsOptions
 from fedlora.methods.lora_sb import LoraSB
 from fedlora.methods.mos import Mos, MosOptions
+from fedlora.methods.nola import Nola, NolaOptions
+from fedlora.methods.randlora import RandLora
 from fedlora.methods.ravan import Ravan, RavanOptions
 from fedlora.methods.s2_lora import S2Lora, S2Options
+from fedlora.methods.scaled_bases import ScaledBases
 from fedlora.methods.vera import Vera, VeraOptions
 from fedlora.registry import Registry
 
@@ -46,6 +53,9 @@ METHODS.register("ravan", RavanOptions)(Ravan)
 METHODS.register("dual-lora", DualLoraOptions)(DualLora)
 METHODS.register("vera", VeraOptions)(Vera)
 METHODS.register("dora")(Dora)
+METHODS.register("nola", NolaOptions)(Nola)
+METHODS.register("randlora")(RandLora)
+METHODS.register("lora-experts", LoraExpertsOptions)(LoraExperts)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -61,6 +71,7 @@ def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]
             f"method.rank = {config.method.rank}: the adapted layers have {most} features at most, and no update of "
             "them has a higher rank; lower it."
         )
+    check_init(config, kind.inits)
     method = Head(kind.build(adapted, config), head)
     check_start(method.specs())
     return method
@@ -72,27 +83,35 @@ __all__ = [
     "Dora",
     "DualLora",
     "DualLoraOptions",
+    "Experts",
     "Factor",
     "Fault",
     "Head",
     "Layer",
     "Lora",
+    "LoraExperts",
+    "LoraExpertsOptions",
     "LoraSB",
     "LowRank",
     "LowRankMethod",
     "Method",
     "Mos",
     "MosOptions",
+    "Nola",
+    "NolaOptions",
     "PeftAdapter",
+    "RandLora",
     "Ravan",
     "RavanOptions",
     "S2Lora",
     "S2Options",
     "Scale",
+    "ScaledBases",
     "TensorSpec",
     "Vera",
     "VeraOptions",
     "WeightDecomposed",
+    "as_low_rank",
     "build_method",
     "check_start",
     "count_parameters",

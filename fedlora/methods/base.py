@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.config import Config
+from fedlora.config import Config, require
+from fedlora.methods.scaled_bases import ScaledBases
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class TensorSpec:
         rank_axis: The axis that counts ranks, where a client may hold fewer of them than the server; None: none does.
         start: What all of it starts at, without a bound.
         linear: Whether the layer's update is linear in it, or affine, while the other factors stay as they are.
+        orthonormal: Whether it is drawn orthonormal, in place of uniform: rows, or columns where these are fewer.
     """
 
     shape: tuple[int, ...]
@@ -74,6 +76,7 @@ class TensorSpec:
     rank_axis: int | None = None
     start: float = 0.0
     linear: bool = True
+    orthonormal: bool = False
 
 
 class LowRank(NamedTuple):
@@ -82,7 +85,7 @@ class LowRank(NamedTuple):
     A: Tensor  # [*, r, d_in]
     B: Tensor  # [*, d_out, r]
     scale: float | Tensor  # one number, or one for each rank [*, r]
-    residual: LowRank | None = None  # without one of its own; groups of one federation have it in common
+    residual: LowRank | None = None  # without one of its own; common to all groups, or [*]
     out_scale: Tensor | None = None  # one number for each output [*, d_out]; None: 1
 
     def scaled_b(self) -> Tensor:
@@ -101,6 +104,19 @@ class WeightDecomposed(NamedTuple):
     magnitude: Tensor  # m - |W|, [*, d_out]
 
 
+class Experts(NamedTuple):
+    """What a layer adds to its base where a router weighs several low-rank updates for each token of its input x.
+
+    The router's first M outputs are of the M experts, the rest of the client's own one; the M largest count, by their
+    softmax.
+    """
+
+    own: LowRank  # the client's own expert
+    all: LowRank  # the M experts side by side, A [*, M r, d_in] and B [*, d_out, M r]
+    router: Tensor  # [*, 2 M - 1, d_in]
+    is_own: Tensor  # [*, M], 1 where it is the client's own, whose weight goes to ``own``, and else 0
+
+
 class Dense(NamedTuple):
     """A layer that is replaced: ``y = weight x + bias``."""
 
@@ -115,7 +131,20 @@ class Scale(NamedTuple):
     bias: Tensor | None  # [*, d]
 
 
-Factor = LowRank | WeightDecomposed | Dense | Scale
+Factor = LowRank | WeightDecomposed | ScaledBases | Experts | Dense | Scale
+
+
+def as_low_rank(factor: Factor) -> LowRank | None:
+    """Return what a factor adds to its layer as one product, for exports and reports; None: it adds nothing to one.
+
+    That of scaled bases has as many ranks as its layer has features, and more. Of a weight-decomposed layer it is what
+    is added before its rows are brought to their magnitudes.
+    """
+    if isinstance(factor, ScaledBases):
+        return LowRank(*factor.product(), 1.0)
+    if isinstance(factor, WeightDecomposed):
+        return factor.update
+    return factor if isinstance(factor, LowRank) else None
 
 
 class PeftAdapter(NamedTuple):
@@ -154,8 +183,8 @@ class Method(ABC):
         """Return what is added to the loss of each group whatever its data, [*]; None for nothing."""
         return None
 
-    def constants(self) -> dict[str, NDArray[np.int64] | NDArray[np.float32]]:
-        """Return fixed numbers beside the tensors that every machine must agree on, by name."""
+    def constants(self) -> dict[str, NDArray[Any]]:
+        """Return fixed numbers beside the tensors that every machine must agree on, by name (:mod:`.fixed`)."""
         return {}
 
     def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter | None:
@@ -174,6 +203,10 @@ class LowRankMethod(Method):
     """Strategies that work with it, beside those that name it among their ``methods``: they are older than it."""
     rank_is_bounded: ClassVar[bool] = True
     """Whether ranks above the layers' features are refused, as they would add nothing."""
+    inits: ClassVar[tuple[str, ...]] = ()
+    """Values of ``method.init`` that it knows, beside ``auto``."""
+    no_adapter: ClassVar[str] = ""
+    """Why its update is no PEFT adapter, so that none is exported; empty: it is one."""
 
     @classmethod
     @abstractmethod
@@ -209,6 +242,46 @@ def refuse_rslora(config: Config) -> None:
         raise ValueError(f"method.rslora = true: is read by lora; {config.method.name} scales by alpha / rank.")
 
 
+def check_init(config: Config, known: Sequence[str]) -> None:
+    """Refuse a ``method.init`` that the method does not know."""
+    init, rule = config.method.init, f"method {config.method.name!r} knows {', '.join(('auto', *known))}."
+    require(init in ("auto", *known), "method.init", init, rule)
+
+
+def orthonormal(config: Config, layers: Sequence[Layer], rank: int) -> bool:
+    """Return whether fixed factors A and B are to start orthonormal, by ``method.init``.
+
+    Args:
+        config: The configuration.
+        layers: The adapted layers.
+        rank: Rows of A and columns of B.
+
+    Raises:
+        ConfigError: A layer has fewer features than that.
+    """
+    init = config.method.init
+    if init == "auto":
+        return False
+    for layer in layers:
+        features = min(layer.d_in, layer.d_out)
+        rule = f"{rank} orthonormal vectors do not fit into the {features} features of {layer.name}; lower method.rank."
+        require(rank <= features, "method.init", init, rule)
+    return init == "orthonormal"
+
+
+def fixed(kind: str, shape: tuple[int, int], product: tuple[str, ...], orthonormal: bool) -> TensorSpec:
+    """Return a fixed A [r, d_in] or B [d_out, r], whose rows or columns have length one, on average or exactly.
+
+    Args:
+        kind: ``A`` or ``B``.
+        shape: Its shape.
+        product: The products that it is a factor of.
+        orthonormal: What :func:`orthonormal` says.
+    """
+    features = shape[1] if kind == "A" else shape[0]
+    return TensorSpec(shape, kind, product, math.sqrt(3 / features), orthonormal=orthonormal)
+
+
 def count_parameters(specs: Mapping[str, TensorSpec]) -> int:
     """Return the number of elements of these tensors."""
     return sum(math.prod(spec.shape) for spec in specs.values())
@@ -233,14 +306,15 @@ def initial_tensors(
         round_number: The round, from 1, for which tensors that start anew in each round are drawn; 0: those of the run.
     """
     key = (round_number,) if round_number else ()
-    return {
-        name: (
-            seeded.uniform("init", name, *key, shape=spec.shape, bound=spec.bound)
-            if spec.bound
-            else np.full(spec.shape, spec.start)
-        ).astype(dtype)
-        for name, spec in specs.items()
-    }
+
+    def start(name: str, spec: TensorSpec) -> NDArray[np.float64]:
+        if not spec.bound:
+            return np.full(spec.shape, spec.start)
+        if spec.orthonormal:
+            return seeded.orthonormal("init", name, *key, shape=spec.shape)
+        return seeded.uniform("init", name, *key, shape=spec.shape, bound=spec.bound)
+
+    return {name: start(name, spec).astype(dtype) for name, spec in specs.items()}
 
 
 def zero_kinds(specs: Mapping[str, TensorSpec]) -> dict[str, dict[str, bool]]:
@@ -281,7 +355,7 @@ def proximal_step(
     return {name: soft_threshold(tensors[name], learning_rate * spec.l1) for name, spec in specs.items() if spec.l1}
 
 
-def tensors_digest(tensors: Mapping[str, NDArray[np.floating] | NDArray[np.int64] | NDArray[np.float32]]) -> str:
+def tensors_digest(tensors: Mapping[str, NDArray[Any]]) -> str:
     """Return a SHA-256 digest of tensors with their names, shapes and dtypes."""
     sha = hashlib.sha256()
     for name, value in sorted(tensors.items()):

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
-import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, PeftAdapter, Scale, TensorSpec
@@ -59,7 +58,7 @@ class Head(Method):
         """Return the method's penalty; the head has none."""
         return self.method.penalty(tensors)
 
-    def constants(self) -> dict[str, NDArray[np.int64] | NDArray[np.float32]]:
+    def constants(self) -> dict[str, NDArray[Any]]:
         """Return the method's constants."""
         return self.method.constants()
 

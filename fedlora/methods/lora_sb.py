@@ -3,24 +3,32 @@
 Ponkshe, Singhal, Gorbunov, Tumanov, Horvath & Vepakomma, "Initialization using Update Approximation is a Silver Bullet
 for Extremely Efficient Low-Rank Fine-Tuning", 2024, arXiv 2411.19557. (LoRA-XS, arXiv 2405.17604, has the same form.)
 
-R starts at zero. What differs from the paper:
+R starts at zero. A and B start by ``method.init``:
 
-- the paper takes A and B from the singular vectors of a gradient of all weights, which is computed on training rows and
-  so would cost privacy. Here they come from the seed: uniform, with rows of A and columns of B of length one on
-  average. They are not orthonormal: for 384 features the singular values of A lie between 0.86 and 1.16 at rank 8, 0.6
-  and 1.4 at 64, 0.3 and 1.7 at 200. So they cost no bytes, and every machine draws the same. That is our choice; the
-  paper's start is not offered;
+- ``auto``: from the seed, uniform, with rows of A and columns of B of length one on average. They are not orthonormal:
+  for 384 features the singular values of A lie between 0.86 and 1.16 at rank 8, 0.6 and 1.4 at 64, 0.3 and 1.7 at 200;
+- ``orthonormal``: the same kind of draw, with rows of A and columns of B made orthonormal (Q of its QR). As the former
+  it costs no bytes, and every machine draws the same;
+- ``gradient``: B has the first left and A the first right singular vectors of each weight's mean gradient over the
+  rows of ``data.public-path`` (:mod:`fedlora.engine.gradients`), at the model that the run starts with. The server
+  sends them, once to a client that keeps them.
+
+What differs from the paper:
+
+- it takes the gradient of training rows, which would cost privacy that no ledger enters. Here it takes rows that are
+  declared public, and no others;
+- it decomposes the sign of the gradient, which is AdamW's first step, and starts R at the singular values, so that the
+  model starts with that step taken. Here it is the gradient itself, and R starts at zero;
 - the scale is alpha / r, as for LoRA.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 from fedlora.config import Config
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, fixed, orthonormal, refuse_rslora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,28 +42,31 @@ class LoraSB(LowRankMethod):
         layers: The adapted layers.
         rank: r, the size of the cores.
         alpha: The numerator of the scale.
+        orthonormal: Whether A and B start orthonormal.
     """
 
     strategies = ("local",)
+    inits = ("orthonormal", "gradient")
 
-    def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float) -> None:
+    def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, orthonormal: bool = False) -> None:
         self.layers = tuple(layers)
-        self.rank = rank
+        self.rank, self.orthonormal = rank, orthonormal
         self.scale = alpha / rank
 
     @classmethod
     def build(cls, layers: Sequence[Layer], config: Config) -> LoraSB:
         """Return LoRA-SB of the rank ``method.rank``."""
         refuse_rslora(config)
-        return cls(layers, rank=config.method.rank, alpha=config.method.alpha)
+        rank = config.method.rank
+        return cls(layers, rank=rank, alpha=config.method.alpha, orthonormal=orthonormal(config, layers, rank))
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return for every layer ``<layer>.sb_A`` [r, d_in], ``.sb_B`` [d_out, r] and ``.sb_R`` [r, r]."""
         specs: dict[str, TensorSpec] = {}
         for layer in self.layers:
             name, product = layer.name, (layer.name,)
-            specs[f"{name}.sb_A"] = TensorSpec((self.rank, layer.d_in), "A", product, math.sqrt(3 / layer.d_in))
-            specs[f"{name}.sb_B"] = TensorSpec((layer.d_out, self.rank), "B", product, math.sqrt(3 / layer.d_out))
+            specs[f"{name}.sb_A"] = fixed("A", (self.rank, layer.d_in), product, self.orthonormal)
+            specs[f"{name}.sb_B"] = fixed("B", (layer.d_out, self.rank), product, self.orthonormal)
             specs[f"{name}.sb_R"] = TensorSpec((self.rank, self.rank), "R", product, 0.0)
         return specs
 

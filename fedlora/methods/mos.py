@@ -26,13 +26,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, Options, at_least, require
 from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, concatenated, refuse_rslora
+from fedlora.methods.fixed import Fixed
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class Mos(LowRankMethod):
             key = name if starred.count(name) == 1 else f"{name}.{d_out}x{d_in}"
             self._check(own)
             self.types.append(_Type(key, tuple(own), self._draw(key, len(own), seeded)))
-        self._placed: dict[tuple[str, str, object], Tensor] = {}
+        by_name = {one.name: one.index for one in self.types}
+        self._fixed = Fixed(lambda key: by_name[key[0]][key[1]])
 
     @classmethod
     def build(cls, layers: Sequence[Layer], config: Config) -> Mos:
@@ -191,23 +193,15 @@ class Mos(LowRankMethod):
                 factors[layer.name] = LowRank(a, b.mT, self.scale)
         return factors
 
-    def constants(self) -> dict[str, NDArray[np.int64] | NDArray[np.float32]]:
+    def constants(self) -> dict[str, NDArray[Any]]:
         """Return the indices."""
         return {f"{one.name}.{side}": index for one in self.types for side, index in one.index.items()}
 
     def _assembled(self, one: _Type, side: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the rows of all layers of a type, [*, L, r, d]: one gather a pool."""
-        import torch
-
         names = (f"{one.name}.mos_{side}", f"{one.name}.mos_{side}_private")
         pool = concatenated([tensors[name] for name in names if name in tensors], -2)
-        key = (one.name, side, pool.device)
-        if key not in self._placed:
-            with torch.inference_mode(
-                mode=False
-            ):  # a tensor made in that mode, as in evaluation, could not be trained with
-                self._placed[key] = torch.from_numpy(one.index[side]).to(pool.device)
-        index = self._placed[key]
+        index = self._fixed.on(pool.device, one.name, side)
         # Shards are used by many layers, so their gradients are sums. These two ways add in a fixed order, each on its
         # own device; exchanged, they would add in whatever order threads happen to come.
         shards = pool[..., index, :] if pool.is_cuda else pool.index_select(-2, index.flatten())

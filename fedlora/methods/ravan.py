@@ -5,20 +5,29 @@ authors' code was not at hand.
 
 A head i of h has fixed A_i [r, d_in] and B_i [d_out, r] and trains H_i [r, r], which starts at zero, and s_i, which
 starts at one. With r = ``method.rank`` the update has a rank of up to h r, for h (r^2 + 1) trained numbers a layer.
-What differs from the paper: A and B are drawn from the seed, uniform, with rows and columns of length one on average,
-and are not made orthogonal (its notes name Gaussian and Gram-Schmidt starts), so that they cost no bytes. The scale is
-alpha / r.
+A and B are drawn from the seed and cost no bytes: uniform, with rows and columns of length one on average, or with
+``method.init = 'orthonormal'`` so that the rows of all heads' A together are orthonormal, and the columns of B (the
+paper's Gram-Schmidt start, as its notes describe it; the paper's other one is Gaussian). The scale is alpha / r, which
+is our choice.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
 from fedlora.config import Config, Options, at_least
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
+from fedlora.methods.base import (
+    Factor,
+    Layer,
+    LowRank,
+    LowRankMethod,
+    TensorSpec,
+    fixed,
+    orthonormal,
+    refuse_rslora,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,21 +57,26 @@ class Ravan(LowRankMethod):
         rank: r, of a head.
         alpha: The numerator of the scale.
         heads: h.
+        orthonormal: Whether A and B start orthonormal.
     """
 
     strategies = ("local",)
+    inits = ("orthonormal",)
 
-    def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, heads: int) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], *, rank: int, alpha: float, heads: int, orthonormal: bool = False
+    ) -> None:
         self.layers = tuple(layers)
-        self.rank, self.heads = rank, heads
+        self.rank, self.heads, self.orthonormal = rank, heads, orthonormal
         self.scale = alpha / rank
 
     @classmethod
     def build(cls, layers: Sequence[Layer], config: Config) -> Ravan:
         """Return Ravan of the rank ``method.rank`` with the keys of its section."""
         refuse_rslora(config)
-        heads = config.options(RavanOptions).heads
-        return cls(layers, rank=config.method.rank, alpha=config.method.alpha, heads=heads)
+        heads, rank = config.options(RavanOptions).heads, config.method.rank
+        start = orthonormal(config, layers, heads * rank)
+        return cls(layers, rank=rank, alpha=config.method.alpha, heads=heads, orthonormal=start)
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return for every layer ``<layer>.ravan_A`` [h r, d_in], ``_B`` [d_out, h r], ``_H`` [h, r, r], ``_s`` [h]."""
@@ -70,8 +84,8 @@ class Ravan(LowRankMethod):
         h, r = self.heads, self.rank
         for layer in self.layers:
             name, product = layer.name, (layer.name,)
-            specs[f"{name}.ravan_A"] = TensorSpec((h * r, layer.d_in), "A", product, math.sqrt(3 / layer.d_in))
-            specs[f"{name}.ravan_B"] = TensorSpec((layer.d_out, h * r), "B", product, math.sqrt(3 / layer.d_out))
+            specs[f"{name}.ravan_A"] = fixed("A", (h * r, layer.d_in), product, self.orthonormal)
+            specs[f"{name}.ravan_B"] = fixed("B", (layer.d_out, h * r), product, self.orthonormal)
             specs[f"{name}.ravan_H"] = TensorSpec((h, r, r), "H", product, 0.0)
             specs[f"{name}.ravan_s"] = TensorSpec((h,), "s", product, 0.0, start=1.0)
         return specs

@@ -1,9 +1,10 @@
 """A residual: a second low-rank term of each LoRA layer, ``y += scale * B_res A_res x``, broadcast and not trained.
 
 What a paper merges into the frozen base (FLoRA: all rounds' updates, stacked; FedEx-LoRA: what means of A and B leave
-out) lives here instead, so the base stays untouched. Its rank R grows by round, up to the layer's features; above that
-:func:`compress` replaces its factors. What a client alone merges (Fed-PLoRA: the ranks that it does not train) is a
-residual of its own, which it makes of the adapter that it is sent (:func:`folded`).
+out) lives here instead, so the base stays untouched. Its rank R grows by round, in each layer by as much as is added
+there, up to the layer's features; above that :func:`compress` replaces its factors. What a client alone merges
+(Fed-PLoRA: the ranks that it does not train) is a residual of its own, which it makes of the adapter that it is sent
+(:func:`folded`).
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from fedlora.methods.products import Array, decompose, pairs
 KIND = "residual"
 
 
-def residual_specs(specs: Mapping[str, TensorSpec], rank: int) -> dict[str, TensorSpec]:
-    """Return ``<layer>.residual_A`` [R, d_in] and ``<layer>.residual_B`` [d_out, R] for every layer with an A and a B.
+def residual_specs(specs: Mapping[str, TensorSpec], ranks: Sequence[int]) -> dict[str, TensorSpec]:
+    """Return ``<layer>.residual_A`` [R, d_in] and ``<layer>.residual_B`` [d_out, R] of layers with an A and a B.
 
     Args:
         specs: The method's tensors.
-        rank: The ranks that have been stacked so far; R is this, or the layer's features where they are fewer.
+        ranks: The ranks that have been stacked so far, of each layer; R is this, or the layer's features where they are
+            fewer. Layers without any, or all where it is empty, have no residual.
     """
     residual: dict[str, TensorSpec] = {}
-    for layer, a, b in pairs(specs) if rank else ():
+    stacked = zip(pairs(specs), ranks, strict=True) if ranks else ()
+    for (layer, a, b), rank in ((pair, rank) for pair, rank in stacked if rank):
         d_in, d_out = specs[a].shape[1], specs[b].shape[0]
         held = min(rank, d_in, d_out)
         residual[f"{layer}.residual_A"] = TensorSpec((held, d_in), KIND, (), 0.0)

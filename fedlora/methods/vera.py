@@ -9,8 +9,7 @@ rows. They start Kaiming-uniform as in PEFT, on +-sqrt(6/d_in) and +-sqrt(6/r), 
 (256 to 1,024 in the paper), also above the layers' features, where d still has a number for each.
 
 - A and B come from the run's seed by our own generator, not by PEFT's, which is not the same on all machines. They are
-  no tensors of the method, so that no strategy can train or send them; machines compare their digest. Their numbers fit
-  into float32, so that an exported adapter, which PEFT loads in float32, has exactly them.
+  no tensors of the method, so that no strategy can train or send them; machines compare their digest.
 - d counts as a part of A and b as one of B (kinds ``A_d``, ``B_b``): strategies that freeze, share or keep A do so with
   d, as the authors of FedSA-LoRA have it for FFA and FedSA on VeRA. With one of the two fixed, means of the other are
   exact.
@@ -18,16 +17,18 @@ rows. They start Kaiming-uniform as in PEFT, on +-sqrt(6/d_in) and +-sqrt(6/r), 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, MethodConfig, Options, positive, require
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, PeftAdapter, TensorSpec, refuse_rslora
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, PeftAdapter, TensorSpec
+from fedlora.methods.fixed import Fixed, random_basis
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
@@ -67,18 +68,16 @@ class Vera(LowRankMethod):
         self.layers = tuple(layers)
         self.rank = rank
         self.d_initial = d_initial
-        d_in = max((layer.d_in for layer in layers), default=1)
-        d_out = max((layer.d_out for layer in layers), default=1)
-        self.A = seeded.uniform("vera", "A", shape=(rank, d_in), bound=math.sqrt(6 / d_in)).astype(np.float32)
-        self.B = seeded.uniform("vera", "B", shape=(d_out, rank), bound=math.sqrt(6 / rank)).astype(np.float32)
-        self._placed: dict[tuple[object, ...], Tensor] = {}
+        self._seeded = seeded
+        self._fixed = Fixed(lambda key: self._part(key[0], int(key[1])))
 
     @classmethod
     def build(cls, layers: Sequence[Layer], config: Config) -> Vera:
         """Return VeRA of the rank ``method.rank`` with the keys of its section; A and B come from the run's seed."""
-        refuse_rslora(config)
         rule = "vera has no scale alpha / r: leave it at its default."
-        require(config.method.alpha == MethodConfig.alpha, "method.alpha", config.method.alpha, rule)
+        for key, default in (("alpha", MethodConfig.alpha), ("rslora", MethodConfig.rslora)):
+            value = getattr(config.method, key)
+            require(value == default, f"method.{key}", value, rule)
         d_initial = config.options(VeraOptions).d_initial
         return cls(layers, rank=config.method.rank, d_initial=d_initial, seeded=Seeded(config.seed))
 
@@ -96,19 +95,21 @@ class Vera(LowRankMethod):
         found: dict[str, Factor] = {}
         for layer in self.layers:
             d, b = tensors[f"{layer.name}.vera_d"], tensors[f"{layer.name}.vera_b"]
-            part_a, part_b = (self._part(side, layer, d) for side in "AB")
+            part_a = self._fixed.on(d.device, "A", str(layer.d_in), dtype=d.dtype)
+            part_b = self._fixed.on(d.device, "B", str(layer.d_out), dtype=d.dtype)
             found[layer.name] = LowRank(part_a, part_b, d, out_scale=b)
         return found
 
-    def constants(self) -> dict[str, NDArray[np.int64] | NDArray[np.float32]]:
+    def constants(self) -> dict[str, NDArray[Any]]:
         """Return A and B."""
-        return {"vera.A": self.A, "vera.B": self.B}
+        return dict(self._bases)
 
     def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter:
         """Return the adapter of PEFT's type VERA, with A and B in it."""
         import torch
 
-        weights = {f"base_model.vera_{side}": torch.from_numpy(whole) for side, whole in (("A", self.A), ("B", self.B))}
+        bases = {side: torch.from_numpy(whole).bfloat16() for side, whole in self._bases.items()}
+        weights: dict[str, Tensor] = {f"base_model.vera_{side}": whole for side, whole in bases.items()}
         for layer in self.layers:
             for vector in "db":
                 name = f"base_model.model.{layer.name}.vera_lambda_{vector}"
@@ -116,13 +117,16 @@ class Vera(LowRankMethod):
         targets = sorted(layer.name for layer in self.layers)
         return PeftAdapter("VERA", {"r": self.rank, "d_initial": self.d_initial, "target_modules": targets}, weights)
 
-    def _part(self, side: str, layer: Layer, like: Tensor) -> Tensor:
-        """Return a layer's columns of A or rows of B, where and as ``like`` is; made once for all layers of a size."""
-        import torch
+    @functools.cached_property
+    def _bases(self) -> dict[str, NDArray[np.float32]]:
+        d_in, d_out = (max(getattr(layer, side) for layer in self.layers) for side in ("d_in", "d_out"))
+        shapes = {"A": (self.rank, d_in), "B": (d_out, self.rank)}
+        return {
+            side: random_basis(self._seeded, "vera", side, shape=shape, bound=math.sqrt(6 / shape[1]))
+            for side, shape in shapes.items()
+        }
 
-        whole = self.A[:, : layer.d_in] if side == "A" else self.B[: layer.d_out]
-        key = (side, whole.shape, like.device, like.dtype)
-        if key not in self._placed:
-            with torch.inference_mode(mode=False):  # else what an evaluation made could not be trained with
-                self._placed[key] = torch.tensor(whole, dtype=like.dtype, device=like.device)
-        return self._placed[key]
+    def _part(self, side: str, features: int) -> NDArray[np.float32]:
+        """Return what layers of so many features take: the first columns of A, or rows of B."""
+        whole = self._bases[side]
+        return np.ascontiguousarray(whole[:, :features] if side == "A" else whole[:features])

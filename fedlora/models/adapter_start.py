@@ -123,7 +123,7 @@ def _read(path: Path, folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"method.start = {folder!r}: no PEFT adapter can be read there ({first_line(error)}); name a folder with "
-            f"adapter_config.json and {_WEIGHTS}, such as a run's adapter/."
+            f"adapter_config.json and {_WEIGHTS}, such as a run's adapter/, or where it has moved to."
         ) from error
     return about, {name: value.double().numpy() for name, value in weights.items()}
 

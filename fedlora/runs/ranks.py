@@ -22,13 +22,13 @@ def strengths(factors: Mapping[str, Factor]) -> dict[str, list[float]]:
     The component of rank i is ``scale_i B_:i A_i:``, whose norm is ``|scale_i| |B_:i| |A_i:|``; one that is exactly
     zero adds nothing. Of a weight-decomposed layer they are those before its rows are brought to their magnitudes.
     """
-    from fedlora.methods import LowRank, WeightDecomposed
+    from fedlora.methods import as_low_rank
 
-    updates = {name: one.update if isinstance(one, WeightDecomposed) else one for name, one in factors.items()}
+    added = {name: as_low_rank(factor) for name, factor in factors.items()}
     return {
         name: (one.scaled_b().norm(dim=-2) * one.A.norm(dim=-1)).tolist()
-        for name, one in updates.items()
-        if isinstance(one, LowRank)
+        for name, one in added.items()
+        if one is not None
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any, final
 import numpy as np
 
 from fedlora.exchange import Instruction, Tensors
+from fedlora.experts import copied
 from fedlora.fingerprint import code_fingerprint
 from fedlora.methods import proximal_step
 from fedlora.reduce import Reduction
@@ -37,13 +38,13 @@ class Core:
 
     @property
     def strategy(self) -> Strategy:
-        """The strategy, at the ranks that clients hold now."""
+        """The strategy, as the state has it: with the ranks and experts of its clients now."""
         return self._strategy.at(self.state)
 
     @property
-    def ranks(self) -> list[int]:
+    def ranks(self) -> list[tuple[int, ...]]:
         """The ranks that have been added until the end of each round, of a strategy whose tensors accumulate."""
-        return [int(rank) for rank in self.state.extra.get(ACCUMULATED, np.zeros(1))]
+        return [tuple(map(int, ranks)) for ranks in self.state.extra.get(ACCUMULATED, np.zeros((1, 0)))]
 
     def sent(self, server_round: int, clients: Sequence[int]) -> Tensors:
         """Return the tensors that clients are sent together: as much of each as the one with the largest rank holds."""
@@ -53,6 +54,11 @@ class Core:
         accumulated = {name: self.state.tensors[name] for name in strategy.accumulated(self.ranks[-1])}
         sent = strategy.sent(server_round, widest)
         return {**{name: cut(self.state.tensors[name], spec.shape) for name, spec in sent.items()}, **accumulated}
+
+    def start(self, server_round: int, client: int) -> Tensors:
+        """Return what a client is sent, and what it starts with of the experts among it."""
+        sent, expert = self.sent(server_round, (client,)), self.strategy.expert(client)
+        return sent if expert is None else {**sent, **copied(sent, expert)}
 
     def instruction(
         self, server_round: int, clients: Sequence[int], *, train: bool = True, job: str = ""
@@ -68,6 +74,7 @@ class Core:
         strategy, federation = self.strategy, self.federation
         ranks, heads = strategy.held, self.state.clients.ledger_heads
         modules = tuple(strategy.modules(server_round, client) for client in clients) if train else ()
+        experts = (strategy.expert(client) for client in clients)
         return Instruction(
             round=server_round,
             clients=tuple(clients),
@@ -79,6 +86,7 @@ class Core:
             extra={name: self.state.extra[name] for name in (strategy.extra(server_round) if train else ())},
             ranks=tuple(ranks[client] for client in clients) if ranks else (),
             modules=modules if any(modules) else (),
+            experts=tuple(expert for expert in experts if expert is not None),
             fingerprint=federation.fingerprint or code_fingerprint()[0],
             pack=federation.pack,
             ledger_heads=tuple(heads.get(client, "") for client in clients) if federation.dp else (),
@@ -103,8 +111,10 @@ class Core:
         shrunk = proximal_step(state.tensors, strategy.expected(server_round), rate)
         tensors = {name: value.astype(dtype) for name, value in {**state.tensors, **shrunk}.items()}
         self.state = replace(state, tensors=tensors)
-        if strategy.accumulated(1):
-            history = np.array([*ranks, ranks[-1] + strategy.added_rank(used, state)], dtype=np.float64)
+        if strategy.accumulates:
+            added = np.array(strategy.added_ranks(used, state), dtype=np.float64)
+            history = np.array([rank or np.zeros_like(added) for rank in ranks])
+            history = np.concatenate([history, history[-1:] + added])
             self.state = replace(self.state, extra={**self.state.extra, ACCUMULATED: history})
         self.remember(trained=self.state.clients.trained | set(used))
 

@@ -9,7 +9,7 @@ too many clients fail.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import final
 
@@ -25,12 +25,12 @@ from fedlora.server.mail import Mail
 from fedlora.server.nodes import Nodes, SimulationNodes
 from fedlora.server.personal import PersonalEvaluation
 from fedlora.server.replies import Replies
-from fedlora.server.traffic import Payloads
+from fedlora.server.traffic import Payloads, Ranks
 from fedlora.state import ServerState
 from fedlora.strategy import Strategy
 from fedlora.wire import from_named_arrays, message_bytes, named_arrays, write_instruction
 
-Payload = Callable[[int, int, int, Sequence[int]], tuple[int, int]]
+Payload = Callable[[int, int, int, Ranks], tuple[int, int]]
 """Bytes that a client is sent, and lacks, from (round, last round received, client, added ranks by round)."""
 _logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class FlowerStrategy(FlowerBase):
         able = [client for client in cohort if client not in self.state.clients.spent]
         nodes = self.nodes.assign(grid, able, server_round)
         sent = (
-            {clients[0]: self.core.sent(server_round, clients) for clients in nodes.values()}
+            {clients[0]: self.core.start(server_round, clients[0]) for clients in nodes.values()}
             if federation.max_change
             else {}
         )

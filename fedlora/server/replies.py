@@ -38,7 +38,7 @@ class Replies:
         federation: The clients: how they count, and what they may report.
         pending: Clients whose reply has not arrived, by the node that stands for them.
         nodes: Which node stands for whom, and what a client may claim.
-        sent: What clients were sent, by client, where their change is bounded.
+        sent: What clients were sent, and start with of experts, by client, where their change is bounded.
         total: The updates, reduced.
         reports: What each client reported.
         refused: Why a client is left out, by client.

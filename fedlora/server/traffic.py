@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 
 from fedlora.methods import payload_bytes
 from fedlora.roles import Role
 from fedlora.strategy import Specs, Strategy
 
 ACCUMULATED = "accumulated/ranks"
-"""Where a server's state keeps the ranks that have been added until the end of each round, [rounds + 1]."""
+"""Where a server's state keeps the ranks that have been added until the end of each round, [rounds + 1, layers]."""
+
+Ranks = Sequence[tuple[int, ...]]
+"""The ranks that have been added until the end of each round, from round 0, of each layer; none of a strategy in which
+no tensors accumulate."""
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Payloads:
         return self._size(self.strategy.expected(server_round, client)) + self._size(self.strategy.extra(server_round))
 
     def down(
-        self, server_round: int, received: int = -1, client: int | None = None, ranks: Sequence[int] = (0,)
+        self, server_round: int, received: int = -1, client: int | None = None, ranks: Ranks = ((),)
     ) -> tuple[int, int]:
         """Return the bytes that a client is sent for training, and those that it lacks if it kept what it was sent.
 
@@ -75,7 +78,7 @@ class Payloads:
             server_round: The round.
             received: The last round whose outcome it was sent; -1: none.
             client: The client, where clients differ in rank.
-            ranks: The ranks added until the end of each round, from round 0; (0,) where no tensors accumulate.
+            ranks: The ranks that have been added.
         """
         sent, needed = self.evaluation(server_round, received, client, ranks)
         strategy, extra = self.strategy, self.strategy.extra(server_round)
@@ -85,7 +88,7 @@ class Payloads:
         return sent + self._size(extra), needed + self._size(new)
 
     def evaluation(
-        self, server_round: int, received: int = -1, client: int | None = None, ranks: Sequence[int] = (0,)
+        self, server_round: int, received: int = -1, client: int | None = None, ranks: Ranks = ((),)
     ) -> tuple[int, int]:
         """Return what :meth:`down` returns, for a client that evaluates what it would start the round with."""
         grown = self.strategy.accumulated(ranks[-1])
@@ -94,28 +97,33 @@ class Payloads:
         before = ranks[min(max(0, received), len(ranks) - 1)]
         return sent, lacked + self._grown_since(before, ranks[-1])
 
-    def _grown_since(self, before: int, now: int) -> int:
+    def _grown_since(self, before: tuple[int, ...], now: tuple[int, ...]) -> int:
         """Return the bytes of accumulated tensors that one lacks who has those of ``before`` added ranks."""
         if before == now:
             return 0
-        had, one_rank = self.strategy.accumulated(before), self.strategy.accumulated(1)
+        had, fewer = self.strategy.accumulated(before), self.strategy.accumulated([max(0, rank - 1) for rank in now])
         total = 0
         for name, spec in self.strategy.accumulated(now).items():
             # New ranks stand behind those that were there, until the tensors are compressed: then all is new.
-            appended = name in had and prod(spec.shape) == now * prod(one_rank[name].shape)
+            appended = name in had and fewer.get(name) != spec
             total += self._size({name: spec}) - (self._size({name: had[name]}) if appended else 0)
         return total
+
+    @property
+    def rounds(self) -> range:
+        """A cycle of rounds after the first; where roles do not repeat, all rounds of the run."""
+        strategy = self.strategy
+        if strategy.repeats:
+            return range(strategy.period + 1, 2 * strategy.period + 1)
+        return range(1, max(strategy.period, strategy.setting.config.rounds) + 1)
 
     def cycle(self) -> tuple[float, float, float]:
         """Return the bytes of a client in a round: up, down, and down for one that keeps what it was sent.
 
-        Means over a cycle of rounds after the first, or over the run where roles do not repeat, for a client that takes
-        part in all of them, without what accumulates. To evaluate itself a client is sent the tensors once more, which
-        is not counted here.
+        Means over :attr:`rounds`, for a client that takes part in all of them, without what accumulates. To evaluate
+        itself a client is sent the tensors once more, which is not counted here.
         """
-        period = self.strategy.period
-        before = period if self.strategy.repeats else 0
-        sums = [(self.up(n), *self.down(n, n - 2)) for n in range(before + 1, before + period + 1)]
+        sums = [(self.up(n), *self.down(n, n - 2)) for n in self.rounds]
         up, down, cached = (sum(column) / len(sums) for column in zip(*sums, strict=True))
         return up, down, cached
 

@@ -21,11 +21,13 @@ from fedlora.config import Config, TrainConfig
 from fedlora.data import FederatedData
 from fedlora.engine import ClientResult, ClientWork, Engine
 from fedlora.exchange import Instruction, Update
+from fedlora.experts import ALL
 from fedlora.methods import METHODS, TensorSpec, initial_tensors
 from fedlora.privacy import Ledger, Mechanism
 from fedlora.privacy.step import PrivateStep
 from fedlora.roles import Role, with_role
 from fedlora.seeded import Seeded
+from fedlora.shapes import cut
 from fedlora.strategy import Strategy
 from strategies.build import build_strategy
 
@@ -220,14 +222,18 @@ class KnownSite:
         strategy = self.strategy
         sent = {name: self.start(spec, name) for name, spec in strategy.sent(roles_of).items()}
         heads = tuple(self.ledger(client).head() for client in clients)
-        roles = strategy.all_roles(roles_of)
-        return self.worker.train(Instruction(number, tuple(clients), roles, sent, ledger_heads=heads))
+        roles, experts = strategy.all_roles(roles_of), [strategy.expert(client) for client in clients]
+        told = Instruction(number, tuple(clients), roles, sent, ledger_heads=heads)
+        return self.worker.train(replace(told, experts=tuple(one for one in experts if one is not None)))
 
     def start(self, spec: TensorSpec, name: str, number: int = 1) -> NDArray[np.floating]:
         """Return a tensor moved away from its start, where factors that are zero hide gradients."""
+        if name + ALL in self.worker.loaded.model.specs:  # a copy of the first of the experts that are sent
+            experts = self.start(self.worker.loaded.model.specs[name + ALL], name + ALL)
+            return np.asarray(experts[0])
         if self.strategy.all_roles(1)[spec.kind] is Role.UPLOAD:  # the site draws it anew in every round
             return initial_tensors({name: spec}, Seeded(self.config.seed), "float64", number)[name]
-        initial = self.worker.loaded.model.initial[name]
+        initial = cut(self.worker.loaded.model.initial[name], spec.shape)
         return initial + 0.1 * np.random.default_rng(0).standard_normal(spec.shape)
 
     def released(self, clients: Sequence[int], roles_of: int = 1, number: int = 1) -> list[Arrays]:

@@ -11,9 +11,13 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from fedlora.config import to_toml
+from fedlora.config import from_toml, to_toml
+from fedlora.plugins import read_config
 from fedlora.runs.folder import read_lines
-from tests.support.runs import fedlora
+from simulations.in_process import Resident
+from simulations.setup import settle
+from tests.support.runs import fedlora, fedlora_run
+from tests.support.tiny import save_texts
 from tests.support.trainers import tiny_flat
 
 pytestmark = pytest.mark.e2e
@@ -102,3 +106,17 @@ def test_a_resumed_run_with_moments_and_variates_goes_on_to_the_same_bits(tmp_pa
     assert any(name.startswith("extra/m/") for name in arrays[0])
     assert arrays[0].keys() == arrays[1].keys()
     assert all(np.array_equal(arrays[0][name], arrays[1][name]) for name in arrays[0])
+
+
+@pytest.mark.slow
+def test_the_server_sends_a_start_that_one_trainer_has_computed(tmp_path: Path) -> None:
+    """Two trainers, whose own would differ in rounding: the run's A and B are those of a federation in this process."""
+    public = save_texts(tmp_path / "public.csv", rows=12, seed=5)
+    keys = {"strategy.name": "fed-sb", "method.init": "gradient", "data.public-path": public, "engine.trainers": 2}
+    run = fedlora_run(tmp_path, **keys)
+    assert run.code == 0, run.output
+    config, data = settle(read_config(from_toml((run.folder / "config.toml").read_text())), 4)
+    start = Resident(1).federation(config, data, str(tmp_path / "again")).core.state.arrays()
+    fixed = {name: value for name, value in run.checkpoint().items() if name.endswith((".sb_A", ".sb_B"))}
+    assert len(fixed) == 8
+    assert max(float(np.abs(value - start[name]).max()) for name, value in fixed.items()) < 1e-10

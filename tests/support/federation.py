@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.methods import LowRank, Method, WeightDecomposed, initial_tensors
+from fedlora.methods import Method, WeightDecomposed, as_low_rank, initial_tensors
+from fedlora.methods.products import pairs
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
 from fedlora.server import Federation, FlowerStrategy
@@ -18,6 +19,7 @@ from fedlora.state import ServerState
 from fedlora.strategy import Strategy
 from fedlora.wire import from_named_arrays
 from strategies import STRATEGIES
+from tests.support.formulas import FORMULAS
 from tests.support.loop import Arrays, LoopGrid, update_of
 from tests.support.matrix import CASES, CONFIGS, method_of, setting
 
@@ -64,9 +66,10 @@ def one_round(server: FlowerStrategy, grid: LoopGrid, number: int) -> Arrays:
 
 def random_state(strategy: Strategy, number: int) -> ServerState:
     """What a server might hold before a round: four ranks where tensors accumulate."""
-    stacked = {ACCUMULATED: np.array([0.0, 4.0])} if strategy.accumulated(1) else {}
+    held = [4] * len(pairs(strategy.setting.specs)) if strategy.accumulates else []
+    stacked = {ACCUMULATED: np.array([np.zeros(len(held)), held])} if held else {}
     return ServerState(
-        update_of(99, 7, {**strategy.sent(number), **strategy.accumulated(4)}),
+        update_of(99, 7, {**strategy.sent(number), **strategy.accumulated(held)}),
         {**update_of(98, 7, strategy.extra(number)), **stacked},
     )
 
@@ -80,17 +83,21 @@ def saved(state: ServerState) -> ServerState:
 def updates(name: str, tensors: Arrays, method: Method | None = None) -> Arrays:
     """Return Delta W of each layer, [d_out, d_in]: the method's, and what has been stacked beside it.
 
-    Of a weight-decomposed layer it is that of a base weight which is drawn for it.
+    Of a weight-decomposed layer it is that of a base weight which is drawn for it. Of experts, which a router mixes:
+    the Delta W of each of them, [M, d_out, d_in].
     """
     method, scale = method or method_of(name), CONFIGS[name].method.alpha / CONFIGS[name].method.rank
+    if FORMULAS[name].added is not None:
+        layers = [layer for layer, _, _ in pairs(method.specs())]
+        return {layer: scale * tensors[f"{layer}.expert_B_all"] @ tensors[f"{layer}.expert_A_all"] for layer in layers}
     factors = method.factors({key: torch.tensor(np.asarray(value)).double() for key, value in tensors.items()})
-    found = {layer: (one.scaled_b() @ one.A).numpy() for layer, one in factors.items() if isinstance(one, LowRank)}
+    added = {layer: as_low_rank(one) for layer, one in factors.items()}
+    found = {layer: (one.scaled_b() @ one.A).numpy() for layer, one in added.items() if one is not None}
     for layer, one in factors.items():
         if isinstance(one, WeightDecomposed):
-            update = (one.update.scaled_b() @ one.update.A).numpy()
-            base = Seeded(3).uniform("base", layer, shape=update.shape, bound=1.0)
-            before, after = (np.linalg.norm(weight, axis=1) for weight in (base, base + update))
-            found[layer] = ((before + one.magnitude.numpy()) / after)[:, None] * (base + update) - base
+            base = Seeded(3).uniform("base", layer, shape=found[layer].shape, bound=1.0)
+            before, after = (np.linalg.norm(weight, axis=1) for weight in (base, base + found[layer]))
+            found[layer] = ((before + one.magnitude.numpy()) / after)[:, None] * (base + found[layer]) - base
     for layer in found:
         if f"{layer}.residual_A" in tensors:
             found[layer] = found[layer] + scale * tensors[f"{layer}.residual_B"] @ tensors[f"{layer}.residual_A"]

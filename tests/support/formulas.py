@@ -5,7 +5,6 @@ A method is an entry of :data:`FORMULAS`, a strategy its bytes in :data:`BYTES`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fedlora.config import Config, MethodConfig
-from fedlora.methods import DualLoraOptions, MosOptions, RavanOptions, S2Options
+from fedlora.methods import DualLoraOptions, LoraExpertsOptions, MosOptions, NolaOptions, RavanOptions, S2Options
 from fedlora.methods.base import Layer
+from fedlora.plugins import methods_of
 from fedlora.seeded import Seeded
 
 Tensors = Mapping[str, Any]
@@ -36,17 +36,20 @@ class Formula:
 
     Attributes:
         config: A small configuration of it.
-        update: Delta W of a layer, [d_out, d_in], given all adapted layers and the tensors, in torch.
+        update: Delta W of a layer, [d_out, d_in], given all adapted layers and the tensors, in torch; None: it is not
+            the same for all tokens, see ``added``.
         penalty: What is added to a client's loss whatever its data.
         l1: Weight of the L1 penalty, by kind of tensor.
         weight: What becomes of the base's weight [d_out, d_in], given Delta W, the layer and the tensors.
+        added: What a layer adds to its output, [T, d_out], for an input [T, d_in]; None: Delta W times the input.
     """
 
     config: Config
-    update: Callable[[Config, Sequence[Layer], Layer, Tensors], Any]
+    update: Callable[[Config, Sequence[Layer], Layer, Tensors], Any] | None
     penalty: Callable[[Config, Tensors], Tensor] = _no_penalty
     l1: Mapping[str, float] = field(default_factory=dict)
     weight: Callable[[Tensor, Tensor, Layer, Tensors], Tensor] = _added
+    added: Callable[[Config, Layer, Tensors, Tensor], Tensor] | None = None
 
 
 def _scale(config: Config) -> float:
@@ -142,19 +145,6 @@ def _dual_lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: T
     return _scale(config) * ((1 - mix) * (b @ a) + mix * (b_own @ a_own))
 
 
-# -- vera ---------------------------------------------------------------------------------------------
-
-
-def _vera(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
-    rank, draws = config.method.rank, Seeded(config.seed)
-    d_in, d_out = max(one.d_in for one in layers), max(one.d_out for one in layers)
-    a = draws.uniform("vera", "A", shape=(rank, d_in), bound=math.sqrt(6 / d_in))
-    b = draws.uniform("vera", "B", shape=(d_out, rank), bound=math.sqrt(6 / rank))
-    a, b = (torch.tensor(one, dtype=torch.float32).double() for one in (a, b))
-    down, up = (torch.diag(tensors[f"{layer.name}.vera_{vector}"]) for vector in "db")
-    return up @ b[: layer.d_out] @ down @ a[:, : layer.d_in]
-
-
 # -- dora ---------------------------------------------------------------------------------------------
 
 
@@ -162,6 +152,72 @@ def _dora_weight(base: Tensor, update: Tensor, layer: Layer, tensors: Tensors) -
     whole = base + update
     m = base.norm(dim=1) + tensors[f"{layer.name}.lora_magnitude"]
     return (m / whole.detach().norm(dim=1))[:, None] * whole
+
+
+# -- methods of random bases: vera, nola and randlora -------------------------------------------------
+
+
+def _basis(config: Config, *key: str, shape: tuple[int, ...], bound: float) -> Tensor:
+    """Return a random basis: the seed's uniform numbers as bfloat16 holds them."""
+    drawn = torch.from_numpy(Seeded(config.seed).uniform("basis", *key, shape=shape, bound=bound))
+    return drawn.float().bfloat16().double()
+
+
+def _vera(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    rank = config.method.rank
+    d_in, d_out = max(one.d_in for one in layers), max(one.d_out for one in layers)
+    a = _basis(config, "vera", "A", shape=(rank, d_in), bound=(6 / d_in) ** 0.5)
+    b = _basis(config, "vera", "B", shape=(d_out, rank), bound=(6 / rank) ** 0.5)
+    down, up = (torch.diag(tensors[f"{layer.name}.vera_{vector}"]) for vector in "db")
+    return up @ b[: layer.d_out] @ down @ a[:, : layer.d_in]
+
+
+def _nola(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    alike = [one.name for one in layers if (one.d_in, one.d_out) == (layer.d_in, layer.d_out)]
+    name, place, rank = f"nola.{layer.d_out}x{layer.d_in}", alike.index(layer.name), config.method.rank
+    count, total_a, total_b = config.options(NolaOptions).bases, 0.0, 0.0
+    a = _basis(config, name, "A", shape=(count, rank, layer.d_in), bound=count**-0.5)
+    b = _basis(config, name, "B", shape=(count, layer.d_out, rank), bound=count**-0.5)
+    for i in range(count):
+        total_a = total_a + tensors[f"{name}.alpha"][place, i] * a[i]
+        total_b = total_b + tensors[f"{name}.beta"][place, i] * b[i]
+    return _scale(config) * total_b @ total_a  # type: ignore[operator]
+
+
+def _randlora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    rank = config.method.rank
+    sides = max(one.d_in for one in layers), max(one.d_out for one in layers)
+    whole_a = _basis(config, "randlora", "A", shape=(rank, 1, min(sides)), bound=3**0.5)
+    whole_b = _basis(config, "randlora", "B", shape=(max(sides), -(-min(sides) // rank), rank), bound=3**0.5)
+    small, large = min(layer.d_in, layer.d_out), max(layer.d_in, layer.d_out)
+    count = -(-small // rank)
+    a, columns = whole_a[:, 0, :small], whole_b[:large, :count].flatten(1)
+    scales, features = (tensors[f"{layer.name}.randlora_{which}"] for which in ("lambda", "gamma"))
+    total = sum(columns[:, j::count] @ torch.diag(scales[:, j]) @ a @ torch.diag(features[j]) for j in range(count))
+    return _scale(config) * (total if layer.d_in == small else total.T)  # type: ignore[union-attr]
+
+
+# -- lora-experts -------------------------------------------------------------------------------------
+
+
+def _routed(config: Config, layer: Layer, tensors: Tensors, x: Tensor) -> Tensor:
+    """Token by token: each of the M largest outputs has its expert's update, by a softmax over those M."""
+    a, b, router = (tensors[f"{layer.name}.{name}"] for name in ("expert_A", "expert_B", "router"))
+    all_a, all_b, own = tensors[f"{layer.name}.expert_A_all"], tensors[f"{layer.name}.expert_B_all"], "experts.own"
+    count, rows = len(all_a), []
+    for token in x:
+        outputs = [router[place] @ token for place in range(2 * count - 1)]
+        largest = sorted(range(2 * count - 1), key=lambda place: -outputs[place].item())[:count]
+        total = sum(outputs[place].exp() for place in largest)
+        update = torch.zeros(layer.d_out, dtype=x.dtype)
+        for place in largest:
+            of_own = b @ (a @ token)
+            if place < count:  # of an expert that is the client's own, the trained copy; in tests own may be any number
+                is_own = tensors[own][place]
+                of_own = is_own * of_own + (1 - is_own) * (all_b[place] @ (all_a[place] @ token))
+            update = update + outputs[place].exp() / total * of_own
+        rows.append(_scale(config) * update)
+    return torch.stack(rows)
 
 
 def _config(method: str, rank: int, alpha: float = 6.0) -> Config:
@@ -181,14 +237,20 @@ FORMULAS = {
     "vera": Formula(_config("vera", 5, MethodConfig.alpha), _vera),
     "dora": Formula(_config("dora", 3), _lora, weight=_dora_weight),
     "dual-lora": Formula(_config("dual-lora", 3, alpha=3.0).with_options(DualLoraOptions(mix=0.3)), _dual_lora),
+    "lora-experts": Formula(
+        _config("lora-experts", 3, alpha=3.0).with_options(LoraExpertsOptions(max_experts=3)), None, added=_routed
+    ),
     # Of a small scale: three heads of random numbers would saturate the loss, whose gradients are then rounding.
     "ravan": Formula(_config("ravan", 2, alpha=1.0).with_options(RavanOptions(heads=3)), _ravan),
+    "nola": Formula(_config("nola", 3).with_options(NolaOptions(bases=5)), _nola),
+    "randlora": Formula(_config("randlora", 3, alpha=1.0), _randlora),
 }
 
 
 def update_of_layer(method: str, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
     """Return Delta W of a layer, [d_out, d_in], by a method's formula in its small configuration."""
     formula = FORMULAS[method]
+    assert formula.update is not None, f"{method} has no one matrix for all tokens"
     return formula.update(formula.config, layers, layer, tensors)
 
 
@@ -242,7 +304,19 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("fedex-lora", "lora"), (both(3), both(3), both(3))  # and the residuals, which grow by round
     yield ("fed-sb", "lora-sb"), (9 * len(LAYERS),) * 3
     yield ("ravan", "ravan"), (3 * 5 * len(LAYERS), 3 * 4 * len(LAYERS), 3 * 4 * len(LAYERS))
+    m = 5 * len(LAYERS)  # alpha, and as many of beta
+    small = [min(layer.d_in, layer.d_out) for layer in LAYERS]
+    counts = [-(-d // 3) for d in small]
+    of_rank = 3 * sum(counts)  # lambda
+    of_features = sum(n * d for n, d in zip(counts, small, strict=True))  # gamma
+    for method, a_numbers, b_numbers in (("nola", m, m), ("randlora", of_features, of_rank)):
+        whole = a_numbers + b_numbers
+        yield ("fedavg", method), (whole, whole, whole)
+        yield ("ffa-lora", method), (b_numbers, b_numbers, b_numbers)
+        yield ("rolora", method), (whole / 2, whole, whole / 2)
+        yield ("fedsa-lora", method), (a_numbers, a_numbers, a_numbers)
     yield ("feddpa", "dual-lora"), (both(3), both(3), both(3))
+    yield ("fedlease", "lora-experts"), (both(3), 3 * both(3), 3 * both(3))  # of three experts, from round 2 on
     yield ("florist", "lora"), (both(3), 0, 0)  # and what has been kept of the stack, see test_product_rules.py
     yield ("flora", "lora"), (both(3), 0, 0)  # and what has been stacked, which grows by round
     yield ("mos", "mos"), (both(3), both(3), both(3))
@@ -253,7 +327,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("s2-frozen", "s2-lora"), (s, s, s)
     yield ("s2-cyclic", "s2-lora"), ((bases + s) / 3, bases + s, (bases + s) / 3)
     yield ("s2-personal", "s2-lora"), (bases, bases, bases)
-    for method in FORMULAS:
+    for method in methods_of("local"):
         yield ("local", method), (0, 0, 0)
 
 

@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 from fedlora.exchange import ClientReport, Instruction, Update
+from fedlora.experts import copied
 from fedlora.methods import TensorSpec
 from fedlora.reduce import fold
 from fedlora.server import FlowerStrategy
@@ -122,7 +123,8 @@ def node_of(
         expected = strategy.expected(number, client)
         tensors = update_of(client, number, expected, dtype)
         if same is not None:
-            held = {**same, **instruction.tensors}
+            expert = instruction.expert(client)
+            held = {**same, **instruction.tensors, **({} if expert is None else copied(instruction.tensors, expert))}
             modules = instruction.modules_of(client)
             tensors = {
                 name: cut(chosen(held[name], spec.rank_axis, modules), spec.shape) for name, spec in expected.items()

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientWork, Engine
-from fedlora.methods import Factor, LowRank, Method, TensorSpec, build_method, initial_tensors
+from fedlora.methods import METHODS, Factor, LowRank, Method, TensorSpec, build_method, initial_tensors
 from fedlora.methods.base import Layer
 from fedlora.plugins import methods_of
 from fedlora.roles import TRAINED
@@ -30,6 +33,7 @@ from tests.support.formulas import FORMULAS, LAYERS, penalty, weight_of_layer
 Arrays = dict[str, NDArray[Any]]
 
 CONFIGS = {name: formula.config for name, formula in FORMULAS.items()}
+LINEAR = [name for name in CONFIGS if not METHODS[name].no_adapter]  # an update that is one matrix for all tokens
 CASES = [(name, method) for name in STRATEGIES for method in methods_of(name)]
 MODELS = ("bert", "gpt2", "llama-lm")  # two tasks; square and other layers, Conv1D, unlike key and value heads
 
@@ -89,7 +93,8 @@ def row_loss(method: str, family: str, engine: Engine, tensors: Mapping[str, Ten
     structure = engine.base.structure
     weights = dict(model.named_parameters())
     placed: dict[str, Tensor] = {}
-    for layer in structure.adapted:
+    added = FORMULAS[method].added
+    for layer in structure.adapted if added is None else ():
         key = f"{layer.name}.weight"
         base = weights[key].detach().T if layer.fan_in_fan_out else weights[key].detach()
         whole = weight_of_layer(method, structure.adapted, layer, base, tensors)
@@ -100,12 +105,22 @@ def row_loss(method: str, family: str, engine: Engine, tensors: Mapping[str, Ten
             placed[f"{layer.name}.bias"] = tensors[f"{layer.name}.bias"]
     ids = torch.from_numpy(work.examples.tokens[row])[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    logits = torch.func.functional_call(model, placed, kwargs=inputs).logits
+    with ExitStack() as hooks:
+        for layer in structure.adapted if added is not None else ():
+            hooks.enter_context(
+                _adding(model.get_submodule(layer.name), partial(added, CONFIGS[method], layer, tensors))
+            )
+        logits = torch.func.functional_call(model, placed, kwargs=inputs).logits
     target = work.examples.targets[row]
     if family in LANGUAGE:
         learned = torch.from_numpy(target)[1:]
         return functional.cross_entropy(logits[0, :-1][learned], ids[0, 1:][learned])
     return functional.cross_entropy(logits, torch.tensor([int(target)]))
+
+
+def _adding(module: nn.Module, added: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Have a layer add to its output what is made of its input, a row at a time."""
+    return module.register_forward_hook(lambda _, given, y: y + torch.stack([added(row) for row in given[0]]))
 
 
 @functools.cache

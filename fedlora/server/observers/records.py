@@ -56,21 +56,29 @@ class MetricsFile(Observer):
         self._started = now
         self.lines.append(end.line)
         self.folder.append("metrics.jsonl", end.line)
-        reports, refused, setting = end.replies.reports, end.replies.refused, end.replies.strategy.setting
+        reports, refused, strategy = end.replies.reports, end.replies.refused, end.replies.strategy
         self.folder.append(
             "clients.jsonl",
             *(
-                client_line(end.round, reports[client], refused.get(client), setting.rank(client))
+                client_line(
+                    end.round,
+                    reports[client],
+                    refused.get(client),
+                    strategy.setting.rank(client),
+                    strategy.expert(client),
+                )
                 for client in sorted(reports)
             ),
         )
 
 
-def client_line(server_round: int, report: ClientReport, refused: str | None, rank: int | None) -> dict[str, Any]:
-    """Return a client's line of ``clients.jsonl``, with the rank that it trained with where ranks are by client."""
+def client_line(
+    server_round: int, report: ClientReport, refused: str | None, rank: int | None = None, expert: int | None = None
+) -> dict[str, Any]:
+    """Return a client's line of ``clients.jsonl``, with the rank and the expert that it trained, where it has such."""
     loss = {"loss": None} if refused and not report.metrics else {}
     numbers = {"examples": report.examples, "steps": report.steps, **loss, **report.metrics}
-    held = {} if rank is None else {"rank": rank}
+    held = {name: value for name, value in (("rank", rank), ("expert", expert)) if value is not None}
     return {"round": server_round, "client": report.client, **held, **numbers, "refused": refused}
 
 
