@@ -19,6 +19,7 @@ from fedlora.reports.paired import beside_the_best, paired_cells, paired_differe
 from tools.markdown import Table, rewrite
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+_TARGETS = {"text": 0.65, "sst2": 0.8, "text-dp": 0.4, "sst2-dp": 0.7}  # eval.target of each sweep
 _KEYS = {"strategy.name": "strategy", "train.learning-rate": "learning rate", "data.alpha": "Dirichlet"}
 
 
@@ -70,15 +71,27 @@ def paired_table(name: str, measure: str) -> list[str]:
     differences = paired_differences(cells, ["strategy"], measure)
     best = beside_the_best(differences, higher_is_better=True)
     beside = {str(row["one"]): paired_cells(row) for _, row in best.iterrows()}
+    target = _TARGETS[name] if measure == "test_accuracy" else None
     columns = ["strategy", "learning rate", measure.replace("_", " "), "less the best", "95 % interval", "verdict"]
-    lines = [f"| {' | '.join([*columns, 'sent by clients'])} |", "| --- | --- | ---: | ---: | ---: | --- | ---: |"]
+    columns += ["sent by clients", *([f"until {target}: seeds, rounds, sent, received"] if target else [])]
+    lines = [f"| {' | '.join(columns)} |", "| --- | --- | ---: | ---: | ---: | --- |" + " ---: |" * (len(columns) - 6)]
     groups = {str(strategy): rows for strategy, rows in cells.groupby("strategy")}
     for strategy, rows in sorted(groups.items(), key=lambda item: -item[1][measure].mean()):
         spread = f"{rows[measure].mean():.4f} ± {rows[measure].std():.4f}"
         first = [_key(strategy), _key(f"{rows['rate'].iloc[0]:g}"), spread]
         line = [*first, *beside.get(strategy, ["", "", "the best on average"]), human_bytes(rows["bytes_up"].mean())]
+        line += [_reached(rows)] if target else []
         lines.append(f"| {' | '.join(line)} |")
     return lines
+
+
+def _reached(rows: pd.DataFrame) -> str:
+    """Return in how many seeds the target was reached, and the rounds and bytes until then, in the median."""
+    reached = rows[rows["rounds_to_target"].notna()]
+    if reached.empty:
+        return "never"
+    up, down = (human_bytes(reached[f"bytes_{way}_to_target"].median()) for way in ("up", "down"))
+    return f"{len(reached)} of {len(rows)}, {reached['rounds_to_target'].median():.0f}, {up}, {down}"
 
 
 def _groups(name: str, where: str) -> pd.DataFrame:

@@ -45,7 +45,7 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 5e-2  # of 16 bits, where the model's own rounding is less
 ROUNDINGS = 3
 """Numbers of 16 bits may differ by this many times what one rounding of each block's output changes."""
-_KERNEL_ERROR = 0.1  # of a row of the low-rank kernel, in 16 bits; measured: 0.02
+_KERNEL_ERROR = 0.1  # of a row of the low-rank kernel, in 16 bits; measured on an H200: 0.011
 _COARSEST = 0.25  # beyond this a difference is called an error, whatever the rounding
 _SPECIALISED = 64  # versions of a compiled block: of one row or many, of one client or many, with gradients or without
 # An analysis that is of no use to open shapes, and in torch 2.11 stops at some of them.
@@ -207,9 +207,9 @@ def _coarse(moved: float) -> float:
 
 
 @contextmanager
-def rounded_blocks(engine: Engine) -> Iterator[None]:
+def rounded_blocks(engine: Engine, seed: int = 0) -> Iterator[None]:
     """Have each block's output moved by up to one unit in the last place, and its gradient likewise."""
-    generator = torch.Generator(engine.device).manual_seed(0)
+    generator = torch.Generator(engine.device).manual_seed(seed)
 
     def move(_module: Any, _given: Any, out: Any) -> Any:
         hidden = out[0] if isinstance(out, tuple) else out

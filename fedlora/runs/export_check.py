@@ -23,6 +23,7 @@ from fedlora.models.quiet import quiet
 
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3}  # of losses; what is wrong is off by far more
 _SAME = 1e-3  # of an update's norm
+_DRAWS = 8
 _COARSE = 0.1  # of 16 bits and fewer, where PEFT's factors are in float32 and added in another order: at least
 
 
@@ -117,13 +118,18 @@ def _double(value: torch.Tensor) -> NDArray[np.float64]:
 def _rounding(
     engine: Engine, tensors: Mapping[str, NDArray[np.floating]], rows: Any, ours: NDArray[np.float64]
 ) -> float:
-    """Return how far losses move where each factor and each block's output is off by one rounding of 16 bits."""
-    bits = torch.finfo(engine.compute).eps / 2
-    signs = np.random.default_rng(0)
-    off = {name: value * (1 + bits * signs.choice((-1, 1), value.shape)) for name, value in tensors.items()}
-    with rounded_blocks(engine):
-        moved = evaluate(engine, off, rows, range(len(rows)))["loss"]
-    return float(np.abs(moved - ours).max())
+    """Return how far losses move at most where each factor and each block's output is off by one rounding of 16 bits.
+
+    In some draws: a single one may move them little by chance, and one loss in thousands would seem wrong.
+    """
+    bits, most = torch.finfo(engine.compute).eps / 2, 0.0
+    for seed in range(_DRAWS):
+        signs = np.random.default_rng(seed)
+        off = {name: value * (1 + bits * signs.choice((-1, 1), value.shape)) for name, value in tensors.items()}
+        with rounded_blocks(engine, seed):
+            moved = evaluate(engine, off, rows, range(len(rows)))["loss"]
+        most = max(most, float(np.abs(moved - ours).max()))
+    return most
 
 
 def _loss(engine: Engine, model: nn.Module, rows: Any, row: int) -> float:
