@@ -81,7 +81,8 @@ class Strategy(ABC):
     methods: tuple[str, ...]
     """Methods it works with; the first is what ``method.name = 'auto'`` stands for."""
     exact: bool | None
-    """Whether the server's update is the mean of the clients' updates B A; None: it holds no whole update."""
+    """Whether the server's update is the mean of the clients' updates B A; None: it holds no whole update. Of a method
+    whose update is not linear in what is trained it is not, whatever stands here."""
     personal: bool = False
     """Whether clients keep trained tensors of their own, so that there is no global model to measure."""
     period: int = 1
@@ -109,6 +110,8 @@ class Strategy(ABC):
                 "strategy for ranks by client, such as 'zero-padding'."
             )
         check_gradients(self)
+        if self.exact and not all(s.linear for s in setting.specs.values() if s.kind in self.trained_kinds):
+            self.exact = False
 
     @classmethod
     def check(cls, config: Config) -> None:

@@ -55,6 +55,14 @@ def test_the_shipped_code_passes(strategy: str, checks: int, tmp_path: Path) -> 
     assert len(found) == checks
 
 
+@pytest.mark.parametrize("method", ["vera", "dora"])
+def test_other_methods_pass(method: str, tmp_path: Path) -> None:
+    """With vectors of their own for outputs, personal ones among them."""
+    found = findings(tmp_path, **{"strategy.name": "fedsa-lora", "method.name": method})
+    assert [finding for finding in found if not finding.passed] == []
+    assert len(found) == 14
+
+
 def test_a_budget_that_is_nearly_spent_does_not_stop_it(tmp_path: Path) -> None:
     """As in the recipe: few rounds of one step, with noise that just keeps to epsilon."""
     changes = {"privacy.epsilon": 8.0, "privacy.noise-multiplier": 0.0, "train.local-steps": 1, "rounds": 3}

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora.engine import ClientWork, Engine, evaluate, train_pack
+from fedlora.engine import ClientWork, Engine, evaluate, fast, train_pack
 from fedlora.engine.blocks import blocks_of, checkpoint_blocks
 from fedlora.engine.fast import like, settle
+from fedlora.engine.kernels import low_rank
 from fedlora.engine.pack import Pack
-from fedlora.methods import build_method
+from fedlora.methods import DualLora, build_method
 from fedlora.models import prepare_base
 from tests.support.families import LANGUAGE, random_examples, small_model, small_task, task_of, without_float32
 from tests.support.matrix import CONFIGS, engine_of, random_start
@@ -44,6 +45,17 @@ def test_answers_alone_meet_the_output_layer(family: str) -> None:
     one, two = (evaluate(way, random_start(engine), rows, range(12)) for way in (engine, settled))
     for name, values in one.items():
         assert np.abs(values - two[name]).max() < 1e-10
+
+
+def test_the_kernel_is_tried_on_what_it_computes(caplog: pytest.LogCaptureFixture) -> None:
+    """DoRA's A and B, not VeRA's, which all clients have in common; ranks above its room leave the plain way."""
+    assert fast._low_rank_shapes(engine_of("dora", "bert")) == [(16, 16, 3)]
+    assert fast._low_rank_shapes(engine_of("vera", "bert")) == []
+    engine = engine_of("dual-lora", "bert")
+    wide = DualLora(engine.base.structure.adapted, rank=low_rank.MOST_RANKS // 2 + 1, alpha=16.0, mix=0.5)
+    with caplog.at_level("INFO"):
+        assert fast._with_kernel(replace(engine, method=wide, compute=torch.bfloat16)) is None
+    assert "has room for rank 256" in caplog.text
 
 
 class Capped(nn.Module):
@@ -152,7 +164,14 @@ def test_memory_that_is_short_for_one_row_is_an_error(monkeypatch: pytest.Monkey
 @GPU
 @pytest.mark.parametrize(
     ("family", "method", "compiled"),
-    [("bert", "lora", True), ("llama-lm", "lora", True), ("roberta", "mos", False), ("llama-lm", "s2-lora", False)],
+    [
+        ("bert", "lora", True),
+        ("llama-lm", "lora", True),
+        ("roberta", "mos", False),
+        ("llama-lm", "s2-lora", False),
+        ("bert", "dora", True),
+        ("llama-lm", "vera", True),
+    ],
 )
 def test_the_fast_ways_of_a_gpu_train_as_the_plain_one(family: str, method: str, compiled: bool) -> None:
     """Loss by loss over 50 steps of AdamW in bfloat16, beside the plain way in float32."""

@@ -20,8 +20,11 @@ from fedlora.models import head_words, keeps_head
 from fedlora.reports.card import model_card
 from fedlora.roles import Role
 from fedlora.runs.export import adapter_files
-from fedlora.runs.export_check import ExportError, check_adapter
+from fedlora.runs.export_check import ExportError, check_adapter, same_numbers
 from fedlora.seeded import Seeded
+from tests.support.families import small_model, without_float32
+from tests.support.matrix import CONFIGS, random_start
+from tests.support.matrix import engine_of as matrix_engine
 from tests.support.tiny import save_tiny_model
 from tests.support.trainers import tiny_worker
 from tools import model_table
@@ -75,6 +78,35 @@ def test_what_16_bits_round_away_is_no_fault_of_an_export(monkeypatch: pytest.Mo
         if size == 6:
             with pytest.raises(ExportError, match="does not give in PEFT what it gives here"):
                 check_adapter(engine, tensors, {**files, "adapter_model.safetensors": lost})
+
+
+@pytest.mark.parametrize(
+    ("method", "parts"),
+    [
+        ("lora", ["lora_A.default.weight", "lora_B.default.weight"]),
+        ("dora", ["lora_A.default.weight", "lora_B.default.weight", "lora_magnitude_vector.default.weight"]),
+        ("vera", ["vera_lambda_d.default", "vera_lambda_b.default", "vera_A.default", "vera_B.default"]),
+        ("randlora", [f"randlora_{part}.default" for part in ("lambda", "gamma", "A", "B")]),
+    ],
+)
+def test_the_numbers_of_an_adapter_are_compared_where_losses_are_too_coarse(
+    method: str, parts: list[str], tmp_path: Path
+) -> None:
+    """As they are in 16 bits: each part of PEFT's layers counts, and is told when it is a tenth off."""
+    engine = matrix_engine(method, "bert")
+    tensors = random_start(engine)
+    for file, content in adapter_files(engine, tensors, CONFIGS[method]).items():
+        (tmp_path / file).write_bytes(content)
+    adapted = PeftModel.from_pretrained(without_float32(small_model("bert")), str(tmp_path))
+    assert same_numbers(engine, tensors, adapted)
+    numbers = {**dict(adapted.named_parameters()), **dict(adapted.named_buffers())}
+    for part in parts:
+        one = next(value for name, value in numbers.items() if name.endswith(part))
+        with torch.no_grad():
+            one.mul_(1.1)
+            assert not same_numbers(engine, tensors, adapted), part
+            one.div_(1.1)
+            assert same_numbers(engine, tensors, adapted), part
 
 
 def test_the_check_leaves_the_engine_as_it_was() -> None:

@@ -40,6 +40,11 @@ CASES: dict[str, dict[str, Any]] = {
         **{"privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3, "data.partition": "iid"},
     },
     "accumulated": {"strategy.name": "flora"},
+    "matrices that nobody sends": {"strategy.name": "rolora", "method.name": "vera"},
+    "magnitudes, under DP": {
+        **{"strategy.name": "fedavg", "method.name": "dora", "privacy.mode": "dp", "privacy.epsilon": 8.0},
+        **{"privacy.seed": 3, "data.partition": "iid"},
+    },
     "a proximal step at the server": {"strategy.name": "s2-lora"},
     "personal": {"strategy.name": "fedsa-lora", "data.holdout": 0.2},
     "personal in the last rounds alone": {"strategy.name": "feddpa", "feddpa.own-rounds": 1, "data.holdout": 0.2},

@@ -17,7 +17,7 @@ from fedlora.config import TrainConfig
 from fedlora.engine import Engine, train_pack
 from fedlora.engine.layers import Layout
 from fedlora.exchange import ClientReport, Update
-from fedlora.methods import LowRank, ScaledBases, TensorSpec, initial_tensors
+from fedlora.methods import ScaledBases, TensorSpec, WeightDecomposed, as_low_rank, initial_tensors
 from fedlora.reduce import REDUCTIONS
 from fedlora.runs.export import adapter_files
 from fedlora.seeded import Seeded
@@ -125,10 +125,12 @@ def test_gradcheck(method: str) -> None:
 
     def function(*values: torch.Tensor) -> torch.Tensor:
         named = {**head, **dict(zip(specs, values, strict=True))}
-        factors = method_of(method).factors(named).values()
-        parts = [(f.scaled_b() @ f.A).flatten() for f in factors if isinstance(f, LowRank)]
+        factors = list(method_of(method).factors(named).values())
         sums = [f for f in factors if isinstance(f, ScaledBases)]
+        lows = [as_low_rank(f) for f in factors if not isinstance(f, ScaledBases)]
+        parts = [(low.scaled_b() @ low.A).flatten() for low in lows if low is not None]
         parts += [f.of(torch.eye(len(f.B if f.transposed else f.A.mT)).double()).flatten() for f in sums]
+        parts += [f.magnitude.flatten() for f in factors if isinstance(f, WeightDecomposed)]
         extra = method_of(method).penalty(named)
         return torch.cat([*parts, *([] if extra is None else [extra])])
 

@@ -14,10 +14,11 @@ import torch
 import transformers
 from torch import nn
 
-from fedlora.config import ModelConfig
+from fedlora.config import Config, MethodConfig, ModelConfig
+from fedlora.engine import Engine
 from fedlora.engine.apart import random_tensors
 from fedlora.joining import JoinReport
-from fedlora.methods import initial_tensors
+from fedlora.methods import build_method, initial_tensors
 from fedlora.models import inspect_by_name, load_base
 from fedlora.models.quantised import Int8Linear, describe, settings
 from fedlora.quantisation import base_bytes
@@ -94,14 +95,28 @@ def test_packed_is_alone_is_row_by_row(family: str, kind: str) -> None:
         assert getattr(found, name) < bound, name
 
 
+def of_method(name: str, engine: Engine) -> Engine:
+    """An engine on the same layers, of another method."""
+    structure = engine.base.structure
+    config = Config(method=MethodConfig(name, rank=2))
+    return replace(engine, method=build_method(config, structure.adapted, structure.head))
+
+
 @pytest.mark.parametrize("dp", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["lora", "dora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_is_that_of_the_dequantised_weights(family: str, kind: str, dp: bool) -> None:
-    """The reference: plain layers, clients alone, row by row. A gradient that stops at a layer is seen below it."""
-    engine, reference = engine_of(family, "auto", kind)[0], replace(plain_engine(family, kind), max_cost=1)
+def test_training_is_that_of_the_dequantised_weights(family: str, method: str, kind: str, dp: bool) -> None:
+    """The reference: plain layers, clients alone, row by row. A gradient that stops at a layer is seen below it.
+
+    DoRA reads the weights, for their norms, and leaves them as they are.
+    """
+    engine = of_method(method, engine_of(family, "auto", kind)[0])
+    reference = replace(of_method(method, plain_engine(family, kind)), max_cost=1)
     start = random_tensors(initial_tensors(engine.method.specs(), Seeded(0)), "start")
+    before = weights_hash(engine.base.model)
     packed, alone = _trained(engine, start, (0, 1, 2), dp=dp), _alone(reference, start, dp=dp)
+    assert weights_hash(engine.base.model) == before
     for one, other in zip(packed, alone, strict=True):
         for name in start:
             assert np.abs(one[name] - other[name]).max() < 3e-6, name

@@ -1,4 +1,7 @@
-"""NOLA and RandLoRA: bases, what trains, PEFT's RandLoRA as the oracle, and planted bugs; the matrix has the rest."""
+"""Random bases of NOLA, RandLoRA and VeRA; of the first two what trains, PEFT's RandLoRA as the oracle, planted bugs.
+
+The rest is in the matrix, and of VeRA in ``test_vera.py``.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from fedlora.config import Config, ConfigError, MethodConfig
 from fedlora.engine import Engine
 from fedlora.methods import (
+    METHODS,
     Nola,
     RandLora,
     ScaledBases,
@@ -27,6 +31,7 @@ from fedlora.methods import (
     nola,
     randlora,
     tensors_digest,
+    vera,
 )
 from fedlora.methods.base import Factor, Layer
 from fedlora.runs.export import adapter_files
@@ -38,13 +43,15 @@ from tests.support.formulas import LAYERS
 from tests.support.matrix import CONFIGS, engine_of, random_start
 from tests.test_matrix import test_packed_equals_sequential as packed_equals_sequential
 
+MODULES = {"nola": nola, "randlora": randlora, "vera": vera}
+every = pytest.mark.parametrize("name", MODULES)
 both = pytest.mark.parametrize("name", ["nola", "randlora"])
 WEIGHTS = "adapter_model.safetensors"
 
 
 def build(name: str, layers: list[Layer], rank: int = 3, seed: int = 0) -> Any:
-    config = replace(Config(method=MethodConfig(name, rank=rank, alpha=1.0)), seed=seed)
-    return {"nola": Nola, "randlora": RandLora}[name].build(layers, config)
+    method = MethodConfig(name, rank=rank, alpha=MethodConfig.alpha if name == "vera" else 1.0)
+    return METHODS[name].build(layers, Config(method=method, seed=seed))
 
 
 def llama(count: int = 32) -> list[Layer]:
@@ -63,7 +70,7 @@ def whole_a(method: Nola) -> NDArray[Any]:
 # -- bases --------------------------------------------------------------------------------------------
 
 
-@both
+@every
 def test_bases_are_those_of_the_seed_and_numbers_that_bfloat16_holds(name: str) -> None:
     one, same, other = (build(name, LAYERS, seed=seed).constants() for seed in (0, 0, 1))
     assert tensors_digest(one) == tensors_digest(same) != tensors_digest(other), "what machines must agree on"
@@ -76,13 +83,13 @@ def test_bases_are_those_of_the_seed_and_numbers_that_bfloat16_holds(name: str) 
         assert len(np.unique(value)) > value.size / 8
 
 
-@both
+@every
 def test_bases_are_no_tensors_and_drawn_when_they_are_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Specs, plans and tables of a large model draw nothing; a device has the bases once, also after an evaluation."""
-    for module in (nola, randlora):
+    for module in MODULES.values():
         monkeypatch.setattr(module, "random_basis", lambda *_, **__: pytest.fail("drawn"))
     specs = build(name, llama()).specs()
-    assert all(spec.kind in ("A_alpha", "B_beta", "A_gamma", "B_lambda") for spec in specs.values())
+    assert all(spec.kind in ("A_alpha", "B_beta", "A_gamma", "B_lambda", "A_d", "B_b") for spec in specs.values())
     assert max(count_parameters({key: spec}) for key, spec in specs.items()) < 2**23
     monkeypatch.undo()
     method = build(name, LAYERS)
@@ -92,18 +99,21 @@ def test_bases_are_no_tensors_and_drawn_when_they_are_needed(name: str, monkeypa
     for value in tensors.values():
         value.requires_grad_()
     draws: list[Any] = []
-    for module in (nola, randlora):
+    for module in MODULES.values():
         monkeypatch.setattr(module, "random_basis", lambda *_, **__: draws.append(1))
     factors = [as_low_rank(one) for one in method.factors(tensors).values()]
     sum((one.scaled_b() @ one.A).sum() for one in factors if one is not None).backward()  # type: ignore[union-attr]
     assert not draws
 
 
-@both
+@every
 def test_planted_bases_of_another_seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that draws other bases than the rest would send numbers that mean something else."""
-    kinds = {"nola": {"A_alpha", "B_beta", "head"}, "randlora": {"A_gamma", "B_lambda", "head"}}[name]
-    for module in (nola, randlora):
+    kinds = {
+        "head",
+        *{"nola": ("A_alpha", "B_beta"), "randlora": ("A_gamma", "B_lambda"), "vera": ("A_d", "B_b")}[name],
+    }
+    for module in MODULES.values():
         whole = module.random_basis
         monkeypatch.setattr(module, "random_basis", lambda _, *key, whole=whole, **own: whole(Seeded(1), *key, **own))
     with pytest.raises(AssertionError):
@@ -129,7 +139,7 @@ def test_what_cannot_work_is_refused(name: str, flat: dict[str, Any], message: s
         resolve({"strategy.name": "fedavg", "method.name": name, **flat})
 
 
-@both
+@every
 def test_a_factor_that_is_fixed_at_zero_beside_one_that_trains_is_refused(name: str) -> None:
     """With lambda, or beta, never trained no other scale would have a gradient."""
     from fedlora.roles import Role

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 from fedlora.config import Config, MethodConfig, ModelConfig
 from fedlora.exchange import ClientReport, Update
 from fedlora.methods import METHODS as REGISTERED
-from fedlora.methods import Layer, Method, MosOptions, as_low_rank, build_method, count_parameters, initial_tensors
+from fedlora.methods import (
+    Layer,
+    Method,
+    MosOptions,
+    WeightDecomposed,
+    as_low_rank,
+    build_method,
+    count_parameters,
+    initial_tensors,
+)
 from fedlora.models import inspect, inspect_by_name
 from fedlora.plugins import methods_of
 from fedlora.reduce import REDUCTIONS
@@ -39,10 +48,12 @@ _CLIENTS = 5
 MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,v", "Llama-2-7B all")
 _LORA = Config(method=MethodConfig("lora", rank=8))
 _MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budget=1, private=0))
-# Every method at rank 8; MoS, whose parameters are those of LoRA of its budget, also at a budget of 1.
+# Every method at rank 8, VeRA at one of its own; MoS, whose parameters are those of LoRA of its budget, also at a
+# budget of 1.
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     **{name: [(f"`{name}`, r = 8", Config(method=MethodConfig(name, rank=8)))] for name in REGISTERED},
     "lora-sb": [(f"`lora-sb`, r = {rank}", Config(method=MethodConfig("lora-sb", rank=rank))) for rank in (8, 64)],
+    "vera": [("`vera`, r = 256", Config(method=MethodConfig("vera", rank=256)))],
     "randlora": [("`randlora`, r = 32", Config(method=MethodConfig("randlora", rank=32)))],
     "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }
@@ -110,13 +121,20 @@ def error_of_mean(strategy: Strategy, method: Method) -> float:
 
 
 def updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.float64]]:
-    """Return Delta W of each of a method's layers, [d_out, d_in], in float64, with what is stacked beside it."""
+    """Return Delta W of each of a method's layers, [d_out, d_in], in float64, with what is stacked beside it.
+
+    Of a weight-decomposed layer it is that of a base weight which is drawn as clients' tensors are.
+    """
     named = {name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()}
     found = {}
     for layer, factor in method.factors(named).items():
         added = as_low_rank(factor)
         if added is not None:
             update = added.scaled_b() @ added.A
+            if isinstance(factor, WeightDecomposed):
+                base = torch.from_numpy(Seeded(0).uniform("base", layer, shape=tuple(update.shape), bound=1.0))
+                m = base.norm(dim=1) + factor.magnitude
+                update = (m / (base + update).norm(dim=1))[:, None] * (base + update) - base
             if f"{layer}.residual_A" in named:
                 update = update + added.scale * named[f"{layer}.residual_B"] @ named[f"{layer}.residual_A"]
             found[layer] = update.numpy()

@@ -28,9 +28,9 @@ from fedlora.engine.apart import random_tensors
 from fedlora.engine.blocks import block_lists, blocks_of
 from fedlora.engine.core import Batching, Engine, most_cost
 from fedlora.engine.kernels import attention, low_rank
+from fedlora.engine.layers import for_kernel
 from fedlora.engine.pack import Pack
 from fedlora.engine.work import Arrays, ClientWork
-from fedlora.methods import LowRank
 from fedlora.tasks import Rows
 
 Way = Callable[[Engine], tuple[Engine, Callable[[], None]] | None]
@@ -134,8 +134,12 @@ def without_padding(engine: Engine) -> tuple[Engine, Callable[[], None]] | None:
 def _with_kernel(engine: Engine) -> tuple[Engine, Callable[[], None]] | None:
     if engine.compute not in _SHORT:
         return None
+    shapes = _low_rank_shapes(engine)
+    if any(rank > low_rank.MOST_RANKS for _, _, rank in shapes):
+        _logger.info("kernel: the plain way computes, the low-rank kernel has room for rank %d", low_rank.MOST_RANKS)
+        return None
     low_rank.register()
-    for shape in _low_rank_shapes(engine):
+    for shape in shapes:
         off = low_rank.error_at_scale(*shape, engine.device, engine.compute)
         if not off <= _KERNEL_ERROR:
             words = (
@@ -147,10 +151,10 @@ def _with_kernel(engine: Engine) -> tuple[Engine, Callable[[], None]] | None:
 
 
 def _low_rank_shapes(engine: Engine) -> list[tuple[int, int, int]]:
-    """Return d_in, d_out and r of the method's low-rank factors, each combination once."""
+    """Return d_in, d_out and r of the factors that the low-rank kernel computes, each combination once."""
     tensors = {name: torch.zeros(spec.shape) for name, spec in engine.method.specs().items()}
-    factors = [one for one in engine.method.factors(tensors).values() if isinstance(one, LowRank)]
-    return sorted({(one.A.shape[-1], one.B.shape[-2], one.A.shape[-2]) for one in factors})
+    found = [for_kernel(one) for one in engine.method.factors(tensors).values()]
+    return sorted({(one.A.shape[-1], one.B.shape[-2], one.A.shape[-2]) for one in found if one is not None})
 
 
 def set_compile_limits() -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.engine.decomposed import gain, squared_norms
 from fedlora.engine.kernels import low_rank
 from fedlora.engine.kernels.attention import rows_in_place
 from fedlora.engine.layout import Layout
 from fedlora.engine.unpadded import blocks_without_padding
-from fedlora.methods import Dense, Experts, Factor, LowRank, Scale, ScaledBases
+from fedlora.methods import Dense, Experts, Factor, LowRank, Scale, ScaledBases, WeightDecomposed
 
 
 class LayerProbe(Protocol):
@@ -48,7 +49,8 @@ class NoRowsError(ValueError):
 class GroupedLayer(nn.Module):
     """A base layer that adds what its factor says for each row's group.
 
-    It calls the base layer and never reads its weight, so any kind of base layer works.
+    It calls the base layer and does not read its weight, so any kind of base layer works; of a weight-decomposed factor
+    (:mod:`fedlora.engine.decomposed`) it needs the weight's norms.
 
     Args:
         base: The wrapped layer.
@@ -62,6 +64,19 @@ class GroupedLayer(nn.Module):
         self.factor: Factor | Replaced | None = None
         self.layout: Layout | None = None
         self.probe: LayerProbe | None = None
+        self._squares: Tensor | None = None  # of a base layer, which does not change
+        self._gain: Tensor | None = None
+
+    def squares(self) -> Tensor:
+        """Return the squared norms of the base layer's rows, [d_out]."""
+        if self._squares is None:
+            self._squares = squared_norms(self.base, self.name)
+        return self._squares
+
+    def settle(self) -> None:
+        """Compute what the factor in place needs once a pass, before the layer runs, compiled or twice."""
+        one = self.factor
+        self._gain = gain(self.base, self.squares(), one) if isinstance(one, WeightDecomposed) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for ``x`` [N, ..., d_in]; without a factor, the base layer's.
@@ -76,9 +91,11 @@ class GroupedLayer(nn.Module):
         assert self.layout is not None, "a factor without a layout"
         spans = self.layout.spans if self.probe is None else None
         # First, and by tensors' shapes alone: what is compiled holds for any number of groups.
-        if spans is not None and isinstance(self.factor, LowRank) and self.layout.of_rows(x, spans.group_n.shape[0]):
-            a, b = self.factor.A.to(x.dtype), self.factor.scaled_b().to(x.dtype)
-            return low_rank.added(self._fixed(x), x, a, b, spans)
+        low = for_kernel(self.factor)
+        if spans is not None and low is not None and self.layout.of_rows(x, spans.group_n.shape[0]):
+            a, b = low.A.to(x.dtype), low.scaled_b().to(x.dtype)
+            y = low_rank.added(self._fixed(x), x, a, b, spans)
+            return y if low is self.factor else self._at_magnitude(y)
         if self.layout.groups > 1 and not self.layout.of_rows(x, self.layout.rows):
             raise NoRowsError(self.name)
         added = isinstance(self.factor, LowRank | ScaledBases | Experts)
@@ -107,9 +124,10 @@ class GroupedLayer(nn.Module):
             y_g = with_bias(x_g * self.factor.weight.to(x.dtype).unsqueeze(-2), self.factor.bias)
             return self.layout.to_rows(y_g, x)
         if isinstance(self.factor, LowRank):
-            x_g = self.layout.to_groups(x)
-            y_g = (x_g @ self.factor.A.to(x.dtype).mT) @ self.factor.scaled_b().to(x.dtype).mT
-            return self.layout.to_rows(y_g, x)
+            return self.layout.to_rows(_update(self.layout.to_groups(x), self.factor), x)
+        if isinstance(self.factor, WeightDecomposed):
+            own = self.layout.to_rows(_update(self.layout.to_groups(x), self.factor.update), x)
+            return self._at_magnitude(self.base(x) + own)
         if isinstance(self.factor, ScaledBases):
             return self.layout.to_rows(self.factor.of(self.layout.to_groups(x)), x)
         if isinstance(self.factor, Experts):
@@ -120,6 +138,31 @@ class GroupedLayer(nn.Module):
             return self.layout.to_rows(y_g, x)
         assert self.factor is not None, "no factor"
         return self.factor.output(x)
+
+    def _at_magnitude(self, y: Tensor) -> Tensor:
+        """Return outputs of base and update, [N, ..., d_out], at the magnitudes of the factor, bias apart."""
+        assert self.layout is not None, "a factor without a layout"
+        assert self._gain is not None, "a factor that is not settled"
+        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
+        weighted = self.layout.to_groups(y if bias is None else y - bias)
+        more = weighted * (self._gain - 1.0).to(y.dtype).unsqueeze(-2)
+        return y + self.layout.to_rows(more, y)  # the base's own bits where m is |W + B A|
+
+
+def for_kernel(factor: Factor | Replaced | None) -> LowRank | None:
+    """Return the part of a factor that the low-rank kernel computes; None: none, as of A and B for all groups."""
+    low = factor.update if isinstance(factor, WeightDecomposed) else factor
+    return low if isinstance(low, LowRank) and low.out_scale is None else None
+
+
+def _update(x_g: Tensor, factor: LowRank) -> Tensor:
+    """Return what a low-rank factor makes of inputs [G, n, d_in]; the residual is not in it."""
+    low = x_g @ factor.A.to(x_g.dtype).mT
+    if factor.out_scale is None:
+        return low @ factor.scaled_b().to(x_g.dtype).mT
+    # Scaled apart, so that no group has an A or B of its own where they are common to all.
+    scale = factor.scale if isinstance(factor.scale, float) else factor.scale.to(x_g.dtype).unsqueeze(-2)
+    return (low * scale) @ factor.B.to(x_g.dtype).mT * factor.out_scale.to(x_g.dtype).unsqueeze(-2)
 
 
 def routed(experts: Experts, x_g: Tensor) -> Tensor:
@@ -217,6 +260,8 @@ class GroupedModel:
                 slot.factor, slot.layout, slot.probe = factors[name], layout, probe
             if self.placement is not None:
                 self.placement()
+            for slot in self._slots.values():
+                slot.settle()
             blocks = self.blocks if compiled and probe is None else {}
             if batch is not None:
                 for slot in self._within:
@@ -234,6 +279,12 @@ class GroupedModel:
                     block.forward = hooked
             for slot in self._slots.values():
                 slot.factor, slot.layout, slot.probe = None, None, None
+                slot.settle()  # nothing of the pass stays
+
+    def magnitude(self, name: str, factor: WeightDecomposed) -> Tensor:
+        """Return m of a wrapped layer that is weight-decomposed, [*, d_out]."""
+        norms = self._slots[name].squares().sqrt()
+        return norms + factor.magnitude.to(norms)
 
     @contextmanager
     def untouched(self) -> Iterator[nn.Module]:

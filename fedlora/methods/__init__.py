@@ -14,8 +14,10 @@ from fedlora.methods.base import (
     LowRank,
     LowRankMethod,
     Method,
+    PeftAdapter,
     Scale,
     TensorSpec,
+    WeightDecomposed,
     as_low_rank,
     check_init,
     check_start,
@@ -27,6 +29,7 @@ from fedlora.methods.base import (
     tensors_digest,
     zero_kinds,
 )
+from fedlora.methods.dora import Dora
 from fedlora.methods.dual_lora import DualLora, DualLoraOptions
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
@@ -38,6 +41,7 @@ from fedlora.methods.randlora import RandLora
 from fedlora.methods.ravan import Ravan, RavanOptions
 from fedlora.methods.s2_lora import S2Lora, S2Options
 from fedlora.methods.scaled_bases import ScaledBases
+from fedlora.methods.vera import Vera, VeraOptions
 from fedlora.registry import Registry
 
 METHODS: Registry[type[LowRankMethod]] = Registry("method.name")
@@ -47,6 +51,8 @@ METHODS.register("s2-lora", S2Options)(S2Lora)
 METHODS.register("lora-sb")(LoraSB)
 METHODS.register("ravan", RavanOptions)(Ravan)
 METHODS.register("dual-lora", DualLoraOptions)(DualLora)
+METHODS.register("vera", VeraOptions)(Vera)
+METHODS.register("dora")(Dora)
 METHODS.register("nola", NolaOptions)(Nola)
 METHODS.register("randlora")(RandLora)
 METHODS.register("lora-experts", LoraExpertsOptions)(LoraExperts)
@@ -58,13 +64,13 @@ def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]
     Raises:
         ValueError: The configuration does not fit the layers.
     """
+    kind = METHODS[config.method.name]
     most = max((min(layer.d_in, layer.d_out) for layer in adapted), default=config.method.rank)
-    if config.method.rank > most:
+    if kind.rank_is_bounded and config.method.rank > most:
         raise ValueError(
             f"method.rank = {config.method.rank}: the adapted layers have {most} features at most, and no update of "
             "them has a higher rank; lower it."
         )
-    kind = METHODS[config.method.name]
     check_init(config, kind.inits)
     method = Head(kind.build(adapted, config), head)
     check_start(method.specs())
@@ -74,6 +80,7 @@ def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]
 __all__ = [
     "METHODS",
     "Dense",
+    "Dora",
     "DualLora",
     "DualLoraOptions",
     "Experts",
@@ -92,6 +99,7 @@ __all__ = [
     "MosOptions",
     "Nola",
     "NolaOptions",
+    "PeftAdapter",
     "RandLora",
     "Ravan",
     "RavanOptions",
@@ -100,6 +108,9 @@ __all__ = [
     "Scale",
     "ScaledBases",
     "TensorSpec",
+    "Vera",
+    "VeraOptions",
+    "WeightDecomposed",
     "as_low_rank",
     "build_method",
     "check_start",

@@ -64,6 +64,7 @@ class TensorSpec:
             this, after each optimizer step and once more on the server's mean.
         rank_axis: The axis that counts ranks, where a client may hold fewer of them than the server; None: none does.
         start: What all of it starts at, without a bound.
+        linear: Whether the layer's update is linear in it, or affine, while the other factors stay as they are.
         orthonormal: Whether it is drawn orthonormal, in place of uniform: rows, or columns where these are fewer.
     """
 
@@ -74,20 +75,33 @@ class TensorSpec:
     l1: float = 0.0
     rank_axis: int | None = None
     start: float = 0.0
+    linear: bool = True
     orthonormal: bool = False
 
 
 class LowRank(NamedTuple):
-    """What a layer adds to its base: ``y = W x + B (scale * A x)``, and the same of a residual."""
+    """What a layer adds to its base: ``y = W x + out_scale * B (scale * A x)``, and the same of a residual."""
 
     A: Tensor  # [*, r, d_in]
     B: Tensor  # [*, d_out, r]
     scale: float | Tensor  # one number, or one for each rank [*, r]
     residual: LowRank | None = None  # without one of its own; common to all groups, or [*]
+    out_scale: Tensor | None = None  # one number for each output [*, d_out]; None: 1
 
     def scaled_b(self) -> Tensor:
-        """Return B with the scale folded in, [*, d_out, r]."""
-        return self.B * (self.scale if isinstance(self.scale, float) else self.scale.unsqueeze(-2))
+        """Return B with both scales folded in, [*, d_out, r]."""
+        b = self.B * (self.scale if isinstance(self.scale, float) else self.scale.unsqueeze(-2))
+        return b if self.out_scale is None else b * self.out_scale.unsqueeze(-1)
+
+
+class WeightDecomposed(NamedTuple):
+    """A layer whose weight is split in magnitude and direction: ``y = m (W x + B A x) / |W + B A| + bias``.
+
+    Norms are those of rows, one an output, and constants in gradients.
+    """
+
+    update: LowRank  # without a residual
+    magnitude: Tensor  # m - |W|, [*, d_out]
 
 
 class Experts(NamedTuple):
@@ -117,17 +131,34 @@ class Scale(NamedTuple):
     bias: Tensor | None  # [*, d]
 
 
-Factor = LowRank | ScaledBases | Experts | Dense | Scale
+Factor = LowRank | WeightDecomposed | ScaledBases | Experts | Dense | Scale
 
 
 def as_low_rank(factor: Factor) -> LowRank | None:
     """Return what a factor adds to its layer as one product, for exports and reports; None: it adds nothing to one.
 
-    That of scaled bases has as many ranks as its layer has features, and more.
+    That of scaled bases has as many ranks as its layer has features, and more. Of a weight-decomposed layer it is what
+    is added before its rows are brought to their magnitudes.
     """
     if isinstance(factor, ScaledBases):
         return LowRank(*factor.product(), 1.0)
+    if isinstance(factor, WeightDecomposed):
+        return factor.update
     return factor if isinstance(factor, LowRank) else None
+
+
+class PeftAdapter(NamedTuple):
+    """A method's tensors as an adapter of a type that PEFT has for it.
+
+    Attributes:
+        kind: The name of the type, in ``peft.PeftType``.
+        settings: Fields of its configuration, ``target_modules`` among them; not those that follow from model and task.
+        weights: Its tensors, by the name that PEFT saves them with.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    weights: dict[str, Tensor]
 
 
 class Fault(Enum):
@@ -156,6 +187,10 @@ class Method(ABC):
         """Return fixed numbers beside the tensors that every machine must agree on, by name (:mod:`.fixed`)."""
         return {}
 
+    def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter | None:
+        """Return the method's own type of PEFT adapter; None: its factors are a LoRA there."""
+        return None
+
     def advice(self, fault: Fault) -> str:
         """Return what of this method's own keys is likely to be behind a fault of training; empty: nothing."""
         return ""
@@ -166,6 +201,8 @@ class LowRankMethod(Method):
 
     strategies: ClassVar[tuple[str, ...]] = ()
     """Strategies that work with it, beside those that name it among their ``methods``: they are older than it."""
+    rank_is_bounded: ClassVar[bool] = True
+    """Whether ranks above the layers' features are refused, as they would add nothing."""
     inits: ClassVar[tuple[str, ...]] = ()
     """Values of ``method.init`` that it knows, beside ``auto``."""
     no_adapter: ClassVar[str] = ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from numpy.typing import NDArray
 
-from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, Scale, TensorSpec
+from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, PeftAdapter, Scale, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,10 @@ class Head(Method):
     def constants(self) -> dict[str, NDArray[Any]]:
         """Return the method's constants."""
         return self.method.constants()
+
+    def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter | None:
+        """Return the method's own type of PEFT adapter, without the head."""
+        return self.method.peft_adapter(tensors)
 
     def advice(self, fault: Fault) -> str:
         """Return the method's advice."""

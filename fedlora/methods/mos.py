@@ -26,7 +26,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,7 +193,7 @@ class Mos(LowRankMethod):
                 factors[layer.name] = LowRank(a, b.mT, self.scale)
         return factors
 
-    def constants(self) -> dict[str, NDArray[np.int64]]:
+    def constants(self) -> dict[str, NDArray[Any]]:
         """Return the indices."""
         return {f"{one.name}.{side}": index for one in self.types for side, index in one.index.items()}
 

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config
-from fedlora.methods.base import Factor, Layer, LowRankMethod, TensorSpec, refuse_rslora
+from fedlora.methods.base import Factor, Layer, LowRankMethod, PeftAdapter, TensorSpec, refuse_rslora
 from fedlora.methods.fixed import Fixed, random_basis
 from fedlora.methods.scaled_bases import ScaledBases
 from fedlora.seeded import Seeded
@@ -95,6 +95,25 @@ class RandLora(LowRankMethod):
         They are the larger of the layers' largest numbers of inputs and of outputs, and the smaller of these two.
         """
         return dict(self._bases)
+
+    def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter:
+        """Return the adapter of PEFT's type RANDLORA, whose alpha is its rank, with the scale in lambda.
+
+        PEFT expects the bases under the name of each layer, too, and warns where one lacks them.
+        """
+        import torch
+
+        bases = {side: torch.from_numpy(whole).bfloat16() for side, whole in self._bases.items()}
+        weights: dict[str, Tensor] = {}
+        for name in ("", *(f"model.{layer.name}." for layer in self.layers)):
+            weights |= {f"base_model.{name}randlora_{side}": whole.clone() for side, whole in bases.items()}
+        for layer in self.layers:
+            for which, scale in (("lambda", self.scale), ("gamma", 1.0)):
+                name = f"{layer.name}.randlora_{which}"
+                weights[f"base_model.model.{name}"] = scale * tensors[name]
+        targets = sorted(layer.name for layer in self.layers)
+        settings = {"r": self.rank, "randlora_alpha": self.rank, "target_modules": targets}
+        return PeftAdapter("RANDLORA", settings, weights)
 
     @functools.cached_property
     def _bases(self) -> dict[str, NDArray[np.float32]]:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, PeftConfig, RandLoraConfig, TaskType
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType, TaskType
 from safetensors.torch import save_file
 
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.engine.stack import common_shapes
-from fedlora.methods import METHODS, Dense, Factor, LowRank, Scale, ScaledBases
+from fedlora.methods import METHODS, Dense, Factor, LowRank, PeftAdapter, Scale, WeightDecomposed, as_low_rank
 from fedlora.methods.residual import compress
 from fedlora.models import head_modules, model_path
 from fedlora.runs.ranks import FILE, strengths
@@ -30,9 +30,9 @@ _PREFIX = "base_model.model."
 def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], config: Config) -> dict[str, bytes]:
     """Return a PEFT adapter's files by name: configuration, weights, tokenizer, and the ranks of its layers.
 
-    It is a LoRA wherever the method's updates are of low rank, whatever the method, else the kind that holds them
-    (RandLoRA). The scale is folded into the weights, with alpha equal to the rank, so PEFT's own scale is 1. PEFT saves
-    and loads the head's modules whole, so whatever they hold is among the weights, trained or not.
+    A method that PEFT has a type of its own for is of that type, any other a LoRA. The scale is folded into the
+    weights, so PEFT's own scale is 1. PEFT saves and loads the head's modules whole, so whatever they hold is among the
+    weights, trained or not.
 
     Args:
         engine: The engine whose method made the tensors.
@@ -40,37 +40,35 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         config: The run's configuration.
 
     Raises:
-        ValueError: The method's update is no LoRA.
+        ValueError: The method's update is no PEFT adapter.
     """
     no_adapter = METHODS[config.method.name].no_adapter
     if no_adapter:
         raise ValueError(f"method.name = {config.method.name!r}: cannot be exported to PEFT; {no_adapter}.")
     shapes = common_shapes(engine.method.specs(), [tensors], {})
-    made = engine.method.factors({name: engine.tensor(pad(value, shapes[name])) for name, value in tensors.items()})
-    factors = {name: _one_term(factor, engine) for name, factor in made.items()}
-    found = strengths(factors)
-    sums = {name: factor for name, factor in factors.items() if isinstance(factor, ScaledBases)}
-    weights, kind, options = _randlora(engine, sums) if sums else _lora(factors, found)
-    heads = head_modules(engine.base.structure)
+    placed = {name: engine.tensor(pad(value, shapes[name])) for name, value in tensors.items()}
+    factors = {name: _one_term(factor, engine) for name, factor in engine.method.factors(placed).items()}
+    heads, found = head_modules(engine.base.structure), strengths(factors)
+    adapter = engine.method.peft_adapter(placed) or _lora(engine, factors, found)
+    weights = dict(adapter.weights)
     for name, factor in factors.items():
         if isinstance(factor, Dense | Scale):
             weights[f"{_PREFIX}{name}.weight"] = factor.weight
             if factor.bias is not None:
                 weights[f"{_PREFIX}{name}.bias"] = factor.bias
     weights |= {f"{_PREFIX}{name}": value for name, value in _untrained(engine, heads).items()}
-    targets = sorted(options["target_modules"])
-    layers = {layer.name: layer for layer in engine.base.structure.adapted}
-    adapter = kind(
-        **options | {"target_modules": targets},
+    targets = adapter.settings["target_modules"]
+    settings: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.kind)](
         task_type=TaskType(engine.task.peft_type),
         base_model_name_or_path=model_path(config.model.name),
         revision=config.model.revision or None,
         modules_to_save=sorted(heads) or None,
-        fan_in_fan_out=any(layers[name].fan_in_fan_out for name in targets),
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in engine.base.structure.adapted if layer.name in targets),
         inference_mode=True,
+        **adapter.settings,
     )
     with TemporaryDirectory() as folder:
-        adapter.save_pretrained(folder)
+        settings.save_pretrained(folder)
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in weights.items()},
             f"{folder}/adapter_model.safetensors",
@@ -81,43 +79,43 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     return {**files, FILE: json.dumps(found).encode()}
 
 
-_Adapter = tuple[dict[str, torch.Tensor], type[PeftConfig], dict[str, Any]]
-"""Weights of the adapted layers by PEFT's names, the kind of adapter, and what its configuration says of them."""
+def _lora(engine: Engine, factors: Mapping[str, Factor], found: Mapping[str, list[float]]) -> PeftAdapter:
+    """Return factors as a LoRA, or as a DoRA where layers are weight-decomposed.
 
+    The scale is folded into B, with alpha equal to the rank. Ranks that add nothing are left out, and so are layers
+    without any other, unless they are weight-decomposed. A layer's residual is a part of its A and B, whose rank is
+    then that of their sum; the strengths of its ranks are singular values.
 
-def _lora(factors: Mapping[str, Factor], found: Mapping[str, Sequence[float]]) -> _Adapter:
-    """Return a LoRA: ranks that add nothing are left out, and so are layers without any other.
-
-    A layer's residual becomes a part of its A and B, whose rank is then that of their sum; the strengths of its ranks
-    are singular values.
+    Args:
+        engine: The engine.
+        factors: The layers' factors.
+        found: The strengths of their ranks.
     """
     used = {name: [rank for rank, strength in enumerate(values) if strength] for name, values in found.items()}
+    decomposed = {name: factor for name, factor in factors.items() if isinstance(factor, WeightDecomposed)}
     if not any(used.values()):
         used[next(iter(used))] = [0]  # PEFT has no empty adapter: one rank of zeros stands for it
+    used |= {name: used[name] or [0] for name in decomposed}
     weights: dict[str, torch.Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name, factor in factors.items():
-        if isinstance(factor, LowRank) and used[name]:
-            weights[f"{_PREFIX}{name}.lora_A.weight"] = factor.A[used[name]]
-            weights[f"{_PREFIX}{name}.lora_B.weight"] = factor.scaled_b()[:, used[name]]
-            ranks[name] = len(used[name])
+    ranks = {name: len(kept) for name, kept in used.items() if kept}
+    for name in ranks:
+        low = as_low_rank(factors[name])
+        assert low is not None, "a layer with ranks"
+        weights[f"{_PREFIX}{name}.lora_A.weight"] = low.A[used[name]]
+        weights[f"{_PREFIX}{name}.lora_B.weight"] = low.scaled_b()[:, used[name]]
+    for name, one in decomposed.items():
+        weights[f"{_PREFIX}{name}.lora_magnitude_vector"] = engine.grouped.magnitude(name, one)
     common = max(ranks.values(), key=list(ranks.values()).count)
     pattern = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != common}
-    options = {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
-    return weights, LoraConfig, {"r": common, "lora_alpha": common, "target_modules": list(ranks), **options}
-
-
-def _randlora(engine: Engine, sums: Mapping[str, ScaledBases]) -> _Adapter:
-    """Return a RandLoRA. PEFT expects the bases under the name of each layer, and warns where one lacks them."""
-    weights: dict[str, torch.Tensor] = {}
-    bases = {side: torch.from_numpy(value).bfloat16() for side, value in engine.method.constants().items()}
-    for name in ("", *(f"model.{name}." for name in sums)):
-        weights |= {f"base_model.{name}randlora_{side}": value.clone() for side, value in bases.items()}
-    for name, one in sums.items():
-        weights[f"{_PREFIX}{name}.randlora_lambda"] = one.scale * one.rank_scales.mT
-        weights[f"{_PREFIX}{name}.randlora_gamma"] = one.feature_scales
-    rank = len(next(iter(sums.values())).A)
-    return weights, RandLoraConfig, {"r": rank, "randlora_alpha": rank, "target_modules": list(sums)}
+    settings = {
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": pattern,
+        "alpha_pattern": dict(pattern),
+        "target_modules": sorted(ranks),
+        "use_dora": bool(decomposed),
+    }
+    return PeftAdapter("LORA", settings, weights)
 
 
 def _untrained(engine: Engine, heads: Sequence[str]) -> dict[str, torch.Tensor]:

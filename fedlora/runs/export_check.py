@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from peft.tuners.randlora.layer import RandLoraLayer
+from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
 from fedlora.engine import Engine, evaluate
 from fedlora.engine.fast import ROUNDINGS, rounded_blocks
-from fedlora.methods import LowRank, as_low_rank
+from fedlora.methods import WeightDecomposed, as_low_rank
 from fedlora.methods.products import product_norm
 from fedlora.models.quiet import quiet
 
@@ -60,7 +62,7 @@ def check_adapter(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], f
         tolerance = _TOLERANCES.get(next(engine.base.model.parameters()).dtype)
         allowed = (_COARSE if tolerance is None else tolerance) * max(1.0, abs(float(ours[worst])))
         # Large factors make much of what 16 bits round away: then it is the numbers themselves that must agree.
-        coarse = tolerance is None and not off[worst] <= allowed and _same_products(engine, tensors, adapted)
+        coarse = tolerance is None and not off[worst] <= allowed and same_numbers(engine, tensors, adapted)
     if coarse:
         allowed = max(allowed, ROUNDINGS * _rounding(engine, tensors, rows, ours))
     if not off[worst] <= allowed:
@@ -72,8 +74,8 @@ def check_adapter(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], f
     return float(off[worst])
 
 
-def _same_products(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], adapted: nn.Module) -> bool:
-    """Return whether each layer's update is the same in PEFT, as numbers: losses in 16 bits may be too coarse."""
+def same_numbers(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], adapted: nn.Module) -> bool:
+    """Return whether what adapts each layer is the same in PEFT, as numbers: losses in 16 bits may be too coarse."""
     exact = {name: torch.from_numpy(np.asarray(value, np.float64)) for name, value in tensors.items()}
     for name, factor in engine.method.factors(exact).items():
         whole = as_low_rank(factor)
@@ -82,15 +84,35 @@ def _same_products(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], 
         own = [whole] if whole.residual is None else [whole, whole.residual]
         a, b = torch.cat([one.A for one in own], -2).numpy(), torch.cat([one.scaled_b() for one in own], -1).numpy()
         layer: Any = adapted.get_submodule(f"base_model.model.{name}")
-        if isinstance(factor, LowRank):
-            theirs = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        else:
-            theirs = layer.get_scaled_bases("default")
-        down, up = (one.double().cpu().numpy() for one in theirs)
-        off = product_norm(np.concatenate([a, down]), np.concatenate([b, -layer.scaling["default"] * up], 1))
+        down, up = _peft_factors(layer)
+        off = product_norm(np.concatenate([a, down]), np.concatenate([b, -up], 1))
         if not off <= _SAME * product_norm(a, b):
             return False
+        if isinstance(factor, WeightDecomposed):
+            m = _double(engine.grouped.magnitude(name, factor))
+            off = float(np.linalg.norm(m - _double(layer.lora_magnitude_vector["default"].weight)))
+            if not off <= _SAME * np.linalg.norm(m):
+                return False
     return True
+
+
+def _peft_factors(layer: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return factors [r, d_in] and [d_out, r] of a layer's update in PEFT, with all scales in the latter."""
+    if isinstance(layer, VeraLayer):
+        a, b, d, scale = (
+            _double(one["default"]) for one in (layer.vera_A, layer.vera_B, layer.vera_lambda_d, layer.vera_lambda_b)
+        )
+        return a[:, : layer.in_features], scale[:, None] * b[: layer.out_features] * d
+    if isinstance(layer, RandLoraLayer):
+        down, up = map(_double, layer.get_scaled_bases("default"))
+    else:
+        down, up = (_double(one["default"].weight) for one in (layer.lora_A, layer.lora_B))
+    return down, layer.scaling["default"] * up
+
+
+def _double(value: torch.Tensor) -> NDArray[np.float64]:
+    numbers: NDArray[np.float64] = value.detach().double().cpu().numpy()
+    return numbers
 
 
 def _rounding(

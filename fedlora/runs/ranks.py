@@ -20,7 +20,7 @@ def strengths(factors: Mapping[str, Factor]) -> dict[str, list[float]]:
     """Return for each adapted layer the Frobenius norm of each rank-one component of its update, [r].
 
     The component of rank i is ``scale_i B_:i A_i:``, whose norm is ``|scale_i| |B_:i| |A_i:|``; one that is exactly
-    zero adds nothing.
+    zero adds nothing. Of a weight-decomposed layer they are those before its rows are brought to their magnitudes.
     """
     from fedlora.methods import as_low_rank
 

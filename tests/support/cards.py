@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils import backend_registration
 
 from fedlora.engine import Engine
+from fedlora.engine.decomposed import squared_norms
 from fedlora.engine.layout import Layout
 from fedlora.methods import build_method
 from fedlora.models import prepare_base
@@ -59,6 +60,8 @@ def on_fake_cards(family: str, method: str) -> tuple[Engine, Any]:
     has_head = task_of(family).has_head
     base = prepare_base(model, None, "auto", has_head=has_head, device=torch.device("cpu"))
     places = split(model)
+    # Measured while there are numbers: whether one is zero cannot be asked of a fake tensor.
+    norms = {layer.name: squared_norms(model.get_submodule(layer.name), layer.name) for layer in base.structure.adapted}
     accelerate.dispatch_model(model, dict.fromkeys(places, "cpu"), main_device="cpu", force_hooks=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -74,7 +77,11 @@ def on_fake_cards(family: str, method: str) -> tuple[Engine, Any]:
             if hasattr(module, "_hf_hook"):
                 module._hf_hook.execution_device = device
         built = build_method(CONFIGS[method], base.structure.adapted, base.structure.head)
-        return Engine.build(base, built, small_task(family)), mode
+        engine = Engine.build(base, built, small_task(family))
+        for name, value in norms.items():
+            layer: Any = engine.grouped.model.get_submodule(name)
+            layer._squares = mode.from_tensor(value).to(layer.base.weight.device)
+        return engine, mode
 
 
 def losses_on_fake_cards(family: str, method: str) -> tuple[Engine, torch.Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.methods import Method, as_low_rank, initial_tensors
+from fedlora.methods import Method, WeightDecomposed, as_low_rank, initial_tensors
 from fedlora.methods.products import pairs
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
@@ -83,7 +83,8 @@ def saved(state: ServerState) -> ServerState:
 def updates(name: str, tensors: Arrays, method: Method | None = None) -> Arrays:
     """Return Delta W of each layer, [d_out, d_in]: the method's, and what has been stacked beside it.
 
-    Of experts, which a router mixes: the Delta W of each of them, [M, d_out, d_in].
+    Of a weight-decomposed layer it is that of a base weight which is drawn for it. Of experts, which a router mixes:
+    the Delta W of each of them, [M, d_out, d_in].
     """
     method, scale = method or method_of(name), CONFIGS[name].method.alpha / CONFIGS[name].method.rank
     if FORMULAS[name].added is not None:
@@ -92,6 +93,11 @@ def updates(name: str, tensors: Arrays, method: Method | None = None) -> Arrays:
     factors = method.factors({key: torch.tensor(np.asarray(value)).double() for key, value in tensors.items()})
     added = {layer: as_low_rank(one) for layer, one in factors.items()}
     found = {layer: (one.scaled_b() @ one.A).numpy() for layer, one in added.items() if one is not None}
+    for layer, one in factors.items():
+        if isinstance(one, WeightDecomposed):
+            base = Seeded(3).uniform("base", layer, shape=found[layer].shape, bound=1.0)
+            before, after = (np.linalg.norm(weight, axis=1) for weight in (base, base + found[layer]))
+            found[layer] = ((before + one.magnitude.numpy()) / after)[:, None] * (base + found[layer]) - base
     for layer in found:
         if f"{layer}.residual_A" in tensors:
             found[layer] = found[layer] + scale * tensors[f"{layer}.residual_B"] @ tensors[f"{layer}.residual_A"]

@@ -21,6 +21,10 @@ from fedlora.seeded import Seeded
 Tensors = Mapping[str, Any]
 
 
+def _added(base: Tensor, update: Tensor, layer: Layer, tensors: Tensors) -> Tensor:
+    return base + update
+
+
 def _no_penalty(config: Config, tensors: Tensors) -> Tensor:
     return torch.zeros((), dtype=torch.float64)
 
@@ -36,6 +40,7 @@ class Formula:
             the same for all tokens, see ``added``.
         penalty: What is added to a client's loss whatever its data.
         l1: Weight of the L1 penalty, by kind of tensor.
+        weight: What becomes of the base's weight [d_out, d_in], given Delta W, the layer and the tensors.
         added: What a layer adds to its output, [T, d_out], for an input [T, d_in]; None: Delta W times the input.
     """
 
@@ -43,6 +48,7 @@ class Formula:
     update: Callable[[Config, Sequence[Layer], Layer, Tensors], Any] | None
     penalty: Callable[[Config, Tensors], Tensor] = _no_penalty
     l1: Mapping[str, float] = field(default_factory=dict)
+    weight: Callable[[Tensor, Tensor, Layer, Tensors], Tensor] = _added
     added: Callable[[Config, Layer, Tensors, Tensor], Tensor] | None = None
 
 
@@ -139,13 +145,31 @@ def _dual_lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: T
     return _scale(config) * ((1 - mix) * (b @ a) + mix * (b_own @ a_own))
 
 
-# -- nola and randlora --------------------------------------------------------------------------------
+# -- dora ---------------------------------------------------------------------------------------------
+
+
+def _dora_weight(base: Tensor, update: Tensor, layer: Layer, tensors: Tensors) -> Tensor:
+    whole = base + update
+    m = base.norm(dim=1) + tensors[f"{layer.name}.lora_magnitude"]
+    return (m / whole.detach().norm(dim=1))[:, None] * whole
+
+
+# -- methods of random bases: vera, nola and randlora -------------------------------------------------
 
 
 def _basis(config: Config, *key: str, shape: tuple[int, ...], bound: float) -> Tensor:
     """Return a random basis: the seed's uniform numbers as bfloat16 holds them."""
     drawn = torch.from_numpy(Seeded(config.seed).uniform("basis", *key, shape=shape, bound=bound))
     return drawn.float().bfloat16().double()
+
+
+def _vera(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    rank = config.method.rank
+    d_in, d_out = max(one.d_in for one in layers), max(one.d_out for one in layers)
+    a = _basis(config, "vera", "A", shape=(rank, d_in), bound=(6 / d_in) ** 0.5)
+    b = _basis(config, "vera", "B", shape=(d_out, rank), bound=(6 / rank) ** 0.5)
+    down, up = (torch.diag(tensors[f"{layer.name}.vera_{vector}"]) for vector in "db")
+    return up @ b[: layer.d_out] @ down @ a[:, : layer.d_in]
 
 
 def _nola(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
@@ -210,6 +234,8 @@ FORMULAS = {
         l1={"s": 0.05},
     ),
     "lora-sb": Formula(_config("lora-sb", 3), _lora_sb),
+    "vera": Formula(_config("vera", 5, MethodConfig.alpha), _vera),
+    "dora": Formula(_config("dora", 3), _lora, weight=_dora_weight),
     "dual-lora": Formula(_config("dual-lora", 3, alpha=3.0).with_options(DualLoraOptions(mix=0.3)), _dual_lora),
     "lora-experts": Formula(
         _config("lora-experts", 3, alpha=3.0).with_options(LoraExpertsOptions(max_experts=3)), None, added=_routed
@@ -226,6 +252,11 @@ def update_of_layer(method: str, layers: Sequence[Layer], layer: Layer, tensors:
     formula = FORMULAS[method]
     assert formula.update is not None, f"{method} has no one matrix for all tokens"
     return formula.update(formula.config, layers, layer, tensors)
+
+
+def weight_of_layer(method: str, layers: Sequence[Layer], layer: Layer, base: Tensor, tensors: Tensors) -> Tensor:
+    """Return the weight of a layer, [d_out, d_in], that a method makes of its base's."""
+    return FORMULAS[method].weight(base, update_of_layer(method, layers, layer, tensors), layer, tensors)
 
 
 def penalty(method: str, tensors: Tensors) -> Tensor:
@@ -260,6 +291,12 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("rolora", method), (both(rank) / 2, both(rank), both(rank) / 2)
         yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
     yield ("fedsvd", "lora"), (b(3), both(3), both(3))
+    ranks, outputs = 5 * len(LAYERS), sum(layer.d_out for layer in LAYERS)
+    for name, d, b_ in (("fedavg", 1, 1), ("ffa-lora", 0, 1), ("fedsa-lora", 1, 0)):
+        yield (name, "vera"), (d * ranks + b_ * outputs,) * 3
+        yield (name, "dora"), (d * a(3) + b_ * (b(3) + outputs),) * 3
+    yield ("rolora", "vera"), ((ranks + outputs) / 2, ranks + outputs, (ranks + outputs) / 2)
+    yield ("rolora", "dora"), ((both(3) + outputs) / 2, both(3) + outputs, (both(3) + outputs) / 2)
     for name in ("zero-padding", "hetlora", "fed-plora"):
         yield (name, "lora"), (both(3), both(3), both(3))
     for name in ("flexlora", "lora-fair", "fedrot-lora"):

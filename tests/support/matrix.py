@@ -28,7 +28,7 @@ from fedlora.seeded import Seeded
 from fedlora.strategy import Setting, Strategy
 from strategies import STRATEGIES
 from tests.support.families import LANGUAGE, random_examples, small_base, small_model, small_task, without_float32
-from tests.support.formulas import FORMULAS, LAYERS, penalty, update_of_layer
+from tests.support.formulas import FORMULAS, LAYERS, penalty, weight_of_layer
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -95,9 +95,10 @@ def row_loss(method: str, family: str, engine: Engine, tensors: Mapping[str, Ten
     placed: dict[str, Tensor] = {}
     added = FORMULAS[method].added
     for layer in structure.adapted if added is None else ():
-        update = update_of_layer(method, structure.adapted, layer, tensors)
         key = f"{layer.name}.weight"
-        placed[key] = weights[key].detach() + (update.T if layer.fan_in_fan_out else update)
+        base = weights[key].detach().T if layer.fan_in_fan_out else weights[key].detach()
+        whole = weight_of_layer(method, structure.adapted, layer, base, tensors)
+        placed[key] = whole.T if layer.fan_in_fan_out else whole
     for layer in structure.head:
         placed[f"{layer.name}.weight"] = tensors[f"{layer.name}.weight"]
         if layer.bias:

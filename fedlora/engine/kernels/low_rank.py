@@ -21,6 +21,7 @@ from fedlora.transfer import Spans
 
 _POSITIONS = (32, 64)
 _RANKS = (16, 32, 64, 128, 256)
+MOST_RANKS = _RANKS[-1]
 _SPLITS = (1, 8)
 _PROGRAMS = 528  # four for each multiprocessor of an H100
 _TRIED_GROUPS = 300
@@ -42,8 +43,8 @@ def added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans) -> Tensor:
         b: B of each group, scaled, [G, d_out, r], or [d_out, r].
         spans: Which rows are whose.
     """
-    if a.shape[-2] > _RANKS[-1]:
-        raise ValueError(f"rank {a.shape[-2]}: the kernel has room for {_RANKS[-1]}")
+    if a.shape[-2] > MOST_RANKS:
+        raise ValueError(f"rank {a.shape[-2]}: the kernel has room for {MOST_RANKS}")
     groups = spans.first_g.shape[0] - 1
     a, b = (one if one.dim() == 3 else one.expand(groups, -1, -1) for one in (a, b))
     flat = x.reshape(-1, x.shape[-1])
