@@ -152,6 +152,10 @@ class Strategy(ABC):
         """Return which of the experts that are sent is a client's own (:mod:`fedlora.experts`); None: none are sent."""
         return None
 
+    def experts(self, clients: Sequence[int]) -> tuple[int, ...]:
+        """Return the expert of each of these clients, as an instruction has them; empty: none are sent."""
+        return tuple(expert for expert in map(self.expert, clients) if expert is not None)
+
     # -- clients ------------------------------------------------------------------------------------------
 
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:

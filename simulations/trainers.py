@@ -132,7 +132,7 @@ class TrainerEvaluator:
     ) -> Instruction:
         held = self.strategy.held
         ranks = tuple(held[client] for client in clients) if held else ()
-        experts = tuple(expert for expert in map(self.strategy.expert, clients) if expert is not None)
+        experts = self.strategy.experts(clients)
         return Instruction(server_round, tuple(clients), dict(roles), tensors, ranks=ranks, experts=experts)
 
 

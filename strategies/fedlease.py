@@ -11,6 +11,9 @@ Wang, Bian, Zhang & Xu, "Adaptive LoRA Experts Allocation and Selection for Fede
 - From round 2 on a client is sent all M experts. It trains its own cluster's and its router, sends back the expert, and
   keeps the router. The server averages each expert over the clients of its cluster.
 
+A cluster may have one client: its expert is then that client's own LoRA, which all others are sent as it is. Where that
+must not be, train under DP.
+
 There is no global model: which experts act is the router's choice, and every client has a router of its own. What is
 measured is each client on its own rows, and no adapter is exported. Bytes up are those of ``fedavg``, down M times as
 many from round 2 on; before the first round M is not known, and a plan counts the most that there may be. The clusters
@@ -125,22 +128,25 @@ class FedLEASE(Strategy):
 
     def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
         """Return the experts after the round, and after the first one the clusters, too."""
-        factors = [name for _, a, b in self._pairs for name in (a, b)]
-        head = set(self.expected(server_round)) - set(factors)
-        tensors = {**state.tensors, **weighted_mean(reduced.updates, sorted(head))}
-        after = replace(state, tensors=tensors)
         if server_round == 1:
-            known = self._clusters(reduced.updates)
-            count = max(2, int(known.max()) + 1)
-            tensors |= {name + ALL: np.repeat(state.tensors[name + ALL], count, axis=0) for name in factors}
-            after = replace(after, extra={**state.extra, EXPERTS: known})
-        now = self.at(after)
+            state = self._divided(state, reduced.updates)
+        now, factors = self.at(state), [name for _, a, b in self._pairs for name in (a, b)]
         own = [[one for one in reduced.updates if now.expert(one.client) == expert] for expert in range(now._count)]
         means = [weighted_mean(some, factors) if some else {} for some in own]
+        head = set(self.expected(server_round)) - set(factors)
+        tensors = {**state.tensors, **weighted_mean(reduced.updates, sorted(head))}
         for name in factors:
-            held = tensors[name + ALL].astype(np.float64)
+            held = state.tensors[name + ALL].astype(np.float64)
             tensors[name + ALL] = np.stack([mean.get(name, one) for mean, one in zip(means, held, strict=True)])
-        return after
+        return replace(state, tensors=tensors)
+
+    def _divided(self, state: ServerState, updates: Sequence[ClientUpdate]) -> ServerState:
+        """Return the state with clusters, and for each of them the expert that all clients have had."""
+        known = self._clusters(updates)
+        count = max(2, int(known.max()) + 1)
+        experts = [name + ALL for _, a, b in self._pairs for name in (a, b)]
+        tensors = {name: np.repeat(state.tensors[name], count, axis=0) for name in experts}
+        return replace(state, tensors={**state.tensors, **tensors}, extra={**state.extra, EXPERTS: known})
 
     def _clusters(self, updates: Sequence[ClientUpdate]) -> NDArray[np.float64]:
         """Return the cluster of each client up to the last that sent an update, float64 [clients]."""

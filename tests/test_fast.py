@@ -33,6 +33,17 @@ def apart(engine: Engine, other: Engine, family: str) -> float:
     )
 
 
+def test_a_way_that_cannot_be_tried_leaves_the_plain_one() -> None:
+    """Such as a kernel that does not compile here, or has no memory for its trial."""
+    engine = make_engine("bert")
+    tensors = random_start(engine)
+
+    def fails(_: Engine) -> Any:
+        raise torch.OutOfMemoryError("no memory for the trial")
+
+    assert fast.tried(engine, fails, tensors, fast.Plain.of(engine, tensors)) is engine
+
+
 @pytest.mark.parametrize("family", LANGUAGE)
 def test_answers_alone_meet_the_output_layer(family: str) -> None:
     engine = make_engine(family)

@@ -239,13 +239,13 @@ def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain) -> Engine:
         tensors: All of the method's tensors, for their shapes.
         plain: What the plain way gives.
     """
-    began = time.perf_counter()
-    other = way(engine)
-    if other is None:
-        return engine
-    changed, undo = other
-    name = way.__name__.removeprefix("_with_")
+    began, name = time.perf_counter(), way.__name__.removeprefix("_with_")
+    undo: Callable[[], None] | None = None
     try:
+        other = way(engine)
+        if other is None:
+            return engine
+        changed, undo = other
         if changed.grouped.blocks:
             _pass(changed, tensors, _MEASURED[1])  # kernels are chosen by the first shapes that are seen
         off = _apart(numbers(changed, tensors), plain.numbers)
@@ -259,7 +259,8 @@ def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain) -> Engine:
             return changed
         words += " where {:.2g} and {:.2g} are rounding".format(*plain.tolerances)
         _logger.warning("%s: the plain way computes, the fast one is off by %s for this model", name, words)
-    undo()
+    if undo is not None:
+        undo()
     return engine
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.engine.stack import common_shapes
-from fedlora.methods import METHODS, Dense, Factor, LowRank, PeftAdapter, Scale, WeightDecomposed, as_low_rank
+from fedlora.methods import Dense, Factor, LowRank, PeftAdapter, Scale, WeightDecomposed, as_low_rank
 from fedlora.methods.residual import compress
 from fedlora.models import head_modules, model_path
 from fedlora.runs.ranks import FILE, strengths
@@ -42,14 +42,12 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     Raises:
         ValueError: The method's update is no PEFT adapter.
     """
-    no_adapter = METHODS[config.method.name].no_adapter
-    if no_adapter:
-        raise ValueError(f"method.name = {config.method.name!r}: cannot be exported to PEFT; {no_adapter}.")
     shapes = common_shapes(engine.method.specs(), [tensors], {})
     placed = {name: engine.tensor(pad(value, shapes[name])) for name, value in tensors.items()}
+    other = engine.method.peft_adapter(placed)
     factors = {name: _one_term(factor, engine) for name, factor in engine.method.factors(placed).items()}
     heads, found = head_modules(engine.base.structure), strengths(factors)
-    adapter = engine.method.peft_adapter(placed) or _lora(engine, factors, found)
+    adapter = other or _lora(engine, factors, found)
     weights = dict(adapter.weights)
     for name, factor in factors.items():
         if isinstance(factor, Dense | Scale):

@@ -74,7 +74,6 @@ class Core:
         strategy, federation = self.strategy, self.federation
         ranks, heads = strategy.held, self.state.clients.ledger_heads
         modules = tuple(strategy.modules(server_round, client) for client in clients) if train else ()
-        experts = (strategy.expert(client) for client in clients)
         return Instruction(
             round=server_round,
             clients=tuple(clients),
@@ -86,7 +85,7 @@ class Core:
             extra={name: self.state.extra[name] for name in (strategy.extra(server_round) if train else ())},
             ranks=tuple(ranks[client] for client in clients) if ranks else (),
             modules=modules if any(modules) else (),
-            experts=tuple(expert for expert in experts if expert is not None),
+            experts=strategy.experts(clients),
             fingerprint=federation.fingerprint or code_fingerprint()[0],
             pack=federation.pack,
             ledger_heads=tuple(heads.get(client, "") for client in clients) if federation.dp else (),

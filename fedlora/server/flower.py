@@ -279,8 +279,8 @@ class FlowerStrategy(FlowerBase):
         """Yield one message a node, made when it is asked for."""
         train = message_type == MessageType.TRAIN
         for node, clients in nodes.items():
-            told = self.core.instruction(server_round, clients, train=train, job=self.nodes.job(clients))
-            content = write_instruction(told)
+            instruction = self.core.instruction(server_round, clients, train=train, job=self.nodes.job(clients))
+            content = write_instruction(instruction)
             if self.replies is not None:
                 self.replies.traffic.message_bytes_down += message_bytes(content)
             yield Message(

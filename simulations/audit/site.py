@@ -222,9 +222,8 @@ class KnownSite:
         strategy = self.strategy
         sent = {name: self.start(spec, name) for name, spec in strategy.sent(roles_of).items()}
         heads = tuple(self.ledger(client).head() for client in clients)
-        roles, experts = strategy.all_roles(roles_of), [strategy.expert(client) for client in clients]
-        told = Instruction(number, tuple(clients), roles, sent, ledger_heads=heads)
-        return self.worker.train(replace(told, experts=tuple(one for one in experts if one is not None)))
+        roles, experts = strategy.all_roles(roles_of), strategy.experts(clients)
+        return self.worker.train(Instruction(number, tuple(clients), roles, sent, ledger_heads=heads, experts=experts))
 
     def start(self, spec: TensorSpec, name: str, number: int = 1) -> NDArray[np.floating]:
         """Return a tensor moved away from its start, where factors that are zero hide gradients."""
