@@ -17,24 +17,21 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from fedlora.config import Config, ConfigError
-from fedlora.methods import build_method
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.runs.lock import held, refuse_held
 from fedlora.storage import StorageError, check_can_write, write_whole, writing
 from simulations import push, try_adapter
 from simulations.advice import check_can_suggest, suggest
 from simulations.cluster import check_options
+from simulations.compare import show_alternatives, trained_by_strategy
 from simulations.exits import exit_with
 from simulations.launch import SUPERNODES, end_abandoned, launch, own_cores, run_side_by_side
 from simulations.options import absolute_paths, for_tuning, read_options, read_overrides
-from simulations.plan import Plan, trained_in_a_round
 from simulations.preflight import Preflight, preflight
 from simulations.setup import resolve, settle
 from strategies import STRATEGIES
-from strategies.build import build_strategy
 
 if TYPE_CHECKING:
-    from fedlora.models import Structure
     from simulations.sweeps.cells import Share
     from simulations.sweeps.file import Sweep
 
@@ -66,6 +63,7 @@ def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, 
         command.add_argument("app", nargs="?", default=".", help="folder of the app (default: this one)")
         command.add_argument("-c", "--run-config", action="append", default=[], help='"key=value ..." or a .toml file')
     plan.add_argument("--suggest", action="store_true", help="under DP: rounds, batch, steps and rate that would learn")
+    plan.add_argument("--compare", action="store_true", help="the same run under every strategy and method")
     plan.add_argument(
         "--sweep", type=Path, metavar="FILE", help="of a sweep: its cells, and seeds that a difference needs"
     )
@@ -116,8 +114,8 @@ def _configured(options: argparse.Namespace, console: Console) -> int:
         )
     app = Path(options.app).expanduser().resolve()
     if options.command == "plan" and options.sweep:
-        if options.suggest:
-            raise ConfigError("fedlora plan --sweep does not go with --suggest, which is of one run; leave one out.")
+        if options.suggest or options.compare:
+            raise ConfigError("fedlora plan --sweep does not go with --suggest and --compare, which are of one run.")
         from simulations.sweeps.plan import show_sweep
 
         show_sweep(_read_sweep(options.sweep, app, options.run_config), console)
@@ -248,10 +246,12 @@ def _plan(config: Config, options: argparse.Namespace, console: Console) -> int:
     plan, structure = preflight(config, SUPERNODES)
     plan.show(console)
     if plan.privacy is not None:
-        trained = _trained_by_strategy(plan, structure)
+        trained = trained_by_strategy(plan, structure)
         plan.privacy.show(console, trained)
         if options.suggest:
             suggest(plan.privacy, trained, _asked(options), console)
+    if options.compare:
+        show_alternatives(plan, structure, console)
     return 0
 
 
@@ -268,22 +268,6 @@ def _asked(options: argparse.Namespace) -> list[str]:
     """Return the command that runs what was planned, word by word."""
     app = [] if options.app == "." else [options.app]
     return ["fedlora", "run", *app, *(word for one in options.run_config for word in ("-c", one))]
-
-
-def _trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:
-    """Return the numbers that a client trains in a round under each strategy, on its own method."""
-    trained = {}
-    for name in STRATEGIES:
-        base = plan.config.to_flat() | {"strategy.name": name, "method.name": "auto", "method.ranks": ""}
-        base |= {"server.optimizer": "none", "local.term": "none"}  # which do not change what a client trains
-        try:
-            config = replace(resolve(base), federation=plan.config.federation)
-            specs = build_method(config, structure.adapted, structure.head).specs()
-            strategy = build_strategy(config, specs)
-        except ValueError:
-            continue  # the settings do not fit this method, rank or model; the run's own strategy does
-        trained[name] = trained_in_a_round(strategy)
-    return trained
 
 
 def _report(paths: Sequence[Path], page: Path | None, console: Console) -> int:

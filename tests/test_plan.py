@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from clients.shards import Shard
 from clients.site import Speed
 from fedlora.engine import plan_batches
+from fedlora.plugins import methods_of
+from fedlora.reports.format import human_bytes
 from fedlora.seeded import Seeded
+from simulations.cli import run
+from simulations.plan import trained_in_a_round
 from strategies import STRATEGIES
 from tests.support.plans import plan, shown
-from tests.support.trainers import tiny_worker
+from tests.support.trainers import tiny_flat, tiny_worker
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_clients_with_one_class_are_named(tmp_path: Path) -> None:
@@ -84,3 +92,28 @@ def test_strategies_say_whether_they_are_personal(name: str, tmp_path: Path) -> 
     """The declaration, on which hold-outs depend, against the roles themselves."""
     strategy = plan(tmp_path, **{"strategy.name": name}).strategy
     assert strategy.has_personal == strategy.personal
+
+
+def test_the_run_under_other_strategies_and_methods(tmp_path: Path) -> None:
+    """Every pair once, with the bytes of its own plan; what the settings refuse is named."""
+    flat = tiny_flat(tmp_path, **{"rounds": 3, "method.rank": 3, "mos.budget": 1})
+    console = Console(file=io.StringIO(), width=200)
+    options = [word for key, value in flat.items() for word in ("-c", f"{key}={value!r}")]
+    assert run(["plan", str(ROOT), "--compare", *options], console) == 0
+    assert isinstance(console.file, io.StringIO)
+    written = console.file.getvalue()
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in written.splitlines() if line.startswith("│")]
+    found = {(cells[0], cells[1]): cells for cells in lines if len(cells) == 7}
+    refused = {line.split(": ")[1] for line in written.splitlines() if line.startswith("not with these settings: ")}
+    assert refused == {f"{name} on mos" for name in STRATEGIES if "mos" in methods_of(name)}, "an impossible rank"
+    pairs = {(name, method) for name in STRATEGIES for method in methods_of(name)}
+    assert found.keys() == {pair for pair in pairs if pair[1] != "mos"}
+    for name, method in (("fedavg", "lora"), ("ffa-lora", "vera"), ("flora", "lora"), ("s2-cyclic", "s2-lora")):
+        one = plan(tmp_path, **{**flat, "strategy.name": name, "method.name": method})
+        ups, downs = one.traffic
+        assert found[name, method][3:] == [
+            *(f"{trained_in_a_round(one.strategy):,}", human_bytes(sum(ups) / 12)),
+            *(human_bytes(sum(ups)), human_bytes(sum(downs))),
+        ]
+    assert found["ffa-lora", "lora"][2] == "exact"
+    assert found["fedavg", "lora"][2] == "inexact"
