@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from fedlora.config import Config, ConfigError, Schema
+from fedlora.config import Config, ConfigError, Options, Schema
 from fedlora.data import CORPORA
 from fedlora.fingerprint import code_fingerprint, files_digest
 from fedlora.messages import first_line
@@ -61,7 +61,12 @@ def methods_of(strategy: str) -> tuple[str, ...]:
 
 def schema() -> Schema:
     """Return the schema of the configuration: the core's keys, and those of all that is registered in this process."""
-    return Schema(options for registry in REGISTRIES for options in registry.options())
+    return _schema(tuple(options for registry in REGISTRIES for options in registry.options()))
+
+
+@functools.lru_cache(maxsize=1)  # a sweep reads thousands of configurations
+def _schema(options: tuple[type[Options], ...]) -> Schema:
+    return Schema(options)
 
 
 def read_config(flat: Mapping[str, Any], *, foreign: bool = False) -> Config:
