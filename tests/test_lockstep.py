@@ -61,7 +61,10 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     "changes",
-    [pytest.param(value, id=name, marks=[] if "own" in name else pytest.mark.slow) for name, value in CASES.items()],
+    [
+        pytest.param(value, id=name, marks=[] if name.startswith("a of") else pytest.mark.slow)
+        for name, value in CASES.items()
+    ],
 )
 def test_each_run_is_what_it_is_alone(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packs: list[int] = []

@@ -209,8 +209,9 @@ def spoiled(kind: str, value: NDArray[Any]) -> NDArray[Any]:
 @pytest.mark.parametrize("kind", ["nan", "huge", "shape", "dtype"])
 @servers
 def test_garbage_is_refused_whatever_tensor_holds_it(name: str, method: str, ranks: Ranks, kind: str) -> None:
+    """Whatever kind of tensor: of each kind the last that is sent."""
     strategy = strategy_of(name, method, ranks)
-    for tensor in strategy.expected(1, 2):
+    for tensor in {spec.kind: tensor for tensor, spec in strategy.expected(1, 2).items()}.values():
         server = server_of(strategy, method)
 
         def spoil(client: int, update: Arrays, tensor: str = tensor) -> Arrays:

@@ -88,6 +88,7 @@ def test_same_result_as_a_simulation(federation: Federation, tmp_path: Path) -> 
     assert subprocess.run(verify, cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_ledgers_add_up(federation: Federation) -> None:
     """Under DP: what the coordinator says was spent is what each site's own ledger says."""
     deployment = federation.run("dp", {**DP, "rounds": 2})
