@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.config import Config, require
+from fedlora.config import Config, MethodConfig, require
 from fedlora.methods.scaled_bases import ScaledBases
 from fedlora.seeded import Seeded
 
@@ -242,6 +242,14 @@ def refuse_rslora(config: Config) -> None:
         raise ValueError(f"method.rslora = true: is read by lora; {config.method.name} scales by alpha / rank.")
 
 
+def refuse_scale(config: Config) -> None:
+    """Refuse ``method.alpha`` and ``method.rslora`` for a method without a scale."""
+    rule = f"{config.method.name} has no scale alpha / r: leave it at its default."
+    for key in ("alpha", "rslora"):
+        value = getattr(config.method, key)
+        require(value == getattr(MethodConfig, key), f"method.{key}", value, rule)
+
+
 def check_init(config: Config, known: Sequence[str]) -> None:
     """Refuse a ``method.init`` that the method does not know."""
     init, rule = config.method.init, f"method {config.method.name!r} knows {', '.join(('auto', *known))}."
@@ -330,12 +338,18 @@ def check_start(specs: Mapping[str, TensorSpec]) -> None:
     """See to it that each product starts at zero, and can leave it: exactly one of its factors is zero.
 
     With two zero factors no gradient ever comes; with none the model does not start as its base. A layer that is
-    replaced, as a head is, is no product.
+    replaced, as a head is, is no product; neither is an update of one tensor, which must not start at zero where it is
+    not linear in it, as it would have no gradient there.
     """
-    for product, kinds in zero_kinds(specs).items():
+    products = zero_kinds(specs)
+    for product, kinds in products.items():
         factors = {kind[0]: zero for kind, zero in kinds.items()}
         zero = [factor for factor, is_zero in factors.items() if is_zero]
         assert len(factors) == 1 or len(zero) == 1, f"{product}: of {', '.join(factors)} one must start at zero: {zero}"
+    for name, spec in specs.items():
+        alone = any(len(products[product]) == 1 for product in spec.factors)
+        at_zero = spec.bound == spec.start == 0.0
+        assert spec.linear or not alone or not at_zero, f"{name} must not start at zero: it would have no gradient"
 
 
 T = TypeVar("T", bound="NDArray[np.floating] | Tensor")

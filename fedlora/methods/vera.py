@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.config import Config, MethodConfig, Options, positive, require
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, PeftAdapter, TensorSpec
+from fedlora.config import Config, Options, positive
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, PeftAdapter, TensorSpec, refuse_scale
 from fedlora.methods.fixed import Fixed, random_basis
 from fedlora.seeded import Seeded
 
@@ -74,10 +74,7 @@ class Vera(LowRankMethod):
     @classmethod
     def build(cls, layers: Sequence[Layer], config: Config) -> Vera:
         """Return VeRA of the rank ``method.rank`` with the keys of its section; A and B come from the run's seed."""
-        rule = "vera has no scale alpha / r: leave it at its default."
-        for key, default in (("alpha", MethodConfig.alpha), ("rslora", MethodConfig.rslora)):
-            value = getattr(config.method, key)
-            require(value == default, f"method.{key}", value, rule)
+        refuse_scale(config)
         d_initial = config.options(VeraOptions).d_initial
         return cls(layers, rank=config.method.rank, d_initial=d_initial, seeded=Seeded(config.seed))
 
