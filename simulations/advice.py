@@ -30,7 +30,18 @@ _FAR = 4.0  # times the rate that was found, or a part of it: there runs ended b
 _KEPT = "what clients keep to themselves no average rids of noise, and at epsilon 8 none learned on SST-2"
 _CURE = "`fedlora plan --suggest` looks for a schedule within the budget that does (docs/learning_rates.md)"
 _MOST_EPSILON = 64.0
-_UNMEASURED_METHODS = ("lora-sb", "ravan", "dual-lora", "vera", "dora", "nola", "randlora", "lora-experts")
+_UNMEASURED_METHODS = (
+    "lora-sb",
+    "ravan",
+    "dual-lora",
+    "vera",
+    "dora",
+    "nola",
+    "randlora",
+    "lora-experts",
+    "uni-lora",
+    "block-lora",
+)
 # What signal to noise these learn from was not measured: not proposed.
 _UNMEASURED = ("fed-sb", "ravan", "feddpa", "fedlease")
 

@@ -55,10 +55,14 @@ def test_the_shipped_code_passes(strategy: str, checks: int, tmp_path: Path) -> 
     assert len(found) == checks
 
 
-@pytest.mark.parametrize("method", ["vera", "dora"])
-def test_other_methods_pass(method: str, tmp_path: Path) -> None:
-    """With vectors of their own for outputs, personal ones among them."""
-    found = findings(tmp_path, **{"strategy.name": "fedsa-lora", "method.name": method})
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [("fedsa-lora", "vera"), ("fedsa-lora", "dora"), ("fedavg", "uni-lora"), ("fedsa-lora", "block-lora")],
+)
+def test_other_methods_pass(strategy: str, method: str, tmp_path: Path) -> None:
+    """With vectors of their own for outputs, personal ones among them; one vector for all; blocks of A."""
+    small = {"uni-lora.length": 32, "block-lora.blocks": 2}
+    found = findings(tmp_path, **{"strategy.name": strategy, "method.name": method, **small})
     assert [finding for finding in found if not finding.passed] == []
     assert len(found) == 14
 

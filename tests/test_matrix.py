@@ -24,7 +24,7 @@ from fedlora.seeded import Seeded
 from strategies import STRATEGIES
 from tests.support.families import random_examples, small_model, without_float32
 from tests.support.federation import updates
-from tests.support.formulas import LAYERS
+from tests.support.formulas import FORMULAS, LAYERS
 from tests.support.matrix import (
     CASES,
     CONFIGS,
@@ -171,12 +171,13 @@ def test_peft_reproduces_the_logits(method: str, family: str, targets: str, tmp_
 @models
 @cases
 def test_everything_that_should_train_does_from_the_start(name: str, method: str, family: str) -> None:
-    """The model starts as its base; over one cycle of rounds each trained tensor moves and no client is refused."""
+    """The model starts as its base, or near it; over a cycle of rounds each trained tensor moves, none is refused."""
     engine = engine_of(method, family)
     specs = engine.method.specs()
     strategy = STRATEGIES[name](setting(method, specs=specs))
     seeded = initial_tensors(specs, Seeded(0))
-    assert all(np.all(update == 0) for update in updates(method, seeded, engine.method).values())
+    most = FORMULAS[method].start
+    assert all(np.abs(update).max() <= most for update in updates(method, seeded, engine.method).values())
     state, personal, moved = strategy.initial(seeded), {}, set()
     for number in cycle(strategy):
         trained, common = split({**seeded, **personal, **state.tensors}, specs, trained_kinds(strategy, number))

@@ -96,7 +96,7 @@ def test_strategies_say_whether_they_are_personal(name: str, tmp_path: Path) -> 
 
 def test_the_run_under_other_strategies_and_methods(tmp_path: Path) -> None:
     """Every pair once, with the bytes of its own plan; what the settings refuse is named."""
-    flat = tiny_flat(tmp_path, **{"rounds": 3, "method.rank": 3, "mos.budget": 1})
+    flat = tiny_flat(tmp_path, **{"rounds": 3, "method.rank": 3, "mos.budget": 1, "block-lora.blocks": 2})
     console = Console(file=io.StringIO(), width=200)
     options = [word for key, value in flat.items() for word in ("-c", f"{key}={value!r}")]
     assert run(["plan", str(ROOT), "--compare", *options], console) == 0

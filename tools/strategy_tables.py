@@ -54,6 +54,8 @@ METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     **{name: [(f"`{name}`, r = 8", Config(method=MethodConfig(name, rank=8)))] for name in REGISTERED},
     "lora-sb": [(f"`lora-sb`, r = {rank}", Config(method=MethodConfig("lora-sb", rank=rank))) for rank in (8, 64)],
     "vera": [("`vera`, r = 256", Config(method=MethodConfig("vera", rank=256)))],
+    "uni-lora": [("`uni-lora`, D = 256", Config(method=MethodConfig("uni-lora", rank=8)))],
+    "block-lora": [("`block-lora`, r = 8, n = 8", Config(method=MethodConfig("block-lora", rank=8)))],
     "randlora": [("`randlora`, r = 32", Config(method=MethodConfig("randlora", rank=32)))],
     "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }

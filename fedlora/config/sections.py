@@ -196,7 +196,7 @@ class MethodConfig:
     """Ranks by client, each at most ``rank``: one number a client with commas between, or ``uniform:2-16``, drawn from
     the seed; empty: all have ``rank``. Read by ``lora``. The scale stays alpha / ``rank``, one for all clients."""
     alpha: float = 16.0
-    """Numerator of the scale alpha / r; ``vera`` has no scale."""
+    """Numerator of the scale alpha / r; ``vera`` and ``uni-lora`` have no scale."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead (rsLoRA); read by ``lora``."""
     target_modules: str = "auto"

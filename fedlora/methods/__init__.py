@@ -29,6 +29,7 @@ from fedlora.methods.base import (
     tensors_digest,
     zero_kinds,
 )
+from fedlora.methods.block_lora import BlockLora, BlockLoraOptions
 from fedlora.methods.dora import Dora
 from fedlora.methods.dual_lora import DualLora, DualLoraOptions
 from fedlora.methods.head import Head
@@ -41,6 +42,7 @@ from fedlora.methods.randlora import RandLora
 from fedlora.methods.ravan import Ravan, RavanOptions
 from fedlora.methods.s2_lora import S2Lora, S2Options
 from fedlora.methods.scaled_bases import ScaledBases
+from fedlora.methods.uni_lora import UniLora, UniLoraOptions
 from fedlora.methods.vera import Vera, VeraOptions
 from fedlora.registry import Registry
 
@@ -56,6 +58,8 @@ METHODS.register("dora")(Dora)
 METHODS.register("nola", NolaOptions)(Nola)
 METHODS.register("randlora")(RandLora)
 METHODS.register("lora-experts", LoraExpertsOptions)(LoraExperts)
+METHODS.register("uni-lora", UniLoraOptions)(UniLora)
+METHODS.register("block-lora", BlockLoraOptions)(BlockLora)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -79,6 +83,8 @@ def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]
 
 __all__ = [
     "METHODS",
+    "BlockLora",
+    "BlockLoraOptions",
     "Dense",
     "Dora",
     "DualLora",
@@ -108,6 +114,8 @@ __all__ = [
     "Scale",
     "ScaledBases",
     "TensorSpec",
+    "UniLora",
+    "UniLoraOptions",
     "Vera",
     "VeraOptions",
     "WeightDecomposed",

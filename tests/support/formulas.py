@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from fedlora.config import Config, MethodConfig
-from fedlora.methods import DualLoraOptions, LoraExpertsOptions, MosOptions, NolaOptions, RavanOptions, S2Options
+from fedlora.methods import (
+    BlockLoraOptions,
+    DualLoraOptions,
+    LoraExpertsOptions,
+    MosOptions,
+    NolaOptions,
+    RavanOptions,
+    S2Options,
+    UniLoraOptions,
+)
 from fedlora.methods.base import Layer
 from fedlora.plugins import methods_of
 from fedlora.seeded import Seeded
@@ -42,6 +51,7 @@ class Formula:
         l1: Weight of the L1 penalty, by kind of tensor.
         weight: What becomes of the base's weight [d_out, d_in], given Delta W, the layer and the tensors.
         added: What a layer adds to its output, [T, d_out], for an input [T, d_in]; None: Delta W times the input.
+        start: The largest number that Delta W may have at the start.
     """
 
     config: Config
@@ -50,6 +60,7 @@ class Formula:
     l1: Mapping[str, float] = field(default_factory=dict)
     weight: Callable[[Tensor, Tensor, Layer, Tensors], Tensor] = _added
     added: Callable[[Config, Layer, Tensors, Tensor], Tensor] | None = None
+    start: float = 0.0
 
 
 def _scale(config: Config) -> float:
@@ -197,6 +208,34 @@ def _randlora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Te
     return _scale(config) * (total if layer.d_in == small else total.T)  # type: ignore[union-attr]
 
 
+# -- uni-lora and block-lora --------------------------------------------------------------------------
+
+
+def _uni_lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    length, rank = config.options(UniLoraOptions).length, config.method.rank
+    sizes = {one.name: rank * (one.d_in + one.d_out) for one in layers}
+    places = [int(i) % length for i in Seeded(config.seed).permutation("uni-lora", size=sum(sizes.values()))]
+    used = [0] * length
+    for place in places:
+        used[place] += 1
+    names = [one.name for one in layers]
+    first = sum(sizes[name] for name in names[: names.index(layer.name)])
+    own = places[first : first + sizes[layer.name]]
+    entries = torch.stack([tensors["uni.theta"][place] / used[place] ** 0.5 for place in own])
+    a, b = entries[: rank * layer.d_in], entries[rank * layer.d_in :]
+    return b.reshape(layer.d_out, rank) @ a.reshape(rank, layer.d_in)
+
+
+def _block_lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    """As A_s times the sum of the input's parts: P sums feature i of all parts."""
+    count = config.options(BlockLoraOptions).blocks
+    part = layer.d_in // count
+    sums = torch.zeros(part, layer.d_in, dtype=torch.float64)
+    for feature in range(layer.d_in):
+        sums[feature % part, feature] = 1.0
+    return _scale(config) * tensors[f"{layer.name}.block_B"] @ tensors[f"{layer.name}.block_A"] @ sums
+
+
 # -- lora-experts -------------------------------------------------------------------------------------
 
 
@@ -244,6 +283,12 @@ FORMULAS = {
     "ravan": Formula(_config("ravan", 2, alpha=1.0).with_options(RavanOptions(heads=3)), _ravan),
     "nola": Formula(_config("nola", 3).with_options(NolaOptions(bases=5)), _nola),
     "randlora": Formula(_config("randlora", 3, alpha=1.0), _randlora),
+    "uni-lora": Formula(
+        _config("uni-lora", 3, MethodConfig.alpha).with_options(UniLoraOptions(length=40)),
+        _uni_lora,
+        start=3 * 0.02**2,  # of its only vector, which could not leave zero
+    ),
+    "block-lora": Formula(_config("block-lora", 3).with_options(BlockLoraOptions(blocks=2)), _block_lora),
 }
 
 
@@ -315,6 +360,12 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("ffa-lora", method), (b_numbers, b_numbers, b_numbers)
         yield ("rolora", method), (whole / 2, whole, whole / 2)
         yield ("fedsa-lora", method), (a_numbers, a_numbers, a_numbers)
+    yield ("fedavg", "uni-lora"), (40, 40, 40)
+    half, blocks = _each(0.5, 0)(3), _each(0.5, 1)(3)  # A of two blocks, and with B
+    yield ("fedavg", "block-lora"), (blocks, blocks, blocks)
+    yield ("ffa-lora", "block-lora"), (b(3), b(3), b(3))
+    yield ("rolora", "block-lora"), (blocks / 2, blocks, blocks / 2)
+    yield ("fedsa-lora", "block-lora"), (half, half, half)
     yield ("feddpa", "dual-lora"), (both(3), both(3), both(3))
     yield ("fedlease", "lora-experts"), (both(3), 3 * both(3), 3 * both(3))  # of three experts, from round 2 on
     yield ("florist", "lora"), (both(3), 0, 0)  # and what has been kept of the stack, see test_product_rules.py
