@@ -105,7 +105,7 @@ class UniLora(LowRankMethod):
         repeated = scaled.unsqueeze(-2).expand(*lead, times, self.length).flatten(-2)
         entries = repeated.gather(-1, order.expand(*lead, self.entries))
         sizes = [self.rank * features for layer in self.layers for features in (layer.d_in, layer.d_out)]
-        parts, found = iter(entries.split(sizes, -1)), dict[str, Factor]()
+        parts, found = iter(entries.split(sizes, -1)), dict[str, Factor]()  # type: ignore[no-untyped-call]
         for layer in self.layers:
             a, b = next(parts), next(parts)
             shapes = (self.rank, layer.d_in), (layer.d_out, self.rank)
