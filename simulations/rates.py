@@ -34,6 +34,7 @@ _TRIED = {  # the best of three rates on the built-in text, with one seed, at ra
     ("ravan", "adamw", "classes"): ("ravan", 0.06),
     ("nola", "adamw", "classes"): ("fedavg", 0.02),
     ("randlora", "adamw", "classes"): ("fedavg", 0.003),
+    ("uni-lora", "adamw", "classes"): ("fedavg", 0.06),
 }
 _MAIN = {"lora": "fedavg", "mos": "mos", "s2-lora": "s2-lora"}  # the strategy of a method's own, for any other
 
