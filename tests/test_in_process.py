@@ -41,6 +41,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "accumulated": {"strategy.name": "flora"},
     "matrices that nobody sends": {"strategy.name": "rolora", "method.name": "vera"},
+    "one vector, places that nobody sends": {
+        "strategy.name": "fedavg",
+        "method.name": "uni-lora",
+        "uni-lora.length": 64,
+    },
     "magnitudes, under DP": {
         **{"strategy.name": "fedavg", "method.name": "dora", "privacy.mode": "dp", "privacy.epsilon": 8.0},
         **{"privacy.seed": 3, "data.partition": "iid"},
