@@ -23,7 +23,6 @@ from fedlora.storage import StorageError, check_can_write, write_whole, writing
 from simulations import push, try_adapter
 from simulations.advice import check_can_suggest, suggest
 from simulations.cluster import check_options
-from simulations.compare import show_alternatives, trained_by_strategy
 from simulations.exits import exit_with
 from simulations.launch import SUPERNODES, end_abandoned, launch, own_cores, run_side_by_side
 from simulations.options import absolute_paths, for_tuning, read_options, read_overrides
@@ -243,6 +242,8 @@ def _plan(config: Config, options: argparse.Namespace, console: Console) -> int:
     """Print what a run would do and send; on request schedules under DP that would learn."""
     if options.suggest:
         check_can_suggest(config)
+    from simulations.compare import show_alternatives, trained_by_strategy  # and with it torch
+
     plan, structure = preflight(config, SUPERNODES)
     plan.show(console)
     if plan.privacy is not None:
