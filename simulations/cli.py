@@ -242,10 +242,10 @@ def _plan(config: Config, options: argparse.Namespace, console: Console) -> int:
     """Print what a run would do and send; on request schedules under DP that would learn."""
     if options.suggest:
         check_can_suggest(config)
-    from simulations.compare import show_alternatives, trained_by_strategy  # and with it torch
-
     plan, structure = preflight(config, SUPERNODES)
     plan.show(console)
+    from simulations.compare import show_alternatives, trained_by_strategy  # and with it torch: nothing is refused here
+
     if plan.privacy is not None:
         trained = trained_by_strategy(plan, structure)
         plan.privacy.show(console, trained)
