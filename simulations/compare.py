@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import final
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
-from fedlora.config import Config
 from fedlora.messages import first_line
 from fedlora.methods import build_method
 from fedlora.models import Structure
@@ -24,42 +21,18 @@ from strategies.build import build_strategy
 _MEANS = {True: "exact", False: "inexact", None: "none"}
 
 
-@final
-@dataclass(frozen=True)
-class Alternative:
-    """A strategy on a method in a run's place.
-
-    Attributes:
-        strategy: Name of the strategy.
-        method: Name of the method.
-        config: The run's configuration with both; None: they do not go with its other settings.
-        built: The strategy; None likewise.
-        refused: Why they do not.
-    """
-
-    strategy: str
-    method: str
-    config: Config | None = None
-    built: Strategy | None = None
-    refused: str = ""
-
-
-def alternatives(plan: Plan, structure: Structure) -> Iterator[Alternative]:
-    """Yield every strategy on every method that it works with, at a run's rank, alpha and options.
+def alternative(plan: Plan, structure: Structure, name: str, method: str) -> Strategy:
+    """Return a strategy on a method in a run's place, at the run's rank, alpha and options.
 
     Server optimizer, local terms and ranks by client are left out: few strategies have them all.
+
+    Raises:
+        ValueError: They do not go with the run's other settings.
     """
     base = plan.config.to_flat() | {"method.ranks": "", "server.optimizer": "none", "local.term": "none"}
-    for name in STRATEGIES:
-        for method in methods_of(name):
-            try:
-                resolved = resolve(base | {"strategy.name": name, "method.name": method})
-                config = replace(resolved, federation=plan.config.federation)
-                built = build_strategy(config, build_method(config, structure.adapted, structure.head).specs())
-            except ValueError as error:
-                yield Alternative(name, method, refused=first_line(error))
-            else:
-                yield Alternative(name, method, config, built)
+    resolved = resolve(base | {"strategy.name": name, "method.name": method})
+    config = replace(resolved, federation=plan.config.federation)
+    return build_strategy(config, build_method(config, structure.adapted, structure.head).specs())
 
 
 def show_alternatives(plan: Plan, structure: Structure, console: Console) -> None:
@@ -70,19 +43,22 @@ def show_alternatives(plan: Plan, structure: Structure, console: Console) -> Non
     for column in ("trained", "sent a client and round", "sent in all", "received in all"):
         table.add_column(column, justify="right")
     rows, refused = [], []
-    for one in alternatives(plan, structure):
-        if one.config is None or one.built is None:
-            refused.append(one)
+    pairs = [(strategy, method) for strategy in STRATEGIES for method in methods_of(strategy)]
+    for name, method in pairs:
+        try:
+            strategy = alternative(plan, structure, name, method)
+        except ValueError as error:
+            refused.append(f"not with these settings: {name} on {method}: {first_line(error)}")
             continue
-        ups, downs = replace(plan, config=one.config, strategy=one.built).traffic
+        ups, downs = replace(plan, config=strategy.setting.config, strategy=strategy).traffic
         each = sum(ups) / (plan.sampled * len(ups))
-        numbers = [f"{trained_in_a_round(one.built):,}", *map(human_bytes, (each, sum(ups), sum(downs)))]
-        rows.append((sum(ups) + sum(downs), [one.strategy, one.method, _MEANS[one.built.exact], *numbers]))
+        numbers = [f"{trained_in_a_round(strategy):,}", *map(human_bytes, (each, sum(ups), sum(downs)))]
+        rows.append((sum(ups) + sum(downs), [name, method, _MEANS[strategy.exact], *numbers]))
     for _, cells in sorted(rows, key=lambda row: row[0]):
         table.add_row(*cells)
     console.print(table)
-    for one in refused:
-        console.print(f"not with these settings: {one.strategy} on {one.method}: {one.refused}", markup=False)
+    for line in refused:
+        console.print(line, markup=False)
     console.print(
         "Server mean: whether the server's update is the mean of the clients'; none: models stay with clients. A rank "
         "is not the same everywhere: docs/strategies.md says which suits each method.",
@@ -92,8 +68,10 @@ def show_alternatives(plan: Plan, structure: Structure, console: Console) -> Non
 
 def trained_by_strategy(plan: Plan, structure: Structure) -> dict[str, int]:
     """Return the numbers that a client trains in a round under each strategy, on its own method, where that fits."""
-    return {
-        one.strategy: trained_in_a_round(one.built)
-        for one in alternatives(plan, structure)
-        if one.built is not None and one.method == methods_of(one.strategy)[0]
-    }
+    trained = {}
+    for name in STRATEGIES:
+        try:
+            trained[name] = trained_in_a_round(alternative(plan, structure, name, methods_of(name)[0]))
+        except ValueError:
+            continue  # the settings do not fit this method, rank or model; the run's own strategy does
+    return trained

@@ -60,18 +60,13 @@ class _Request:
 
 @final
 class Lockstep:
-    """Runs that wait for each other where they train.
-
-    Attributes:
-        packs: How many packs were trained.
-    """
+    """Runs that wait for each other where they train."""
 
     def __init__(self) -> None:
         self._baton = threading.Lock()  # held by the run that works
         self._alive = 0
         self._waiting: list[_Request] = []
         self._errors: list[Exception] = []
-        self.packs = 0
 
     def run(self, runs: Sequence[Callable[[], None]]) -> None:
         """Run these side by side until all have ended.
@@ -156,7 +151,6 @@ class Lockstep:
             self._train([one])
 
     def _trained(self, requests: Sequence[_Request]) -> list[ClientResult]:
-        self.packs += 1
         first = requests[0]
         own = _differing(requests)
         works = [
