@@ -8,7 +8,7 @@ that the server's update is exact, and clients go on from A and B. What differs 
 
 - the paper adds the residual to the frozen base. Here the base stays untouched: the residuals of all rounds are a
   second low-rank term (:mod:`fedlora.methods.residual`), which is sent, and exported with the adapter. It grows by
-  round until a layer has as many ranks as features; then its SVD replaces it, without loss;
+  round until a layer has as many ranks as features; from then on it is the whole matrix;
 - the residual is written as sum_k p_k (B_k - B) (A_k - A_K), which is the same and has (K - 1) r ranks, not K r;
 - clients count by ``strategy.weights`` in the means and in the residual alike (the code has equal weights);
 - the residual is scaled as the adapter is, by alpha / r, and is a term B A of its own, so no orientation can be

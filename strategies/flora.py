@@ -9,7 +9,7 @@ B A = sum_k p_k B_k A_k, and sends both to all. What differs from the paper:
 
 - the paper's clients merge B A into the base. Here the base stays untouched: what has been stacked in all rounds is a
   second low-rank term, ``residual_A`` and ``residual_B``, which is sent, and exported with the adapter. It grows by
-  sum_k r_k ranks a round until a layer has as many as features; then its SVD replaces it, without loss;
+  sum_k r_k ranks a round until a layer has as many as features; from then on it is the whole matrix;
 - the fresh start of a round is drawn from the seed and the round, and costs no bytes; the head is averaged;
 - the scale is alpha / ``method.rank`` for all ranks (the authors' alpha = 2 r makes it 2 for all).
 

@@ -40,7 +40,7 @@ from strategies import (
 from strategies.fedrot_lora import partly, rotation
 from strategies.lora_fair import least_squares, nearest_direction
 
-# Neither is square, and the second has so few features that residuals are compressed there.
+# Neither is square, and the second has so few features that residuals are whole matrices there.
 LAYERS = [Layer("wide", 30, 20, True, False), Layer("narrow", 12, 5, True, False)]
 RANK = 4
 SPECS = Lora(LAYERS, rank=RANK, alpha=8.0, rslora=False).specs()

@@ -121,6 +121,40 @@ def test_cases_are_keys_that_go_together(tmp_path: Path) -> None:
     assert Sweep.read(str(tmp_path / "again.toml"), DEFAULTS) == one
 
 
+def test_hyper_parameters_are_chosen_once_for_all_cases_of_a_list(tmp_path: Path) -> None:
+    """With the first of them; their final cells belong to one group, so no two processes choose for the same."""
+    one = with_cases(tmp_path, **{"grid.seed": [0, 1], "tune.once": ["split"]}, **TUNE)
+    assert one.size() == (1 + 2) + 2 * 2 * 2
+    assert {cell.config.data.partition for cell in one.tuning()} == {"iid"}
+    group = {"strategy": "cores of 4"}
+    assert group in one.groups()
+    finals = one.finals(group, {"train.learning-rate": 0.1})
+    assert [(cell.varied["data.split"], cell.config.data.partition, cell.config.seed) for cell in finals] == [
+        *(("iid", "iid", 0), ("iid", "iid", 1), ("skewed", "dirichlet", 0), ("skewed", "dirichlet", 1)),
+    ]
+    for cell, dev in zip(one.tuning(group), (0.6, 0.7), strict=True):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "result.json").write_text(json.dumps({"dev_accuracy": dev}))
+    assert one.choose(group) == {"train.learning-rate": 0.1}
+    (tmp_path / "again.toml").write_text(one.to_toml())
+    assert Sweep.read(str(tmp_path / "again.toml"), DEFAULTS) == one
+
+
+@pytest.mark.parametrize(
+    ("once", "message"),
+    [
+        ("split", r"\[tune\] once = 'split': must be a list of names"),
+        (["seed"], r"once = \['seed'\]: 'seed' is neither .* data.split, split, strategy\."),
+        (["strategy"], r"once names strategy, and FedIT has rates of its own"),
+    ],
+)
+def test_once_names_lists_of_cases_without_rates_of_their_own(once: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_cases(tmp_path, **{"grid.seed": [0, 1], "tune.once": once}, **TUNE)
+    with pytest.raises(ConfigError, match="there is nothing to choose"):
+        with_cases(tmp_path, CASES.replace("tune.train.learning-rate = [0.3]", ""), **{"tune.once": ["split"]})
+
+
 @pytest.mark.parametrize(
     ("cases", "message"),
     [

@@ -2,7 +2,7 @@
 
 What a paper merges into the frozen base (FLoRA: all rounds' updates, stacked; FedEx-LoRA: what means of A and B leave
 out) lives here instead, so the base stays untouched. Its rank R grows by round, in each layer by as much as is added
-there, up to the layer's features; above that :func:`compress` replaces its factors. What a client alone merges
+there, up to the layer's features. What a client alone merges
 (Fed-PLoRA: the ranks that it does not train) is a residual of its own, which it makes of the adapter that it is sent
 (:func:`folded`).
 """
@@ -81,8 +81,8 @@ def compress(a: Array, b: Array, rank: int | None = None) -> tuple[NDArray[np.fl
 def extend(held: Mapping[str, Array], layer: str, a: Array, b: Array) -> dict[str, NDArray[np.float64]]:
     """Return a layer's residual with a product b a added to it, by name.
 
-    Its factors stand behind those that are held, until there are more ranks than the layer has features: then those of
-    the whole, compressed without loss.
+    Its factors stand behind those that are held, until there are more ranks than the layer has features: from then on
+    the smaller side's factor is the identity, and the other one the whole product.
 
     Args:
         held: What the server holds, with or without the layer's residual.
@@ -94,7 +94,8 @@ def extend(held: Mapping[str, Array], layer: str, a: Array, b: Array) -> dict[st
     if into_a in held:
         a = np.concatenate([held[into_a].astype(np.float64), a], axis=0)
         b = np.concatenate([held[into_b].astype(np.float64), b], axis=1)
-    features = min(a.shape[1], b.shape[0])
-    if len(a) > features:
-        a, b = compress(a, b, rank=features)
+    (d_out, ranks), d_in = b.shape, a.shape[1]
+    if ranks > min(d_in, d_out):  # a product of that rank has no smaller factors: no SVD is needed to find them
+        whole = b.astype(np.float64) @ a.astype(np.float64)
+        a, b = (np.eye(d_in), whole) if d_in <= d_out else (whole, np.eye(d_out))
     return {into_a: a.astype(np.float64), into_b: b.astype(np.float64)}

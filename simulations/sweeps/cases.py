@@ -30,12 +30,13 @@ class Case:
     def to_toml(self, column: str) -> str:
         """Return the case as a table of a sweep's file."""
         tune = {f"tune.{key}": values for key, values in self.tune.items()}
-        return f"[[cases.{column.removeprefix(_DATA)}]]\n" + to_toml({"name": self.name, **self.values, **tune})
+        return f"[[cases.{column.removeprefix(DATA)}]]\n" + to_toml({"name": self.name, **self.values, **tune})
 
 
 RATES = ("train.learning-rate", "server.learning-rate", "server.tau")
 """Keys that are chosen, by dev rows, and not compared by test rows."""
-_DATA = "data."  # before the column of cases that decide which rows clients get: over them nothing is paired
+DATA = "data."
+"""Before the column of cases that decide which rows clients get: over them nothing is paired."""
 
 
 def read_cases(tables: Mapping[str, Any], tune: Mapping[str, Any]) -> dict[str, list[Case]]:
@@ -57,7 +58,7 @@ def read_cases(tables: Mapping[str, Any], tune: Mapping[str, Any]) -> dict[str, 
             raise ConfigError(f"{place} = {listed!r}: must be a list of tables, such as {place} with name = 'a'.")
         cases = [_case(place, flatten(one), tune) for one in listed]
         check_values("cases", name, [case.name for case in cases])
-        found[_DATA * any(map(draws_data, keys_of(cases))) + name] = cases
+        found[DATA * any(map(draws_data, keys_of(cases))) + name] = cases
     return found
 
 

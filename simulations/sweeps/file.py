@@ -4,7 +4,8 @@ It is a run configuration with more tables. ``[grid]`` lists values by key, and 
 ``[[cases.NAME]]`` lists keys that go together, such as a strategy with the rank that suits it, and every case is
 combined with the grid, too. ``[tune]`` lists hyper-parameters to choose: for each combination but for the seed, with
 the first seed, each is tried on dev rows, with the test rows not even loaded; the best then runs for every seed, and
-each of those runs reads the test rows once, after its last round.
+each of those runs reads the test rows once, after its last round. ``once`` in ``[tune]`` names cases and grid keys
+over which nothing is chosen anew: what is best with the first of their values runs with all of them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from fedlora.messages import first_line
 from fedlora.tasks import TASKS
 from simulations.options import DEV_SHARE
 from simulations.setup import resolve
-from simulations.sweeps.cases import RATES, Case, differing_rates, keys_of, read_cases
+from simulations.sweeps.cases import DATA, RATES, Case, differing_rates, keys_of, read_cases
 from simulations.sweeps.cells import Cell, Share, Values, check_values, combinations, describe
+
+_ONCE = "once"  # in [tune], beside the hyper-parameters
 
 
 @final
@@ -37,12 +40,14 @@ class Sweep:
         grid: Values by key.
         tune: Values of the hyper-parameters to choose, by key.
         cases: Keys that go together, by the column of the tables that names them.
+        once: Columns of cases and grid with whose first values hyper-parameters are chosen, for all of them.
     """
 
     base: Values
     grid: dict[str, list[Any]]
     tune: dict[str, list[Any]]
     cases: dict[str, list[Case]] = field(default_factory=dict)
+    once: tuple[str, ...] = ()
 
     @classmethod
     def read(
@@ -69,6 +74,7 @@ class Sweep:
             table, _, rest = key.partition(".")
             where = table if table in ("grid", "tune", "cases") else ""
             parts[where][rest if where else key] = value
+        once = parts["tune"].pop(_ONCE, [])
         for table in ("grid", "tune"):
             for key, values in parts[table].items():
                 check_values(table, key, values)
@@ -88,7 +94,7 @@ class Sweep:
         base["run.name"] = base["run.name"] or path.stem
         if parts["tune"]:
             base["data.dev-share"] = base["data.dev-share"] or DEV_SHARE
-        sweep = cls(base, parts["grid"], parts["tune"], cases)
+        sweep = cls(base, parts["grid"], parts["tune"], cases, _columns(once, [*cases, *parts["grid"]]))
         if check:
             sweep._check()
         return sweep
@@ -117,7 +123,7 @@ class Sweep:
 
     def to_toml(self) -> str:
         """Return the sweep as a file that :meth:`read` understands."""
-        tables = {"grid": self.grid, "tune": self.tune}
+        tables = {"grid": self.grid, "tune": self.tune | ({_ONCE: list(self.once)} if self.once else {})}
         plain = to_toml(
             {
                 **self.base,
@@ -145,6 +151,16 @@ class Sweep:
                 raise ConfigError(
                     f"[[cases.{column.removeprefix('data.')}]]: {column} is a key; call the list otherwise."
                 )
+        if self.once and not self.tune:
+            raise ConfigError(
+                f"[tune] {_ONCE} = {list(self.once)!r}: there is nothing to choose in [tune]; leave it out."
+            )
+        for column in self.once:
+            for case in self.cases.get(column, ()):
+                if case.tune:
+                    raise ConfigError(
+                        f"[tune] once names {column}, and {case.name} has rates of its own: leave one out."
+                    )
         if "seed" in self.tune:
             raise ConfigError("seed is in [tune]: a seed is not chosen by its result; put it in [grid].")
         rates = [key for key in RATES if key in self.grid]
@@ -163,12 +179,19 @@ class Sweep:
             assert cell.config
 
     def groups(self, share: Share | None = None) -> list[Values]:
-        """Return the combinations of cases and grid but for the seed, of a share or all."""
+        """Return the combinations for which hyper-parameters are chosen, of a share or all."""
         share = share or Share()
-        named = {column: [case.name for case in cases] for column, cases in self.cases.items()}
-        grid = {key: values for key, values in self.grid.items() if key != "seed"}
-        groups = list(combinations({**named, **grid}))
+        groups = list(combinations({key: values for key, values in self._varied().items() if key not in self.once}))
         return groups[share.number - 1 :: share.of]
+
+    def _varied(self) -> dict[str, list[Any]]:
+        """Return the values of cases and grid but for the seed, by column."""
+        named: dict[str, list[Any]] = {column: [case.name for case in cases] for column, cases in self.cases.items()}
+        return named | {key: values for key, values in self.grid.items() if key != "seed"}
+
+    def _over_once(self) -> list[Values]:
+        """Return the combinations over which nothing is chosen anew."""
+        return list(combinations({key: self._varied()[key] for key in self.once}))
 
     def tuning(self, group: Values | None = None) -> list[Cell]:
         """Return the cells on which hyper-parameters are chosen, of one group or of all."""
@@ -176,10 +199,11 @@ class Sweep:
             return []
         seed = {"seed": self.grid["seed"][0]} if "seed" in self.grid else {}
         chosen = self.groups() if group is None else [group]
+        first = self._over_once()[0]
         return [
-            self._cell("tune", {**one, **seed, **tried})
+            self._cell("tune", {**one, **first, **seed, **tried})
             for one in chosen
-            for tried in combinations(self.tune | self._own_tune(one))
+            for tried in combinations(self.tune | self._own_tune({**one, **first}))
         ]
 
     def _own_tune(self, group: Values) -> dict[str, list[Any]]:
@@ -196,9 +220,9 @@ class Sweep:
         return {key: value for case in self._cases(varied) for key, value in case.values.items()} | own
 
     def finals(self, group: Values, chosen: Values) -> list[Cell]:
-        """Return the cells of a group for every seed, with the hyper-parameters that were chosen."""
+        """Return the cells of a group, seed after seed, with the hyper-parameters that were chosen."""
         seeds: list[Values] = [{"seed": seed} for seed in self.grid["seed"]] if "seed" in self.grid else [{}]
-        return [self._cell("final", {**group, **seed, **chosen}) for seed in seeds]
+        return [self._cell("final", {**group, **one, **seed, **chosen}) for one in self._over_once() for seed in seeds]
 
     def size(self) -> int:
         """Return the number of cells."""
@@ -229,7 +253,8 @@ class Sweep:
             try:
                 chosen = self.choose(group)
             except ValueError:  # nothing has run yet
-                chosen = {key: values[0] for key, values in (self.tune | self._own_tune(group)).items()}
+                own = self._own_tune({**group, **self._over_once()[0]})
+                chosen = {key: values[0] for key, values in (self.tune | own).items()}
             cells += [*self.tuning(group), *self.finals(group, chosen)]
         return cells
 
@@ -291,3 +316,23 @@ class Sweep:
         """Return how far a share is: cells without a result, and attempts at those that are running."""
         file = self.attempt_file(share)
         return len(self.unfinished(share)), file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def _columns(named: Any, columns: list[str]) -> tuple[str, ...]:
+    """Return the columns that ``once`` names: a list of cases by its name, a key of the grid as it is.
+
+    Raises:
+        ConfigError: There is none of that name, or it is the seed.
+    """
+    if not isinstance(named, list):
+        raise ConfigError(f"[tune] {_ONCE} = {named!r}: must be a list of names, such as ['split'].")
+    by_name = {column: column for column in columns if column != "seed"} | {
+        column.removeprefix(DATA): column for column in columns if column.startswith(DATA)
+    }
+    for name in named:
+        if name not in by_name:
+            raise ConfigError(
+                f"[tune] {_ONCE} = {named!r}: {name!r} is neither a list of [[cases.NAME]] nor a key of [grid] but the "
+                f"seed; there are {', '.join(sorted(by_name)) or 'none'}."
+            )
+    return tuple(by_name[name] for name in named)

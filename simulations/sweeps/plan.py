@@ -17,7 +17,7 @@ def show_sweep(sweep: Sweep, console: Console) -> None:
     seeds, cells = len(sweep.grid.get("seed", [0])), list(sweep.cells())
     done = [outcome for cell in cells if (outcome := cell.outcome()) is not None]
     console.print(
-        f"{sweep.size()} cells in {sweep.folder}: {finals} final ones ({len(sweep.groups())} combinations by {seeds} "
+        f"{sweep.size()} cells in {sweep.folder}: {finals} final ones ({finals // seeds} combinations by {seeds} "
         f"seeds)"
         + (f", {tuning} to choose {', '.join(sweep.tune)}" if tuning else "")
         + f"; {len(done)} have finished",
