@@ -13,17 +13,42 @@ from benchmarks.engine.shapes import Shape, base_of, twin
 from fedlora.config import Config, MethodConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine, train_pack
 from fedlora.engine.fast import settle
+from fedlora.experts import OWN
+from fedlora.methods import METHODS as REGISTERED
 from fedlora.methods import Method, build_method
+from fedlora.plugins import methods_of
 from fedlora.privacy import Mechanism, PrivateRandom
 from fedlora.privacy.step import PrivateStep
+from fedlora.strategy import Setting
+from strategies import STRATEGIES
 
-METHODS = ("lora", "mos", "s2-lora", "ffa-lora")
+METHODS = (*REGISTERED, "ffa-lora")
 _LEAST_RANK = 2  # of clients of unlike ranks
+_OWN_RANKS = {"vera": 256, "randlora": 32, "lora-sb": 64}  # of methods that are not meant for the rank of LoRA
 
 
 def own_method(method: str) -> str:
     """Return the method of the engine that trains one of ``METHODS``: ``ffa-lora`` is LoRA with A fixed."""
     return "lora" if method == "ffa-lora" else method
+
+
+def strategy_of(method: str) -> str:
+    """Return the strategy whose clients train one of ``METHODS``: ``fedavg``, or the first that works with it."""
+    if method == "ffa-lora":
+        return method
+    return next(name for name in ("fedavg", *STRATEGIES) if method in methods_of(name))
+
+
+def config_of(method: str, rank: int) -> Config:
+    """Return the configuration of a method: alpha = 2 r for those of LoRA's rank, else as it comes.
+
+    Args:
+        method: The method, see :func:`own_method`.
+        rank: That of LoRA.
+    """
+    if method in ("lora", "mos", "s2-lora"):
+        return Config(method=MethodConfig(method, rank=rank, alpha=2.0 * rank))
+    return Config(method=MethodConfig(method, rank=_OWN_RANKS.get(method, rank)))
 
 
 def engine_of(model: Any, shape: Shape, method: str, rank: int, *, fast: bool) -> Engine:
@@ -38,8 +63,7 @@ def engine_of(model: Any, shape: Shape, method: str, rank: int, *, fast: bool) -
             them. Else it is the plain reference.
     """
     base = base_of(twin(model), shape)
-    config = Config(method=MethodConfig(method, rank=rank, alpha=2.0 * rank))
-    built = build_method(config, base.structure.adapted, base.structure.head)
+    built = build_method(config_of(method, rank), base.structure.adapted, base.structure.head)
     engine = Engine.build(base, built, shape.built_task())
     return settle(engine, start_tensors(built)) if fast else engine
 
@@ -62,8 +86,11 @@ class Packed:
         self.engine = engine
         built = engine.method
         start = start_tensors(built)
-        fixed = {name for name, spec in built.specs().items() if method == "ffa-lora" and spec.kind == "A"}
+        trained_kinds = STRATEGIES[strategy_of(method)](Setting(built.specs())).trained_kinds
+        fixed = {name for name, spec in built.specs().items() if spec.kind not in trained_kinds}
         self.common: Arrays = {name: start[name] for name in fixed}
+        if OWN in fixed:  # the first expert is every client's
+            self.common[OWN] = np.eye(len(start[OWN]), dtype=start[OWN].dtype)[0]
         trained = {name: value for name, value in start.items() if name not in fixed}
         ranks = range(min(_LEAST_RANK, rank), rank + 1) if ragged else [rank]
         self.starts: list[Arrays] = [_cut(built, trained, one) if ragged else trained for one in ranks]
