@@ -59,6 +59,13 @@ def methods_of(strategy: str) -> tuple[str, ...]:
     return *own, *(name for name in METHODS if name not in own and strategy in METHODS[name].strategies)
 
 
+def usual_strategy(method: str) -> str:
+    """Return the strategy that a method is shown and measured under: plain averaging, or else one that brings it."""
+    if "fedavg" in STRATEGIES and method in methods_of("fedavg"):
+        return "fedavg"
+    return next(name for name in STRATEGIES if method == STRATEGIES[name].methods[0])
+
+
 def schema() -> Schema:
     """Return the schema of the configuration: the core's keys, and those of all that is registered in this process."""
     return _schema(tuple(options for registry in REGISTRIES for options in registry.options()))

@@ -16,7 +16,7 @@ from fedlora.engine.fast import settle
 from fedlora.experts import OWN
 from fedlora.methods import METHODS as REGISTERED
 from fedlora.methods import Method, build_method
-from fedlora.plugins import methods_of
+from fedlora.plugins import usual_strategy
 from fedlora.privacy import Mechanism, PrivateRandom
 from fedlora.privacy.step import PrivateStep
 from fedlora.strategy import Setting
@@ -30,13 +30,6 @@ _OWN_RANKS = {"vera": 256, "randlora": 32, "lora-sb": 64}  # of methods that are
 def own_method(method: str) -> str:
     """Return the method of the engine that trains one of ``METHODS``: ``ffa-lora`` is LoRA with A fixed."""
     return "lora" if method == "ffa-lora" else method
-
-
-def strategy_of(method: str) -> str:
-    """Return the strategy whose clients train one of ``METHODS``: ``fedavg``, or the first that works with it."""
-    if method == "ffa-lora":
-        return method
-    return next(name for name in ("fedavg", *STRATEGIES) if method in methods_of(name))
 
 
 def config_of(method: str, rank: int) -> Config:
@@ -86,8 +79,9 @@ class Packed:
         self.engine = engine
         built = engine.method
         start = start_tensors(built)
-        trained_kinds = STRATEGIES[strategy_of(method)](Setting(built.specs())).trained_kinds
-        fixed = {name for name, spec in built.specs().items() if spec.kind not in trained_kinds}
+        strategy = STRATEGIES[method if method in STRATEGIES else usual_strategy(method)]  # ``ffa-lora`` is one
+        trains = strategy(Setting(built.specs())).trained_kinds
+        fixed = {name for name, spec in built.specs().items() if spec.kind not in trains}
         self.common: Arrays = {name: start[name] for name in fixed}
         if OWN in fixed:  # the first expert is every client's
             self.common[OWN] = np.eye(len(start[OWN]), dtype=start[OWN].dtype)[0]
