@@ -90,7 +90,7 @@ class Strategy(ABC):
     repeats: bool = True
     """Whether they do; else they are laid out over ``period`` rounds, and after them stay as in the last one."""
     ragged: bool = False
-    """Whether clients may hold different ranks (``method.ranks``)."""
+    """Whether clients may hold different ranks (``method.ranks``) of the first of its methods."""
     folds: bool = False
     """Whether a client of a smaller rank computes with all ranks, and trains as many of them (:meth:`modules`)."""
     prunes: bool = False
@@ -171,9 +171,10 @@ class Strategy(ABC):
         return at_rank(self.setting.specs, rank)
 
     def modules(self, server_round: int, client: int) -> tuple[int, ...]:
-        """Return the modules of rank one that a client trains in a round, by their places; empty: all that it holds.
+        """Return the modules that a client trains in a round, by their places; empty: all that it holds.
 
-        A module is a row of A and the column of B that it is multiplied with.
+        A module is one place of the method's rank axes: a row of A and the column of B that it is multiplied with, or
+        one of Ravan's heads.
         """
         return ()
 
