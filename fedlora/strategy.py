@@ -29,6 +29,7 @@ from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self
 
 from fedlora.config import Config
@@ -60,6 +61,11 @@ class Setting:
     frozen: frozenset[str] = frozenset()
     ranks: tuple[int, ...] = ()
     config: Config = field(default_factory=Config)
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The kinds of the method's tensors, head included, each once."""
+        return list(dict.fromkeys(spec.kind for spec in self.specs.values()))
 
     def rank(self, client: int | None) -> int | None:
         """Return the rank that a client holds; None: the method's."""
@@ -110,7 +116,8 @@ class Strategy(ABC):
                 "strategy for ranks by client, such as 'zero-padding'."
             )
         check_gradients(self)
-        if self.exact and not all(s.linear for s in setting.specs.values() if s.kind in self.trained_kinds):
+        trained = self.trained_kinds
+        if self.exact and not all(spec.linear for spec in setting.specs.values() if spec.kind in trained):
             self.exact = False
 
     @classmethod
@@ -233,7 +240,7 @@ class Strategy(ABC):
 
     def all_roles(self, server_round: int) -> dict[str, Role]:
         """Return the role of every kind, head included."""
-        kinds = list(dict.fromkeys(spec.kind for spec in self.setting.specs.values()))
+        kinds = self.setting.kinds
         roles = {"head": self.setting.head, **self.roles([kind for kind in kinds if kind != "head"], server_round)}
         return {kind: Role.FROZEN if kind in self.setting.frozen else roles[kind] for kind in kinds}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -216,22 +217,26 @@ def spoiled(kind: str, value: NDArray[Any]) -> NDArray[Any]:
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("kind", ["nan", "huge", "shape", "dtype"])
 @servers
-def test_garbage_is_refused_whatever_tensor_holds_it(name: str, method: str, ranks: Ranks, kind: str) -> None:
-    """Whatever kind of tensor: of each kind the last that is sent."""
-    strategy = strategy_of(name, method, ranks)
-    for tensor in {spec.kind: tensor for tensor, spec in strategy.expected(1, 2).items()}.values():
-        server = server_of(strategy, method)
+def test_garbage_is_refused_whatever_tensor_holds_it(name: str, method: str, ranks: Ranks) -> None:
+    """Whatever kind of garbage in whatever kind of tensor: of each kind the last that is sent, each from its client."""
+    sent = {spec.kind: tensor for tensor, spec in strategy_of(name, method).expected(1).items()}.values()
+    spoils = dict(enumerate(itertools.product(sent, ("nan", "huge", "shape", "dtype"))))
+    clients = len(spoils) + 4  # the last of them as it should be
+    ranks = tuple(itertools.islice(itertools.cycle(ranks), clients)) if ranks else ()
+    server = server_of(strategy_of(name, method, ranks), method, clients=clients, failure_threshold=1.0)
 
-        def spoil(client: int, update: Arrays, tensor: str = tensor) -> Arrays:
-            return {**update, tensor: spoiled(kind, update[tensor])} if client == 2 else update
+    def spoil(client: int, update: Arrays) -> Arrays:
+        if client not in spoils:
+            return update
+        tensor, kind = spoils[client]
+        return {**update, tensor: spoiled(kind, update[tensor])}
 
-        run(server, LoopGrid({k: node_of(server, spoil) for k in range(1, 6)}), 1)
-        assert server.replies is not None
-        assert list(server.replies.refused) == [2]
-        assert tensor in server.replies.refused[2]
-        assert server.replies.total.count == 4
+    run(server, LoopGrid({k: node_of(server, spoil) for k in range(1, clients + 1)}), 1)
+    assert server.replies is not None
+    assert sorted(server.replies.refused) == list(spoils)
+    assert all(tensor in server.replies.refused[client] for client, (tensor, _) in spoils.items())
+    assert server.replies.total.count == 4
 
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if STRATEGIES[name].ragged and name != "local"])
