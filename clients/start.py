@@ -15,7 +15,6 @@ from clients.resident import LoadedModel
 from fedlora.exchange import Instruction
 from fedlora.experts import copied
 from fedlora.methods import TensorSpec, initial_tensors
-from fedlora.methods.residual import folded
 from fedlora.roles import TRAINED, UP, Role, with_role
 from fedlora.seeded import Seeded
 from fedlora.shapes import at_rank, chosen, cut
@@ -92,7 +91,7 @@ class StartTensors:
     def fixed(self, instruction: Instruction, client: int, common: Arrays) -> Arrays:
         """Return what a client does not train and others have otherwise.
 
-        The modules of rank one that it folds, or which of the experts is its own.
+        What the modules come to that it does not train, or which of the experts is its own.
         """
         modules, trained = instruction.modules_of(client), self.trained(instruction)
         if not modules:
@@ -102,7 +101,7 @@ class StartTensors:
         own = {
             name: chosen(common[name], spec.rank_axis, modules) for name, spec in others.items() if name not in trained
         }
-        return {**own, **folded(self.model.specs, common, modules)}
+        return {**own, **self.model.engine.method.folded(common, modules)}
 
     def shared(self, instruction: Instruction) -> dict[str, TensorSpec]:
         """Return the tensors that clients train and exchange: those that the server holds a value of."""

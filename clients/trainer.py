@@ -21,6 +21,7 @@ from fedlora.config import TrainConfig
 from fedlora.data import FederatedData
 from fedlora.engine import ClientResult, ClientWork, plan_batches
 from fedlora.exchange import ClientReport, Instruction, Outcome, Update
+from fedlora.methods import METHODS
 from fedlora.privacy.step import PrivateStep
 from fedlora.seeded import Seeded
 
@@ -58,11 +59,11 @@ class Trainer:
             RefusedError: Under DP, what was sent cannot train, or training failed.
             MemoryShortError: There is too little memory for the pack.
         """
-        whole = self.model.config.method.rank
+        key, whole = METHODS[self.model.config.method.name].whole_rank(self.model.config)
         if any(not 1 <= rank <= whole for rank in instruction.ranks):
-            raise RefusedError(f"the ranks {instruction.ranks} are not all between 1 and method.rank = {whole}")
+            raise RefusedError(f"the ranks {instruction.ranks} are not all between 1 and {key} = {whole}")
         if any(max(own) >= whole for own in instruction.modules):
-            raise RefusedError(f"the instruction names modules beyond method.rank = {whole}")
+            raise RefusedError(f"the instruction names modules beyond {key} = {whole}")
         if self.accounts is not None:
             return self._train_under_dp(instruction, self.accounts)
         seeded, config = Seeded(self.model.config.seed), self.model.config.train

@@ -49,8 +49,8 @@ class Instruction:
         extra: What the server sends beside the tensors, by what it is and the tensor's name
             (``variate/<tensor>``: SCAFFOLD's control variate).
         ranks: The rank that each client holds, one a client; empty: all hold the method's.
-        modules: The modules of rank one (a row of A and a column of B) that each client trains while the others are
-            fixed, by their places, ascending; empty: each trains all that it holds.
+        modules: The modules (a row of A and a column of B each, or one of Ravan's heads) that each client trains while
+            the others are fixed, by their places, ascending; empty: each trains all that it holds.
         experts: Which of the experts that are sent is each client's own (:mod:`fedlora.experts`), one a client; empty:
             none are sent.
         fingerprint: The server's code, see :mod:`fedlora.fingerprint`.

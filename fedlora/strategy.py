@@ -29,6 +29,7 @@ from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self
 
 from fedlora.config import Config
@@ -61,6 +62,11 @@ class Setting:
     ranks: tuple[int, ...] = ()
     config: Config = field(default_factory=Config)
 
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The kinds of the method's tensors, head included, each once."""
+        return list(dict.fromkeys(spec.kind for spec in self.specs.values()))
+
     def rank(self, client: int | None) -> int | None:
         """Return the rank that a client holds; None: the method's."""
         return self.ranks[client] if self.ranks and client is not None else None
@@ -90,7 +96,7 @@ class Strategy(ABC):
     repeats: bool = True
     """Whether they do; else they are laid out over ``period`` rounds, and after them stay as in the last one."""
     ragged: bool = False
-    """Whether clients may hold different ranks (``method.ranks``)."""
+    """Whether clients may hold different ranks (``method.ranks``) of the first of its methods."""
     folds: bool = False
     """Whether a client of a smaller rank computes with all ranks, and trains as many of them (:meth:`modules`)."""
     prunes: bool = False
@@ -110,7 +116,8 @@ class Strategy(ABC):
                 "strategy for ranks by client, such as 'zero-padding'."
             )
         check_gradients(self)
-        if self.exact and not all(s.linear for s in setting.specs.values() if s.kind in self.trained_kinds):
+        trained = self.trained_kinds
+        if self.exact and not all(spec.linear for spec in setting.specs.values() if spec.kind in trained):
             self.exact = False
 
     @classmethod
@@ -171,9 +178,10 @@ class Strategy(ABC):
         return at_rank(self.setting.specs, rank)
 
     def modules(self, server_round: int, client: int) -> tuple[int, ...]:
-        """Return the modules of rank one that a client trains in a round, by their places; empty: all that it holds.
+        """Return the modules that a client trains in a round, by their places; empty: all that it holds.
 
-        A module is a row of A and the column of B that it is multiplied with.
+        A module is one place of the method's rank axes: a row of A and the column of B that it is multiplied with, or
+        one of Ravan's heads.
         """
         return ()
 
@@ -232,7 +240,7 @@ class Strategy(ABC):
 
     def all_roles(self, server_round: int) -> dict[str, Role]:
         """Return the role of every kind, head included."""
-        kinds = list(dict.fromkeys(spec.kind for spec in self.setting.specs.values()))
+        kinds = self.setting.kinds
         roles = {"head": self.setting.head, **self.roles([kind for kind in kinds if kind != "head"], server_round)}
         return {kind: Role.FROZEN if kind in self.setting.frozen else roles[kind] for kind in kinds}
 

@@ -22,6 +22,7 @@ from fedlora.runs.folder import RunFolder, read_lines, run_path
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS
 from simulations.scores import summarise
+from strategies import Local
 
 _ALONE = 100  # clients whose own models are evaluated on all test rows, at most
 
@@ -115,12 +116,14 @@ def _config(run: Federated, name: str, strategy: str) -> Config:
     if run.steps is not None:
         config = replace(config, train=replace(config.train, local_steps=run.steps, local_epochs=1))
     head = "frozen" if config.method.head == "frozen" else "shared"
+    # By itself a client has what it trains, and nothing to train some of (Ravan's heads) on top of.
+    ragged = strategy == "local" and config.method.name == Local.methods[0]
     return replace(
         config,
         rounds=run.rounds,
         run=replace(config.run, dir=str(run.folder / "baselines"), name=name, resume=False, trackers=""),
         strategy=replace(config.strategy, name=strategy),
-        method=replace(config.method, head=head, ranks=config.method.ranks if strategy == "local" else ""),
+        method=replace(config.method, head=head, ranks=config.method.ranks if ragged else ""),
         local=LocalConfig(),  # nobody else's tensors to be pulled to, and no mean for a server to take a step along
         server=ServerConfig(),
         eval=replace(config.eval, baselines=False, generate=0),

@@ -285,10 +285,11 @@ class Plan:
             )
         ranks = self.strategy.setting.ranks
         if ranks:
+            key, whole = METHODS[config.method.name].whole_rank(config)
             shown = ", ".join(map(str, ranks[:20])) + (", ..." if len(ranks) > 20 else "")
             lines.append(
                 f"ranks by client{' in round 1, which fall where they are pruned' if self.strategy.prunes else ''}: "
-                f"{shown}; what is said of a client above is for rank {config.method.rank}"
+                f"{shown}; what is said of a client above is for {key} = {whole}"
             )
         if self.strategy.most_experts:
             lines.append(

@@ -26,58 +26,15 @@ The updates of a round are kept apart until its end. Clients keep nothing. What 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import final
 
-import numpy as np
-
-from fedlora.exact_sum import ExactSum
-from fedlora.reduce import Reduced
-from fedlora.seeded import Seeded
-from fedlora.shapes import spread
-from fedlora.state import ServerState
-from fedlora.strategy import Setting, Strategy
+from strategies.some_modules import SomeModules
 
 
 @final
-class FedPLoRA(Strategy):
+class FedPLoRA(SomeModules):
     """Trains and averages A and B, each client's own choice of their ranks."""
 
     name = "fed-plora"
     methods = ("lora",)
     exact = False
-    ragged = True
-    folds = True
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self._whole = max(spec.shape[spec.rank_axis] for spec in setting.specs.values() if spec.rank_axis is not None)
-
-    def modules(self, server_round: int, client: int) -> tuple[int, ...]:
-        """Return the modules that a client trains, as many as its rank; none where all train all of them."""
-        if not self.setting.ranks:
-            return ()
-        order = Seeded(self.setting.config.seed).permutation("modules", server_round, client, size=self._whole)
-        return tuple(sorted(order[: self.setting.rank(client)].tolist()))
-
-    def reduction(self, server_round: int) -> str:
-        """Return the reduction that keeps updates apart."""
-        return "one-by-one"
-
-    def apply(self, state: ServerState, reduced: Reduced, server_round: int) -> ServerState:
-        """Return the mean of each module over the clients that have trained it."""
-        trained, total, weight_r = self.expected(server_round), ExactSum(), np.zeros(self._whole)
-        for one in reduced.updates:
-            modules = self.modules(server_round, one.client)
-            weight_r[list(modules or range(self._whole))] += one.weight
-            whole = {
-                name: spread(one.tensors[name], spec.shape, spec.rank_axis, modules) for name, spec in trained.items()
-            }
-            total.add(whole, one.weight)
-        tensors = dict(state.tensors)
-        for name, value in total.total().items():
-            axis, held = trained[name].rank_axis, tensors[name].astype(np.float64)
-            shape = [-1 if at == axis else 1 for at in range(held.ndim)]
-            weight = np.float64(total.weight) if axis is None else weight_r.reshape(shape)
-            tensors[name] = np.divide(value, weight, out=held, where=weight > 0)
-        return replace(state, tensors=tensors)

@@ -103,6 +103,14 @@ KNOWN_RANKS = (6, 5, 4, 2, 3, 4, 4, 5)
             r"method.ranks = .*: is read with method.name = 'lora' only, not 'mos'",
         ),
         (
+            {"strategy.name": "local", "method.name": "ravan", "method.ranks": "uniform:2-4"},
+            r"method.ranks = .*: is read with method.name = 'lora' only, not 'ravan'",
+        ),
+        (
+            {"strategy.name": "ravan", "method.ranks": "uniform:2-8"},
+            r"method.ranks = 'uniform:2-8': must go from 1 .* up to ravan.heads = 4",
+        ),
+        (
             {"strategy.name": "flora", "server.optimizer": "adam"},
             r"server.optimizer = 'adam': strategy 'flora'",
         ),

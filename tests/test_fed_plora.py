@@ -158,7 +158,7 @@ def test_planted_mean_over_all_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """With zeros for modules that a client has not trained, as zero-padding would have it."""
     right = np.divide
     monkeypatch.setattr(
-        "strategies.fed_plora.np.divide",
+        "strategies.some_modules.np.divide",
         lambda value, weight, **rest: right(value, np.full_like(weight, sum(map(examples_of, range(5)))), **rest),
     )
     strategy, before, after = ended(RAGGED)
@@ -328,7 +328,7 @@ def test_noise_under_dp_is_for_what_is_trained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ranks", ["", "2,2,2,2"])
 def test_a_run_at_equal_ranks_is_fedavgs_to_the_bit(tmp_path: Path, ranks: str) -> None:
-    """Two rounds of real training; with all modules of all clients named, and none left to fold."""
+    """Two rounds of real training."""
     states = []
     for name, own in (("fed-plora", {"method.ranks": ranks}), ("fedavg", {})):
         config, data = settled(tmp_path / name, **{"strategy.name": name, **own})

@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a second term that grows": {"strategy.name": "fedex-lora"},
     "ranks by client": {"strategy.name": "zero-padding", "method.ranks": "uniform:1-2"},
     "modules by client": {"strategy.name": "fed-plora", "method.ranks": "uniform:1-2"},
+    "heads by client": {"strategy.name": "ravan", "ravan.heads": 2, "method.ranks": "uniform:1-2"},
     "control variates": {"local.term": "scaffold", "train.optimizer": "sgd", "train.learning-rate": 0.1},
     "packs that differ": {"strategy.name": "mos"},
     "private, a of each run's own": {**PRIVATE, "strategy.name": "ffa-lora"},

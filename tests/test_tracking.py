@@ -93,7 +93,9 @@ def test_tensorboard_reads_it_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mlflow_reads_it_back(tmp_path: Path) -> None:
+def test_mlflow_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It imports for seconds and makes a database; beside other tests, in a process that is nice, for much longer.
+    monkeypatch.setattr(observer, "_PATIENCE_S", 300.0)
     config = tracked(tmp_path, "mlflow", range(1, 3), None)
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         assert database.execute("select status from runs").fetchall() == [("FAILED",)]

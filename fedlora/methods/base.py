@@ -187,6 +187,19 @@ class Method(ABC):
         """Return fixed numbers beside the tensors that every machine must agree on, by name (:mod:`.fixed`)."""
         return {}
 
+    def folded(
+        self, tensors: Mapping[str, NDArray[np.floating]], modules: Sequence[int]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Return what a client that trains some modules alone has of the others, as fixed tensors of its own, by name.
+
+        :meth:`factors` of these and of the trained modules is that of ``tensors``.
+
+        Args:
+            tensors: The whole of each tensor.
+            modules: The places of the trained modules on the rank axes, ascending.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no modules that a client could train some of")
+
     def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter | None:
         """Return the method's own type of PEFT adapter; None: its factors are a LoRA there."""
         return None
@@ -216,6 +229,11 @@ class LowRankMethod(Method):
         Raises:
             ValueError: The configuration does not fit the layers. On no layers: what does not depend on the model.
         """
+
+    @classmethod
+    def whole_rank(cls, config: Config) -> tuple[str, int]:
+        """Return the most that ``method.ranks`` may give a client, behind the key that says it."""
+        return "method.rank", config.method.rank
 
     @classmethod
     def without_penalties(cls, config: Config) -> Config:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, PeftAdapter, Scale, TensorSpec
@@ -61,6 +62,12 @@ class Head(Method):
     def constants(self) -> dict[str, NDArray[Any]]:
         """Return the method's constants."""
         return self.method.constants()
+
+    def folded(
+        self, tensors: Mapping[str, NDArray[np.floating]], modules: Sequence[int]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Return the method's fixed tensors; the head has no modules, and all of it is trained."""
+        return self.method.folded(tensors, modules)
 
     def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter | None:
         """Return the method's own type of PEFT adapter, without the head."""

@@ -13,8 +13,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlora.config import Config
 from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec
+from fedlora.methods.residual import folded
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +54,12 @@ class Lora(LowRankMethod):
             specs[f"{layer.name}.lora_A"] = TensorSpec((self.rank, layer.d_in), "A", (layer.name,), bound, rank_axis=0)
             specs[f"{layer.name}.lora_B"] = TensorSpec((layer.d_out, self.rank), "B", (layer.name,), 0.0, rank_axis=1)
         return specs
+
+    def folded(
+        self, tensors: Mapping[str, NDArray[np.floating]], modules: Sequence[int]
+    ) -> dict[str, NDArray[np.floating]]:
+        """Return as a residual what all ranks but these come to."""
+        return folded(self.specs(), tensors, modules)
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
         """Return each layer's A and B with the scale, and its residual where there is one (:mod:`.residual`)."""

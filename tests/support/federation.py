@@ -27,7 +27,7 @@ RAGGED = (1, 3, 2, 1, 2)
 """Ranks of five clients, where they differ."""
 SERVERS = [
     *((name, method, ()) for name, method in CASES),
-    *((name, "lora", RAGGED) for name in STRATEGIES if STRATEGIES[name].ragged),
+    *((name, STRATEGIES[name].methods[0], RAGGED) for name in STRATEGIES if STRATEGIES[name].ragged),
 ]
 servers = pytest.mark.parametrize(
     ("name", "method", "ranks"), SERVERS, ids=["-".join(case[:2]) + "-ragged" * bool(case[2]) for case in SERVERS]

@@ -139,11 +139,14 @@ def _lora_sb(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Ten
 
 
 def _ravan(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    """A client that trains some heads has the others' s_i H_i ready, and a row for each of its own that says which."""
     a, b, cores, s = (tensors[f"{layer.name}.ravan_{letter}"] for letter in "ABHs")
-    rank, total = config.method.rank, 0.0
+    rank, total, places = config.method.rank, 0.0, tensors.get("ravan.places")
     for i in range(config.options(RavanOptions).heads):
         own = slice(i * rank, (i + 1) * rank)
-        total = total + s[i] * b[:, own] @ cores[i] @ a[own]
+        trained = [i] if places is None else [j for j, row in enumerate(places) if row[i] == 1]
+        core = s[trained[0]] * cores[trained[0]] if trained else tensors[f"{layer.name}.ravan_others"][i]
+        total = total + b[:, own] @ core @ a[own]
     return _scale(config) * total
 
 
