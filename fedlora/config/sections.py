@@ -191,7 +191,7 @@ class MethodConfig:
     name: str = "auto"
     """Low-rank method; ``auto``: the strategy's own."""
     rank: int = 8
-    """Inner dimension r of each layer's update; of ``mos`` the active rank, of ``mora`` that of a LoRA of as many numbers."""
+    """Inner dimension r of each layer's update; of ``mos`` the active rank, of ``mora`` that of LoRA of its size."""
     ranks: str = ""
     """Ranks by client, each at most ``rank``: one number a client with commas between, or ``uniform:2-16``, drawn from
     the seed; empty: all have ``rank``. Read by ``lora``. The scale stays alpha / ``rank``, one for all clients."""
