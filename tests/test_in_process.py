@@ -46,10 +46,6 @@ CASES: dict[str, dict[str, Any]] = {
         "method.name": "uni-lora",
         "uni-lora.length": 64,
     },
-    "ranks that each token chooses, under DP": {
-        **{"strategy.name": "fedavg", "method.name": "flylora", "privacy.mode": "dp", "privacy.epsilon": 8.0},
-        **{"flylora.active": 1, "privacy.seed": 3, "data.partition": "iid"},
-    },
     "magnitudes, under DP": {
         **{"strategy.name": "fedavg", "method.name": "dora", "privacy.mode": "dp", "privacy.epsilon": 8.0},
         **{"privacy.seed": 3, "data.partition": "iid"},

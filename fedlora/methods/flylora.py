@@ -26,6 +26,7 @@ which ranks a token uses would differ between them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
@@ -82,9 +83,8 @@ class FlyLora(LowRankMethod):
         self.layers = tuple(layers)
         self.rank, self.active = rank, active
         self.scale = alpha / rank
-        self._features = {layer.name: layer.d_in for layer in layers}
         self._seeded = seeded
-        self._fixed = Fixed(lambda key: self._draw(*key))
+        self._fixed = Fixed(lambda key: self._drawn[key[0]])
 
     @classmethod
     def build(cls, layers: Sequence[Layer], config: Config) -> FlyLora:
@@ -112,13 +112,17 @@ class FlyLora(LowRankMethod):
 
     def constants(self) -> dict[str, NDArray[Any]]:
         """Return the A of every layer."""
-        return {f"{name}.fly_A": self._draw(name) for name in self._features}
+        return {f"{name}.fly_A": a for name, a in self._drawn.items()}
 
-    def _draw(self, name: str) -> NDArray[np.float32]:
+    @functools.cached_property
+    def _drawn(self) -> dict[str, NDArray[np.float32]]:
+        return {layer.name: self._sparse(layer) for layer in self.layers}
+
+    def _sparse(self, layer: Layer) -> NDArray[np.float32]:
         """Return a layer's A: in each row the entries at the first places of a random order."""
-        shape = self.rank, self._features[name]
-        dense = random_basis(self._seeded, "flylora", name, shape=shape, bound=3**0.5 / self.rank)
-        order = self._seeded.uniform("flylora places", name, shape=shape, bound=1.0).argsort(1, kind="stable")
+        shape = self.rank, layer.d_in
+        dense = random_basis(self._seeded, "flylora", layer.name, shape=shape, bound=3**0.5 / self.rank)
+        order = self._seeded.uniform("flylora places", layer.name, shape=shape, bound=1.0).argsort(1, kind="stable")
         places = order[:, : max(1, shape[1] * self.active // self.rank)]
         sparse = np.zeros_like(dense)
         np.put_along_axis(sparse, places, np.take_along_axis(dense, places, 1), 1)
