@@ -41,6 +41,8 @@ _UNMEASURED_METHODS = (
     "lora-experts",
     "uni-lora",
     "block-lora",
+    "flylora",
+    "mora",
 )
 # What signal to noise these learn from was not measured: not proposed.
 _UNMEASURED = ("fed-sb", "ravan", "feddpa", "fedlease")

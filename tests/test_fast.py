@@ -182,6 +182,8 @@ def test_memory_that_is_short_for_one_row_is_an_error(monkeypatch: pytest.Monkey
         ("llama-lm", "s2-lora", False),
         ("bert", "dora", True),
         ("llama-lm", "vera", True),
+        ("llama-lm", "flylora", True),
+        ("bert", "mora", True),
     ],
 )
 def test_the_fast_ways_of_a_gpu_train_as_the_plain_one(family: str, method: str, compiled: bool) -> None:

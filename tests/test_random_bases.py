@@ -5,7 +5,7 @@ The rest is in the matrix, and of VeRA in ``test_vera.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -265,9 +265,9 @@ def test_peft_gives_the_same_outputs_gradients_and_start(rank: int) -> None:
         assert float((value.grad - grad).abs().max()) < 1e-12 * float(grad.abs().max()), name
 
 
-def held_for_the_backward_pass(one: ScaledBases, x: Tensor, of: Any) -> int:
+def held_for_the_backward_pass(one: Iterable[Any], x: Tensor, of: Any) -> int:
     """Return the numbers that a pass keeps, beside what it is given: each storage once."""
-    given = {value.untyped_storage().data_ptr() for value in (x, one.A, one.B, one.rank_scales, one.feature_scales)}
+    given = {value.untyped_storage().data_ptr() for value in (x, *one) if isinstance(value, Tensor)}
     kept: dict[int, int] = {}
 
     def note(value: Tensor) -> Tensor:

@@ -21,9 +21,11 @@ from fedlora.config import Config, MethodConfig, ModelConfig
 from fedlora.exchange import ClientReport, Update
 from fedlora.methods import METHODS as REGISTERED
 from fedlora.methods import (
+    FlyLoraOptions,
     Layer,
     Method,
     MosOptions,
+    TopRanks,
     WeightDecomposed,
     as_low_rank,
     build_method,
@@ -48,6 +50,7 @@ _CLIENTS = 5
 MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,v", "Llama-2-7B all")
 _LORA = Config(method=MethodConfig("lora", rank=8))
 _MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budget=1, private=0))
+_FLY = Config(method=MethodConfig("flylora", rank=32)).with_options(FlyLoraOptions(active=8))
 # Every method at rank 8, VeRA at one of its own; MoS, whose parameters are those of LoRA of its budget, also at a
 # budget of 1.
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
@@ -56,6 +59,7 @@ METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
     "vera": [("`vera`, r = 256", Config(method=MethodConfig("vera", rank=256)))],
     "uni-lora": [("`uni-lora`, D = 256", Config(method=MethodConfig("uni-lora", rank=8)))],
     "block-lora": [("`block-lora`, r = 8, n = 8", Config(method=MethodConfig("block-lora", rank=8)))],
+    "flylora": [("`flylora`, r = 32, k = 8", _FLY)],
     "randlora": [("`randlora`, r = 32", Config(method=MethodConfig("randlora", rank=32)))],
     "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }
@@ -125,12 +129,15 @@ def error_of_mean(strategy: Strategy, method: Method) -> float:
 def updates(method: Method, tensors: Mapping[str, NDArray[np.floating]]) -> dict[str, NDArray[np.float64]]:
     """Return Delta W of each of a method's layers, [d_out, d_in], in float64, with what is stacked beside it.
 
-    Of a weight-decomposed layer it is that of a base weight which is drawn as clients' tensors are.
+    Of a weight-decomposed layer it is that of a base weight which is drawn as clients' tensors are. Where each token
+    uses some ranks: what is made of tokens with one feature that is not zero.
     """
     named = {name: torch.tensor(np.asarray(value)).double() for name, value in tensors.items()}
     found = {}
     for layer, factor in method.factors(named).items():
         added = as_low_rank(factor)
+        if isinstance(factor, TopRanks):
+            found[layer] = factor.of(torch.eye(factor.A.shape[-1], dtype=torch.float64)).mT.numpy()
         if added is not None:
             update = added.scaled_b() @ added.A
             if isinstance(factor, WeightDecomposed):

@@ -19,7 +19,7 @@ from fedlora.engine.kernels import low_rank
 from fedlora.engine.kernels.attention import rows_in_place
 from fedlora.engine.layout import Layout
 from fedlora.engine.unpadded import blocks_without_padding
-from fedlora.methods import Dense, Experts, Factor, LowRank, Scale, ScaledBases, WeightDecomposed
+from fedlora.methods import Dense, Experts, Factor, LowRank, Scale, ScaledBases, Square, TopRanks, WeightDecomposed
 
 
 class LayerProbe(Protocol):
@@ -98,7 +98,7 @@ class GroupedLayer(nn.Module):
             return y if low is self.factor else self._at_magnitude(y)
         if self.layout.groups > 1 and not self.layout.of_rows(x, self.layout.rows):
             raise NoRowsError(self.name)
-        added = isinstance(self.factor, LowRank | ScaledBases | Experts)
+        added = isinstance(self.factor, LowRank | ScaledBases | Square | TopRanks | Experts)
         if self.probe is not None:
             return self.probe.output(x, self._own, self._fixed if added else None)
         own = self._own(x)  # before the base layer: the order in which x's gradients are added up depends on it
@@ -128,7 +128,7 @@ class GroupedLayer(nn.Module):
         if isinstance(self.factor, WeightDecomposed):
             own = self.layout.to_rows(_update(self.layout.to_groups(x), self.factor.update), x)
             return self._at_magnitude(self.base(x) + own)
-        if isinstance(self.factor, ScaledBases):
+        if isinstance(self.factor, ScaledBases | Square | TopRanks):
             return self.layout.to_rows(self.factor.of(self.layout.to_groups(x)), x)
         if isinstance(self.factor, Experts):
             return self.layout.to_rows(routed(self.factor, self.layout.to_groups(x)), x)

@@ -32,16 +32,20 @@ from fedlora.methods.base import (
 from fedlora.methods.block_lora import BlockLora, BlockLoraOptions
 from fedlora.methods.dora import Dora
 from fedlora.methods.dual_lora import DualLora, DualLoraOptions
+from fedlora.methods.flylora import FlyLora, FlyLoraOptions
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
 from fedlora.methods.lora_experts import LoraExperts, LoraExpertsOptions
 from fedlora.methods.lora_sb import LoraSB
+from fedlora.methods.mora import Mora
 from fedlora.methods.mos import Mos, MosOptions
 from fedlora.methods.nola import Nola, NolaOptions
 from fedlora.methods.randlora import RandLora
 from fedlora.methods.ravan import Ravan, RavanOptions
 from fedlora.methods.s2_lora import S2Lora, S2Options
 from fedlora.methods.scaled_bases import ScaledBases
+from fedlora.methods.square import Square
+from fedlora.methods.top_ranks import TopRanks
 from fedlora.methods.uni_lora import UniLora, UniLoraOptions
 from fedlora.methods.vera import Vera, VeraOptions
 from fedlora.registry import Registry
@@ -60,6 +64,8 @@ METHODS.register("randlora")(RandLora)
 METHODS.register("lora-experts", LoraExpertsOptions)(LoraExperts)
 METHODS.register("uni-lora", UniLoraOptions)(UniLora)
 METHODS.register("block-lora", BlockLoraOptions)(BlockLora)
+METHODS.register("flylora", FlyLoraOptions)(FlyLora)
+METHODS.register("mora")(Mora)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -92,6 +98,8 @@ __all__ = [
     "Experts",
     "Factor",
     "Fault",
+    "FlyLora",
+    "FlyLoraOptions",
     "Head",
     "Layer",
     "Lora",
@@ -101,6 +109,7 @@ __all__ = [
     "LowRank",
     "LowRankMethod",
     "Method",
+    "Mora",
     "Mos",
     "MosOptions",
     "Nola",
@@ -113,7 +122,9 @@ __all__ = [
     "S2Options",
     "Scale",
     "ScaledBases",
+    "Square",
     "TensorSpec",
+    "TopRanks",
     "UniLora",
     "UniLoraOptions",
     "Vera",

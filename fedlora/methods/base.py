@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from fedlora.config import Config, MethodConfig, require
 from fedlora.methods.scaled_bases import ScaledBases
+from fedlora.methods.square import Square
+from fedlora.methods.top_ranks import TopRanks
 from fedlora.seeded import Seeded
 
 if TYPE_CHECKING:
@@ -131,16 +133,16 @@ class Scale(NamedTuple):
     bias: Tensor | None  # [*, d]
 
 
-Factor = LowRank | WeightDecomposed | ScaledBases | Experts | Dense | Scale
+Factor = LowRank | WeightDecomposed | ScaledBases | Square | TopRanks | Experts | Dense | Scale
 
 
 def as_low_rank(factor: Factor) -> LowRank | None:
     """Return what a factor adds to its layer as one product, for exports and reports; None: it adds nothing to one.
 
     That of scaled bases has as many ranks as its layer has features, and more. Of a weight-decomposed layer it is what
-    is added before its rows are brought to their magnitudes.
+    is added before its rows are brought to their magnitudes. Where it is another one for each token there is none.
     """
-    if isinstance(factor, ScaledBases):
+    if isinstance(factor, ScaledBases | Square):
         return LowRank(*factor.product(), 1.0)
     if isinstance(factor, WeightDecomposed):
         return factor.update
@@ -220,6 +222,16 @@ class LowRankMethod(Method):
     """Values of ``method.init`` that it knows, beside ``auto``."""
     no_adapter: ClassVar[str] = ""
     """Why its update is no PEFT adapter, so that none is exported; empty: it is one."""
+
+    def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter | None:
+        """Return the method's own type of PEFT adapter; None: its factors are a LoRA there.
+
+        Raises:
+            ValueError: Its update is no PEFT adapter.
+        """
+        if self.no_adapter:
+            raise ValueError(f"the method cannot be exported to PEFT: {self.no_adapter}.")
+        return None
 
     @classmethod
     @abstractmethod

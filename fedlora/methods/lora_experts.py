@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NoReturn, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 from fedlora.config import Config, Options, require
 from fedlora.experts import ALL, OWN
@@ -78,10 +78,6 @@ class LoraExperts(LowRankMethod):
         refuse_rslora(config)
         most = config.options(LoraExpertsOptions).max_experts
         return cls(layers, rank=config.method.rank, alpha=config.method.alpha, most=most)
-
-    def peft_adapter(self, tensors: Mapping[str, Tensor]) -> NoReturn:
-        """Raise ValueError: there is none."""
-        raise ValueError(f"method 'lora-experts' cannot be exported to PEFT: {self.no_adapter}.")
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return ``experts.own``, and ``<layer>.expert_A``, ``.expert_B``, both with ``_all`` as well, and ``.router``.

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.methods import Method, WeightDecomposed, as_low_rank, initial_tensors
+from fedlora.experts import OWN
+from fedlora.methods import Method, TopRanks, WeightDecomposed, as_low_rank, initial_tensors
 from fedlora.methods.products import pairs
 from fedlora.roles import Role
 from fedlora.seeded import Seeded
@@ -19,7 +20,6 @@ from fedlora.state import ServerState
 from fedlora.strategy import Strategy
 from fedlora.wire import from_named_arrays
 from strategies import STRATEGIES
-from tests.support.formulas import FORMULAS
 from tests.support.loop import Arrays, LoopGrid, update_of
 from tests.support.matrix import CASES, CONFIGS, method_of, setting
 
@@ -84,16 +84,19 @@ def updates(name: str, tensors: Arrays, method: Method | None = None) -> Arrays:
     """Return Delta W of each layer, [d_out, d_in]: the method's, and what has been stacked beside it.
 
     Of a weight-decomposed layer it is that of a base weight which is drawn for it. Of experts, which a router mixes:
-    the Delta W of each of them, [M, d_out, d_in].
+    the Delta W of each of them, [M, d_out, d_in]. Where each token uses some ranks: what is made of tokens with one
+    feature that is not zero.
     """
     method, scale = method or method_of(name), CONFIGS[name].method.alpha / CONFIGS[name].method.rank
-    if FORMULAS[name].added is not None:
+    if OWN in tensors:
         layers = [layer for layer, _, _ in pairs(method.specs())]
         return {layer: scale * tensors[f"{layer}.expert_B_all"] @ tensors[f"{layer}.expert_A_all"] for layer in layers}
     factors = method.factors({key: torch.tensor(np.asarray(value)).double() for key, value in tensors.items()})
     added = {layer: as_low_rank(one) for layer, one in factors.items()}
     found = {layer: (one.scaled_b() @ one.A).numpy() for layer, one in added.items() if one is not None}
     for layer, one in factors.items():
+        if isinstance(one, TopRanks):
+            found[layer] = one.of(torch.eye(one.A.shape[-1], dtype=torch.float64)).mT.numpy()
         if isinstance(one, WeightDecomposed):
             base = Seeded(3).uniform("base", layer, shape=found[layer].shape, bound=1.0)
             before, after = (np.linalg.norm(weight, axis=1) for weight in (base, base + found[layer]))

@@ -16,6 +16,7 @@ from fedlora.config import Config, MethodConfig
 from fedlora.methods import (
     BlockLoraOptions,
     DualLoraOptions,
+    FlyLoraOptions,
     LoraExpertsOptions,
     MosOptions,
     NolaOptions,
@@ -239,6 +240,36 @@ def _block_lora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: 
     return _scale(config) * tensors[f"{layer.name}.block_B"] @ tensors[f"{layer.name}.block_A"] @ sums
 
 
+# -- mora and flylora ---------------------------------------------------------------------------------
+
+
+def _mora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    """Input by input: behind the last one the first come again, up to a multiple of q."""
+    size = int(((layer.d_in + layer.d_out) * config.method.rank) ** 0.5 + 0.5)
+    outputs = tensors[f"{layer.name}.mora_R"][[place % size for place in range(layer.d_out)]]
+    columns: list[Any] = [0.0] * layer.d_in
+    for place in range(-(-layer.d_in // size) * size):
+        columns[place % layer.d_in] = columns[place % layer.d_in] + outputs[:, place % size]
+    return torch.stack(columns, 1)
+
+
+def _flylora(config: Config, layer: Layer, tensors: Tensors, x: Tensor) -> Tensor:
+    """Token by token: the k largest of |A x| count."""
+    rank, active = config.method.rank, config.options(FlyLoraOptions).active
+    b, shape = tensors[f"{layer.name}.fly_B"], (rank, layer.d_in)
+    a = _basis(config, "flylora", layer.name, shape=shape, bound=3**0.5 / rank)
+    order = Seeded(config.seed).uniform("flylora places", layer.name, shape=shape, bound=1.0)
+    for row, drawn in zip(a, order, strict=True):
+        kept = sorted(range(layer.d_in), key=drawn.__getitem__)[: max(1, layer.d_in * active // rank)]
+        row[[place for place in range(layer.d_in) if place not in kept]] = 0.0
+    rows = []
+    for token in x:
+        low = [row @ token for row in a]
+        largest = sorted(range(rank), key=lambda one: -abs(low[one].item()))[:active]
+        rows.append(_scale(config) * sum(low[one] * b[:, one] for one in largest))
+    return torch.stack(rows)
+
+
 # -- lora-experts -------------------------------------------------------------------------------------
 
 
@@ -292,6 +323,8 @@ FORMULAS = {
         start=3 * 0.02**2,  # of its only vector, which could not leave zero
     ),
     "block-lora": Formula(_config("block-lora", 3).with_options(BlockLoraOptions(blocks=2)), _block_lora),
+    "flylora": Formula(_config("flylora", 4).with_options(FlyLoraOptions(active=2)), None, added=_flylora),
+    "mora": Formula(_config("mora", 1, MethodConfig.alpha), _mora),
 }
 
 
@@ -369,6 +402,8 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("ffa-lora", "block-lora"), (b(3), b(3), b(3))
     yield ("rolora", "block-lora"), (blocks / 2, blocks, blocks / 2)
     yield ("fedsa-lora", "block-lora"), (half, half, half)
+    yield ("fedavg", "flylora"), (b(4), b(4), b(4))
+    yield ("fedavg", "mora"), (3 * 4**2 + 2 * 3**2,) * 3  # squares of about as many numbers as LoRA of rank 1 has
     yield ("feddpa", "dual-lora"), (both(3), both(3), both(3))
     yield ("fedlease", "lora-experts"), (both(3), 3 * both(3), 3 * both(3))  # of three experts, from round 2 on
     yield ("florist", "lora"), (both(3), 0, 0)  # and what has been kept of the stack, see test_product_rules.py
