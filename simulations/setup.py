@@ -151,7 +151,8 @@ def _check_ranks(config: Config) -> None:
     able = [one for one in STRATEGIES if STRATEGIES[one].ragged]
     rule = f"strategy {name!r} takes tensors of one shape from all clients; choose one of {', '.join(able)}."
     require(name in able, "method.ranks", ranks, rule)
-    require(method == "lora", "method.ranks", ranks, f"is read with method.name = 'lora' only, not {method!r}.")
+    fit = " and ".join(one for one in METHODS if METHODS[one].ragged)
+    require(METHODS[method].ragged, "method.ranks", ranks, f"is read by {fit} only, not by {method!r}.")
 
 
 def _check_strategy(config: Config, task: type[Task]) -> None:

@@ -194,7 +194,7 @@ class MethodConfig:
     """Inner dimension r of each layer's update; of ``mos`` the active rank."""
     ranks: str = ""
     """Ranks by client, each at most ``rank``: one number a client with commas between, or ``uniform:2-16``, drawn from
-    the seed; empty: all have ``rank``. Read by ``lora``. The scale stays alpha / ``rank``, one for all clients."""
+    the seed; empty: all have ``rank``. Read by ``lora`` and ``sora``. The scale stays alpha / ``rank``, one for all."""
     alpha: float = 16.0
     """Numerator of the scale alpha / r; ``vera`` and ``uni-lora`` have no scale."""
     rslora: bool = False

@@ -42,6 +42,7 @@ from fedlora.methods.randlora import RandLora
 from fedlora.methods.ravan import Ravan, RavanOptions
 from fedlora.methods.s2_lora import S2Lora, S2Options
 from fedlora.methods.scaled_bases import ScaledBases
+from fedlora.methods.sora import Sora, SoraOptions
 from fedlora.methods.uni_lora import UniLora, UniLoraOptions
 from fedlora.methods.vera import Vera, VeraOptions
 from fedlora.registry import Registry
@@ -60,6 +61,7 @@ METHODS.register("randlora")(RandLora)
 METHODS.register("lora-experts", LoraExpertsOptions)(LoraExperts)
 METHODS.register("uni-lora", UniLoraOptions)(UniLora)
 METHODS.register("block-lora", BlockLoraOptions)(BlockLora)
+METHODS.register("sora", SoraOptions)(Sora)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -113,6 +115,8 @@ __all__ = [
     "S2Options",
     "Scale",
     "ScaledBases",
+    "Sora",
+    "SoraOptions",
     "TensorSpec",
     "UniLora",
     "UniLoraOptions",

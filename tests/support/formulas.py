@@ -21,6 +21,7 @@ from fedlora.methods import (
     NolaOptions,
     RavanOptions,
     S2Options,
+    SoraOptions,
     UniLoraOptions,
 )
 from fedlora.methods.base import Layer
@@ -128,6 +129,14 @@ def _s2_penalty(config: Config, tensors: Tensors) -> Tensor:
             gram = value @ value.T if name.endswith(".A") else value.T @ value
             total = total + weight * ((gram - torch.eye(len(gram))) ** 2).sum()
     return total
+
+
+# -- sora ---------------------------------------------------------------------------------------------
+
+
+def _sora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    a, b, g = (tensors[f"{layer.name}.sora_{letter}"] for letter in "ABg")
+    return sum(_scale(config) * g[i] * torch.outer(b[:, i], a[i]) for i in range(config.method.rank))
 
 
 # -- lora-sb and ravan --------------------------------------------------------------------------------
@@ -272,6 +281,7 @@ FORMULAS = {
         _s2_penalty,
         l1={"s": 0.05},
     ),
+    "sora": Formula(_config("sora", 3).with_options(SoraOptions(sparsity=0.05)), _sora, l1={"g": 0.05}),
     "lora-sb": Formula(_config("lora-sb", 3), _lora_sb),
     "vera": Formula(_config("vera", 5, MethodConfig.alpha), _vera),
     "dora": Formula(_config("dora", 3), _lora, weight=_dora_weight),
@@ -378,6 +388,10 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("s2-frozen", "s2-lora"), (s, s, s)
     yield ("s2-cyclic", "s2-lora"), ((bases + s) / 3, bases + s, (bases + s) / 3)
     yield ("s2-personal", "s2-lora"), (bases, bases, bases)
+    gated = both(3) + s  # a gate for each rank of each layer
+    yield ("fedavg", "sora"), (gated, gated, gated)
+    yield ("zero-padding", "sora"), (gated, gated, gated)
+    yield ("fedsa-lora", "sora"), (a(3), a(3), a(3))
     for method in methods_of("local"):
         yield ("local", method), (0, 0, 0)
 
