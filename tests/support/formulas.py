@@ -354,6 +354,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("rolora", "dora"), ((both(3) + outputs) / 2, both(3) + outputs, (both(3) + outputs) / 2)
     for name in ("zero-padding", "hetlora", "fed-plora"):
         yield (name, "lora"), (both(3), both(3), both(3))
+    yield ("dylora", "lora"), (both(2), both(2), both(2))  # rank 1, 2 and 3, each in one round of a cycle
     for name in ("flexlora", "lora-fair", "fedrot-lora"):
         yield (name, "lora"), (both(3), both(3), both(3))
     yield ("fedex-lora", "lora"), (both(3), both(3), both(3))  # and the residuals, which grow by round
