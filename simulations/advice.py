@@ -41,9 +41,10 @@ _UNMEASURED_METHODS = (
     "lora-experts",
     "uni-lora",
     "block-lora",
+    "sora",
 )
 # What signal to noise these learn from was not measured: not proposed.
-_UNMEASURED = ("fed-sb", "ravan", "feddpa", "fedlease")
+_UNMEASURED = ("fed-sb", "ravan", "feddpa", "fedlease", "dylora")
 
 
 def learns_from(config: Config) -> float:
