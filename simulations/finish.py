@@ -103,12 +103,12 @@ def _measured(run: Run) -> dict[str, Any]:
 
 
 def _by_rank(run: Run) -> dict[str, float]:
-    """Return the measure of the model cut to smaller ranks that rounds have trained, of those the powers of two."""
+    """Return the measure of the model cut to smaller ranks that rounds may train, of those the powers of two."""
     plan, strategy = run.plan, run.plan.strategy
     if plan.measured == "personal":
         return {}
-    drawn = {strategy.rank(number) for number in range(1, strategy.period + 1)}
-    ranks = sorted(rank for rank in drawn if rank is not None and rank & (rank - 1) == 0)
+    drawn = {rank for number in range(1, strategy.period + 1) if (rank := strategy.rank(number)) is not None}
+    ranks = sorted(rank for rank in drawn if rank < plan.config.method.rank and rank & (rank - 1) == 0)
     rows, name = len(plan.data.corpus.splits[plan.measured]), run.task.measure.name
     cut = {rank: first_ranks(run.tensors, plan.specs, rank) for rank in ranks}
     return {

@@ -292,10 +292,8 @@ class Plan:
             )
         drawn = [self.strategy.rank(number) for number in range(1, min(config.rounds, 20) + 1)]
         if any(drawn):
-            lines.append(
-                f"ranks by round: {', '.join(map(str, drawn))}{', ...' if config.rounds > len(drawn) else ''}; measured "
-                f"and exported with all {config.method.rank}"
-            )
+            shown = ", ".join(map(str, drawn)) + (", ..." if config.rounds > len(drawn) else "")
+            lines.append(f"ranks by round: {shown}; measured and exported with all {config.method.rank}")
         if self.strategy.most_experts:
             lines.append(
                 f"experts: as many as round 1 shows clusters of clients, 2 to {self.strategy.most_experts}; bytes down "

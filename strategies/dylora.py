@@ -1,8 +1,8 @@
 """DyLoRA: in each round the clients train the first b ranks of the adapter alone, with b drawn by the server.
 
 Valipour, Rezagholizadeh, Kobyzev & Ghodsi, "DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic
-Search-Free Low-Rank Adaptation", EACL 2023, arXiv 2210.07558; by round, as in Xu, Saravanan, van Dalen, Haaris, Tuckey &
-Ozay, "DP-DyLoRA: Fine-Tuning Transformer-Based Models On-Device under Differentially Private Federated Learning using
+Search-Free Low-Rank Adaptation", EACL 2023, arXiv 2210.07558; by round, as in Xu, Saravanan, van Dalen, Mehmood, Tuckey
+& Ozay, "DP-DyLoRA: Fine-Tuning Transformer-Based Models On-Device under Differentially Private Federated Learning using
 Dynamic Low-Rank Adaptation", 2024, arXiv 2405.06368. The updates of a round are
 
     y = W x + scale * B[:, :b] A[:b] x,    r_min <= b <= r,

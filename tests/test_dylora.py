@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
-from fedlora.config import Config, ConfigError
+from clients.worker import Worker
+from fedlora.config import Config, ConfigError, to_toml
 from fedlora.exchange import Instruction
 from fedlora.methods.products import pairs
 from fedlora.roles import Role
@@ -22,18 +27,21 @@ from fedlora.server import Core
 from fedlora.shapes import first_ranks
 from fedlora.state import ServerState
 from fedlora.strategy import Strategy
+from fedlora.tasks import CausalLM
 from fedlora.wire import read_instruction
+from simulations.cli import run as main
 from simulations.setup import federation_of, resolve
 from strategies import DyLoraOptions, FedAvg
 from strategies.build import build_strategy
 from strategies.fedprox import FedProx
+from tests.support.exported import language_flat
 from tests.support.families import random_examples, small_model, without_float32
 from tests.support.federation import one_round, run, server_of, strategy_of
 from tests.support.formulas import LAYERS
 from tests.support.loop import Arrays, LoopGrid, examples_of, node_of, update_of
 from tests.support.matrix import CONFIGS, engine_of, random_start, setting
 from tests.support.plans import plan, shown
-from tests.support.trainers import dp_worker, tiny_worker
+from tests.support.trainers import dp_worker, tiny_job, tiny_worker
 
 WHOLE = 3
 PER_RANK = 8 * sum(layer.d_in + layer.d_out for layer in LAYERS)
@@ -208,6 +216,31 @@ def test_an_adapter_is_cut_without_an_svd(rank: int, tmp_path: Path) -> None:
         found = loaded(**inputs).logits
     assert float((found - logits(first_ranks(tensors, engine.method.specs(), rank))).abs().max()) < 1e-10
     assert float((found - logits(tensors)).abs().max()) > 1e-3, "control: the ranks behind it count"
+
+
+@pytest.mark.slow
+def test_a_run_reports_its_model_at_smaller_ranks(tmp_path: Path) -> None:
+    """As a worker measures what the run has ended with, without the ranks behind."""
+    keys = {**KEYS, "rounds": 4, "train.learning-rate": 0.05, "run.dir": str(tmp_path / "runs"), "run.name": ""}
+    flat, file = language_flat(tmp_path, **keys), tmp_path / "one.toml"
+    file.write_text(to_toml({**flat, "grid.seed": [0]}))
+    assert main(["sweep", str(file), "--in-process"], Console(quiet=True)) == 0
+    folder = Path(pd.read_csv(tmp_path / "runs" / "one" / "results.csv")["folder"][0])
+    outcome = json.loads((folder / "result.json").read_text())
+    found = {name: value for name, value in outcome.items() if name.startswith("test_perplexity")}
+    held = load_arrays(folder / "checkpoint" / "round-4.safetensors")
+    job = tiny_job(resolve(flat), tmp_path)
+    worker = Worker(lambda: job, 1)
+    specs, rows = worker.loaded.model.specs, range(len(worker.loaded.model.examples["test"]))
+
+    def perplexity(rank: int) -> float:
+        cut = first_ranks({name: held[f"tensors/{name}"] for name in specs}, specs, rank)
+        sums = CausalLM.sums(worker.evaluate(cut, "test", rows))
+        return CausalLM.metrics({name: value / len(rows) for name, value in sums.items()})["perplexity"]
+
+    expected = {"test_perplexity": RANK, "test_perplexity_rank_1": 1, "test_perplexity_rank_2": 2}
+    assert found == {name: pytest.approx(perplexity(rank), rel=1e-9) for name, rank in expected.items()}
+    assert len({round(value, 6) for value in found.values()}) == 3, "control: ranks make a difference"
 
 
 # -- plans and settings -------------------------------------------------------------------------------
