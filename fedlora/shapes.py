@@ -40,6 +40,17 @@ def pad(value: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
     return np.pad(value, [(0, whole - n) for whole, n in zip(shape, value.shape, strict=True)])
 
 
+def first_ranks(
+    tensors: Mapping[str, NDArray[Number]], specs: Mapping[str, TensorSpec], rank: int
+) -> dict[str, NDArray[Number]]:
+    """Return a model cut to its first ranks: zeros stand for those behind them."""
+    kept = at_rank(specs, rank)
+    return {
+        name: pad(cut(value, kept[name].shape), value.shape) if name in kept else value
+        for name, value in tensors.items()
+    }
+
+
 def chosen(value: NDArray[Number], axis: int | None, places: Sequence[int]) -> NDArray[Number]:
     """Return an array's numbers at some places of an axis; itself where there is no axis, or no place is named."""
     return np.take(value, places, axis) if axis is not None and places else value

@@ -172,10 +172,13 @@ class Strategy(ABC):
         """
         return dict.fromkeys(kinds, Role.SHARED)
 
+    def rank(self, server_round: int, client: int | None = None) -> int | None:
+        """Return the rank at which a client trains in a round: the one that it holds, or a smaller one; None: all."""
+        return self.setting.rank(client)
+
     def specs(self, server_round: int, client: int | None = None) -> Specs:
         """Return the tensors of a client in a round, which follow from its rank; of the server, without a client."""
-        rank = self.setting.rank(client)
-        return at_rank(self.setting.specs, rank)
+        return at_rank(self.setting.specs, self.rank(server_round, client))
 
     def modules(self, server_round: int, client: int) -> tuple[int, ...]:
         """Return the modules that a client trains in a round, by their places; empty: all that it holds.
@@ -251,6 +254,15 @@ class Strategy(ABC):
     def sent(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:
         """Return the tensors that a client is sent in a round."""
         return self.with_role(server_round, Role.SHARED, Role.BROADCAST, client=None if self.folds else client)
+
+    def measured(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:
+        """Return the tensors that a client is sent to measure what the round starts with, with all ranks that it holds.
+
+        Those of :meth:`sent`, unless the round trains fewer ranks.
+        """
+        sent, rank = self.sent(server_round, client), None if self.folds else self.setting.rank(client)
+        whole = at_rank(self.setting.specs, rank)
+        return {name: whole[name] if spec.rank_axis is not None else spec for name, spec in sent.items()}
 
     def expected(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:
         """Return the tensors that a client sends back in a round."""

@@ -43,9 +43,10 @@ _UNMEASURED_METHODS = (
     "block-lora",
     "flylora",
     "mora",
+    "sora",
 )
 # What signal to noise these learn from was not measured: not proposed.
-_UNMEASURED = ("fed-sb", "ravan", "feddpa", "fedlease")
+_UNMEASURED = ("fed-sb", "ravan", "feddpa", "fedlease", "dylora")
 
 
 def learns_from(config: Config) -> float:

@@ -18,6 +18,7 @@ from fedlora.reports.tables import metrics_table, outcome_table
 from fedlora.roles import Role
 from fedlora.runs.ranks import effective_ranks, read_strengths, zero_share
 from fedlora.server.evaluator import metrics
+from fedlora.shapes import first_ranks
 from fedlora.storage import StorageError
 from simulations.generated import generated
 from simulations.run import Run
@@ -86,6 +87,7 @@ def _measured(run: Run) -> dict[str, Any]:
         outcome |= {f"test_{name}": value for name, value in final.items()}
     if plan.privacy is not None and plan.strategy.has_personal and not run.sums:
         run.sums = run.evaluate_clients(last["round"])  # of a run that was continued after its last round
+    outcome |= _by_rank(run)
     scores = _scores(run)
     if scores:
         run.parts.folder.write_lines("scores.jsonl", scores)
@@ -98,6 +100,21 @@ def _measured(run: Run) -> dict[str, Any]:
         outcome |= {"delta": privacy.delta, "noise_multiplier": privacy.noise_multiplier}
         outcome["guarantee"] = run.privacy.record["guarantee"]
     return outcome
+
+
+def _by_rank(run: Run) -> dict[str, float]:
+    """Return the measure of the model cut to smaller ranks that rounds may train, of those the powers of two."""
+    plan, strategy = run.plan, run.plan.strategy
+    if plan.measured == "personal":
+        return {}
+    drawn = {rank for number in range(1, strategy.period + 1) if (rank := strategy.rank(number)) is not None}
+    ranks = sorted(rank for rank in drawn if rank < plan.config.method.rank and rank & (rank - 1) == 0)
+    rows, name = len(plan.data.corpus.splits[plan.measured]), run.task.measure.name
+    cut = {rank: first_ranks(run.tensors, plan.specs, rank) for rank in ranks}
+    return {
+        f"{plan.measure}_rank_{rank}": metrics(run.evaluator, run.task, tensors, plan.measured, rows)[name]
+        for rank, tensors in cut.items()
+    }
 
 
 def _scores(run: Run) -> list[dict[str, Any]]:

@@ -291,6 +291,10 @@ class Plan:
                 f"ranks by client{' in round 1, which fall where they are pruned' if self.strategy.prunes else ''}: "
                 f"{shown}; what is said of a client above is for {key} = {whole}"
             )
+        drawn = [self.strategy.rank(number) for number in range(1, min(config.rounds, 20) + 1)]
+        if any(drawn):
+            shown = ", ".join(map(str, drawn)) + (", ..." if config.rounds > len(drawn) else "")
+            lines.append(f"ranks by round: {shown}; measured and exported with all {config.method.rank}")
         if self.strategy.most_experts:
             lines.append(
                 f"experts: as many as round 1 shows clusters of clients, 2 to {self.strategy.most_experts}; bytes down "

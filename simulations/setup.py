@@ -151,8 +151,9 @@ def _check_ranks(config: Config) -> None:
     able = [one for one in STRATEGIES if STRATEGIES[one].ragged]
     rule = f"strategy {name!r} takes tensors of one shape from all clients; choose one of {', '.join(able)}."
     require(name in able, "method.ranks", ranks, rule)
-    reads = STRATEGIES[name].methods[0]
-    require(method == reads, "method.ranks", ranks, f"is read with method.name = {reads!r} only, not {method!r}.")
+    fit = " and ".join(one for one in METHODS if METHODS[one].ragged)
+    reads = METHODS[method].ragged or method == STRATEGIES[name].methods[0]
+    require(reads, "method.ranks", ranks, f"is read by {fit} only, not by {method!r} under {name!r}.")
 
 
 def _check_strategy(config: Config, task: type[Task]) -> None:

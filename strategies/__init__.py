@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedlora.plugins import STRATEGIES
+from strategies.dylora import DyLoRA, DyLoraOptions
 from strategies.fed_plora import FedPLoRA
 from strategies.fed_sb import FedSB
 from strategies.fedavg import FedAvg
@@ -38,6 +39,7 @@ for _strategy, _options in (
     (ZeroPadding, None),
     (HetLoRA, HetLoraOptions),
     (FedPLoRA, None),
+    (DyLoRA, DyLoraOptions),
     (FlexLoRA, FlexLoraOptions),
     (FLoRA, None),
     (FLoRIST, FloristOptions),
@@ -63,6 +65,8 @@ STRATEGIES.alias("s2-private", S2Personal.name)
 __all__ = [
     "S2",
     "STRATEGIES",
+    "DyLoRA",
+    "DyLoraOptions",
     "FFALora",
     "FLoRA",
     "FLoRIST",

@@ -50,7 +50,7 @@ class Scaffold(Wrapped):
     def __init__(self, inner: Strategy, num_clients: int, option: int) -> None:
         super().__init__(inner)
         self.num_clients, self.option = num_clients, option
-        if not inner.keeps_basis or inner.reduction(1) != "mean" or inner.setting.ranks:
+        if not inner.keeps_basis or inner.reduction(1) != "mean" or inner.rank(1, 0) is not None:
             raise ValueError(
                 f"local.term = 'scaffold': strategy {inner.name!r} does not average in a fixed basis at one rank, so a "
                 "control variate of one round means nothing in the next; choose a strategy that averages, such as "
@@ -60,7 +60,7 @@ class Scaffold(Wrapped):
         if any(spec.l1 for spec in self.extra(1).values()):
             raise ValueError(
                 f"local.term = 'scaffold': strategy {inner.name!r} takes proximal steps on what it averages, which a "
-                "control variate would take for gradients; set s2.sparsity = 0, or local.term = 'none'."
+                "control variate would take for gradients; set its sparsity to 0, or local.term = 'none'."
             )
 
     def local(self, server_round: int) -> LocalTerms:

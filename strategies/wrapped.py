@@ -52,6 +52,10 @@ class Wrapped(Strategy, ABC):
         """Return the inner strategy's roles."""
         return self.inner.roles(kinds, server_round)
 
+    def rank(self, server_round: int, client: int | None = None) -> int | None:
+        """Return the rank at which a client of the inner strategy trains."""
+        return self.inner.rank(server_round, client)
+
     def specs(self, server_round: int, client: int | None = None) -> Specs:
         """Return the inner strategy's tensors."""
         return self.inner.specs(server_round, client)

@@ -57,7 +57,13 @@ def test_the_shipped_code_passes(strategy: str, checks: int, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("strategy", "method"),
-    [("fedsa-lora", "vera"), ("fedsa-lora", "dora"), ("fedavg", "uni-lora"), ("fedsa-lora", "block-lora")],
+    [
+        ("fedsa-lora", "vera"),
+        ("fedsa-lora", "dora"),
+        ("fedavg", "uni-lora"),
+        ("fedsa-lora", "block-lora"),
+        ("fedavg", "sora"),
+    ],
 )
 def test_other_methods_pass(strategy: str, method: str, tmp_path: Path) -> None:
     """With vectors of their own for outputs, personal ones among them; one vector for all; blocks of A."""

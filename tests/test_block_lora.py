@@ -67,7 +67,7 @@ def test_numbers_of_a_layer() -> None:
     [
         ({"block-lora.blocks": 0}, r"block-lora.blocks = 0: must be at least 1"),
         ({"method.rslora": True}, r"method.rslora = true: is read by lora; block-lora scales by alpha / rank"),
-        ({"method.ranks": "uniform:2-4", "strategy.name": "local"}, r"method.ranks = .*method.name = 'lora' only"),
+        ({"method.ranks": "uniform:2-4", "strategy.name": "local"}, r"method.ranks = .*is read by lora and sora only"),
         ({"strategy.name": "fedsvd"}, r"method.name = 'block-lora': strategy 'fedsvd' works with lora"),
     ],
 )

@@ -100,7 +100,7 @@ KNOWN_RANKS = (6, 5, 4, 2, 3, 4, 4, 5)
         ({"method.ranks": "uniform:2-8"}, r"method.ranks = .*: strategy 'ffa-lora' takes tensors of one shape"),
         (
             {"strategy.name": "local", "method.name": "mos", "method.ranks": "uniform:2-8"},
-            r"method.ranks = .*: is read with method.name = 'lora' only, not 'mos'",
+            r"method.ranks = .*: is read by lora and sora only, not by 'mos'",
         ),
         (
             {"strategy.name": "local", "method.name": "ravan", "method.ranks": "uniform:2-4"},

@@ -179,7 +179,7 @@ def test_a_weight_that_cannot_be_read_is_refused() -> None:
         ({"method.rslora": True}, r"method.rslora = true: is read by lora"),
         (
             {"method.ranks": "uniform:2-4", "strategy.name": "local"},
-            r"method.ranks = 'uniform:2-4': .*method.name = 'lora' only",
+            r"method.ranks = 'uniform:2-4': .*is read by lora and sora only",
         ),
         ({"strategy.name": "flora"}, r"method.name = 'dora': strategy 'flora' works with lora"),
     ],

@@ -55,6 +55,14 @@ CASES: dict[str, dict[str, Any]] = {
         **{"privacy.seed": 3, "data.partition": "iid"},
     },
     "a proximal step at the server": {"strategy.name": "s2-lora"},
+    "gates of ranks that differ, under DP": {
+        **{"strategy.name": "zero-padding", "method.name": "sora", "method.ranks": "1,2,2,1"},
+        **{"privacy.mode": "dp", "privacy.noise-multiplier": 1.0, "privacy.seed": 3, "data.partition": "iid"},
+    },
+    "a rank by round, measured with all": {
+        **{"strategy.name": "dylora", "method.rank": 3, "method.head": "personal", "data.holdout": 0.2},
+        **{"rounds": 3, "server.optimizer": "momentum"},
+    },
     "personal": {"strategy.name": "fedsa-lora", "data.holdout": 0.2},
     "personal in the last rounds alone": {"strategy.name": "feddpa", "feddpa.own-rounds": 1, "data.holdout": 0.2},
     "clusters of clients": {"strategy.name": "fedlease", "data.holdout": 0.2, "rounds": 3},

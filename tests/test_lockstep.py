@@ -52,6 +52,10 @@ CASES: dict[str, dict[str, Any]] = {
     "experts of clusters": {"strategy.name": "fedlease", "data.holdout": 0.2},
     "a second term that grows": {"strategy.name": "fedex-lora"},
     "ranks by client": {"strategy.name": "zero-padding", "method.ranks": "uniform:1-2"},
+    "a rank by round, of each run's own": {"strategy.name": "dylora", "method.rank": 4},
+    "gates, and ranks by client": {
+        **{"strategy.name": "zero-padding", "method.name": "sora", "method.ranks": "uniform:1-2"},
+    },
     "modules by client": {"strategy.name": "fed-plora", "method.ranks": "uniform:1-2"},
     "heads by client": {"strategy.name": "ravan", "ravan.heads": 2, "method.ranks": "uniform:1-2"},
     "control variates": {"local.term": "scaffold", "train.optimizer": "sgd", "train.learning-rate": 0.1},

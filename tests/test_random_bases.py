@@ -127,7 +127,7 @@ def test_planted_bases_of_another_seed(name: str, monkeypatch: pytest.MonkeyPatc
         ({"method.rslora": True}, "method.rslora = true: is read by lora; {name} scales by alpha / rank"),
         (
             {"method.ranks": "uniform:2-8", "strategy.name": "local"},
-            "method.ranks = .*: is read with method.name = 'lora' only, not '{name}'",
+            "method.ranks = .*: is read by lora and sora only, not by '{name}'",
         ),
         ({"method.ranks": "uniform:2-8", "strategy.name": "fedavg"}, "takes tensors of one shape from all clients"),
         ({"strategy.name": "fedsvd"}, "method.name = '{name}'"),

@@ -160,7 +160,7 @@ def test_planted_start_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"method.alpha": 8.0}, r"method.alpha = 8.0: uni-lora has no scale alpha / r: leave it at its default"),
         ({"method.rslora": True}, r"method.rslora = True: uni-lora has no scale alpha / r"),
         ({"uni-lora.length": 0}, r"uni-lora.length = 0: must be at least 1"),
-        ({"method.ranks": "uniform:2-4", "strategy.name": "local"}, r"method.ranks = .*method.name = 'lora' only"),
+        ({"method.ranks": "uniform:2-4", "strategy.name": "local"}, r"method.ranks = .*is read by lora and sora only"),
         *(
             ({"strategy.name": name}, rf"method.name = 'uni-lora': strategy '{name}' works with")
             for name in ("ffa-lora", "rolora", "fedsa-lora", "fedsvd")

@@ -104,7 +104,7 @@ def test_parameters_of_the_paper() -> None:
         ({"vera.d-initial": 0.0}, r"vera.d-initial = 0.0: must be greater than 0"),
         (
             {"method.ranks": "uniform:2-4", "strategy.name": "local"},
-            r"method.ranks = 'uniform:2-4': .*method.name = 'lora' only",
+            r"method.ranks = 'uniform:2-4': .*is read by lora and sora only",
         ),
         ({"strategy.name": "fedsvd"}, r"method.name = 'vera': strategy 'fedsvd' works with lora"),
     ],

@@ -44,6 +44,7 @@ from fedlora.methods.randlora import RandLora
 from fedlora.methods.ravan import Ravan, RavanOptions
 from fedlora.methods.s2_lora import S2Lora, S2Options
 from fedlora.methods.scaled_bases import ScaledBases
+from fedlora.methods.sora import Sora, SoraOptions
 from fedlora.methods.square import Square
 from fedlora.methods.top_ranks import TopRanks
 from fedlora.methods.uni_lora import UniLora, UniLoraOptions
@@ -66,6 +67,7 @@ METHODS.register("uni-lora", UniLoraOptions)(UniLora)
 METHODS.register("block-lora", BlockLoraOptions)(BlockLora)
 METHODS.register("flylora", FlyLoraOptions)(FlyLora)
 METHODS.register("mora")(Mora)
+METHODS.register("sora", SoraOptions)(Sora)
 
 
 def build_method(config: Config, adapted: Sequence[Layer], head: Sequence[Layer]) -> Method:
@@ -122,6 +124,8 @@ __all__ = [
     "S2Options",
     "Scale",
     "ScaledBases",
+    "Sora",
+    "SoraOptions",
     "Square",
     "TensorSpec",
     "TopRanks",

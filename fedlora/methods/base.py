@@ -218,6 +218,8 @@ class LowRankMethod(Method):
     """Strategies that work with it, beside those that name it among their ``methods``: they are older than it."""
     rank_is_bounded: ClassVar[bool] = True
     """Whether ranks above the layers' features are refused, as they would add nothing."""
+    ragged: ClassVar[bool] = False
+    """Whether clients may hold different ranks of it (``method.ranks``): its tensors have rank axes."""
     inits: ClassVar[tuple[str, ...]] = ()
     """Values of ``method.init`` that it knows, beside ``auto``."""
     no_adapter: ClassVar[str] = ""

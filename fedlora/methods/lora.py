@@ -35,6 +35,8 @@ class Lora(LowRankMethod):
         rslora: Divide alpha by sqrt(r) instead of r.
     """
 
+    ragged = True
+
     def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, rslora: bool) -> None:
         self.layers = tuple(layers)
         self.rank = rank

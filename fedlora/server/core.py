@@ -46,13 +46,19 @@ class Core:
         """The ranks that have been added until the end of each round, of a strategy whose tensors accumulate."""
         return [tuple(map(int, ranks)) for ranks in self.state.extra.get(ACCUMULATED, np.zeros((1, 0)))]
 
-    def sent(self, server_round: int, clients: Sequence[int]) -> Tensors:
-        """Return the tensors that clients are sent together: as much of each as the one with the largest rank holds."""
+    def sent(self, server_round: int, clients: Sequence[int], *, train: bool = True) -> Tensors:
+        """Return the tensors that clients are sent together: as much of each as the one with the largest rank holds.
+
+        Args:
+            server_round: The round.
+            clients: The clients.
+            train: Whether they train, which may take fewer ranks than to be measured.
+        """
         strategy = self.strategy
         ranks = strategy.held
         widest = max(clients, key=lambda client: ranks[client]) if ranks else None
         accumulated = {name: self.state.tensors[name] for name in strategy.accumulated(self.ranks[-1])}
-        sent = strategy.sent(server_round, widest)
+        sent = (strategy.sent if train else strategy.measured)(server_round, widest)
         return {**{name: cut(self.state.tensors[name], spec.shape) for name, spec in sent.items()}, **accumulated}
 
     def start(self, server_round: int, client: int) -> Tensors:
@@ -72,18 +78,18 @@ class Core:
             job: Digest of the job that they have joined; empty in a simulation.
         """
         strategy, federation = self.strategy, self.federation
-        ranks, heads = strategy.held, self.state.clients.ledger_heads
+        heads = self.state.clients.ledger_heads
         modules = tuple(strategy.modules(server_round, client) for client in clients) if train else ()
         return Instruction(
             round=server_round,
             clients=tuple(clients),
             roles=strategy.all_roles(server_round),
-            tensors=self.sent(server_round, clients),
+            tensors=self.sent(server_round, clients, train=train),
             weights=federation.weights,
             reduction=strategy.reduction(server_round),
             local=strategy.local(server_round),
             extra={name: self.state.extra[name] for name in (strategy.extra(server_round) if train else ())},
-            ranks=tuple(ranks[client] for client in clients) if ranks else (),
+            ranks=self._computed(server_round, clients, train),
             modules=modules if any(modules) else (),
             experts=strategy.experts(clients),
             fingerprint=federation.fingerprint or code_fingerprint()[0],
@@ -91,6 +97,14 @@ class Core:
             ledger_heads=tuple(heads.get(client, "") for client in clients) if federation.dp else (),
             job=job,
         )
+
+    def _computed(self, server_round: int, clients: Sequence[int], train: bool) -> tuple[int, ...]:
+        """Return the rank that each client computes with; empty: all with the method's."""
+        strategy = self.strategy
+        if train and not strategy.folds:
+            ranks = [strategy.rank(server_round, client) for client in clients]
+            return tuple(rank for rank in ranks if rank is not None)
+        return tuple(strategy.held[client] for client in clients) if strategy.held else ()
 
     def apply(self, server_round: int, total: Reduction, used: Collection[int]) -> None:
         """Turn a round's updates into the new state, in the dtype of its tensors.

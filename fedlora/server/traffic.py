@@ -46,11 +46,16 @@ def lacking(strategy: Strategy, server_round: int, received: int, client: int | 
             it has what the seed gives.
         client: The client, where clients differ in rank.
     """
+    return _changed(strategy, strategy.sent(server_round, client), server_round, received)
+
+
+def _changed(strategy: Strategy, sent: Specs, server_round: int, received: int) -> Specs:
+    """Return those of the tensors sent that have changed since the last round whose outcome a client was sent."""
     since = max(received + 1, server_round - strategy.period)  # what a whole cycle changes is all that ever changes
     kinds = set().union(*(strategy.changed(number) for number in range(since, server_round)))
     if received < 0:
         kinds |= strategy.changed(0)
-    return {name: spec for name, spec in strategy.sent(server_round, client).items() if spec.kind in kinds}
+    return {name: spec for name, spec in sent.items() if spec.kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,8 @@ class Payloads:
             client: The client, where clients differ in rank.
             ranks: The ranks that have been added.
         """
-        sent, needed = self.evaluation(server_round, received, client, ranks)
         strategy, extra = self.strategy, self.strategy.extra(server_round)
+        sent, needed = self._sizes(strategy.sent(server_round, client), server_round, received, ranks)
         # What is sent beside the tensors starts at zero everywhere, and is new after each round that exchanged it.
         before = set().union(*(strategy.extra(n) for n in range(max(1, server_round - strategy.period), server_round)))
         new = {name: spec for name, spec in extra.items() if name in before}
@@ -91,11 +96,14 @@ class Payloads:
         self, server_round: int, received: int = -1, client: int | None = None, ranks: Ranks = ((),)
     ) -> tuple[int, int]:
         """Return what :meth:`down` returns, for a client that evaluates what it would start the round with."""
-        grown = self.strategy.accumulated(ranks[-1])
-        sent = self._size(self.strategy.sent(server_round, client)) + self._size(grown)
-        lacked = self._size(lacking(self.strategy, server_round, received, client))
+        return self._sizes(self.strategy.measured(server_round, client), server_round, received, ranks)
+
+    def _sizes(self, sent: Specs, server_round: int, received: int, ranks: Ranks) -> tuple[int, int]:
+        """Return the bytes of tensors and of what accumulates, and of those that a client lacks."""
+        lacked = self._size(_changed(self.strategy, sent, server_round, received))
         before = ranks[min(max(0, received), len(ranks) - 1)]
-        return sent, lacked + self._grown_since(before, ranks[-1])
+        whole = self._size(sent) + self._size(self.strategy.accumulated(ranks[-1]))
+        return whole, lacked + self._grown_since(before, ranks[-1])
 
     def _grown_since(self, before: tuple[int, ...], now: tuple[int, ...]) -> int:
         """Return the bytes of accumulated tensors that one lacks who has those of ``before`` added ranks."""

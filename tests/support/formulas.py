@@ -22,6 +22,7 @@ from fedlora.methods import (
     NolaOptions,
     RavanOptions,
     S2Options,
+    SoraOptions,
     UniLoraOptions,
 )
 from fedlora.methods.base import Layer
@@ -129,6 +130,14 @@ def _s2_penalty(config: Config, tensors: Tensors) -> Tensor:
             gram = value @ value.T if name.endswith(".A") else value.T @ value
             total = total + weight * ((gram - torch.eye(len(gram))) ** 2).sum()
     return total
+
+
+# -- sora ---------------------------------------------------------------------------------------------
+
+
+def _sora(config: Config, layers: Sequence[Layer], layer: Layer, tensors: Tensors) -> Any:
+    a, b, g = (tensors[f"{layer.name}.sora_{letter}"] for letter in "ABg")
+    return sum(_scale(config) * g[i] * torch.outer(b[:, i], a[i]) for i in range(config.method.rank))
 
 
 # -- lora-sb and ravan --------------------------------------------------------------------------------
@@ -306,6 +315,7 @@ FORMULAS = {
         _s2_penalty,
         l1={"s": 0.05},
     ),
+    "sora": Formula(_config("sora", 3).with_options(SoraOptions(sparsity=0.05)), _sora, l1={"g": 0.05}),
     "lora-sb": Formula(_config("lora-sb", 3), _lora_sb),
     "vera": Formula(_config("vera", 5, MethodConfig.alpha), _vera),
     "dora": Formula(_config("dora", 3), _lora, weight=_dora_weight),
@@ -380,6 +390,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("rolora", "dora"), ((both(3) + outputs) / 2, both(3) + outputs, (both(3) + outputs) / 2)
     for name in ("zero-padding", "hetlora", "fed-plora"):
         yield (name, "lora"), (both(3), both(3), both(3))
+    yield ("dylora", "lora"), (both(2), both(2), both(2))  # rank 1, 2 and 3, each in one round of a cycle
     for name in ("flexlora", "lora-fair", "fedrot-lora"):
         yield (name, "lora"), (both(3), both(3), both(3))
     yield ("fedex-lora", "lora"), (both(3), both(3), both(3))  # and the residuals, which grow by round
@@ -416,6 +427,10 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
     yield ("s2-frozen", "s2-lora"), (s, s, s)
     yield ("s2-cyclic", "s2-lora"), ((bases + s) / 3, bases + s, (bases + s) / 3)
     yield ("s2-personal", "s2-lora"), (bases, bases, bases)
+    gated = both(3) + s  # a gate for each rank of each layer
+    yield ("fedavg", "sora"), (gated, gated, gated)
+    yield ("zero-padding", "sora"), (gated, gated, gated)
+    yield ("fedsa-lora", "sora"), (a(3), a(3), a(3))
     for method in methods_of("local"):
         yield ("local", method), (0, 0, 0)
 

@@ -19,19 +19,18 @@ class Slow:
 
     def __init__(self, settings: ServerConfig) -> None:
         self.settings = settings
-        self.moments: dict[tuple[str, int], tuple[float, float]] = {}
+        self.moments: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}
         self.times: dict[str, int] = {}
 
     def step(self, name: str, held: Any, mean: Any) -> Any:
-        """Return what the server holds after a round that shared a tensor."""
+        """Return what the server holds after a round that shared a tensor, or the first numbers of its axes."""
         time = self.times[name] = self.times.get(name, 0) + 1
-        ended = [
-            x + self._number((name, place), y - x, time)
-            for place, (x, y) in enumerate(zip(held.ravel().tolist(), mean.ravel().tolist(), strict=True))
-        ]
-        return np.array(ended).reshape(held.shape)
+        ended = held.copy()
+        for place in np.ndindex(*mean.shape):
+            ended[place] += self._number((name, place), float(mean[place] - held[place]), time)
+        return ended
 
-    def _number(self, key: tuple[str, int], d: float, time: int) -> float:
+    def _number(self, key: tuple[str, tuple[int, ...]], d: float, time: int) -> float:
         s, (m, v) = self.settings, self.moments.get(key, (0.0, 0.0))
         eta = s.learning_rate
         match s.optimizer:
@@ -56,7 +55,7 @@ class Slow:
 class SecondMomentOfTheFirst(Slow):
     """The fault of OpenFedLLM's FedAdam: v from m^2 instead of d^2."""
 
-    def _number(self, key: tuple[str, int], d: float, time: int) -> float:
+    def _number(self, key: tuple[str, tuple[int, ...]], d: float, time: int) -> float:
         s, (m, v) = self.settings, self.moments.get(key, (0.0, 0.0))
         m = s.beta1 * m + (1 - s.beta1) * d
         v = s.beta2 * v + (1 - s.beta2) * m * m

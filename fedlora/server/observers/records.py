@@ -64,7 +64,7 @@ class MetricsFile(Observer):
                     end.round,
                     reports[client],
                     refused.get(client),
-                    strategy.setting.rank(client),
+                    strategy.rank(end.round, client),
                     strategy.expert(client),
                 )
                 for client in sorted(reports)
