@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 
 from fedlora.config import SMALL_LLAMA
+from fedlora.lora_files import CONFIG, WEIGHTS
 from fedlora.messages import first_line
-from fedlora.reports.adapters import CONFIG, adapter_of
+from fedlora.reports.adapters import adapter_of
 from fedlora.reports.run import Run
 
-WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 PUBLIC = (
     *(CARD, CONFIG, WEIGHTS, "ranks.json"),
