@@ -21,11 +21,12 @@ from fedlora.reports.adapters import adapter_of
 from fedlora.reports.run import Run
 
 CARD = "README.md"
-PUBLIC = (
-    *(CARD, CONFIG, WEIGHTS, "ranks.json"),
+TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
+"""Names of the files that a tokenizer has, those of each kind."""
+PUBLIC = (CARD, CONFIG, WEIGHTS, "ranks.json", *TOKENIZER)
 """Names of the files that are uploaded where an adapter has them: the adapter, its tokenizer and its card."""
 SIGNED = ("manifest.json", "manifest.sig")
 """The signature of a deployed federation's adapter; of use only beside the very files that were signed."""
