@@ -20,7 +20,7 @@ from fedlora.config import Config, ConfigError
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.runs.lock import held, refuse_held
 from fedlora.storage import StorageError, check_can_write, write_whole, writing
-from simulations import push, try_adapter
+from simulations import merge, push, try_adapter
 from simulations.advice import check_can_suggest, suggest
 from simulations.cluster import check_options
 from simulations.exits import exit_with
@@ -88,6 +88,7 @@ def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, 
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run folder")
     report.add_argument("--html", type=Path, metavar="FILE", help="write one page that needs no other file")
     try_adapter.add_arguments(commands.add_parser("try", help="what a run's adapter answers to a text"))
+    merge.add_arguments(commands.add_parser("merge", help="one adapter of several, and how well each does"))
     push.add_arguments(commands.add_parser("push", help="a run's adapter and its card to the Hugging Face hub"))
     for name, text in (others or {}).items():
         commands.add_parser(name, help=text)
@@ -99,6 +100,8 @@ def run(arguments: Sequence[str] | None, console: Console, others: Mapping[str, 
             return _sweep(options, console)
         case "try":
             return try_adapter.run_try(options, console)
+        case "merge":
+            return merge.run_merge(options, console)
         case "push":
             return push.run_push(options, console)
         case _:

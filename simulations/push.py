@@ -15,17 +15,18 @@ from typing import Any
 from rich.console import Console
 
 from fedlora.config import SMALL_LLAMA
+from fedlora.lora_files import CONFIG, WEIGHTS
 from fedlora.messages import first_line
-from fedlora.reports.adapters import CONFIG, adapter_of
+from fedlora.reports.adapters import adapter_of
 from fedlora.reports.run import Run
 
-WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
-PUBLIC = (
-    *(CARD, CONFIG, WEIGHTS, "ranks.json"),
+TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
+"""Names of the files that a tokenizer has, those of each kind."""
+PUBLIC = (CARD, CONFIG, WEIGHTS, "ranks.json", *TOKENIZER)
 """Names of the files that are uploaded where an adapter has them: the adapter, its tokenizer and its card."""
 SIGNED = ("manifest.json", "manifest.sig")
 """The signature of a deployed federation's adapter; of use only beside the very files that were signed."""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -23,6 +25,7 @@ from fedlora.reports.adapters import adapter_of
 from fedlora.reports.run import Run
 from fedlora.tasks import TASKS, CausalLM, MultiLabel, SequenceTask, Task
 
+_TOGETHER = 32  # rows that go through the model at once
 NOTHING = "(nothing: the model ends its answer at once)"
 
 
@@ -182,6 +185,23 @@ class Adapted:
         said = task.said(logits) if isinstance(task, MultiLabel) else values == values.amax(-1, keepdim=True)
         found = zip(self.run.outputs, values[0].tolist(), said[0].tolist(), strict=True)
         return sorted(itertools.starmap(Prediction, found), key=lambda one: -one.value)
+
+    def metrics(self, table: Table) -> dict[str, float]:
+        """Return the metrics of some rows, those of equal length together: no model makes anything of padding then."""
+        import torch
+
+        rows = self.task.encode(table, self.tokenizer, self.run.config.train.max_length)
+        found: dict[str, list[NDArray[np.float64]]] = {}
+        for cost in np.unique(rows.cost):
+            same = np.flatnonzero(rows.cost == cost)
+            for part in np.array_split(same, -(-len(same) // _TOGETHER)):
+                batch = self.task.collate(rows, part.tolist(), self.model.device)
+                with torch.no_grad():
+                    facts = self.task.row_metrics(self.model, batch)
+                for name, values in facts.items():
+                    found.setdefault(name, []).append(values.double().cpu().numpy())
+        sums = self.task.sums({name: np.concatenate(values) for name, values in found.items()})
+        return self.task.metrics({name: value / len(rows) for name, value in sums.items()})
 
     def write(self, row: Table, tokens: int) -> str:
         """Return what the model writes after a row's prompt, greedily, until it ends its answer.

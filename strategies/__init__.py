@@ -20,6 +20,7 @@ from strategies.florist import FLoRIST, FloristOptions
 from strategies.hetlora import HetLoRA, HetLoraOptions
 from strategies.local import Local
 from strategies.lora_fair import LoRAFair, LoraFairOptions
+from strategies.lora_lego import LoRALego
 from strategies.mos import MoS
 from strategies.mos_personal import MoSPersonal
 from strategies.ravan import Ravan
@@ -46,6 +47,7 @@ for _strategy, _options in (
     (FedExLoRA, FedExOptions),
     (LoRAFair, LoraFairOptions),
     (FedRotLoRA, FedRotOptions),
+    (LoRALego, None),
     (Local, None),
     (MoS, None),
     (MoSPersonal, None),
@@ -88,6 +90,7 @@ __all__ = [
     "HetLoRA",
     "HetLoraOptions",
     "LoRAFair",
+    "LoRALego",
     "Local",
     "LoraFairOptions",
     "MoS",

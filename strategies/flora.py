@@ -22,8 +22,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import final
 
-from fedlora.methods.products import Pair
-from strategies.stacked import Product, Stacked
+from fedlora.methods.products import Pair, Product
+from strategies.stacked import Stacked
 
 
 @final

@@ -20,10 +20,10 @@ from typing import ClassVar, final
 import numpy as np
 
 from fedlora.config import Options, require
-from fedlora.methods.products import Pair, decompose
+from fedlora.methods.products import Pair, Product, decompose
 from fedlora.methods.residual import compress
 from fedlora.strategy import Setting
-from strategies.stacked import Product, Stacked
+from strategies.stacked import Stacked
 
 
 @final

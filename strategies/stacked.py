@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedlora.methods.products import Pair, pairs
+from fedlora.methods.products import Pair, Product, pairs
 from fedlora.methods.residual import extend, residual_specs
 from fedlora.reduce import Reduced, mean_product, weighted_mean
 from fedlora.roles import Role, Roles
@@ -17,9 +16,6 @@ from fedlora.state import ServerState
 from fedlora.strategy import Specs, Strategy
 
 _ADDED = "stacked/added"  # in the server's state: the ranks that the last round has added, [layers]
-
-Product = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""The factors A [R, d_in] and B [d_out, R] of a product B A."""
 
 
 class Stacked(Strategy, ABC):

@@ -41,6 +41,7 @@ RULES = {
     "fedex-lora",
     "lora-fair",
     "fedrot-lora",
+    "lora-lego",
     "ravan",
     "fedlease",
 }  # other than means

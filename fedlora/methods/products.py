@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from fedlora.methods.base import TensorSpec
 
 Array = NDArray[np.floating]
+
+Product = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""The factors A [R, d_in] and B [d_out, R] of a product B A."""
 
 
 class Pair(NamedTuple):
@@ -28,6 +31,12 @@ def pairs(specs: Mapping[str, TensorSpec]) -> list[Pair]:
         if spec.kind in ("A", "B"):
             by_layer.setdefault(spec.factors[0], {})[spec.kind] = name
     return [Pair(layer, names["A"], names["B"]) for layer, names in by_layer.items()]
+
+
+def stack(products: Sequence[Product], shares: Sequence[float]) -> Product:
+    """Return factors of a weighted sum of products, stacked in their order: A has the weights."""
+    a = [share * one for share, (one, _) in zip(shares, products, strict=True)]
+    return np.concatenate(a, axis=0), np.concatenate([b for _, b in products], axis=1)
 
 
 class Decomposed(NamedTuple):

@@ -7,7 +7,6 @@ that it lacks, which a fedlora export leaves out where they are zero, start whol
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,25 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, ConfigError
-from fedlora.messages import first_line
+from fedlora.lora_files import PREFIX, layer_scale, read_about, read_weights, same_base, unlike_plain
 from fedlora.models.names import model_path
 from fedlora.models.structure import Structure
 from fedlora.ranks import client_ranks
 
 Array = NDArray[np.floating]
-
-_PREFIX = "base_model.model."
-_WEIGHTS = "adapter_model.safetensors"
-_PLAIN = {  # what a plain LoRA has, by key of adapter_config.json; others change what the factors mean
-    "use_dora": False,
-    "lora_bias": False,
-    "bias": "none",
-    "layer_replication": None,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
-    "kasa_config": None,
-}
-_PLAIN_STARTS = (None, True, False, "gaussian")  # others (pissa, olora, loftq ...) may have changed the base's weights
 
 
 def adapter_start(config: Config, structure: Structure, seeded: Mapping[str, Array]) -> dict[str, Array]:
@@ -59,7 +45,7 @@ def adapter_start(config: Config, structure: Structure, seeded: Mapping[str, Arr
     least = min(client_ranks(config, config.federation.num_clients), default=method.rank)
     own_scale = method.alpha / (math.sqrt(method.rank) if method.rslora else method.rank)
     for layer in structure.adapted:
-        a, b = (weights.pop(f"{_PREFIX}{layer.name}.lora_{letter}.weight", None) for letter in "AB")
+        a, b = (weights.pop(f"{PREFIX}{layer.name}.lora_{letter}.weight", None) for letter in "AB")
         if a is None and b is None:
             continue
         if a is None or b is None or not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -75,7 +61,7 @@ def adapter_start(config: Config, structure: Structure, seeded: Mapping[str, Arr
             )
         whole_a = np.array(seeded[f"{layer.name}.lora_A"], dtype=np.float64)
         whole_b = np.zeros(seeded[f"{layer.name}.lora_B"].shape)
-        whole_a[:rank], whole_b[:, :rank] = a, b * (_scale(about, layer.name, rank) / own_scale)
+        whole_a[:rank], whole_b[:, :rank] = a, b * (layer_scale(about, layer.name, rank) / own_scale)
         found |= {f"{layer.name}.lora_A": whole_a, f"{layer.name}.lora_B": whole_b}
     if not found:
         raise _unlike(folder, f"it is on none of the run's layers, such as {structure.adapted[0].name}")
@@ -97,7 +83,7 @@ def _head(
     for layer in structure.head:
         for part in ("weight", "bias"):
             name = f"{layer.name}.{part}"
-            value = weights.pop(f"{_PREFIX}{name}", None)
+            value = weights.pop(f"{PREFIX}{name}", None)
             if value is None:
                 continue
             if name not in seeded or value.shape != seeded[name].shape:
@@ -114,51 +100,24 @@ def _head(
 
 def _read(path: Path, folder: str) -> tuple[dict[str, Any], dict[str, Array]]:
     """Return an adapter's configuration and its tensors by name."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        about = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-        weights = load_file(path / _WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            f"method.start = {folder!r}: no PEFT adapter can be read there ({first_line(error)}); name a folder with "
-            f"adapter_config.json and {_WEIGHTS}, such as a run's adapter/, or where it has moved to."
-        ) from error
-    return about, {name: value.double().numpy() for name, value in weights.items()}
+        return read_about(path), read_weights(path)
+    except ValueError as error:
+        raise ConfigError(f"method.start = {folder!r}: {error}.") from error
 
 
 def _check_kind(folder: str, about: Mapping[str, Any], config: Config) -> None:
     """Refuse an adapter that is no plain LoRA, or one of another base model."""
-    if not isinstance(about, dict) or about.get("peft_type") != "LORA":
-        raise _unlike(
-            folder, f"it is of the kind {about.get('peft_type') if isinstance(about, dict) else about}, not LORA"
-        )
-    if about.get("init_lora_weights") not in _PLAIN_STARTS:
-        raise _unlike(
-            folder,
-            f"it has init_lora_weights = {about['init_lora_weights']!r}, which may have changed the base model; "
-            "save it by PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
-        )
-    for key, plain in _PLAIN.items():
-        if about.get(key, plain) != plain:
-            raise _unlike(folder, f"it has {key} = {about[key]!r}, which a plain LoRA has not")
+    reason = unlike_plain(about)
+    if reason:
+        raise _unlike(folder, reason)
     its, own = str(about.get("base_model_name_or_path") or ""), model_path(config.model.name)
-    if Path(its).name.casefold() != Path(own).name.casefold():
+    if not same_base(its, own):
         raise _unlike(
             folder,
             f"it says that its base model is {its!r}, and the run's is {own!r}; where they are the same, change "
             "base_model_name_or_path in its adapter_config.json",
         )
-
-
-def _scale(about: Mapping[str, Any], layer: str, rank: int) -> float:
-    """Return what PEFT multiplies a layer's B A by."""
-    from peft.utils.other import get_pattern_key
-
-    alphas = about.get("alpha_pattern") or {}
-    alpha = float(alphas.get(get_pattern_key(list(alphas), layer), about.get("lora_alpha", 8)))
-    return alpha / (math.sqrt(rank) if about.get("use_rslora") else rank)
 
 
 def _unlike(folder: str, why: str) -> ConfigError:

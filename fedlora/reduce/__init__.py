@@ -4,7 +4,7 @@ from fedlora.reduce.base import ClientUpdate, Expected, Reduced, Reduction
 from fedlora.reduce.check import check_tensors
 from fedlora.reduce.fold import REDUCTIONS, fold
 from fedlora.reduce.mean import WeightedMean
-from fedlora.reduce.one_by_one import OneByOne, mean_product, weighted_mean
+from fedlora.reduce.one_by_one import OneByOne, factors, mean_product, shares, weighted_mean
 
 __all__ = [
     "REDUCTIONS",
@@ -15,7 +15,9 @@ __all__ = [
     "Reduction",
     "WeightedMean",
     "check_tensors",
+    "factors",
     "fold",
     "mean_product",
+    "shares",
     "weighted_mean",
 ]

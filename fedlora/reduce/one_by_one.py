@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Self, final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedlora.codec import WireError
 from fedlora.exact_sum import check_sizes
 from fedlora.exchange import Tensors, Update
+from fedlora.methods.products import Product, stack
 from fedlora.reduce.base import ClientUpdate, Expected, Header, Records, Reduced, Reduction
 from fedlora.reduce.check import check_tensors
 
@@ -97,14 +97,12 @@ class OneByOne(Reduction):
 
 def weighted_mean(updates: Sequence[ClientUpdate], names: Iterable[str]) -> Tensors:
     """Return the weighted mean of some tensors of updates that were kept apart, float64, summed in their order."""
-    total = sum(one.weight for one in updates)
-    terms = ((name, [one.weight / total * one.tensors[name].astype(np.float64) for one in updates]) for name in names)
+    each = list(zip(shares(updates), updates, strict=True))
+    terms = ((name, [share * one.tensors[name].astype(np.float64) for share, one in each]) for name in names)
     return {name: np.sum(values, axis=0) for name, values in terms}
 
 
-def mean_product(
-    updates: Sequence[ClientUpdate], name_a: str, name_b: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def mean_product(updates: Sequence[ClientUpdate], name_a: str, name_b: str) -> Product:
     """Return factors of the weighted mean of the clients' products, ``sum_k p_k B_k A_k``, stacked in their order.
 
     Args:
@@ -115,7 +113,15 @@ def mean_product(
     Returns:
         A [sum r_k, d_in], which has the weights, and B [d_out, sum r_k].
     """
+    return stack(factors(updates, name_a, name_b), shares(updates))
+
+
+def shares(updates: Sequence[ClientUpdate]) -> list[float]:
+    """Return the weight of each update among all of them; they sum to 1."""
     total = sum(one.weight for one in updates)
-    a = [one.weight / total * one.tensors[name_a].astype(np.float64) for one in updates]
-    b = [one.tensors[name_b].astype(np.float64) for one in updates]
-    return np.concatenate(a, axis=0), np.concatenate(b, axis=1)
+    return [one.weight / total for one in updates]
+
+
+def factors(updates: Sequence[ClientUpdate], name_a: str, name_b: str) -> list[Product]:
+    """Return the A [r_k, d_in] and B [d_out, r_k] of each update, float64."""
+    return [(one.tensors[name_a].astype(np.float64), one.tensors[name_b].astype(np.float64)) for one in updates]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fedlora.lora_files import CONFIG
 from fedlora.reports.run import Run
-
-CONFIG = "adapter_config.json"  # what makes a folder an adapter, to PEFT
 
 
 def adapter_of(run: Run, client: int | None = None) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,13 +17,12 @@ from safetensors.torch import save_file
 from fedlora.config import Config
 from fedlora.engine import Engine
 from fedlora.engine.stack import common_shapes
+from fedlora.lora_files import PREFIX, WEIGHTS, rank_settings
 from fedlora.methods import Dense, Factor, LowRank, PeftAdapter, Scale, WeightDecomposed, as_low_rank
 from fedlora.methods.residual import compress
 from fedlora.models import head_modules, model_path
 from fedlora.runs.ranks import FILE, strengths
 from fedlora.shapes import pad
-
-_PREFIX = "base_model.model."
 
 
 def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], config: Config) -> dict[str, bytes]:
@@ -51,10 +49,10 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
     weights = dict(adapter.weights)
     for name, factor in factors.items():
         if isinstance(factor, Dense | Scale):
-            weights[f"{_PREFIX}{name}.weight"] = factor.weight
+            weights[f"{PREFIX}{name}.weight"] = factor.weight
             if factor.bias is not None:
-                weights[f"{_PREFIX}{name}.bias"] = factor.bias
-    weights |= {f"{_PREFIX}{name}": value for name, value in _untrained(engine, heads).items()}
+                weights[f"{PREFIX}{name}.bias"] = factor.bias
+    weights |= {f"{PREFIX}{name}": value for name, value in _untrained(engine, heads).items()}
     targets = adapter.settings["target_modules"]
     settings: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(adapter.kind)](
         task_type=TaskType(engine.task.peft_type),
@@ -69,7 +67,7 @@ def adapter_files(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], c
         settings.save_pretrained(folder)
         save_file(
             {key: value.detach().cpu().contiguous() for key, value in weights.items()},
-            f"{folder}/adapter_model.safetensors",
+            f"{folder}/{WEIGHTS}",
         )
         if engine.base.tokenizer is not None:
             engine.base.tokenizer.save_pretrained(folder)
@@ -99,21 +97,11 @@ def _lora(engine: Engine, factors: Mapping[str, Factor], found: Mapping[str, lis
     for name in ranks:
         low = as_low_rank(factors[name])
         assert low is not None, "a layer with ranks"
-        weights[f"{_PREFIX}{name}.lora_A.weight"] = low.A[used[name]]
-        weights[f"{_PREFIX}{name}.lora_B.weight"] = low.scaled_b()[:, used[name]]
+        weights[f"{PREFIX}{name}.lora_A.weight"] = low.A[used[name]]
+        weights[f"{PREFIX}{name}.lora_B.weight"] = low.scaled_b()[:, used[name]]
     for name, one in decomposed.items():
-        weights[f"{_PREFIX}{name}.lora_magnitude_vector"] = engine.grouped.magnitude(name, one)
-    common = max(ranks.values(), key=list(ranks.values()).count)
-    pattern = {rf"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != common}
-    settings = {
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": pattern,
-        "alpha_pattern": dict(pattern),
-        "target_modules": sorted(ranks),
-        "use_dora": bool(decomposed),
-    }
-    return PeftAdapter("LORA", settings, weights)
+        weights[f"{PREFIX}{name}.lora_magnitude_vector"] = engine.grouped.magnitude(name, one)
+    return PeftAdapter("LORA", {**rank_settings(ranks), "use_dora": bool(decomposed)}, weights)
 
 
 def _untrained(engine: Engine, heads: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from fedlora.engine import Engine, evaluate
 from fedlora.engine.fast import ROUNDINGS, rounded_blocks
+from fedlora.lora_files import PREFIX
 from fedlora.methods import WeightDecomposed, as_low_rank
 from fedlora.methods.products import product_norm
 from fedlora.models.quiet import quiet
@@ -83,10 +84,8 @@ def same_numbers(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], ad
             continue
         own = [whole] if whole.residual is None else [whole, whole.residual]
         a, b = torch.cat([one.A for one in own], -2).numpy(), torch.cat([one.scaled_b() for one in own], -1).numpy()
-        layer: Any = adapted.get_submodule(f"base_model.model.{name}")
-        down, up = _peft_factors(layer)
-        off = product_norm(np.concatenate([a, down]), np.concatenate([b, -up], 1))
-        if not off <= _SAME * product_norm(a, b):
+        layer: Any = adapted.get_submodule(f"{PREFIX}{name}")
+        if not same_update(layer, a, b):
             return False
         if isinstance(factor, WeightDecomposed):
             m = _double(engine.grouped.magnitude(name, factor))
@@ -94,6 +93,13 @@ def same_numbers(engine: Engine, tensors: Mapping[str, NDArray[np.floating]], ad
             if not off <= _SAME * np.linalg.norm(m):
                 return False
     return True
+
+
+def same_update(layer: Any, a: NDArray[np.float64], b: NDArray[np.float64]) -> bool:
+    """Return whether what a layer of PEFT adds is B A but for rounding, given A [r, d_in] and B [d_out, r]."""
+    down, up = _peft_factors(layer)
+    off = product_norm(np.concatenate([a, down]), np.concatenate([b, -up], 1))
+    return off <= _SAME * product_norm(a, b)
 
 
 def _peft_factors(layer: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -388,7 +388,7 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield (name, "dora"), (d * a(3) + b_ * (b(3) + outputs),) * 3
     yield ("rolora", "vera"), ((ranks + outputs) / 2, ranks + outputs, (ranks + outputs) / 2)
     yield ("rolora", "dora"), ((both(3) + outputs) / 2, both(3) + outputs, (both(3) + outputs) / 2)
-    for name in ("zero-padding", "hetlora", "fed-plora"):
+    for name in ("zero-padding", "hetlora", "fed-plora", "lora-lego"):
         yield (name, "lora"), (both(3), both(3), both(3))
     yield ("dylora", "lora"), (both(2), both(2), both(2))  # rank 1, 2 and 3, each in one round of a cycle
     for name in ("flexlora", "lora-fair", "fedrot-lora"):
