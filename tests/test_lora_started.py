@@ -34,6 +34,7 @@ from simulations.in_process import InProcess
 from simulations.preflight import preflight
 from simulations.setup import resolve
 from tests.support.families import random_examples, small_model, without_float32
+from tests.support.federation import saved
 from tests.support.formulas import LAYERS
 from tests.support.matrix import HEAD, MODELS, Arrays, engine_of, works
 from tests.support.tiny import save_texts
@@ -376,6 +377,17 @@ def test_clients_with_tensors_or_ranks_of_their_own(changes: dict[str, Any], tmp
         losses.append(run.measure(number)["loss"])
     assert abs(losses[1] - alone.measure(2)["loss"]) < 1e-9
     assert abs(losses[1] - losses[0]) > 1e-6, "control: it trains"
+
+
+def test_a_resumed_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    """The server's A0 and B0 are in its state, and are not computed again."""
+    flat = flat_of(tmp_path, "lora-ga", **{"strategy.name": "rolora"})
+    whole, half = federation(flat, tmp_path), federation(flat, tmp_path)
+    whole.train(1)
+    half.core.state = saved(whole.core.state)
+    whole.train(2)
+    half.train(2)
+    assert all(np.array_equal(value, half.core.state.tensors[n]) for n, value in whole.core.state.tensors.items())
 
 
 def test_planted_a_start_that_the_server_forgets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
