@@ -71,9 +71,11 @@ def model_remarks(
         lines.append(f"start: the adapter {start}; the order of the classes of its head is taken on trust")
         if config.privacy.mode == "dp":
             lines.append("note: what the start adapter was trained on is not covered by the epsilon of this run")
-    if config.method.init == "gradient":
+    if config.method.reads_public_rows:
         where = f"the weights' gradient on the rows of {config.data.public_path}, which are taken to be public"
         lines.append(f"start: A and B are singular vectors of {where}; no epsilon covers those rows")
+    elif config.method.computed:
+        lines.append("start: A and B are of the leading singular triples of the base model's weights")
     if structure.head:
         own = "as the start adapter has it, or where it has none " if start else ""
         lines.append(f"head: starts {own}{head_words(config.method.head_start, labels, classes)}")

@@ -30,13 +30,14 @@ from clients.site import Description, Job, Speed
 from clients.start import StartTensors
 from clients.trainer import Trainer, TrainPack
 from fedlora import plugins
-from fedlora.engine.gradients import gradient_start
+from fedlora.engine.starts import computed_start
 from fedlora.exchange import ClientReport, Instruction, Update
 from fedlora.generated import Answer
 from fedlora.messages import first_line
 from fedlora.methods import tensors_digest
 from fedlora.quantisation import base_bytes
 from fedlora.reduce import Reduction, fold
+from fedlora.shapes import cut
 
 _logger = logging.getLogger(__name__)
 
@@ -172,15 +173,13 @@ class Worker:
         return self.loaded.personal.export(instruction)
 
     def start(self) -> dict[str, NDArray[np.floating]]:
-        """Return the tensors that a run starts with in place of the seed's, of ``method.init = 'gradient'``; or none.
+        """Return the tensors that a run starts with in place of the seed's, those that ``method.init`` computes.
 
         Raises:
-            ConfigError: The public rows are too few for them.
+            ConfigError: The public rows, or the weights, do not give them.
         """
         model = self.loaded.model
-        if model.config.method.init != "gradient":
-            return {}
-        return gradient_start(model.engine, model.initial, model.examples["public"])
+        return computed_start(model.engine, model.config, model.initial, model.examples.get("public"))
 
     def row_tokens(self) -> list[float]:
         """Return the mean tokens of each client's training rows; 0 where it has none."""
@@ -256,6 +255,10 @@ class Worker:
         """Refuse an instruction that the job's method or the site's limits do not allow."""
         model = self.loaded.model
         self.loaded.job.limits.check_instruction(instruction, model.specs, model.config)
+        for name in (name for name, spec in model.specs.items() if spec.computed):
+            sent, seeded = instruction.tensors.get(name), model.initial[name]
+            if sent is None or np.array_equal(sent, cut(seeded, sent.shape)):
+                raise RefusedError(f"{name} is not sent as method.init = {model.config.method.init!r} computes it")
 
     def _description(self, model: LoadedModel) -> Description:
         structure = model.engine.base.structure

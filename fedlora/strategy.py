@@ -168,7 +168,8 @@ class Strategy(ABC):
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
         """Return the role of each kind of the method's tensors in a round.
 
-        The head's comes from the setting, unless a strategy names it here, too.
+        The head's comes from the setting, unless a strategy names it here, too. Kinds that the server computes before
+        the first round (``TensorSpec.computed``) are not asked for: they are ``broadcast`` under every strategy.
         """
         return dict.fromkeys(kinds, Role.SHARED)
 
@@ -237,15 +238,24 @@ class Strategy(ABC):
         Those that are shared in it, unless :meth:`apply` changes others. After round 0: those that do not start as the
         seed gives them.
         """
-        return {kind for kind, role in self.all_roles(server_round).items() if server_round and role is Role.SHARED}
+        if not server_round:
+            return self._computed
+        return {kind for kind, role in self.all_roles(server_round).items() if role is Role.SHARED}
 
     # -- what follows from the roles ----------------------------------------------------------------------
 
     def all_roles(self, server_round: int) -> dict[str, Role]:
         """Return the role of every kind, head included."""
         kinds = self.setting.kinds
-        roles = {"head": self.setting.head, **self.roles([kind for kind in kinds if kind != "head"], server_round)}
+        computed = self._computed
+        own = [kind for kind in kinds if kind != "head" and kind not in computed]
+        roles = {"head": self.setting.head, **self.roles(own, server_round), **dict.fromkeys(computed, Role.BROADCAST)}
         return {kind: Role.FROZEN if kind in self.setting.frozen else roles[kind] for kind in kinds}
+
+    @property
+    def _computed(self) -> set[str]:
+        """The kinds that the server computes before the first round."""
+        return {spec.kind for spec in self.setting.specs.values() if spec.computed}
 
     def with_role(self, server_round: int, *wanted: Role, client: int | None = None) -> dict[str, TensorSpec]:
         """Return the tensors that have one of the ``wanted`` roles in a round."""

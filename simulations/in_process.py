@@ -119,7 +119,8 @@ class InProcess:
         """Return facts of training rows under what each client has sent, [clients, rows] by name."""
         model = self._worker.loaded.model
         own = [update.tensors for update in updates]
-        common = {name: value for name, value in model.initial.items() if name not in own[0]}
+        held = {**model.initial, **self.core.state.tensors}
+        common = {name: value for name, value in held.items() if name not in own[0]}
         group = np.repeat(np.arange(len(own)), len(rows))
         facts = model.parallel.evaluate(common, model.examples["train"], [*rows] * len(own), own=own, group=group)
         return {name: values.reshape(len(own), len(rows)) for name, values in facts.items()}

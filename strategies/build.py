@@ -29,10 +29,6 @@ def build_strategy(config: Config, specs: Specs, frozen: frozenset[str] = frozen
     strategy: Strategy = STRATEGIES[config.strategy.name](setting)
     if config.method.start:
         _check_start(config, strategy)
-    if config.method.init == "gradient":
-        sent = any(Role.BROADCAST in roles for roles in strategy.roles_in_turn().values())
-        rule = f"is for the server to send, and strategy {config.strategy.name!r} sends no fixed factors; use 'fed-sb'."
-        require(sent, "method.init", config.method.init, rule)
     if config.server.optimizer != "none":
         strategy = ServerOptimizer(strategy, config.server)
     match config.local.term:
@@ -53,3 +49,5 @@ def _check_start(config: Config, strategy: Strategy) -> None:
     fresh = any(Role.UPLOAD in roles for roles in strategy.roles_in_turn().values())
     rule = f"clients of strategy {name!r} start a fresh LoRA in every round, and the adapter would be lost."
     require(not fresh, "method.start", start, rule)
+    rule = f"goes with method.init = 'auto' or 'orthonormal': {config.method.init!r} says how the same factors start."
+    require(not config.method.computed, "method.start", start, rule)

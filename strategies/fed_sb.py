@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import final
 
 from fedlora.roles import Role, Roles
-from fedlora.strategy import Setting, Strategy
+from fedlora.strategy import Strategy
 
 
 @final
@@ -27,15 +27,6 @@ class FedSB(Strategy):
     methods = ("lora-sb",)
     exact = True
 
-    def __init__(self, setting: Setting) -> None:
-        self._fixed = Role.BROADCAST if setting.config.method.init == "gradient" else Role.FROZEN
-        super().__init__(setting)
-
     def roles(self, kinds: Sequence[str], server_round: int) -> Roles:
-        """Return ``shared`` for R and ``frozen`` for the others, or ``broadcast`` where the seed does not give them."""
-        return {kind: Role.SHARED if kind == "R" else self._fixed for kind in kinds}
-
-    def changed(self, server_round: int) -> set[str]:
-        """Return R after a round; before the first one A and B, where they are broadcast."""
-        started = {"A", "B"} if server_round == 0 and self._fixed is Role.BROADCAST else set()
-        return started | super().changed(server_round)
+        """Return ``shared`` for R and ``frozen`` for the others."""
+        return {kind: Role.SHARED if kind == "R" else Role.FROZEN for kind in kinds}

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from clients.worker import Worker
-from fedlora.config import Config, ConfigError, MethodConfig
+from fedlora.config import Config, ConfigError, DataConfig, MethodConfig
 from fedlora.engine import Engine
-from fedlora.engine.gradients import gradient_start, weight_gradients
+from fedlora.engine.gradients import weight_gradients
+from fedlora.engine.starts import computed_start
 from fedlora.methods import RavanOptions, build_method, initial_tensors
 from fedlora.methods.products import pairs
 from fedlora.plugins import read_config
@@ -86,9 +87,14 @@ def gradient_by_hand(family: str, engine: Engine, tensors: Arrays, rows: Rows, l
     return gradient.T if layer.fan_in_fan_out else gradient
 
 
+GRADIENT = Config(method=MethodConfig("lora-sb", rank=RANK, init="gradient"), data=DataConfig(public_path="public.csv"))
+
+
 def exact(family: str) -> tuple[Engine, Arrays]:
     engine = engine_of("lora-sb", family)
     without_float32(engine.base.model)
+    structure = engine.base.structure
+    engine = replace(engine, method=build_method(GRADIENT, structure.adapted, structure.head))
     return engine, initial_tensors(engine.method.specs(), Seeded(1))
 
 
@@ -114,7 +120,7 @@ def test_a_and_b_are_the_first_singular_vectors(family: str) -> None:
     """B S A is the best approximation of rank r that there is: its error is what the other singular values hold."""
     engine, initial = exact(family)
     rows = random_examples(7, seed=2, family=family)
-    start = gradient_start(engine, initial, rows)
+    start = computed_start(engine, GRADIENT, initial, rows)
     for name, a, b in pairs(engine.method.specs()):
         layer = next(one for one in engine.base.structure.adapted if one.name == name)
         gradient = gradient_by_hand(family, engine, initial, rows, layer)
@@ -132,7 +138,7 @@ def test_rows_that_are_too_few_are_refused() -> None:
     """One row of a classifier that reads one place gives its last layers a gradient of rank one."""
     engine, initial = exact("bert")
     with pytest.raises(ConfigError, match=r"the 1 rows of data.public-path give .* a gradient of rank 1, below method"):
-        gradient_start(engine, initial, random_examples(1, seed=2))
+        computed_start(engine, GRADIENT, initial, random_examples(1, seed=2))
 
 
 # -- runs ---------------------------------------------------------------------------------------------
@@ -177,7 +183,8 @@ def test_it_is_sent_once_to_a_client_that_keeps_it(tmp_path: Path) -> None:
     """The bytes of fed-sb, and in the first round those of A and B."""
     run = federation(flat_of(tmp_path), tmp_path)
     strategy, specs = run.core.strategy, run.core.strategy.setting.specs
-    plain = build_strategy(resolve(tiny_flat(tmp_path, **{"strategy.name": "fed-sb"})), specs)
+    drawn = {name: replace(spec, computed=False) for name, spec in specs.items()}
+    plain = build_strategy(resolve(tiny_flat(tmp_path, **{"strategy.name": "fed-sb"})), drawn)
     assert {kind: role for kind, role in strategy.all_roles(1).items() if kind in "AB"} == dict.fromkeys(
         "AB", Role.BROADCAST
     )
@@ -203,10 +210,6 @@ def test_the_plan_says_whose_rows_they_are(tmp_path: Path) -> None:
         ({"method.init": "pissa", "data.public-path": ""}, r"method 'lora-sb' knows auto, orthonormal, gradient"),
         ({"strategy.name": "fedavg"}, r"method.init = 'gradient': method 'lora' knows auto"),
         ({"strategy.name": "ravan"}, r"method.init = 'gradient': method 'ravan' knows auto, orthonormal"),
-        (
-            {"strategy.name": "local", "method.name": "lora-sb"},
-            r"and strategy 'local' sends no fixed factors; use 'fed-",
-        ),
         ({"eval.baselines": True}, r"eval.baselines = True: its baselines would start otherwise than the run"),
     ],
 )

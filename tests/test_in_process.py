@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
         **{"rounds": 3, "server.optimizer": "momentum"},
     },
     "personal": {"strategy.name": "fedsa-lora", "data.holdout": 0.2},
+    "personal, from computed factors": {"strategy.name": "fedsa-lora", "method.init": "pissa", "data.holdout": 0.2},
     "personal in the last rounds alone": {"strategy.name": "feddpa", "feddpa.own-rounds": 1, "data.holdout": 0.2},
     "clusters of clients": {"strategy.name": "fedlease", "data.holdout": 0.2, "rounds": 3},
     "clusters of clients, under DP": {
@@ -88,7 +89,7 @@ def under_flower(config: Config, data: FederatedData, folder: Path) -> FlowerStr
     worker = Worker(lambda: job, 1)
     model = worker.loaded.model
     strategy = build_strategy(config, model.specs)
-    server = FlowerStrategy(strategy, federation_of(config), strategy.initial(model.initial))
+    server = FlowerStrategy(strategy, federation_of(config), strategy.initial({**model.initial, **worker.start()}))
 
     def node(message: Message) -> RecordDict:
         told = read_instruction(message.content)

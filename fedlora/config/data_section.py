@@ -30,8 +30,8 @@ class DataConfig:
     """Test file of the same kind; empty: a fifth of the training file, drawn from the seed. With ``sites`` the server's
     own; empty: the server has none."""
     public_path: str = ""
-    """File of rows that are public, of the same columns: what ``method.init = 'gradient'`` reads, and nothing else. No
-    client holds them, and no epsilon covers them."""
+    """File of rows that are public, of the same columns: what ``method.init = 'gradient'`` and ``'lora-ga'`` read, and
+    nothing else. No client holds them, and no epsilon covers them."""
     subset: str = ""
     """Configuration of the hub data set, where it has several."""
     train_split: str = "train"

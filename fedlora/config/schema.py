@@ -83,7 +83,7 @@ class Config:
 
     def _check_public(self) -> None:
         """Refuse a start that would look at clients' rows, and public rows that nothing reads."""
-        gradient, path = self.method.init == "gradient", self.data.public_path
+        gradient, path = self.method.reads_public_rows, self.data.public_path
         require(
             not gradient or path != "",
             "method.init",
@@ -91,10 +91,10 @@ class Config:
             "takes a gradient of rows that are public: name their file in data.public-path. One of clients' rows would "
             "cost privacy that no ledger enters; method.init = 'orthonormal' needs none.",
         )
-        rule = "is only read with method.init = 'gradient'; leave it out."
+        rule = "is only read with method.init = 'gradient' or 'lora-ga'; leave it out."
         require(gradient or path == "", "data.public-path", path, rule)
         rule = "its baselines would start otherwise than the run; set method.init = 'orthonormal', or leave them out."
-        require(not (gradient and self.eval.baselines), "eval.baselines", self.eval.baselines, rule)
+        require(not (self.method.computed and self.eval.baselines), "eval.baselines", self.eval.baselines, rule)
 
     def _check_sites(self, dp: bool) -> None:
         """Refuse what deployed sites cannot be asked, or what is not known where nobody sees their rows."""
@@ -114,7 +114,7 @@ class Config:
             "is no folder of the sites; leave it out.",
         )
         rule = "is computed by a simulation's trainers only; set 'orthonormal'."
-        require(self.method.init != "gradient", "method.init", self.method.init, rule)
+        require(not self.method.computed, "method.init", self.method.init, rule)
         require(data.dev_share == 0, "data.dev-share", data.dev_share, "is a share of rows that are at the sites.")
         require(
             not self.eval.baselines, "eval.baselines", self.eval.baselines, "needs all rows in one place; leave it out."

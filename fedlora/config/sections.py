@@ -204,9 +204,10 @@ class MethodConfig:
     """Comma-separated module names as in PEFT, ``all-linear``, ``auto`` (the usual choice for the model's family), or a
     regular expression that full module names must match, such as ``.*[.][0-5][.].*query``."""
     init: str = "auto"
-    """How factors start that the method draws. ``auto``: as its own file says; ``orthonormal``: the fixed A and B of
-    ``lora-sb`` and ``ravan`` with orthonormal rows and columns; ``gradient``: those of ``lora-sb`` as the singular
-    vectors of the weights' gradient on the rows of ``data.public-path``."""
+    """How factors start. ``auto``: as the method's own file says; ``orthonormal``: A of ``lora``, and the fixed A and B
+    of ``lora-sb`` and ``ravan``, with orthonormal rows and columns; ``gradient``: those of ``lora-sb`` as the singular
+    vectors of the weights' gradient on the rows of ``data.public-path``; ``pissa``: A and B of ``lora`` from the
+    leading singular triples of the weights; ``lora-ga``: from those of the gradient on ``data.public-path``."""
     head: str = "shared"
     """``shared``: trained and averaged; ``personal``: trained and kept by the client; ``frozen``: as it starts."""
     head_start: str = "auto"
@@ -231,3 +232,13 @@ class MethodConfig:
             self.target_modules,
             "must be module names separated by commas.",
         )
+
+    @property
+    def computed(self) -> bool:
+        """Whether the server computes how factors start, from the base model, and sends them."""
+        return self.init == "pissa" or self.reads_public_rows
+
+    @property
+    def reads_public_rows(self) -> bool:
+        """Whether factors start from a gradient on the rows of ``data.public-path``."""
+        return self.init in ("gradient", "lora-ga")

@@ -1,4 +1,4 @@
-"""Gradients of whole weights, layer by layer, and the factors that start as their singular vectors.
+"""Gradients of whole weights, layer by layer.
 
 Of a frozen weight W [d_out, d_in] the gradient is the sum over tokens of g x^T, with the layer's inputs x and the
 gradients g of its outputs. The weight itself is never read, so any kind of base layer works, and there is one matrix
@@ -12,17 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.config import ConfigError
 from fedlora.engine.core import Engine, GroupTensors
 from fedlora.engine.work import Arrays
-from fedlora.methods.products import pairs
 from fedlora.tasks import Rows
-
-# Singular values below this share of the largest are rounding of the sum over tokens, which is not in 16 bits.
-_ROUNDING = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 def weight_gradients(engine: Engine, initial: Arrays, rows: Rows) -> Iterator[tuple[str, Tensor]]:
@@ -59,28 +53,3 @@ def weight_gradients(engine: Engine, initial: Arrays, rows: Rows) -> Iterator[tu
         finally:
             handle.remove()
         yield layer.name, total
-
-
-def gradient_start(engine: Engine, initial: Arrays, rows: Rows) -> dict[str, NDArray[np.floating]]:
-    """Return A and B of every layer as the first singular vectors of its weight's gradient (``method.init``).
-
-    B has the left ones as columns and A the right ones as rows, the largest entry of each row of A positive.
-
-    Raises:
-        ConfigError: The rows give a gradient of too small a rank.
-    """
-    found: dict[str, NDArray[np.floating]] = {}
-    by_layer = {pair.layer: pair for pair in pairs(engine.method.specs())}
-    for layer, gradient in weight_gradients(engine, initial, rows):
-        _, a, b = by_layer[layer]
-        rank = len(initial[a])
-        u, s, vt = (value.cpu().numpy() for value in torch.linalg.svd(gradient.double(), full_matrices=False))
-        held = int((s > _ROUNDING[engine.dtype] * s[0]).sum()) if np.isfinite(s).all() else 0
-        if held < rank:
-            raise ConfigError(
-                f"method.init = 'gradient': the {len(rows)} rows of data.public-path give {layer} a gradient of rank "
-                f"{held}, below method.rank = {rank}; name more rows, lower method.rank, or set 'orthonormal'."
-            )
-        sign = np.sign(np.take_along_axis(vt[:rank], np.abs(vt[:rank]).argmax(1)[:, None], 1))
-        found |= {a: (sign * vt[:rank]).astype(initial[a].dtype), b: (u[:, :rank] * sign.T).astype(initial[b].dtype)}
-    return found

@@ -68,6 +68,8 @@ class TensorSpec:
         start: What all of it starts at, without a bound.
         linear: Whether the layer's update is linear in it, or affine, while the other factors stay as they are.
         orthonormal: Whether it is drawn orthonormal, in place of uniform: rows, or columns where these are fewer.
+        computed: Whether the server computes it before the first round (``method.init``) and sends it, whatever the
+            strategy; nobody trains it. What the seed gives only stands in for it while an engine is tried.
     """
 
     shape: tuple[int, ...]
@@ -79,6 +81,7 @@ class TensorSpec:
     start: float = 0.0
     linear: bool = True
     orthonormal: bool = False
+    computed: bool = False
 
 
 class LowRank(NamedTuple):
@@ -237,7 +240,7 @@ class LowRankMethod(Method):
 
     @classmethod
     @abstractmethod
-    def build(cls, layers: Sequence[Layer], config: Config) -> LowRankMethod:
+    def build(cls, layers: Sequence[Layer], config: Config) -> Method:
         """Return the method on these layers; its own keys are ``config.options(...)``.
 
         Raises:
@@ -289,7 +292,7 @@ def check_init(config: Config, known: Sequence[str]) -> None:
 
 
 def orthonormal(config: Config, layers: Sequence[Layer], rank: int) -> bool:
-    """Return whether fixed factors A and B are to start orthonormal, by ``method.init``.
+    """Return whether factors are to be drawn orthonormal, by ``method.init``.
 
     Args:
         config: The configuration.

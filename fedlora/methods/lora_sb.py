@@ -10,7 +10,7 @@ R starts at zero. A and B start by ``method.init``:
 - ``orthonormal``: the same kind of draw, with rows of A and columns of B made orthonormal (Q of its QR). As the former
   it costs no bytes, and every machine draws the same;
 - ``gradient``: B has the first left and A the first right singular vectors of each weight's mean gradient over the
-  rows of ``data.public-path`` (:mod:`fedlora.engine.gradients`), at the model that the run starts with. The server
+  rows of ``data.public-path`` (:mod:`fedlora.engine.starts`), at the model that the run starts with. The server
   sends them, once to a client that keeps them.
 
 What differs from the paper:
@@ -25,6 +25,7 @@ What differs from the paper:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 from fedlora.config import Config
@@ -43,30 +44,34 @@ class LoraSB(LowRankMethod):
         rank: r, the size of the cores.
         alpha: The numerator of the scale.
         orthonormal: Whether A and B start orthonormal.
+        computed: Whether the server computes A and B.
     """
 
     strategies = ("local",)
     inits = ("orthonormal", "gradient")
 
-    def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, orthonormal: bool = False) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], *, rank: int, alpha: float, orthonormal: bool = False, computed: bool = False
+    ) -> None:
         self.layers = tuple(layers)
-        self.rank, self.orthonormal = rank, orthonormal
+        self.rank, self.orthonormal, self.computed = rank, orthonormal, computed
         self.scale = alpha / rank
 
     @classmethod
     def build(cls, layers: Sequence[Layer], config: Config) -> LoraSB:
         """Return LoRA-SB of the rank ``method.rank``."""
         refuse_rslora(config)
-        rank = config.method.rank
-        return cls(layers, rank=rank, alpha=config.method.alpha, orthonormal=orthonormal(config, layers, rank))
+        method, start = config.method, orthonormal(config, layers, config.method.rank)
+        return cls(layers, rank=method.rank, alpha=method.alpha, orthonormal=start, computed=method.computed)
 
     def specs(self) -> dict[str, TensorSpec]:
         """Return for every layer ``<layer>.sb_A`` [r, d_in], ``.sb_B`` [d_out, r] and ``.sb_R`` [r, r]."""
         specs: dict[str, TensorSpec] = {}
         for layer in self.layers:
             name, product = layer.name, (layer.name,)
-            specs[f"{name}.sb_A"] = fixed("A", (self.rank, layer.d_in), product, self.orthonormal)
-            specs[f"{name}.sb_B"] = fixed("B", (layer.d_out, self.rank), product, self.orthonormal)
+            for kind, shape in (("A", (self.rank, layer.d_in)), ("B", (layer.d_out, self.rank))):
+                spec = fixed(kind, shape, product, self.orthonormal)
+                specs[f"{name}.sb_{kind}"] = replace(spec, computed=self.computed)
             specs[f"{name}.sb_R"] = TensorSpec((self.rank, self.rank), "R", product, 0.0)
         return specs
 

@@ -29,7 +29,7 @@ def pairs(specs: Mapping[str, TensorSpec]) -> list[Pair]:
     by_layer: dict[str, dict[str, str]] = {}
     for name, spec in specs.items():
         if spec.kind in ("A", "B"):
-            by_layer.setdefault(spec.factors[0], {})[spec.kind] = name
+            by_layer.setdefault(name.rpartition(".")[0], {})[spec.kind] = name
     return [Pair(layer, names["A"], names["B"]) for layer, names in by_layer.items()]
 
 
