@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 from fedlora.config import Config
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, Product, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +50,10 @@ class Lora(LowRankMethod):
             specs[f"{layer.name}.lora_A"] = TensorSpec((self.rank, layer.d_in), "A", (layer.name,), bound, rank_axis=0)
             specs[f"{layer.name}.lora_B"] = TensorSpec((layer.d_out, self.rank), "B", (layer.name,), 0.0, rank_axis=1)
         return specs
+
+    def products(self) -> list[Product]:
+        """Return each layer's A and B with the scale."""
+        return [Product(f"{layer.name}.lora_A", f"{layer.name}.lora_B", self.scale) for layer in self.layers]
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
         """Return each layer's A and B with the scale, and its residual where there is one (:mod:`.residual`)."""
