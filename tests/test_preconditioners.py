@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fedlora.config import Config, ConfigError, LocalConfig, StrategyConfig, TrainConfig
 from fedlora.engine import ClientWork, Engine, train_pack
+from fedlora.engine.optimizers import build_optimizer
 from fedlora.engine.preconditioners import LoraPro
 from fedlora.engine.stack import Stack
 from fedlora.methods import LowRank, Method, Product, WeightDecomposed
@@ -238,6 +239,31 @@ def test_damping_bounds_what_noise_does(size: float, damping: float) -> None:
     assert np.linalg.norm(in_a["A"]) <= np.linalg.norm(noise[0]) / damping
     moved, beside = (np.linalg.norm(b @ one["A"] + one["B"] @ a) for one in (in_a, in_b))
     assert moved <= 1.5 * beside * max(1.0, 1 / (2 * damping**0.5))
+
+
+def left_of_a_target(damping: float, rate: float) -> float:
+    """What docs/learning_rates.md has a table of: AdamW towards a target of rank 8, with noise on the gradients."""
+    generator = np.random.default_rng(0)
+    target = generator.standard_normal((64, 8)) @ generator.standard_normal((8, 64)) / 8
+    start = {"A": generator.uniform(-1, 1, (8, 64)) / 8, "B": np.zeros((64, 8))}
+    stack = Stack([start], {"A": (8, 64), "B": (64, 8)}, torch.float64, torch.device("cpu"))
+    pro = LoraPro(stack, [Product("A", "B", 2.0)], lambda groups: {}, damping)
+    train = TrainConfig(learning_rate=rate)
+    optimizer = build_optimizer(stack.values, train, torch.tensor([120]), precondition=pro)
+    off_by = target
+    for _ in range(120):
+        (now,) = stack.split(stack.values)
+        off_by = 2 * now["B"] @ now["A"] - target
+        whole = off_by / max(1.0, float(np.linalg.norm(off_by)))
+        grads = {"A": 2 * now["B"].T @ whole, "B": 2 * whole @ now["A"].T}
+        noisy = {name: grad + 0.02 * generator.standard_normal(grad.shape) for name, grad in grads.items()}
+        optimizer.step(stack.rows([noisy]), slice(0, 1))
+    return float(np.linalg.norm(off_by) / np.linalg.norm(target))
+
+
+def test_the_default_damping_learns_under_noise() -> None:
+    assert left_of_a_target(0.1, 0.01) < 0.1
+    assert all(left_of_a_target(1e-4, rate) > 0.3 for rate in (0.003, 0.01, 0.03)), "control: less of it does not"
 
 
 # -- in the engine ------------------------------------------------------------------------------------
