@@ -7,6 +7,8 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.config import PLAIN_GRADIENT
+from fedlora.config.fields import dotted
 from fedlora.messages import first_line
 from fedlora.methods import build_method
 from fedlora.models import Structure
@@ -24,12 +26,13 @@ _MEANS = {True: "exact", False: "inexact", None: "none"}
 def alternative(plan: Plan, structure: Structure, name: str, method: str) -> Strategy:
     """Return a strategy on a method in a run's place, at the run's rank, alpha and options.
 
-    Server optimizer, local terms and ranks by client are left out: few strategies have them all.
+    Server optimizer, local terms, ranks by client and what is done to gradients are left out: few have them all.
 
     Raises:
         ValueError: They do not go with the run's other settings.
     """
     base = plan.config.to_flat() | {"method.ranks": "", "server.optimizer": "none", "local.term": "none"}
+    base |= {dotted("train", name): value for name, value in PLAIN_GRADIENT.items()}
     resolved = resolve(base | {"strategy.name": name, "method.name": method})
     config = replace(resolved, federation=plan.config.federation)
     return build_strategy(config, build_method(config, structure.adapted, structure.head).specs())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedlora.config import BUNDLED, SMALL_LLAMA, Config, ModelConfig
+from fedlora.config import BUNDLED, SMALL_LLAMA, Config, ModelConfig, TrainConfig
 from fedlora.hub import layer_width
 from fedlora.privacy import Mechanism
 from fedlora.tasks import TASKS
@@ -82,6 +82,8 @@ def found_rate(config: Config) -> Found:
         steps, clip = config.rounds * Mechanism.of(config).steps, config.privacy.max_grad_norm
         rate = min(rate * _STEPS / steps, max(rate, _LONGEST)) / clip
         words += f" of {_STEPS} steps and clip 1, carried over to {steps} steps and clip {clip:g}"
+    if train.gradient != "plain" or train.b_rate_ratio != 1.0:
+        words += f"; nothing was measured with {_changed(train)}"
     return Found(float(f"{rate:.2g}"), words)
 
 
@@ -90,6 +92,13 @@ def rate_line(config: Config) -> str:
     rate, found = config.train.learning_rate, found_rate(config)
     own = rate != found.rate
     return f"learning rate: {rate:g}, " + (f"as given; {found.rate:g} was {found.words}" if own else found.words)
+
+
+def _changed(train: TrainConfig) -> str:
+    """Return what is not plain in a client's steps."""
+    ratio = f"train.b-rate-ratio = {train.b_rate_ratio:g}" if train.b_rate_ratio != 1.0 else ""
+    gradient = f"train.gradient = {train.gradient!r}" if train.gradient != "plain" else ""
+    return " and ".join(filter(None, (ratio, gradient)))
 
 
 def _pair(method: str, strategy: str, optimizer: str, kind: str) -> tuple[str, str]:

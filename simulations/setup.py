@@ -10,7 +10,7 @@ from typing import Any
 from fedlora.config import Config, ConfigError, require
 from fedlora.data import CORPORA, FederatedData, load_federated
 from fedlora.generated import check_generation
-from fedlora.methods import METHODS, Layer, build_method
+from fedlora.methods import METHODS, Layer, build_method, check_products
 from fedlora.plugins import fingerprint, methods_of, read_config
 from fedlora.ranks import client_ranks
 from fedlora.server import Federation
@@ -161,11 +161,12 @@ def _check_strategy(config: Config, task: type[Task]) -> None:
     layers = [Layer(f"layer.{number}", 4096, 4096, bias=False, fan_in_fan_out=False) for number in range(64)]
     head = [Layer("head", 4096, 4096, bias=False, fan_in_fan_out=False)] if task.has_head else []
     try:
-        specs = build_method(config, layers, head).specs()
+        method = build_method(config, layers, head)
     except ValueError:
         return  # what fits the model may not fit these; the model's own layers are checked before the first round
+    check_products(config, method)
     try:
-        build_strategy(config, specs)
+        build_strategy(config, method.specs())
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -39,7 +39,33 @@ def build_strategy(config: Config, specs: Specs, frozen: frozenset[str] = frozen
     train = config.train
     if train.round_schedule != "constant" or train.warmup_rounds:
         strategy = RoundSchedule(strategy, config.rounds, train.round_schedule, train.warmup_rounds)
+    _check_gradient(config, strategy)
     return strategy
+
+
+_LEAST_DAMPING = 0.1  # under DP: a tenth multiplies what noise there is in A by ten at most, where B is small
+
+
+def _check_gradient(config: Config, strategy: Strategy) -> None:
+    """Refuse a rate of B's own, or a gradient other than the plain one, where it means nothing or does harm."""
+    train, name, sides = config.train, config.strategy.name, {kind[0] for kind in strategy.trained_kinds}
+    rule = f"is for tensors whose kind begins with B, and strategy {name!r} trains none on {config.method.name!r}."
+    require(train.b_rate_ratio == 1.0 or "B" in sides, "train.b-rate-ratio", train.b_rate_ratio, rule)
+    gradient = train.gradient
+    require(gradient != "allora" or "B" in sides, "train.gradient", gradient, rule)
+    if gradient != "lora-pro":
+        return
+    terms = strategy.local(1)
+    term = "FedProx's term" if terms.proximal else "HetLoRA's penalty"
+    rule = (
+        f"takes what it is given for a product's gradient, and that of {term} is none: it would multiply it by up to "
+    )
+    rule += "1 / train.damping; use 'plain', or another strategy or local.term."
+    require(not terms.proximal and not terms.penalty, "train.gradient", gradient, rule)
+    rule = f"multiplies the noise in A by up to 1 / train.damping where B is small; under DP set {_LEAST_DAMPING} or "
+    rule += "more, or a strategy that does not train A, such as 'ffa-lora'."
+    noisy = config.privacy.mode == "dp" and "A" in sides
+    require(not noisy or train.damping >= _LEAST_DAMPING, "train.damping", train.damping, rule)
 
 
 def _check_start(config: Config, strategy: Strategy) -> None:

@@ -72,6 +72,10 @@ CASES: dict[str, dict[str, Any]] = {
         **{"data.partition": "iid", "data.holdout": 0.2},
     },
     "control variates": {"strategy.name": "fedavg", "local.term": "scaffold", "train.optimizer": "sgd"},
+    "gradients of A and B": {
+        **{"strategy.name": "zero-padding", "method.ranks": "1,2,2,1", "train.gradient": "lora-pro"},
+        "train.b-rate-ratio": 4.0,
+    },
     "a part of the clients, under DP": {
         **{"strategy.name": "ffa-lora", "privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3},
         **{"federation.clients-per-round": 2, "data.partition": "iid", "train.optimizer": "sgd"},

@@ -31,10 +31,19 @@ from fedlora.config.sections import (
     RunConfig,
     StrategyConfig,
 )
-from fedlora.config.training import EngineConfig, EvalConfig, LocalConfig, PrivacyConfig, ServerConfig, TrainConfig
+from fedlora.config.training import (
+    PLAIN_GRADIENT,
+    EngineConfig,
+    EvalConfig,
+    LocalConfig,
+    PrivacyConfig,
+    ServerConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "BUNDLED",
+    "PLAIN_GRADIENT",
     "SMALL_LLAMA",
     "Config",
     "ConfigError",

@@ -134,6 +134,8 @@ class Config:
             ("momentum", train.momentum, 0.0),
             ("weight-decay", train.weight_decay, 0.0),
             ("clip-norm", train.clip_norm, 0.0),
+            ("b-rate-ratio", train.b_rate_ratio, 1.0),
+            ("gradient", train.gradient, "plain"),
         ):
             require(value == cure, f"train.{name}", value, f"{why} train.{name} = {cure!r}.")
         require(

@@ -6,7 +6,7 @@ Frozen dataclasses, the one source of their keys' defaults, types and ranges.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import final
+from typing import Any, final
 
 from fedlora.config.fields import at_least, one_of, positive, require, share, unread
 
@@ -39,6 +39,16 @@ class TrainConfig:
     """Rounds over which the learning rate rises linearly to its peak."""
     clip_norm: float = 0.0
     """Bound on the L2 norm of each client's gradient; 0: none."""
+    b_rate_ratio: float = 1.0
+    """Learning rate of the tensors whose kind begins with B, by that of all others (LoRA+)."""
+    gradient: str = "plain"
+    """What the optimizer takes for the gradient, after its clip or clip and noise: ``plain``; ``lora-pro``, A's and B's
+    so that B A moves like a whole weight would; ``allora``, rows of B's by the root of their norms. Read by ``lora``,
+    ``dora`` and ``block-lora``."""
+    damping: float = 0.1
+    """Of ``lora-pro``: what is added to A A^T and B^T B before they are inverted, by the mean square of A's rows."""
+    eta: float = 2.0
+    """Of ``allora``: what the gradient of a row of B that is zero is multiplied with."""
     max_length: int = 48
     """Tokens a text is cut to."""
 
@@ -67,7 +77,21 @@ class TrainConfig:
         one_of("train.round-schedule", self.round_schedule, ("constant", "linear", "cosine"))
         at_least("train.warmup-rounds", self.warmup_rounds, 0)
         at_least("train.clip-norm", self.clip_norm, 0)
+        positive("train.b-rate-ratio", self.b_rate_ratio)
+        one_of("train.gradient", self.gradient, ("plain", "lora-pro", "allora"))
+        rule = "must be between 1e-4, below which inverses in float32 are rounding, and 1."
+        require(1e-4 <= self.damping <= 1, "train.damping", self.damping, rule)
+        positive("train.eta", self.eta)
+        for name, reader in (("damping", "lora-pro"), ("eta", "allora")):
+            if self.gradient != reader:
+                unread(self, "train", name, f"is read with train.gradient = {reader!r} only, not {self.gradient!r}.")
         at_least("train.max-length", self.max_length, 4)
+
+
+PLAIN_GRADIENT: dict[str, Any] = {
+    name: getattr(TrainConfig, name) for name in ("b_rate_ratio", "gradient", "damping", "eta")
+}
+"""Fields of :class:`TrainConfig` with which the optimizer takes the gradient as it is, at one rate for all tensors."""
 
 
 @final

@@ -4,6 +4,10 @@ torch's optimizers share one step counter and ``clip_grad_norm_`` one norm among
 here step counts, learning rates, norms and activity are per group. The update of an active group equals
 ``torch.optim.AdamW`` or ``torch.optim.SGD``; an inactive one's numbers and moments do not move. Numbers with an L1
 weight take a proximal step after their update.
+
+LoRA+ (Hayou, Ghosh & Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024, arXiv 2402.12354) gives B
+a learning rate that is ``train.b-rate-ratio`` times A's. Weight decay goes with the rate, as in torch's parameter
+groups. PEFT's optimizer takes B's rate for every vector, too, biases of a head among them; here a head has A's.
 """
 
 from __future__ import annotations
@@ -67,9 +71,12 @@ def _step(
     scalars: Sequence[Tensor],
     threshold: Tensor | None,
     l1: Tensor | None,
+    ratio: Tensor | None,
 ) -> None:
     """Move numbers and their moments, in place."""
     moved, *renewed = update(values, moments, grads.to(values.dtype), *scalars)
+    if ratio is not None:  # a step is linear in its rate, and moments do not see it
+        moved = torch.lerp(values, moved, ratio)
     if l1 is not None and threshold is not None:
         moved = soft_threshold(moved, threshold * l1)
     for old, new in zip((values, *moments), (moved, *renewed), strict=True):
@@ -84,6 +91,8 @@ class GroupedOptimizer(ABC):
         config: Learning rate, weight decay and the like.
         steps_g: Steps that each group will take this round, [G]; the schedule's length.
         l1: Weight of the L1 penalty of each number, [P]; None where none has one.
+        ratio: What the learning rate of each number is multiplied with, [P]; None: 1.
+        precondition: What is done to the gradients of some groups, [a, P], in place; None: nothing.
 
     Attributes:
         rates_g: Sum of the learning rates of the steps that each group has taken, float64 [G].
@@ -92,10 +101,19 @@ class GroupedOptimizer(ABC):
     moments: ClassVar[int]
     """Numbers that it remembers for each trained one."""
 
-    def __init__(self, values: Tensor, config: TrainConfig, steps_g: Tensor, l1: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        config: TrainConfig,
+        steps_g: Tensor,
+        l1: Tensor | None = None,
+        ratio: Tensor | None = None,
+        precondition: Callable[[Tensor, Places], None] | None = None,
+    ) -> None:
         self.values = values
         self.config = config
-        self.l1 = l1
+        self.l1, self.ratio = l1, ratio
+        self.precondition = precondition
         self.total_g = steps_g
         self.count_g = torch.zeros_like(steps_g)
         self.rates_g = torch.zeros_like(steps_g, dtype=torch.float64)
@@ -111,6 +129,9 @@ class GroupedOptimizer(ABC):
         if self.config.clip_norm > 0:
             grads = grads.to(self.values.dtype)  # as they come they may be of 16 bits: too coarse for a norm
             clip_groups(grads, self.config.clip_norm)
+        if self.precondition is not None:
+            grads = grads.to(self.values.dtype)
+            self.precondition(grads, groups)
         rate = self._learning_rate(groups)
         self.count_g[groups] += 1
         self.rates_g[groups] += rate
@@ -119,7 +140,7 @@ class GroupedOptimizer(ABC):
         threshold = None if self.l1 is None else rate[:, None].to(self.values.dtype)
         whole = [self.values, *self._moments]
         values, *moments = here = [numbers[groups] for numbers in whole]
-        fused(_step)(update, values, moments, grads, scalars, threshold, self.l1)
+        fused(_step)(update, values, moments, grads, scalars, threshold, self.l1, self.ratio)
         if not isinstance(groups, slice):  # of a slice they are views
             for numbers, moved in zip(whole, here, strict=True):
                 numbers[groups] = moved
@@ -165,7 +186,14 @@ class SGD(GroupedOptimizer):
         return sgd, [rate, torch.full_like(rate, config.momentum), torch.full_like(rate, config.weight_decay)]
 
 
-def build_optimizer(values: Tensor, config: TrainConfig, steps_g: Tensor, l1: Tensor | None = None) -> GroupedOptimizer:
-    """Return the optimizer that ``train.optimizer`` names."""
+def build_optimizer(
+    values: Tensor,
+    config: TrainConfig,
+    steps_g: Tensor,
+    l1: Tensor | None = None,
+    ratio: Tensor | None = None,
+    precondition: Callable[[Tensor, Places], None] | None = None,
+) -> GroupedOptimizer:
+    """Return the optimizer that ``train.optimizer`` names, see :class:`GroupedOptimizer`."""
     kind = {"adamw": AdamW, "sgd": SGD}[config.optimizer]
-    return kind(values, config, steps_g, l1)
+    return kind(values, config, steps_g, l1, ratio, precondition)

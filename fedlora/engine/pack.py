@@ -14,7 +14,7 @@ Nothing here waits for the device: a round's work is queued, and its numbers are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import numpy as np
@@ -28,11 +28,13 @@ from fedlora.engine.core import Engine
 from fedlora.engine.layers import LayerProbe
 from fedlora.engine.local import NO_TERMS, LocalGradient
 from fedlora.engine.optimizers import build_optimizer
+from fedlora.engine.preconditioners import build_preconditioner
 from fedlora.engine.rowwise import RowWise
 from fedlora.engine.schedule import Turn, turns
 from fedlora.engine.stack import Stack, common_shapes
 from fedlora.engine.work import Arrays, ClientWork
 from fedlora.local_terms import LocalTerms
+from fedlora.methods import TensorSpec
 from fedlora.methods.products import pairs
 from fedlora.privacy.step import PrivateStep, PrivateSum
 from fedlora.tasks import Batch
@@ -86,7 +88,14 @@ class Pack:
         self.turns = turns(works, engine.max_cost)
         steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
         l1 = {name: specs[name].l1 for name in self.stack.places if specs[name].l1}
-        self.optimizer = build_optimizer(self.stack.values, config, steps_g, self.stack.spread(l1) if l1 else None)
+        self.optimizer = build_optimizer(
+            self.stack.values,
+            config,
+            steps_g,
+            self.stack.spread(l1) if l1 else None,
+            self._rate_ratio(config, specs),
+            build_preconditioner(config, self.stack, engine.method.products(), self._exact_fixed),
+        )
         self.private_sum = PrivateSum(private, self.stack.values, self.stack.real) if private is not None else None
         self.local: LocalGradient | None = None
         if terms.proximal or terms.scaffold or terms.penalty:
@@ -196,6 +205,17 @@ class Pack:
         own = self._own.values[groups].to(self._engine.compute)
         return {**self._fixed_here, **self._own.named(own)}
 
+    def _exact_fixed(self, groups: Places) -> dict[str, Tensor]:
+        """Return the same in the precision of what is trained."""
+        return self._fixed if self._own is None else {**self._fixed, **self._own.named(self._own.values[groups])}
+
+    def _rate_ratio(self, config: TrainConfig, specs: Mapping[str, TensorSpec]) -> Tensor | None:
+        """Return what the learning rate of each number is multiplied with, [P]; None: 1."""
+        if config.b_rate_ratio == 1.0:
+            return None
+        of_b = {name: specs[name].kind.startswith("B") for name in self.stack.places}
+        return self.stack.spread({name: config.b_rate_ratio if flag else 1.0 for name, flag in of_b.items()})
+
     @property
     def _own_numbers(self) -> int:
         """Numbers of what a client does not train and others have otherwise."""
@@ -218,8 +238,7 @@ class Pack:
     def with_penalties(self, grads: Tensor, groups: Places) -> Tensor:
         """Return gradients [a, P] with those of what the method adds to these groups' loss whatever the data."""
         own = self.stack.values[groups].detach().requires_grad_()
-        fixed = self._fixed if self._own is None else {**self._fixed, **self._own.named(self._own.values[groups])}
-        penalty_g = self._engine.method.penalty({**fixed, **self.stack.named(own)})
+        penalty_g = self._engine.method.penalty({**self._exact_fixed(groups), **self.stack.named(own)})
         if penalty_g is None or not penalty_g.requires_grad:
             return grads
         return grads.to(own.dtype) + torch.autograd.grad(penalty_g.sum(), own)[0]

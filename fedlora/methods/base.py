@@ -99,6 +99,14 @@ class LowRank(NamedTuple):
         return b if self.out_scale is None else b * self.out_scale.unsqueeze(-1)
 
 
+class Product(NamedTuple):
+    """A layer's update ``scale * B A``, or what has that one's gradients, of two tensors and nothing else."""
+
+    a: str  # the name of A [r, d_in]
+    b: str  # the name of B [d_out, r]
+    scale: float
+
+
 class WeightDecomposed(NamedTuple):
     """A layer whose weight is split in magnitude and direction: ``y = m (W x + B A x) / |W + B A| + bias``.
 
@@ -187,6 +195,10 @@ class Method(ABC):
     def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Return what is added to the loss of each group whatever its data, [*]; None for nothing."""
         return None
+
+    def products(self) -> list[Product]:
+        """Return each layer's update as a product of two tensors; empty: it is none, see ``train.gradient``."""
+        return []
 
     def constants(self) -> dict[str, NDArray[Any]]:
         """Return fixed numbers beside the tensors that every machine must agree on, by name (:mod:`.fixed`)."""
@@ -283,6 +295,14 @@ def refuse_scale(config: Config) -> None:
     for key in ("alpha", "rslora"):
         value = getattr(config.method, key)
         require(value == getattr(MethodConfig, key), f"method.{key}", value, rule)
+
+
+def check_products(config: Config, method: Method) -> None:
+    """Refuse a ``train.gradient`` that has to know each layer's A and B, where a method has none."""
+    gradient, name = config.train.gradient, config.method.name
+    rule = f"is of a product B A of two tensors, and a layer's update is none with {name!r}; use 'plain', or a method "
+    rule += "such as 'lora'."
+    require(gradient == "plain" or bool(method.products()), "train.gradient", gradient, rule)
 
 
 def check_init(config: Config, known: Sequence[str]) -> None:

@@ -24,7 +24,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 from fedlora.config import Config
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, WeightDecomposed, refuse_rslora
+from fedlora.methods.base import (
+    Factor,
+    Layer,
+    LowRank,
+    LowRankMethod,
+    Product,
+    TensorSpec,
+    WeightDecomposed,
+    refuse_rslora,
+)
 from fedlora.methods.lora import Lora
 
 if TYPE_CHECKING:
@@ -60,6 +69,10 @@ class Dora(LowRankMethod):
             name = f"{layer.name}.lora_magnitude"
             specs[name] = TensorSpec((layer.d_out,), "B_m", (name,), 0.0)
         return specs
+
+    def products(self) -> list[Product]:
+        """Return LoRA's: norms are constants in gradients, so A and B get those of a product."""
+        return self.lora.products()
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
         """Return each layer's LoRA with its magnitude."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, PeftAdapter, Scale, TensorSpec
+from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, PeftAdapter, Product, Scale, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,10 @@ class Head(Method):
             own = tensors[f"{layer.name}.weight"], tensors.get(f"{layer.name}.bias")
             factors[layer.name] = Scale(*own) if layer.norm else Dense(*own)
         return factors
+
+    def products(self) -> list[Product]:
+        """Return the method's; the head has none."""
+        return self.method.products()
 
     def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Return the method's penalty; the head has none."""

@@ -17,7 +17,7 @@ from clients.limits import SiteLimits
 from clients.site import Job
 from clients.trainer import TrainPack
 from clients.worker import Worker
-from fedlora.config import Config, TrainConfig
+from fedlora.config import PLAIN_GRADIENT, Config, TrainConfig
 from fedlora.data import FederatedData
 from fedlora.engine import ClientResult, ClientWork, Engine
 from fedlora.exchange import Instruction, Update
@@ -56,6 +56,7 @@ def unit_steps(train: TrainConfig, steps: int, batch: int) -> TrainConfig:
         weight_decay=0.0,
         clip_norm=0.0,
         schedule="constant",
+        **PLAIN_GRADIENT,
     )
 
 
