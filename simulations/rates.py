@@ -25,6 +25,7 @@ _ALIKE = {  # a pair that trains and averages the same tensors as another
     ("lora", "zero-padding"): ("lora", "fedavg"),
     ("lora", "hetlora"): ("lora", "fedavg"),
     ("lora", "fed-plora"): ("lora", "fedavg"),
+    ("lora", "lisa"): ("lora", "fedavg"),
     ("lora", "florist"): ("lora", "flora"),
     ("mos", "fedavg"): ("mos", "mos"),
     ("s2-lora", "fedavg"): ("s2-lora", "s2-lora"),

@@ -85,6 +85,7 @@ class Core:
             extra={name: self.state.extra[name] for name in (strategy.extra(server_round) if train else ())},
             ranks=tuple(ranks[client] for client in clients) if ranks else (),
             modules=modules if any(modules) else (),
+            blocks=strategy.blocks(server_round),
             experts=strategy.experts(clients),
             fingerprint=federation.fingerprint or code_fingerprint()[0],
             pack=federation.pack,

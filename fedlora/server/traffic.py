@@ -47,10 +47,10 @@ def lacking(strategy: Strategy, server_round: int, received: int, client: int | 
         client: The client, where clients differ in rank.
     """
     since = max(received + 1, server_round - strategy.period)  # what a whole cycle changes is all that ever changes
-    kinds = set().union(*(strategy.changed(number) for number in range(since, server_round)))
+    new = set().union(*(strategy.renewed(number) for number in range(since, server_round)))
     if received < 0:
-        kinds |= strategy.changed(0)
-    return {name: spec for name, spec in strategy.sent(server_round, client).items() if spec.kind in kinds}
+        new |= strategy.renewed(0)
+    return {name: spec for name, spec in strategy.sent(server_round, client).items() if name in new}
 
 
 @dataclass(frozen=True)
