@@ -284,10 +284,11 @@ def check_gradients(strategy: Strategy) -> None:
         ValueError: In some round a factor that still has its start at zero is fixed, and another is to be trained.
     """
     ever: set[str] = set()
+    products = zero_kinds(strategy.setting.specs)
     for number in range(1, strategy.period + 1):
         now = {kind for kind, role in strategy.all_roles(number).items() if role in TRAINED}
         ever |= now
-        for product, kinds in zero_kinds(strategy.setting.specs).items():
+        for product, kinds in products.items():
             dead = [kind for kind, zero in kinds.items() if zero]
             hidden = [kind for kind, zero in kinds.items() if not zero and kind in now]
             if dead and hidden and not ever & set(dead):

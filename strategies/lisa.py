@@ -39,11 +39,12 @@ class LisaOptions(Options):
     section: ClassVar[str] = "lisa"
 
     blocks: int = 2
-    """Blocks (transformer layers) of the model that are trained in a round."""
+    """Blocks (transformer layers) of the model that are trained in a round, 1 to 64."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        require(self.blocks >= 1, "lisa.blocks", self.blocks, "must be at least 1.")
+        # A configuration is checked on 64 layers, before the model is known.
+        require(1 <= self.blocks <= 64, "lisa.blocks", self.blocks, "must be from 1 to 64.")
 
 
 @final

@@ -85,7 +85,7 @@ def test_the_order_comes_from_the_seed() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"lisa.blocks = 0: must be at least 1"):
+    with pytest.raises(ValueError, match=r"lisa.blocks = 0: must be from 1 to 64"):
         LisaOptions(0)
     with pytest.raises(ValueError, match=r"lisa.blocks = 4: the model has 3 blocks .* this is 'fedavg'"):
         lisa(4)
