@@ -104,7 +104,9 @@ def messages_of(grid, context, node):
     assert not read_join_report(joined.content).reason, read_join_report(joined.content)
     sent = {{name: tensors[name] for name in strategy.sent(1)}}
     return lambda number: write_instruction(
-        Instruction(number, (0,), strategy.all_roles(number), sent, job=request.job)
+        Instruction(
+            number, (0,), strategy.all_roles(number), sent, blocks=strategy.blocks(number), job=request.job
+        )
     )
 '''
 

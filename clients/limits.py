@@ -152,6 +152,11 @@ class SiteLimits:
             raise RefusedError(f"the instruction gives roles to {sorted(roles)}, and the method has {sorted(kinds)}")
         if "head" in roles and roles["head"] not in _HEAD_ROLES[config.method.head]:
             raise RefusedError(f"the head is {roles['head']}, and the job has method.head = {config.method.head!r}")
+        unknown = set(instruction.blocks) - {spec.block for spec in specs.values() if spec.block}
+        if unknown:
+            raise RefusedError(
+                f"the instruction names blocks that the model does not have: {sorted(unknown)[0][:80]!r}"
+            )
         for name, value in instruction.tensors.items():
             if name in specs:
                 whole = specs[name].shape
@@ -159,7 +164,7 @@ class SiteLimits:
                     raise RefusedError(f"the instruction's {name} has shape {list(value.shape)}, not {list(whole)}")
             elif not name.rpartition(".")[2].startswith(RESIDUAL):
                 raise RefusedError(f"the instruction holds {name[:80]!r}, which is no tensor of the method")
-        leaving = payload_bytes(with_role(specs, roles, *UP), config.engine.tensor_dtype)
+        leaving = payload_bytes(with_role(specs, roles, *UP, blocks=instruction.blocks), config.engine.tensor_dtype)
         if self.max_bytes and leaving > self.max_bytes:
             self._refuse("bytes of the tensors that leave", leaving, "max_bytes")
 

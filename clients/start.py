@@ -37,7 +37,7 @@ class StartTensors:
 
     model: LoadedModel
     store: PersonalStore
-    _of_roles: dict[tuple[tuple[str, ...], ...], dict[str, TensorSpec]] = field(
+    _of_roles: dict[tuple[object, ...], dict[str, TensorSpec]] = field(
         init=False, repr=False, compare=False, default_factory=dict
     )
 
@@ -130,9 +130,10 @@ class StartTensors:
         return {name: cut(values[name], spec.shape) for name, spec in at_rank(own, rank).items()}
 
     def _with_role(self, instruction: Instruction, *roles: Role) -> dict[str, TensorSpec]:
-        key = (*instruction.roles.items(), roles)
+        blocks = instruction.blocks
+        key = (*instruction.roles.items(), blocks, roles)
         if key not in self._of_roles:  # asked several times a client, with hundreds of tensors
-            self._of_roles[key] = with_role(self.model.specs, instruction.roles, *roles)
+            self._of_roles[key] = with_role(self.model.specs, instruction.roles, *roles, blocks=blocks)
         return self._of_roles[key]
 
 

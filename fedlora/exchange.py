@@ -51,6 +51,8 @@ class Instruction:
         ranks: The rank that each client holds, one a client; empty: all hold the method's.
         modules: The modules (a row of A and a column of B each, or one of Ravan's heads) that each client trains while
             the others are fixed, by their places, ascending; empty: each trains all that it holds.
+        blocks: The blocks of the base model whose shared tensors are trained, while those of others stay as they are
+            sent; empty: all are trained.
         experts: Which of the experts that are sent is each client's own (:mod:`fedlora.experts`), one a client; empty:
             none are sent.
         fingerprint: The server's code, see :mod:`fedlora.fingerprint`.
@@ -69,6 +71,7 @@ class Instruction:
     extra: Tensors = field(default_factory=dict)
     ranks: tuple[int, ...] = ()
     modules: tuple[tuple[int, ...], ...] = ()
+    blocks: tuple[str, ...] = ()
     experts: tuple[int, ...] = ()
     fingerprint: str = ""
     pack: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,25 @@ TRAINED = (*UP, Role.PERSONAL)
 """Roles of the tensors that a client trains."""
 
 
-def with_role(specs: Mapping[str, TensorSpec], roles: Roles, *wanted: Role) -> dict[str, TensorSpec]:
-    """Return the tensors whose kind has one of the ``wanted`` roles, in the order of ``specs``."""
-    return {name: spec for name, spec in specs.items() if roles[spec.kind] in wanted}
+def with_role(
+    specs: Mapping[str, TensorSpec], roles: Roles, *wanted: Role, blocks: Collection[str] = ()
+) -> dict[str, TensorSpec]:
+    """Return the tensors that have one of the ``wanted`` roles, in the order of ``specs``.
+
+    Args:
+        specs: The tensors.
+        roles: The role of each kind.
+        wanted: The roles.
+        blocks: The blocks whose shared tensors are trained; those of others are ``broadcast``. Empty: all blocks.
+    """
+
+    def role(spec: TensorSpec) -> Role:
+        own = roles[spec.kind]
+        return Role.BROADCAST if own is Role.SHARED and waits(spec, blocks) else own
+
+    return {name: spec for name, spec in specs.items() if role(spec) in wanted}
+
+
+def waits(spec: TensorSpec, blocks: Collection[str]) -> bool:
+    """Return whether a tensor is of a block that is not among those that are trained (empty: all are)."""
+    return bool(blocks and spec.block) and spec.block not in blocks

@@ -37,7 +37,7 @@ from fedlora.exchange import Tensors
 from fedlora.local_terms import LocalTerms
 from fedlora.methods import TensorSpec, zero_kinds
 from fedlora.reduce import Reduced
-from fedlora.roles import TRAINED, UP, Role, Roles, with_role
+from fedlora.roles import TRAINED, UP, Role, Roles, waits, with_role
 from fedlora.shapes import at_rank, placed
 from fedlora.state import ServerState
 
@@ -189,6 +189,13 @@ class Strategy(ABC):
         """
         return ()
 
+    def blocks(self, server_round: int) -> tuple[str, ...]:
+        """Return the blocks of the base model whose shared tensors are trained in a round; empty: all of them.
+
+        Those of other blocks are ``broadcast`` in it. What belongs to no one block goes by the role of its kind alone.
+        """
+        return ()
+
     def reduction(self, server_round: int) -> str:
         """Return how updates are reduced, a name in :data:`fedlora.reduce.REDUCTIONS`."""
         return "mean"
@@ -259,7 +266,8 @@ class Strategy(ABC):
 
     def with_role(self, server_round: int, *wanted: Role, client: int | None = None) -> dict[str, TensorSpec]:
         """Return the tensors that have one of the ``wanted`` roles in a round."""
-        return with_role(self.specs(server_round, client), self.all_roles(server_round), *wanted)
+        roles, blocks = self.all_roles(server_round), self.blocks(server_round)
+        return with_role(self.specs(server_round, client), roles, *wanted, blocks=blocks)
 
     def sent(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:
         """Return the tensors that a client is sent in a round."""
@@ -273,6 +281,11 @@ class Strategy(ABC):
         sent, rank = self.sent(server_round, client), None if self.folds else self.setting.rank(client)
         whole = at_rank(self.setting.specs, rank)
         return {name: whole[name] if spec.rank_axis is not None else spec for name, spec in sent.items()}
+
+    def renewed(self, server_round: int) -> set[str]:
+        """Return the names of the tensors that the server changes after a round (:meth:`changed`)."""
+        kinds, blocks = self.changed(server_round), self.blocks(server_round)
+        return {n for n, spec in self.setting.specs.items() if spec.kind in kinds and not waits(spec, blocks)}
 
     def expected(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:
         """Return the tensors that a client sends back in a round."""
@@ -301,10 +314,11 @@ def check_gradients(strategy: Strategy) -> None:
         ValueError: In some round a factor that still has its start at zero is fixed, and another is to be trained.
     """
     ever: set[str] = set()
+    products = zero_kinds(strategy.setting.specs)
     for number in range(1, strategy.period + 1):
         now = {kind for kind, role in strategy.all_roles(number).items() if role in TRAINED}
         ever |= now
-        for product, kinds in zero_kinds(strategy.setting.specs).items():
+        for product, kinds in products.items():
             dead = [kind for kind, zero in kinds.items() if zero]
             hidden = [kind for kind, zero in kinds.items() if not zero and kind in now]
             if dead and hidden and not ever & set(dead):

@@ -19,7 +19,7 @@ from fedlora.data.targets import spread_note
 from fedlora.methods import METHODS, TensorSpec, count_parameters, payload_bytes
 from fedlora.reports.format import human_bytes
 from fedlora.reports.tables import clients_table
-from fedlora.roles import TRAINED, UP, Role
+from fedlora.roles import TRAINED, Role
 from fedlora.server import Federation, Payloads
 from fedlora.strategy import Strategy
 from fedlora.tasks import TASKS
@@ -211,10 +211,11 @@ class Plan:
         table = RichTable(title=f"{config.strategy.name} / {config.method.name} on {config.model.name} ({self.family})")
         for column in ("kind", "role", "tensors", "parameters", "bytes up", "bytes down"):
             table.add_column(column, justify="left" if column in ("kind", "role") else "right")
+        sent_up = [self.strategy.expected(number) for number in range(1, self.strategy.period + 1)]
         for kind, roles in self.strategy.roles_in_turn().items():
             own = {name: spec for name, spec in self.specs.items() if spec.kind == kind}
             size = payload_bytes(own, dtype)
-            up = size if set(UP) & set(roles) else 0
+            up = max(payload_bytes({n: spec for n, spec in own.items() if n in sent}, dtype) for sent in sent_up)
             down = size if {Role.SHARED, Role.BROADCAST} & set(roles) else 0
             table.add_row(kind, _in_turn(roles), str(len(own)), f"{count_parameters(own):,}", f"{up:,}", f"{down:,}")
         return table
@@ -295,6 +296,7 @@ class Plan:
         if any(drawn):
             shown = ", ".join(map(str, drawn)) + (", ..." if config.rounds > len(drawn) else "")
             lines.append(f"ranks by round: {shown}; measured and exported with all {config.method.rank}")
+        lines += self._blocks()
         if self.strategy.most_experts:
             lines.append(
                 f"experts: as many as round 1 shows clusters of clients, 2 to {self.strategy.most_experts}; bytes down "
@@ -310,6 +312,22 @@ class Plan:
                 f"{human_bytes(downs[-1])} in the last at most"
             )
         return lines
+
+    def _blocks(self) -> list[str]:
+        """Return which blocks of the model are trained in turn, of a strategy that trains some in each round."""
+        blocks = {spec.block: None for spec in self.specs.values() if spec.block}
+        turns = [set(self.strategy.blocks(number)) for number in range(1, self.config.rounds + 1)]
+        if not all(turns):
+            return []
+        counts = [sum(block in turn for turn in turns) for block in blocks]
+        line = (
+            f"blocks: {len(turns[0])} of {len(blocks)} are trained in a round, each in {min(counts)} to {max(counts)} "
+            f"of the {len(turns)} rounds"
+        )
+        never = [block for block, count in zip(blocks, counts, strict=True) if not count]
+        if not never:
+            return [line]
+        return [line, f"note: with so few rounds {len(never)} blocks are never trained: {', '.join(never)}"]
 
     def _remarks(self) -> list[str]:
         """Return what is allowed but may surprise."""

@@ -27,6 +27,7 @@ _ALIKE = {  # a pair that trains and averages the same tensors as another
     ("lora", "fed-plora"): ("lora", "fedavg"),
     ("lora", "dylora"): ("lora", "fedavg"),
     ("lora", "lora-lego"): ("lora", "fedavg"),
+    ("lora", "lisa"): ("lora", "fedavg"),
     ("lora", "florist"): ("lora", "flora"),
     ("mos", "fedavg"): ("mos", "mos"),
     ("s2-lora", "fedavg"): ("s2-lora", "s2-lora"),

@@ -158,7 +158,8 @@ def _check_ranks(config: Config) -> None:
 
 def _check_strategy(config: Config, task: type[Task]) -> None:
     """Refuse parts of a strategy that cannot work together, on layers that stand for the model's."""
-    layers = [Layer(f"layer.{number}", 4096, 4096, bias=False, fan_in_fan_out=False) for number in range(64)]
+    names = [f"layer.{number}.linear" for number in range(64)]
+    layers = [Layer(name, 4096, 4096, bias=False, fan_in_fan_out=False) for name in names]
     head = [Layer("head", 4096, 4096, bias=False, fan_in_fan_out=False)] if task.has_head else []
     try:
         method = build_method(config, layers, head)

@@ -18,6 +18,7 @@ from strategies.flexlora import FlexLoRA, FlexLoraOptions
 from strategies.flora import FLoRA
 from strategies.florist import FLoRIST, FloristOptions
 from strategies.hetlora import HetLoRA, HetLoraOptions
+from strategies.lisa import Lisa, LisaOptions
 from strategies.local import Local
 from strategies.lora_fair import LoRAFair, LoraFairOptions
 from strategies.lora_lego import LoRALego
@@ -35,6 +36,7 @@ for _strategy, _options in (
     (FedAvg, None),
     (FFALora, None),
     (RoLoRA, None),
+    (Lisa, LisaOptions),
     (FedSVD, None),
     (FedSALora, None),
     (ZeroPadding, None),
@@ -89,6 +91,8 @@ __all__ = [
     "FloristOptions",
     "HetLoRA",
     "HetLoraOptions",
+    "Lisa",
+    "LisaOptions",
     "LoRAFair",
     "LoRALego",
     "Local",

@@ -64,6 +64,10 @@ class Wrapped(Strategy, ABC):
         """Return the modules that a client of the inner strategy trains."""
         return self.inner.modules(server_round, client)
 
+    def blocks(self, server_round: int) -> tuple[str, ...]:
+        """Return the blocks that the inner strategy trains."""
+        return self.inner.blocks(server_round)
+
     def reduction(self, server_round: int) -> str:
         """Return the inner strategy's reduction."""
         return self.inner.reduction(server_round)

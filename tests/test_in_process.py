@@ -43,6 +43,10 @@ CASES: dict[str, dict[str, Any]] = {
         **{"strategy.name": "ravan", "ravan.heads": 4, "method.ranks": "1,4,2,3", "rounds": 3},
         **{"privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3, "data.partition": "iid"},
     },
+    "blocks in turn, under DP": {
+        **{"strategy.name": "lisa", "lisa.blocks": 1, "rounds": 3, "federation.clients-per-round": 2},
+        **{"privacy.mode": "dp", "privacy.epsilon": 8.0, "privacy.seed": 3, "data.partition": "iid"},
+    },
     "accumulated": {"strategy.name": "flora"},
     "matrices that nobody sends": {"strategy.name": "rolora", "method.name": "vera"},
     "one vector, places that nobody sends": {

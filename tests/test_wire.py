@@ -204,7 +204,7 @@ INSTRUCTION = Instruction(
 
 def test_instructions_round_trip() -> None:
     """Every field, and those of a plain one that are empty."""
-    modules = replace(INSTRUCTION, ranks=(), modules=((0, 2, 7), (3,)))
+    modules = replace(INSTRUCTION, ranks=(), modules=((0, 2, 7), (3,)), blocks=("h.1", "h.4"))
     for instruction in (INSTRUCTION, modules, Instruction(1, (0,), {"A": Role.SHARED}, {})):
         back = read_instruction(write_instruction(instruction))
         for field in fields(Instruction):

@@ -181,7 +181,7 @@ def inverse(matrices: Tensor) -> Tensor:
     """
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     lower: Tensor = torch.linalg.cholesky_ex(matrices).L
-    inverse_of_lower = torch.linalg.solve_triangular(lower, eye, upper=False)
+    inverse_of_lower: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse_of_lower.mT @ inverse_of_lower
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, final
 
 import numpy as np
@@ -50,6 +52,9 @@ class Layer:
     norm: bool = False
 
 
+_BLOCK = re.compile(r"(.*?\.)?\d+(?=\.)")  # a name up to its first part that is a number, and not the last one
+
+
 @final
 @dataclass(frozen=True)
 class TensorSpec:
@@ -82,6 +87,16 @@ class TensorSpec:
     linear: bool = True
     orthonormal: bool = False
     computed: bool = False
+
+    @cached_property
+    def block(self) -> str:
+        """The block (transformer layer) that its products are in, such as ``model.layers.3``; empty: none, or several.
+
+        That is a layer's name up to the first part that is a number. A head has none.
+        """
+        found = [_BLOCK.match(product) for product in self.factors if self.kind != "head"]
+        blocks = {one.group() if one else "" for one in found}
+        return blocks.pop() if len(blocks) == 1 else ""
 
 
 class LowRank(NamedTuple):

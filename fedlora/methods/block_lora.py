@@ -57,7 +57,7 @@ class BlockLora(LowRankMethod):
         ConfigError: A layer's inputs cannot be cut into so many parts, or have fewer features in a part than r.
     """
 
-    strategies = ("fedavg", "ffa-lora", "rolora", "fedsa-lora", "local")
+    strategies = ("fedavg", "ffa-lora", "rolora", "fedsa-lora", "lisa", "local")
 
     def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, blocks: int) -> None:
         key, inputs = "block-lora.blocks", [layer.d_in for layer in layers]

@@ -50,7 +50,7 @@ class Dora(LowRankMethod):
         alpha: The numerator of the scale.
     """
 
-    strategies = ("fedavg", "ffa-lora", "rolora", "fedsa-lora", "local")
+    strategies = ("fedavg", "ffa-lora", "rolora", "fedsa-lora", "lisa", "local")
 
     def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float) -> None:
         self.layers = tuple(layers)

@@ -54,7 +54,7 @@ class RandLora(LowRankMethod):
         seeded: Draws the bases.
     """
 
-    strategies = ("fedavg", "ffa-lora", "rolora", "fedsa-lora", "local")
+    strategies = ("fedavg", "ffa-lora", "rolora", "fedsa-lora", "lisa", "local")
 
     def __init__(self, layers: Sequence[Layer], *, rank: int, alpha: float, seeded: Seeded) -> None:
         self.layers = tuple(layers)

@@ -61,7 +61,7 @@ class Vera(LowRankMethod):
         seeded: Draws A and B.
     """
 
-    strategies = ("fedavg", "ffa-lora", "rolora", "fedsa-lora", "local")
+    strategies = ("fedavg", "ffa-lora", "rolora", "fedsa-lora", "lisa", "local")
     rank_is_bounded = False
 
     def __init__(self, layers: Sequence[Layer], *, rank: int, d_initial: float, seeded: Seeded) -> None:

@@ -91,6 +91,7 @@ class Core:
             extra={name: self.state.extra[name] for name in (strategy.extra(server_round) if train else ())},
             ranks=self._computed(server_round, clients, train),
             modules=modules if any(modules) else (),
+            blocks=strategy.blocks(server_round),
             experts=strategy.experts(clients),
             fingerprint=federation.fingerprint or code_fingerprint()[0],
             pack=federation.pack,

@@ -52,10 +52,10 @@ def lacking(strategy: Strategy, server_round: int, received: int, client: int | 
 def _changed(strategy: Strategy, sent: Specs, server_round: int, received: int) -> Specs:
     """Return those of the tensors sent that have changed since the last round whose outcome a client was sent."""
     since = max(received + 1, server_round - strategy.period)  # what a whole cycle changes is all that ever changes
-    kinds = set().union(*(strategy.changed(number) for number in range(since, server_round)))
+    new = set().union(*(strategy.renewed(number) for number in range(since, server_round)))
     if received < 0:
-        kinds |= strategy.changed(0)
-    return {name: spec for name, spec in sent.items() if spec.kind in kinds}
+        new |= strategy.renewed(0)
+    return {name: spec for name, spec in sent.items() if name in new}
 
 
 @dataclass(frozen=True)

@@ -180,9 +180,9 @@ class Audited:
         """Return the first round of each set of roles that clients train with, over a cycle of rounds."""
         site = self.site([self.data.training_rows(0)])
         strategy = site.strategy
-        seen: dict[tuple[tuple[str, Role], ...], int] = {}
+        seen: dict[tuple[object, ...], int] = {}
         for number in range(1, strategy.period + 1):
-            seen.setdefault(tuple(strategy.all_roles(number).items()), number)
+            seen.setdefault((*strategy.all_roles(number).items(), strategy.blocks(number)), number)
         return list(seen.values())
 
     def _fetch(self) -> Job:
@@ -223,8 +223,10 @@ class KnownSite:
         strategy = self.strategy
         sent = {name: self.start(spec, name) for name, spec in strategy.sent(roles_of).items()}
         heads = tuple(self.ledger(client).head() for client in clients)
-        roles, experts = strategy.all_roles(roles_of), strategy.experts(clients)
-        return self.worker.train(Instruction(number, tuple(clients), roles, sent, ledger_heads=heads, experts=experts))
+        roles, blocks, experts = strategy.all_roles(roles_of), strategy.blocks(roles_of), strategy.experts(clients)
+        return self.worker.train(
+            Instruction(number, tuple(clients), roles, sent, blocks=blocks, experts=experts, ledger_heads=heads)
+        )
 
     def start(self, spec: TensorSpec, name: str, number: int = 1) -> NDArray[np.floating]:
         """Return a tensor moved away from its start, where factors that are zero hide gradients."""

@@ -382,10 +382,14 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("rolora", method), (both(rank) / 2, both(rank), both(rank) / 2)
         yield ("fedsa-lora", method), (a(rank), a(rank), a(rank))
     yield ("fedsvd", "lora"), (b(3), both(3), both(3))
+    # LISA at two blocks a round: of the three of LAYERS each is trained in two rounds of three.
+    yield ("lisa", "lora"), (both(3) * 2 / 3, both(3), both(3) * 2 / 3)
     ranks, outputs = 5 * len(LAYERS), sum(layer.d_out for layer in LAYERS)
     for name, d, b_ in (("fedavg", 1, 1), ("ffa-lora", 0, 1), ("fedsa-lora", 1, 0)):
         yield (name, "vera"), (d * ranks + b_ * outputs,) * 3
         yield (name, "dora"), (d * a(3) + b_ * (b(3) + outputs),) * 3
+    yield ("lisa", "vera"), ((ranks + outputs) * 2 / 3, ranks + outputs, (ranks + outputs) * 2 / 3)
+    yield ("lisa", "dora"), ((both(3) + outputs) * 2 / 3, both(3) + outputs, (both(3) + outputs) * 2 / 3)
     yield ("rolora", "vera"), ((ranks + outputs) / 2, ranks + outputs, (ranks + outputs) / 2)
     yield ("rolora", "dora"), ((both(3) + outputs) / 2, both(3) + outputs, (both(3) + outputs) / 2)
     for name in ("zero-padding", "hetlora", "fed-plora", "lora-lego"):
@@ -407,10 +411,13 @@ def _formulas() -> Iterator[tuple[tuple[str, str], tuple[float, float, float]]]:
         yield ("ffa-lora", method), (b_numbers, b_numbers, b_numbers)
         yield ("rolora", method), (whole / 2, whole, whole / 2)
         yield ("fedsa-lora", method), (a_numbers, a_numbers, a_numbers)
+    whole = of_features + of_rank
+    yield ("lisa", "randlora"), (whole * 2 / 3, whole, whole * 2 / 3)
     yield ("fedavg", "uni-lora"), (40, 40, 40)
     half, blocks = _each(0.5, 0)(3), _each(0.5, 1)(3)  # A of two blocks, and with B
     yield ("fedavg", "block-lora"), (blocks, blocks, blocks)
     yield ("ffa-lora", "block-lora"), (b(3), b(3), b(3))
+    yield ("lisa", "block-lora"), (blocks * 2 / 3, blocks, blocks * 2 / 3)
     yield ("rolora", "block-lora"), (blocks / 2, blocks, blocks / 2)
     yield ("fedsa-lora", "block-lora"), (half, half, half)
     yield ("fedavg", "flylora"), (b(4), b(4), b(4))

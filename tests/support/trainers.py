@@ -75,7 +75,8 @@ def instruction(
     strategy = build_strategy(model.config, model.specs)
     sent = {**strategy.initial(model.initial).tensors, **changes}
     heads = ("",) * len(clients) if ledger_heads is None else ledger_heads
-    return Instruction(number, clients, strategy.all_roles(number), sent, ledger_heads=heads)
+    roles, blocks = strategy.all_roles(number), strategy.blocks(number)
+    return Instruction(number, clients, roles, sent, blocks=blocks, ledger_heads=heads)
 
 
 def ask(worker: Worker, *args: Any, **changes: Any) -> list[Update]:
