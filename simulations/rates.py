@@ -38,6 +38,8 @@ _TRIED = {  # the best of three rates on the built-in text, with one seed, at ra
     ("nola", "adamw", "classes"): ("fedavg", 0.02),
     ("randlora", "adamw", "classes"): ("fedavg", 0.003),
     ("uni-lora", "adamw", "classes"): ("fedavg", 0.06),
+    ("flylora", "adamw", "classes"): ("fedavg", 0.017),
+    ("mora", "adamw", "classes"): ("fedavg", 0.0055),
 }
 _MAIN = {"lora": "fedavg", "mos": "mos", "s2-lora": "s2-lora"}  # the strategy of a method's own, for any other
 
