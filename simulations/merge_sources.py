@@ -75,6 +75,8 @@ class Source:
                 others[name] = shape
             else:
                 raise _refusal(folder, f"{name} is neither A or B of a linear layer nor in modules_to_save")
+        if not factors:
+            raise _refusal(folder, "it has no A and B of any linear layer")
         for layer, pair in factors.items():
             shapes = [pair.get(letter, ()) for letter in "AB"]
             if [len(shape) for shape in shapes] != [2, 2] or shapes[0][0] != shapes[1][1]:

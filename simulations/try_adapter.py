@@ -25,7 +25,7 @@ from fedlora.reports.adapters import adapter_of
 from fedlora.reports.run import Run
 from fedlora.tasks import TASKS, CausalLM, MultiLabel, SequenceTask, Task
 
-_TOGETHER = 32  # rows that go through the model at once
+_TOGETHER = 8  # rows that go through the model at once: a language model's logits take much memory
 NOTHING = "(nothing: the model ends its answer at once)"
 
 
