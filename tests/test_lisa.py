@@ -302,7 +302,7 @@ def test_all_blocks_in_every_round_are_fedavg_to_the_bit(tmp_path: Path) -> None
 
 def test_it_learns(tmp_path: Path) -> None:
     """The loss on training rows falls well below that of a coin."""
-    keys = {**KEYS, "rounds": 6, "train.local-steps": 20, "train.batch-size": 8, "train.learning-rate": 0.03}
+    keys = {**KEYS, "rounds": 8, "train.local-steps": 20, "train.batch-size": 8, "train.learning-rate": 0.03}
     config, data = settled(tmp_path, **keys)
     server, worker = under_flower(config, data, tmp_path), tiny_worker(tmp_path, **keys)
     rows = np.concatenate(data.clients).tolist()
