@@ -366,6 +366,10 @@ MINE = {"data.name": "docstrings", "method.rank": 4}
             "train.gradient = 'allora': is of a product",
         ),
         (
+            {"train.gradient": "lora-pro", "strategy.name": "fedavg", "method.init": "pissa"},
+            "none with 'lora' and method.init = 'pissa'",
+        ),
+        (
             {"train.b-rate-ratio": 4.0, "strategy.name": "fed-sb"},
             "train.b-rate-ratio = 4.0: is for tensors whose kind begins with B, and strategy 'fed-sb' trains none",
         ),

@@ -314,9 +314,10 @@ def refuse_scale(config: Config) -> None:
 
 def check_products(config: Config, method: Method) -> None:
     """Refuse a ``train.gradient`` that has to know each layer's A and B, where a method has none."""
-    gradient, name = config.train.gradient, config.method.name
-    rule = f"is of a product B A of two tensors, and a layer's update is none with {name!r}; use 'plain', or a method "
-    rule += "such as 'lora'."
+    gradient, name, init = config.train.gradient, config.method.name, config.method.init
+    start = "" if init == "auto" else f" and method.init = {init!r}"
+    rule = f"is of a product B A of two tensors, and a layer's update is none with {name!r}{start}; use 'plain', or a "
+    rule += "method such as 'lora', with method.init = 'auto'."
     require(gradient == "plain" or bool(method.products()), "train.gradient", gradient, rule)
 
 
