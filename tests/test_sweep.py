@@ -49,6 +49,8 @@ def sweep(folder: Path, **flat: Any) -> Sweep:
         ({**TUNE, "grid.train.learning-rate": [0.1], "eval.test": False}, r"is in \[grid\] and in \[tune\]"),
         ({**GRID, "cases.a": 3}, r"\[\[cases.a\]\] = 3: must be a list of tables"),
         ({"tune.train.learning-rate": [0.1, -1.0]}, r"train.learning-rate = -1.0: must be at least 0"),
+        ({"grid.seed": [0, -1]}, r"seed = -1: must be at least 0"),
+        ({"grid.seed": [0, 1], "grid.train.batch-size": [4, 0]}, r"train.batch-size = 0: must be at least 1"),
         ({"grid.privacy.epsilom": [1.0]}, r"unknown key 'privacy.epsilom'.* Did you mean 'privacy.epsilon'"),
         ({"grid.privacy.epsilon": [1.0]}, r"privacy.epsilon = 1.0: is read with privacy.mode = 'dp' only"),
     ],
