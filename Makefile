@@ -73,6 +73,7 @@ config: setup
 
 tables: setup
 	$(BIN)/python -m tools.strategy_tables .
+	$(BIN)/python -m tools.method_tables .
 	$(BIN)/python -m tools.comparison_tables .
 	$(BIN)/python -m tools.learning_rates .
 	$(BIN)/python -m tools.performance_tables .

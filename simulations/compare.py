@@ -64,7 +64,7 @@ def show_alternatives(plan: Plan, structure: Structure, console: Console) -> Non
         console.print(line, markup=False)
     console.print(
         "Server mean: whether the server's update is the mean of the clients'; none: models stay with clients. A rank "
-        "is not the same everywhere: docs/strategies.md says which suits each method.",
+        "is not the same everywhere: docs/methods.md says which suits each method.",
         markup=False,
     )
 

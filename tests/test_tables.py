@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from strategies import STRATEGIES
-from tools import comparison_tables, learning_rates, performance_tables, strategy_tables
+from tools import comparison_tables, learning_rates, method_tables, performance_tables, strategy_tables
 from tools.markdown import with_tables
 from tools.strategy_tables import METHODS, MODELS, bytes_up, layers_of
 
@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_tables_are_made_by_their_command() -> None:
     pages = {
         "strategies": strategy_tables,
+        "methods": method_tables,
         "comparison": comparison_tables,
         "learning_rates": learning_rates,
         "performance": performance_tables,
@@ -30,6 +31,8 @@ def test_every_strategy_and_method_is_in_them() -> None:
     text = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
     for name in STRATEGIES:
         assert all(f"| `{name}` | `{method}` |" in text for method in STRATEGIES[name].methods)
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{name}`" in text for name in METHODS)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -92,7 +92,9 @@ class LoraExperts(LowRankMethod):
             for name in (a, b):
                 one = specs[name]
                 specs[name + ALL] = TensorSpec((self.most, *one.shape), one.kind + ALL, product, one.bound)
-            specs[f"{layer.name}.router"] = TensorSpec((2 * self.most - 1, layer.d_in), "router", product, bound)
+            specs[f"{layer.name}.router"] = TensorSpec(
+                (2 * self.most - 1, layer.d_in), "router", product, bound, linear=False
+            )
         return specs
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
