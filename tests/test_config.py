@@ -104,7 +104,7 @@ KNOWN_RANKS = (6, 5, 4, 2, 3, 4, 4, 5)
         ),
         (
             {"strategy.name": "local", "method.name": "ravan", "method.ranks": "uniform:2-4"},
-            r"method.ranks = .*: is read with method.name = 'lora' only, not 'ravan'",
+            r"method.ranks = .*: is read by lora and sora only, not by 'ravan' under 'local'",
         ),
         (
             {"strategy.name": "ravan", "method.ranks": "uniform:2-8"},

@@ -182,7 +182,10 @@ def test_there_is_no_export_and_a_plan_says_so(tmp_path: Path) -> None:
     [
         ({"flylora.active": 0}, r"flylora.active = 0: must be at least 1"),
         ({"method.rslora": True}, r"method.rslora = true: is read by lora; flylora scales by alpha / rank"),
-        ({"method.ranks": "uniform:2-4", "strategy.name": "local"}, r"method.ranks = .*method.name = 'lora' only"),
+        (
+            {"method.ranks": "uniform:2-4", "strategy.name": "local"},
+            r"method.ranks = .*read by lora and sora only",
+        ),
         *(
             ({"strategy.name": name}, rf"method.name = 'flylora': strategy '{name}' works with")
             for name in ("ffa-lora", "fedsa-lora", "fedsvd")

@@ -116,7 +116,10 @@ def test_a_layer_with_room_for_no_rank_is_refused() -> None:
     [
         ({"method.alpha": 8.0}, r"method.alpha = 8.0: mora has no scale alpha / r: leave it at its default"),
         ({"method.rslora": True}, r"method.rslora = True: mora has no scale alpha / r"),
-        ({"method.ranks": "uniform:2-4", "strategy.name": "local"}, r"method.ranks = .*method.name = 'lora' only"),
+        (
+            {"method.ranks": "uniform:2-4", "strategy.name": "local"},
+            r"method.ranks = .*read by lora and sora only",
+        ),
         *(
             ({"strategy.name": name}, rf"method.name = 'mora': strategy '{name}' works with")
             for name in ("ffa-lora", "fed-sb", "fedsvd")

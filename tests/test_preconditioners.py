@@ -19,7 +19,7 @@ from fedlora.engine import ClientWork, Engine, train_pack
 from fedlora.engine.optimizers import build_optimizer
 from fedlora.engine.preconditioners import LoraPro
 from fedlora.engine.stack import Stack
-from fedlora.methods import LowRank, Method, Product, WeightDecomposed
+from fedlora.methods import LowRank, Method, ScaledPair, WeightDecomposed
 from simulations.audit.site import unit_steps
 from simulations.rates import rate_line
 from simulations.setup import resolve
@@ -58,7 +58,7 @@ def nearest(
 
     Only J^T G, the gradients, is known of G, and all that normal equations need.
     """
-    product = next(one for one in method.products() if one.a.rpartition(".")[0] == layer)
+    product = next(one for one in method.scaled_pairs() if one.a.rpartition(".")[0] == layer)
     fixed = {name: torch.tensor(value) for name, value in tensors.items()}
     names = [name for name in (product.a, product.b) if name in trained]
     blocks = torch.autograd.functional.jacobian(
@@ -75,7 +75,7 @@ def nearest(
     return {name: part.reshape(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
-def by_rows(product: Product, tensors: Arrays, grads: Arrays, eta: float) -> Arrays:
+def by_rows(product: ScaledPair, tensors: Arrays, grads: Arrays, eta: float) -> Arrays:
     """ALLoRA, row by row."""
     rows = zip(grads[product.b], tensors[product.b], strict=True)
     return {product.b: np.stack([grad / np.sqrt(np.linalg.norm(row) + 1 / eta**2) for grad, row in rows])}
@@ -113,7 +113,7 @@ def check_step(engine: Engine, fixed: str, train: TrainConfig, ranks: Sequence[i
     for work, before, after in zip(works, plain, changed, strict=True):
         own = sliced(engine, common, ranks[work.client]) if ranks else common
         tensors, expected = {**own, **work.start}, dict(before)
-        for product in method.products():
+        for product in method.scaled_pairs():
             layer = product.a.rpartition(".")[0]
             if train.gradient == "allora":
                 expected |= by_rows(product, tensors, before, train.eta)
@@ -152,7 +152,7 @@ def test_under_dp_noise_is_there_before() -> None:
     works, _ = one_step(engine, "", b=0.1)
     plain, changed = (stepped(engine, works, {}, train, private_step(2)) for train in (SGD, replace(SGD, **PRO)))
     for work, before, after in zip(works, plain, changed, strict=True):
-        for product in engine.method.products():
+        for product in engine.method.scaled_pairs():
             names = product.a, product.b
             u, v = by_formulas(*(work.start[n] for n in names), *(before[n] for n in names), product.scale, 0.1)
             size = max(np.abs(u).max(), np.abs(v).max())
@@ -181,7 +181,7 @@ def preconditioned(start: Arrays, grads: Arrays, fixed: Arrays, scale: float, da
     stack = Stack([start], shapes, torch.float64, torch.device("cpu"))
     own = {name: torch.tensor(value) for name, value in fixed.items()}
     changed = stack.rows([grads])
-    LoraPro(stack, [Product("A", "B", scale)], lambda groups: own, damping)(changed, slice(0, 1))
+    LoraPro(stack, [ScaledPair("A", "B", scale)], lambda groups: own, damping)(changed, slice(0, 1))
     return stack.split(changed)[0]
 
 
@@ -247,7 +247,7 @@ def left_of_a_target(damping: float, rate: float) -> float:
     target = generator.standard_normal((64, 8)) @ generator.standard_normal((8, 64)) / 8
     start = {"A": generator.uniform(-1, 1, (8, 64)) / 8, "B": np.zeros((64, 8))}
     stack = Stack([start], {"A": (8, 64), "B": (64, 8)}, torch.float64, torch.device("cpu"))
-    pro = LoraPro(stack, [Product("A", "B", 2.0)], lambda groups: {}, damping)
+    pro = LoraPro(stack, [ScaledPair("A", "B", 2.0)], lambda groups: {}, damping)
     train = TrainConfig(learning_rate=rate)
     optimizer = build_optimizer(stack.values, train, torch.tensor([120]), precondition=pro)
     off_by = target
@@ -337,7 +337,7 @@ def test_sixteen_bits_beside_float32() -> None:
     shapes = {"A": a.shape, "B": b.shape}
     stack = Stack([{"A": a, "B": b}], shapes, torch.float32, torch.device("cpu"))
     grads = stack.rows([{"A": grad_a, "B": grad_b}])
-    LoraPro(stack, [Product("A", "B", 1.0)], lambda groups: {}, 1e-4)(grads, slice(0, 1))
+    LoraPro(stack, [ScaledPair("A", "B", 1.0)], lambda groups: {}, 1e-4)(grads, slice(0, 1))
     u, v = by_formulas(*(value.astype(np.float64) for value in (a, b, grad_a, grad_b)), 1.0, 1e-4)
     made = stack.split(grads)[0]
     assert np.abs(made["A"] - u).max() < 1e-3 * np.abs(u).max()
@@ -412,7 +412,7 @@ def test_accepted() -> None:
     own = {"train.gradient": "lora-pro", "train.damping": 0.01, "strategy.name": "ffa-lora"}
     for method in ("lora", "dora", "block-lora"):
         config = resolve({**MINE, **own, **dp, "method.name": method})
-        assert len(method_of(method).products()) == len(method_of("lora").products()) > 0
+        assert len(method_of(method).scaled_pairs()) == len(method_of("lora").scaled_pairs()) > 0
     words = rate_line(replace(config, privacy=Config().privacy))
     assert words.endswith("nothing was measured with train.gradient = 'lora-pro'")
     plain = build_strategy(

@@ -2,7 +2,7 @@
 
 ``benchmarks/results/NAME.csv`` is the ``groups.csv`` of the sweep of that name, without timings, and
 ``benchmarks/results/comparison/NAME.csv`` holds the final cells of ``comparison.toml`` and ``comparison-dp.toml`` on
-two data sets. ``make tables`` runs this.
+two data sets, by partition (``split``). ``make tables`` runs this.
 """
 
 from __future__ import annotations
@@ -60,14 +60,16 @@ def dp_table() -> list[str]:
     return lines
 
 
-def paired_table(name: str, measure: str) -> list[str]:
+def paired_table(name: str, measure: str, split: str = "Dirichlet 0.5") -> list[str]:
     """Return strategies beside the best one, seed by seed, as Markdown lines, the best first.
 
     Args:
         name: The results.
         measure: Such as ``test_accuracy``; strategies without it are left out.
+        split: The partition.
     """
     cells = pd.read_csv(RESULTS / "comparison" / f"{name}.csv").dropna(subset=[measure])
+    cells = cells[cells["split"] == split]
     differences = paired_differences(cells, ["strategy"], measure)
     best = beside_the_best(differences, higher_is_better=True)
     beside = {str(row["one"]): paired_cells(row) for _, row in best.iterrows()}
@@ -78,11 +80,17 @@ def paired_table(name: str, measure: str) -> list[str]:
     groups = {str(strategy): rows for strategy, rows in cells.groupby("strategy")}
     for strategy, rows in sorted(groups.items(), key=lambda item: -item[1][measure].mean()):
         spread = f"{rows[measure].mean():.4f} ± {rows[measure].std():.4f}"
-        first = [_key(strategy), _key(f"{rows['rate'].iloc[0]:g}"), spread]
+        first = [_key(strategy), _rate(rows.iloc[0]), spread]
         line = [*first, *beside.get(strategy, ["", "", "the best on average"]), human_bytes(rows["bytes_up"].mean())]
         line += [_reached(rows)] if target else []
         lines.append(f"| {' | '.join(line)} |")
     return lines
+
+
+def _rate(row: pd.Series[Any]) -> str:
+    """Return the learning rate of clients, and that of the server where one was chosen."""
+    server = "" if pd.isna(row["server_rate"]) else f", server `{row['server_rate']:g}`"
+    return _key(f"{row['rate']:g}") + server
 
 
 def _reached(rows: pd.DataFrame) -> str:
@@ -139,6 +147,11 @@ TABLES: dict[str, Table] = {
         f"paired {name} {measure}": partial(paired_table, name, measure)
         for name in ("text", "sst2", "text-dp", "sst2-dp")
         for measure in ("test_accuracy", "clients_accuracy")
+    },
+    **{
+        f"paired text-dp {measure} {split}": partial(paired_table, "text-dp", measure, split)
+        for measure in ("test_accuracy", "clients_accuracy")
+        for split in ("IID", "Dirichlet 0.1")
     },
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -166,6 +167,8 @@ def set_compile_limits() -> None:
 
 def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     set_compile_limits()
+    # What is computed in float32 beside a base of 16 bits (FlyLoRA's choice of ranks) is meant to be.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     grouped = engine.grouped
     grouped.blocks = {
         block: torch.compile(block.forward, dynamic=True, options=_OPTIONS) for block in blocks_of(engine)

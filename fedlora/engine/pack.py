@@ -94,7 +94,7 @@ class Pack:
             steps_g,
             self.stack.spread(l1) if l1 else None,
             self._rate_ratio(config, specs),
-            build_preconditioner(config, self.stack, engine.method.products(), self._exact_fixed),
+            build_preconditioner(config, self.stack, engine.method.scaled_pairs(), self._exact_fixed),
         )
         self.private_sum = PrivateSum(private, self.stack.values, self.stack.real) if private is not None else None
         self.local: LocalGradient | None = None

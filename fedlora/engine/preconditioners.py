@@ -1,7 +1,7 @@
 """Preconditioners of a pack's gradients: LoRA-Pro, and LoRA-FA's form of it, and ALLoRA.
 
 They take the gradients that the optimizer would take, clipped, or under DP clipped and noised, and the current A and B
-of each layer: post-processing, which costs no privacy. A layer adds s B A to its weight (:class:`Product`).
+of each layer: post-processing, which costs no privacy. A layer adds s B A to its weight (:class:`ScaledPair`).
 
 **LoRA-Pro** (Wang, Liang, He, Wang & Tan, "LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", ICLR 2025, arXiv
 2407.18242; code mrflogs/LoRA-Pro). Steps U of A and V of B move the weight by s (B U + V A). LoRA-Pro takes those that
@@ -50,7 +50,7 @@ from torch import Tensor
 
 from fedlora.config import ConfigError, TrainConfig
 from fedlora.engine.stack import Stack
-from fedlora.methods import Product
+from fedlora.methods import ScaledPair
 from fedlora.transfer import Places
 
 
@@ -64,7 +64,7 @@ class Preconditioner(ABC):
     """
 
     def __init__(
-        self, stack: Stack, products: Sequence[Product], fixed: Callable[[Places], Mapping[str, Tensor]]
+        self, stack: Stack, products: Sequence[ScaledPair], fixed: Callable[[Places], Mapping[str, Tensor]]
     ) -> None:
         self.stack = stack
         self.products = [one for one in products if {one.a, one.b} & stack.shapes.keys()]
@@ -91,7 +91,7 @@ class Allora(Preconditioner):
     def __init__(
         self,
         stack: Stack,
-        products: Sequence[Product],
+        products: Sequence[ScaledPair],
         fixed: Callable[[Places], Mapping[str, Tensor]],
         eta: float,
     ) -> None:
@@ -118,7 +118,7 @@ class LoraPro(Preconditioner):
     def __init__(
         self,
         stack: Stack,
-        products: Sequence[Product],
+        products: Sequence[ScaledPair],
         fixed: Callable[[Places], Mapping[str, Tensor]],
         damping: float,
     ) -> None:
@@ -219,7 +219,7 @@ def sylvester(p: Tensor, q: Tensor, rhs: Tensor, doublings: int) -> Tensor:
 def build_preconditioner(
     config: TrainConfig,
     stack: Stack,
-    products: Sequence[Product],
+    products: Sequence[ScaledPair],
     fixed: Callable[[Places], Mapping[str, Tensor]],
 ) -> Preconditioner | None:
     """Return what ``train.gradient`` names; None: nothing.

@@ -114,7 +114,7 @@ class LowRank(NamedTuple):
         return b if self.out_scale is None else b * self.out_scale.unsqueeze(-1)
 
 
-class Product(NamedTuple):
+class ScaledPair(NamedTuple):
     """A layer's update ``scale * B A``, or what has that one's gradients, of two tensors and nothing else."""
 
     a: str  # the name of A [r, d_in]
@@ -211,7 +211,7 @@ class Method(ABC):
         """Return what is added to the loss of each group whatever its data, [*]; None for nothing."""
         return None
 
-    def products(self) -> list[Product]:
+    def scaled_pairs(self) -> list[ScaledPair]:
         """Return each layer's update as a product of two tensors; empty: it is none, see ``train.gradient``."""
         return []
 
@@ -318,7 +318,7 @@ def check_products(config: Config, method: Method) -> None:
     start = "" if init == "auto" else f" and method.init = {init!r}"
     rule = f"is of a product B A of two tensors, and a layer's update is none with {name!r}{start}; use 'plain', or a "
     rule += "method such as 'lora', with method.init = 'auto'."
-    require(gradient == "plain" or bool(method.products()), "train.gradient", gradient, rule)
+    require(gradient == "plain" or bool(method.scaled_pairs()), "train.gradient", gradient, rule)
 
 
 def check_init(config: Config, known: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
 from fedlora.config import Config, Options, at_least, require
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, Product, TensorSpec, refuse_rslora
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, ScaledPair, TensorSpec, refuse_rslora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,10 +89,10 @@ class BlockLora(LowRankMethod):
             specs[f"{layer.name}.block_B"] = TensorSpec((layer.d_out, self.rank), "B", product, 0.0)
         return specs
 
-    def products(self) -> list[Product]:
+    def scaled_pairs(self) -> list[ScaledPair]:
         """Return each layer's A_s and B: A is sqrt(n) A_s T, where the rows of T are orthonormal."""
         scale = self.scale * math.sqrt(self.blocks)
-        return [Product(f"{layer.name}.block_A", f"{layer.name}.block_B", scale) for layer in self.layers]
+        return [ScaledPair(f"{layer.name}.block_A", f"{layer.name}.block_B", scale) for layer in self.layers]
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
         """Return each layer's A, its block n times side by side, and B."""

@@ -29,7 +29,7 @@ from fedlora.methods.base import (
     Layer,
     LowRank,
     LowRankMethod,
-    Product,
+    ScaledPair,
     TensorSpec,
     WeightDecomposed,
     refuse_rslora,
@@ -70,9 +70,9 @@ class Dora(LowRankMethod):
             specs[name] = TensorSpec((layer.d_out,), "B_m", (name,), 0.0)
         return specs
 
-    def products(self) -> list[Product]:
+    def scaled_pairs(self) -> list[ScaledPair]:
         """Return LoRA's: norms are constants in gradients, so A and B get those of a product."""
-        return self.lora.products()
+        return self.lora.scaled_pairs()
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
         """Return each layer's LoRA with its magnitude."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, PeftAdapter, Product, Scale, TensorSpec
+from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, PeftAdapter, Scale, ScaledPair, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,9 +55,9 @@ class Head(Method):
             factors[layer.name] = Scale(*own) if layer.norm else Dense(*own)
         return factors
 
-    def products(self) -> list[Product]:
+    def scaled_pairs(self) -> list[ScaledPair]:
         """Return the method's; the head has none."""
-        return self.method.products()
+        return self.method.scaled_pairs()
 
     def penalty(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """Return the method's penalty; the head has none."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, Method, Product, TensorSpec, orthonormal
+from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, Method, ScaledPair, TensorSpec, orthonormal
 from fedlora.methods.lora_started import STARTS, StartedLora, refuse_strategy, residual_of
 from fedlora.methods.residual import folded
 
@@ -75,9 +75,9 @@ class Lora(LowRankMethod):
         """Return as a residual what all ranks but these come to."""
         return folded(self.specs(), tensors, modules)
 
-    def products(self) -> list[Product]:
+    def scaled_pairs(self) -> list[ScaledPair]:
         """Return each layer's A and B with the scale."""
-        return [Product(f"{layer.name}.lora_A", f"{layer.name}.lora_B", self.scale) for layer in self.layers]
+        return [ScaledPair(f"{layer.name}.lora_A", f"{layer.name}.lora_B", self.scale) for layer in self.layers]
 
     def factors(self, tensors: Mapping[str, Tensor]) -> dict[str, Factor]:
         """Return each layer's A and B with the scale, and its residual where there is one (:mod:`.residual`)."""

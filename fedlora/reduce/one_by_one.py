@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 import numpy as np
 
 from fedlora.codec import WireError
 from fedlora.exact_sum import check_sizes
 from fedlora.exchange import Tensors, Update
-from fedlora.methods.products import Product, stack
 from fedlora.reduce.base import ClientUpdate, Expected, Header, Records, Reduced, Reduction
 from fedlora.reduce.check import check_tensors
+
+if TYPE_CHECKING:
+    from fedlora.methods.products import Product
 
 _UPDATE = re.compile(r"update\.(0|[1-9][0-9]{0,17})")
 
@@ -113,6 +115,8 @@ def mean_product(updates: Sequence[ClientUpdate], name_a: str, name_b: str) -> P
     Returns:
         A [sum r_k, d_in], which has the weights, and B [d_out, sum r_k].
     """
+    from fedlora.methods.products import stack  # the client app imports this file, and no methods
+
     return stack(factors(updates, name_a, name_b), shares(updates))
 
 
