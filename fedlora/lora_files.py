@@ -21,6 +21,8 @@ PREFIX = "base_model.model."
 
 _PLAIN = {  # what a plain LoRA has, by key of adapter_config.json; others change what the factors mean
     "use_dora": False,
+    "use_qalora": False,
+    "use_bdlora": None,
     "lora_bias": False,
     "bias": "none",
     "layer_replication": None,

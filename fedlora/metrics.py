@@ -7,6 +7,7 @@ outside the differential-privacy guarantee until somebody does.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -15,6 +16,7 @@ from typing import final
 from fedlora.tasks import TASKS
 
 OUTSIDE = "outside the guarantee"
+_RANK = re.compile(r"_rank_[1-9][0-9]*$")  # of the model cut to so many ranks
 WORST_TENTH = "_worst_tenth"  # of clients: the mean over the tenth of them that does worst
 
 
@@ -118,9 +120,10 @@ class Metric:
         Raises:
             ValueError: No such column is declared.
         """
+        whole, rank = _RANK.sub("", key), _RANK.search(key)
         for metric in declared():
-            if metric.key == key:
-                return metric
+            if metric.key == whole:
+                return Metric(f"{metric.name}{rank[0]}", metric.population) if rank else metric
         raise ValueError(
             f"the column {key!r} is not declared in fedlora/metrics.py: what it was measured on is unknown."
         )

@@ -96,7 +96,7 @@ class Strategy(ABC):
     repeats: bool = True
     """Whether they do; else they are laid out over ``period`` rounds, and after them stay as in the last one."""
     ragged: bool = False
-    """Whether clients may hold different ranks (``method.ranks``) of the first of its methods."""
+    """Whether clients may hold different ranks (``method.ranks``), of its first method or any that is ragged itself."""
     folds: bool = False
     """Whether a client of a smaller rank computes with all ranks, and trains as many of them (:meth:`modules`)."""
     prunes: bool = False
@@ -284,7 +284,7 @@ class Strategy(ABC):
 
     def renewed(self, server_round: int) -> set[str]:
         """Return the names of the tensors that the server changes after a round (:meth:`changed`)."""
-        kinds, blocks = self.changed(server_round), self.blocks(server_round)
+        kinds, blocks = self.changed(server_round), self.blocks(server_round) if server_round else ()
         return {n for n, spec in self.setting.specs.items() if spec.kind in kinds and not waits(spec, blocks)}
 
     def expected(self, server_round: int, client: int | None = None) -> dict[str, TensorSpec]:

@@ -46,7 +46,7 @@ _UNMEASURED_METHODS = (
     "sora",
 )
 # What signal to noise these learn from was not measured: not proposed.
-_UNMEASURED = ("fed-sb", "ravan", "feddpa", "fedlease", "dylora")
+_UNMEASURED = ("fed-sb", "ravan", "feddpa", "fedlease", "dylora", "lisa", "lora-lego")
 
 
 def learns_from(config: Config) -> float:
@@ -61,8 +61,8 @@ def verdict(plan: PrivacyPlan) -> list[str]:
     """Return what is to be said of whether a run will learn, plainly where it will hardly."""
     config, steps = plan.config, plan.config.rounds * plan.mechanism.steps
     ratio, bound = plan.signal_to_noise(plan.steps), learns_from(config)
-    if config.method.name in _UNMEASURED_METHODS:
-        return [f"note: signal to noise {ratio:.3g}; what {config.method.name} learns from was not measured"]
+    if unmeasured := _unmeasured(config):
+        return [f"note: signal to noise {ratio:.3g}; what {unmeasured} learns from was not measured"]
     where = f"the signal to noise of a client's steps together is {ratio:.2g}, and on SST-2 runs began to learn at "
     where += f"{bound:g}"
     lines, personal = [], _keeps_noise(config)
@@ -84,6 +84,13 @@ def verdict(plan: PrivacyPlan) -> list[str]:
     if not lines:
         lines.append(f"privacy: signal to noise {ratio:.3g} is above {bound:g}, from which such runs learned on SST-2")
     return lines
+
+
+def _unmeasured(config: Config) -> str:
+    """Return the method or the strategy of which it was not measured what it learns from; empty: it was."""
+    if config.method.name in _UNMEASURED_METHODS:
+        return config.method.name
+    return config.strategy.name if config.strategy.name in _UNMEASURED else ""
 
 
 def _keeps_noise(config: Config) -> bool:
@@ -168,10 +175,8 @@ def check_can_suggest(config: Config) -> None:
             "fedlora plan --suggest looks for schedules under DP within a budget: set privacy.mode = 'dp' and "
             "privacy.epsilon. Without privacy, `fedlora tune` looks for the learning rate."
         )
-    if config.method.name in _UNMEASURED_METHODS:
-        raise ConfigError(
-            f"fedlora plan --suggest: what signal to noise {config.method.name} learns from was not measured."
-        )
+    if unmeasured := _unmeasured(config):
+        raise ConfigError(f"fedlora plan --suggest: what signal to noise {unmeasured} learns from was not measured.")
 
 
 def suggest(plan: PrivacyPlan, trained: Mapping[str, int], asked: Sequence[str], console: Console) -> None:

@@ -18,11 +18,11 @@ from rich.console import Console
 
 from fedlora.config import Config, LocalConfig, PrivacyConfig, ServerConfig
 from fedlora.data import FederatedData
+from fedlora.methods import METHODS
 from fedlora.runs.folder import RunFolder, read_lines, run_path
 from fedlora.seeded import Seeded
 from fedlora.tasks import TASKS
 from simulations.scores import summarise
-from strategies import Local
 
 _ALONE = 100  # clients whose own models are evaluated on all test rows, at most
 
@@ -117,7 +117,7 @@ def _config(run: Federated, name: str, strategy: str) -> Config:
         config = replace(config, train=replace(config.train, local_steps=run.steps, local_epochs=1))
     head = "frozen" if config.method.head == "frozen" else "shared"
     # By itself a client has what it trains, and nothing to train some of (Ravan's heads) on top of.
-    ragged = strategy == "local" and config.method.name == Local.methods[0]
+    ragged = strategy == "local" and METHODS[config.method.name].ragged
     return replace(
         config,
         rounds=run.rounds,

@@ -54,7 +54,7 @@ class _Request:
         experts = len(self.works[0].fixed.get(OWN, ()))  # padded ones would be chosen by routers
         return (
             *(self.config, mechanism, self.terms, self.shared, tuple(self.works[0].start), experts),
-            *(tuple(self.common), tensors_digest(self.engine.method.constants())),
+            *(tuple(self.works[0].fixed), tuple(self.common), tensors_digest(self.engine.method.constants())),
         )
 
 

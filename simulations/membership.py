@@ -24,6 +24,7 @@ from fedlora.config.training import PrivacyConfig
 from fedlora.data import FederatedData, load_federated
 from fedlora.exchange import Update
 from fedlora.privacy import Mechanism, attacks, certifier, epsilon
+from fedlora.shapes import cut
 from fedlora.tasks import TASKS
 from simulations.audit.findings import flat
 from simulations.audit.site import held_by, unit_steps
@@ -134,6 +135,8 @@ def membership(
 
 
 def _of_one_round(one: Mapping[str, Any], models: int, rows: int) -> dict[str, Any]:
+    if one.get("method.ranks"):
+        raise ConfigError(f"method.ranks = {one['method.ranks']!r}: membership is asked of clients of one rank.")
     own: dict[str, Any] = {"rounds": 1, "federation.num-clients": models, "federation.clients-per-round": 0}
     own |= {"data.partition": "iid", "data.holdout": 0.0, "privacy.client-size": 0, "run.resume": False}
     if one.get("privacy.mode", "none") != "none":
@@ -145,7 +148,10 @@ def _moved(federation: InProcess, updates: Sequence[Update]) -> NDArray[np.float
     """Return by what each update moved what the server holds, [clients, P]."""
     start = federation.core.state.tensors
     return np.stack(
-        [flat({name: value - start[name] for name, value in sorted(one.tensors.items())}) for one in updates]
+        [
+            flat({name: value - cut(start[name], value.shape) for name, value in sorted(one.tensors.items())})
+            for one in updates
+        ]
     )
 
 

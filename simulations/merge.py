@@ -133,6 +133,7 @@ def _merge(
     """Merge, write and check; return the metrics of each adapter, and of the merged one."""
     import torch
 
+    from fedlora.runs.export_check import ExportError
     from fedlora.runs.merged import check_written, write_adapter
 
     loaded = [one.load() for one in sources]
@@ -157,7 +158,11 @@ def _merge(
         for name in TOKENIZER:
             if (sources[0].folder / name).is_file():
                 shutil.copyfile(sources[0].folder / name, out / name)
-    check_written(out, merged)
+    try:
+        check_written(out, merged)
+    except ExportError:
+        shutil.rmtree(out)  # it was not there before, and the next try would be refused
+        raise
     ranks = sorted({len(a) for a, _ in merged.values()})
     span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
     console.print(f"merged {len(sources)} adapters: {len(merged)} layers of rank {span} in {out}", markup=False)

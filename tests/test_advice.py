@@ -71,6 +71,14 @@ def test_each_reason_is_given(changes: dict[str, Any], reason: str) -> None:
     assert reason in line
 
 
+@pytest.mark.parametrize("strategy", ["dylora", "lisa", "lora-lego"])
+def test_nothing_is_promised_of_what_was_not_measured(strategy: str) -> None:
+    plan = planned(LORA, **{"strategy.name": strategy})
+    assert "learns from was not measured" in "".join(verdict(plan))
+    with pytest.raises(ConfigError, match=f"what signal to noise {strategy} learns from was not measured"):
+        check_can_suggest(plan.config)
+
+
 @pytest.mark.parametrize(
     ("share", "words"),
     [(0.5, "note: this run will hardly"), (0.8, "note: this run may hardly"), (1.1, "privacy: signal")],

@@ -45,7 +45,7 @@ def findings(folder: Path, train: Any = train_pack, **changes: Any) -> list[Find
     ("strategy", "checks"),
     [
         *(("ffa-lora", 14), ("fedsa-lora", 14), ("mos-personal", 14), ("feddpa", 14), ("s2-lora", 14)),
-        *(("rolora", 20), ("fedlease", 20)),
+        *(("rolora", 20), ("fedlease", 20), pytest.param("dylora", 14, marks=pytest.mark.slow)),
     ],
 )
 def test_the_shipped_code_passes(strategy: str, checks: int, tmp_path: Path) -> None:

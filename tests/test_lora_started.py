@@ -261,7 +261,7 @@ def flat_of(folder: Path, init: str, **changes: Any) -> dict[str, Any]:
         ("pissa", {"method.start": "adapter"}, r"method.start = 'adapter': goes with method.init = 'auto' or 'orthon"),
         ("pissa", {"eval.baselines": True}, r"eval.baselines = True: its baselines would start otherwise"),
         *(
-            (init, {"strategy.name": name}, rf"method.init = .* does not go with strategy '{name}', for which B A must")
+            (init, {"strategy.name": name}, rf"method.init = .* does not go with strategy '{name}', which may take B A")
             for init, name in zip(
                 INITS * 5,
                 ("flora", "florist", "flexlora", "hetlora", "lora-fair", "fedrot-lora", "fedsvd", "fed-plora"),

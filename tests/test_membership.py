@@ -81,5 +81,7 @@ def test_an_over_fitted_adapter_is_found_out_and_a_private_one_is_not(tmp_path: 
 def test_too_few_models_or_rows_are_refused_before_any_is_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="models = 8: 10 are needed"):
         membership([tiny_flat(tmp_path)], models=8, rows=20)
+    with pytest.raises(ValueError, match=r"method.ranks = '1,2': membership is asked of clients of one rank"):
+        membership([tiny_flat(tmp_path, **{"method.ranks": "1,2"})], models=10, rows=20)
     with pytest.raises(ValueError, match="name fewer"):
         membership([tiny_flat(tmp_path)], models=10, rows=10_000)

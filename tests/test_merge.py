@@ -187,6 +187,17 @@ def test_a_written_adapter_that_peft_reads_otherwise_is_not_passed(tmp_path: Pat
             check_written(folder, products)
 
 
+def test_adapters_that_cancel_are_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is left of them is rounding, and no fault."""
+    first, turned = save_adapter(tmp_path, "first"), save_adapter(tmp_path, "first-too")
+    weights = load_file(first / WEIGHTS)
+    save_file({key: -value if "lora_B" in key else value for key, value in weights.items()}, turned / WEIGHTS)
+    code, said = merged(capsys, tmp_path / "out", "--adapters", first, turned, "--by", "svd", "--rank", "2")
+    assert code == 0, said
+    ours = updates(PeftModel.from_pretrained(base_model(tmp_path), str(tmp_path / "out")))
+    assert all(float(one.abs().max()) < 1e-5 for one in ours.values())
+
+
 def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +210,7 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(
         "elsewhere": {"base_model_name_or_path": "some/other"},
         "revised": {"revision": "v2"},
         "writes": {"task_type": "CAUSAL_LM"},
+        "pooled": {"use_qalora": True},
     }
     for name, change in changes.items():
         folder = save_adapter(tmp_path, name)
@@ -216,6 +228,7 @@ def test_what_cannot_be_merged_is_one_line_and_nothing_is_written(
     cases: list[tuple[list[Any], str]] = [
         ([first, tmp_path / "none"], "no PEFT adapter can be read there"),
         ([first, magnitudes], "it has use_dora = True"),
+        ([first, tmp_path / "pooled"], "it has use_qalora = True"),
         ([first, tmp_path / "elsewhere"], "its base model is some/other, and of "),
         ([first, tmp_path / "revised"], "revision v2, and of "),
         ([first, tmp_path / "writes"], "task_type CAUSAL_LM, and of "),

@@ -16,6 +16,7 @@ def test_a_column_is_parsed_into_what_made_it() -> None:
     assert Metric("accuracy", Population.TEST).key == "test_accuracy"
     assert Metric("accuracy", Population.ALONE_TEST).worst_tenth.key == "alone_test_accuracy_worst_tenth"
     assert Metric.parse("personal_perplexity").population is Population.PERSONAL
+    assert Metric.parse("test_accuracy_rank_4") == Metric("accuracy_rank_4", Population.TEST)
 
 
 def test_no_two_metrics_share_a_column() -> None:
@@ -24,7 +25,15 @@ def test_no_two_metrics_share_a_column() -> None:
 
 def test_a_new_column_is_outside_the_guarantee_until_it_is_declared() -> None:
     """Planted: names that a prefix would have called covered, and one that no prefix fits."""
-    for key in ("test_rows_of_client_3", "dev_accuracy_by_class", "mean_gradient_norm", "bytes_of_rows", "test_", ""):
+    for key in (
+        "test_rows_of_client_3",
+        "dev_accuracy_by_class",
+        "mean_gradient_norm",
+        "bytes_of_rows",
+        "test_",
+        "",
+        "loss_rank_4",
+    ):
         assert not is_covered(key), key
         with pytest.raises(ValueError, match=r"is not declared in fedlora/metrics\.py"):
             Metric.parse(key)

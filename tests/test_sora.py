@@ -143,6 +143,18 @@ def test_the_server_pads_gates_with_zeros_and_takes_the_step_once_more() -> None
             assert np.abs(ended[name] - np.sign(mean) * np.maximum(np.abs(mean) - 2.0 * 0.05, 0)).max() < 1e-13
 
 
+def test_gates_that_no_client_of_a_round_holds_stay_as_they_are() -> None:
+    strategy = strategy_of("zero-padding", "sora", (1, 2, 1, 2, 1))
+    server = server_of(strategy, "sora", learning_rate=2.0)
+    before = dict(server.core.state.tensors)
+    ended = run(server, LoopGrid({1: node_of(server), 2: node_of(server)}), 1)
+    gates = [name for name, spec in strategy.expected(1).items() if spec.kind == "g"]
+    for name in gates:
+        assert ended[name][2] == before[name][2] != 0
+        assert (ended[name][:2] != before[name][:2]).all()
+    assert gates
+
+
 # -- export and reports -------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from fedlora.config import ConfigError, to_toml
+from fedlora.config import Config, ConfigError, to_toml
 from fedlora.data import load_corpus, load_federated
 from fedlora.plugins import read_config, schema
 from simulations.cli import run
@@ -140,6 +140,21 @@ def test_hyper_parameters_are_chosen_once_for_all_cases_of_a_list(tmp_path: Path
     assert one.choose(group) == {"train.learning-rate": 0.1}
     (tmp_path / "again.toml").write_text(one.to_toml())
     assert Sweep.read(str(tmp_path / "again.toml"), DEFAULTS) == one
+    packs: list[list[str]] = []
+
+    def run_cells(cells: Sequence[Callable[[Session], None]]) -> None:
+        packs.append([])
+        for each in cells:
+            each(session)
+
+    def outcome(config: Config, _: Console) -> dict[str, float]:
+        packs[-1].append(config.data.partition)
+        return {"dev_accuracy": 0.5, "test_accuracy": 0.5}
+
+    session: Any = SimpleNamespace(run=outcome)
+    run_share(one, run_cells, Console(quiet=True), Share())
+    assert {len(set(pack)) for pack in packs if pack} == {1}, "side by side are cells that differ by their seed alone"
+    assert [pack[0] for pack in packs if len(pack) == 2] == ["iid", "dirichlet"], "of the other case no rate was chosen"
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ _STRATEGIES = ("fedavg", "ffa-lora", "rolora", "fedsa-lora", "fedex-lora", "zero
 def refuse_strategy(config: Config) -> None:
     """Refuse a strategy that would take the product of the trained factors for the whole update."""
     init, name = config.method.init, config.strategy.name
-    rule = f"does not go with strategy {name!r}, for which B A must be the whole update; use {', '.join(_STRATEGIES)}."
+    rule = f"does not go with strategy {name!r}, which may take B A for the whole update; use {', '.join(_STRATEGIES)}."
     require(name in _STRATEGIES, "method.init", init, rule)
 
 

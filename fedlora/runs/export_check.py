@@ -24,6 +24,7 @@ from fedlora.models.quiet import quiet
 
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3}  # of losses; what is wrong is off by far more
 _SAME = 1e-3  # of an update's norm
+_FLOAT32 = 2.0**-20  # of its factors' norms: rounding of what they are stored in, with room for sums
 _DRAWS = 8
 _COARSE = 0.1  # of 16 bits and fewer, where PEFT's factors are in float32 and added in another order: at least
 
@@ -99,7 +100,8 @@ def same_update(layer: Any, a: NDArray[np.float64], b: NDArray[np.float64]) -> b
     """Return whether what a layer of PEFT adds is B A but for rounding, given A [r, d_in] and B [d_out, r]."""
     down, up = _peft_factors(layer)
     off = product_norm(np.concatenate([a, down]), np.concatenate([b, -up], 1))
-    return off <= _SAME * product_norm(a, b)
+    rounding = _FLOAT32 * float(np.linalg.norm(a) * np.linalg.norm(b))  # of what may cancel, as in a merge
+    return off <= _SAME * product_norm(a, b) + rounding
 
 
 def _peft_factors(layer: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

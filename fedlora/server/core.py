@@ -15,7 +15,7 @@ from fedlora.methods import proximal_step
 from fedlora.reduce import Reduction
 from fedlora.server.cohort import Federation
 from fedlora.server.traffic import ACCUMULATED
-from fedlora.shapes import cut
+from fedlora.shapes import cut, placed
 from fedlora.state import ServerState
 from fedlora.strategy import Strategy
 
@@ -89,7 +89,7 @@ class Core:
             reduction=strategy.reduction(server_round),
             local=strategy.local(server_round),
             extra={name: self.state.extra[name] for name in (strategy.extra(server_round) if train else ())},
-            ranks=self._computed(server_round, clients, train),
+            ranks=self._held_ranks(server_round, clients, train),
             modules=modules if any(modules) else (),
             blocks=strategy.blocks(server_round),
             experts=strategy.experts(clients),
@@ -99,7 +99,7 @@ class Core:
             job=job,
         )
 
-    def _computed(self, server_round: int, clients: Sequence[int], train: bool) -> tuple[int, ...]:
+    def _held_ranks(self, server_round: int, clients: Sequence[int], train: bool) -> tuple[int, ...]:
         """Return the rank that each client computes with; empty: all with the method's."""
         strategy = self.strategy
         if train and not strategy.folds:
@@ -122,8 +122,15 @@ class Core:
         state = strategy.apply(self.state, reduced, server_round)
         # A mean of sparse tensors is dense where only one of the clients is not zero.
         rate = self.federation.learning_rate * strategy.local(server_round).learning_rate
-        shrunk = proximal_step(state.tensors, strategy.expected(server_round), rate)
-        tensors = {name: value.astype(dtype) for name, value in {**state.tensors, **shrunk}.items()}
+        # Of clients of smaller ranks less than the whole has arrived; the rest stays as it was.
+        arrived = {
+            name: cut(state.tensors[name], reduced.mean[name].shape) if name in reduced.mean else state.tensors[name]
+            for name, spec in strategy.expected(server_round).items()
+            if spec.l1
+        }
+        shrunk = proximal_step(arrived, {name: strategy.setting.specs[name] for name in arrived}, rate)
+        whole = {name: placed(value, state.tensors[name]) for name, value in shrunk.items()}
+        tensors = {name: value.astype(dtype) for name, value in {**state.tensors, **whole}.items()}
         self.state = replace(state, tensors=tensors)
         if strategy.accumulates:
             added = np.array(strategy.added_ranks(used, state), dtype=np.float64)

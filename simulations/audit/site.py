@@ -246,7 +246,8 @@ class KnownSite:
         Raises:
             RuntimeError: A client did not train.
         """
-        specs, store = self.worker.loaded.model.specs, self.worker.loaded.store
+        store = self.worker.loaded.store
+        specs = {**self.worker.loaded.model.specs, **self.strategy.specs(roles_of)}  # of a round of fewer ranks
         own = with_role(specs, self.strategy.all_roles(roles_of), Role.PERSONAL)
         for client in clients:
             if own:

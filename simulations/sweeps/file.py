@@ -206,7 +206,7 @@ class Sweep:
         return [
             self._cell("tune", {**one, **first, **seed, **tried})
             for one in chosen
-            for tried in combinations(self.tune | self._own_tune({**one, **first}))
+            for tried in combinations(self.tune | self._own_tune(one))
         ]
 
     def _own_tune(self, group: Values) -> dict[str, list[Any]]:
@@ -224,8 +224,14 @@ class Sweep:
 
     def finals(self, group: Values, chosen: Values) -> list[Cell]:
         """Return the cells of a group, seed after seed, with the hyper-parameters that were chosen."""
+        return [cell for cells in self.finals_by_seed(group, chosen) for cell in cells]
+
+    def finals_by_seed(self, group: Values, chosen: Values) -> list[list[Cell]]:
+        """Return the cells of :meth:`finals`, those together that differ by their seed alone."""
         seeds: list[Values] = [{"seed": seed} for seed in self.grid["seed"]] if "seed" in self.grid else [{}]
-        return [self._cell("final", {**group, **one, **seed, **chosen}) for one in self._over_once() for seed in seeds]
+        return [
+            [self._cell("final", {**group, **one, **seed, **chosen}) for seed in seeds] for one in self._over_once()
+        ]
 
     def size(self) -> int:
         """Return the number of cells."""
@@ -256,7 +262,7 @@ class Sweep:
             try:
                 chosen = self.choose(group)
             except ValueError:  # nothing has run yet
-                own = self._own_tune({**group, **self._over_once()[0]})
+                own = self._own_tune(group)
                 chosen = {key: values[0] for key, values in (self.tune | own).items()}
             cells += [*self.tuning(group), *self.finals(group, chosen)]
         return cells

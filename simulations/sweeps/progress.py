@@ -43,11 +43,11 @@ def run_share(sweep: Sweep, run_cells: RunCells, console: Console, share: Share)
         except ValueError as error:
             progress.skip(group, error)
             continue
-        finals = sweep.finals(group, chosen)
-        suspects = [cell for cell in finals if progress.tried(cell)]  # of those side by side, one made the process die
-        for cell in suspects:
-            run([cell])
-        run([cell for cell in finals if cell not in suspects])
+        for finals in sweep.finals_by_seed(group, chosen):
+            suspects = [cell for cell in finals if progress.tried(cell)]  # of those at work, one made the process die
+            for cell in suspects:
+                run([cell])
+            run([cell for cell in finals if cell not in suspects])
     write_tables(sweep)
 
 
