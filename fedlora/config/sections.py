@@ -194,8 +194,9 @@ class MethodConfig:
     """Inner dimension r of each layer's update; of ``mos`` the active rank, of ``mora`` that of LoRA of its size."""
     ranks: str = ""
     """Ranks by client, each at most ``rank`` (of ``ravan``: ``ravan.heads``): one number a client with commas between,
-    or ``uniform:2-16``, drawn from the seed; empty: all have ``rank``. Read by ``lora`` and ``sora``, and by strategy ``ravan``, whose clients train so
-    many of ``ravan.heads`` heads. The scale stays alpha / ``rank``, one for all clients."""
+    or ``uniform:2-16``, drawn from the seed; empty: all have ``rank``. Read by ``lora`` and ``sora``, and by strategy
+    ``ravan``, whose clients train so many of ``ravan.heads`` heads. The scale stays alpha / ``rank``, one for all
+    clients."""
     alpha: float = 16.0
     """Numerator of the scale alpha / r; ``vera``, ``uni-lora`` and ``mora`` have no scale."""
     rslora: bool = False
