@@ -65,6 +65,7 @@ def simulated(federation: Federation, folder: Path) -> Path:
     return folder / "runs/simulated"
 
 
+@pytest.mark.slow
 def test_same_result_as_a_simulation(federation: Federation, tmp_path: Path) -> None:
     """Without privacy: the same adapter to the bit, and an adapter that verifies."""
     deployment = federation.run("raw", {**RAW, "rounds": 2})
