@@ -15,7 +15,8 @@ from safetensors.torch import load, save
 from fedlora.config import ConfigError
 from fedlora.exchange import Outcome
 from fedlora.methods import BlockLora, Lora, LowRank, build_method, count_parameters, initial_tensors
-from fedlora.methods.base import Factor, Layer
+from fedlora.methods.base import Layer
+from fedlora.methods.factors import Factor
 from fedlora.runs.export import adapter_files
 from fedlora.runs.export_check import ExportError, check_adapter
 from fedlora.seeded import Seeded

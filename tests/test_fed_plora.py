@@ -16,7 +16,7 @@ from clients.worker import Worker
 from fedlora.config import Config
 from fedlora.exchange import Instruction, Outcome
 from fedlora.methods import Lora
-from fedlora.methods.base import Factor
+from fedlora.methods.factors import Factor
 from fedlora.methods.products import pairs
 from fedlora.roles import Role
 from fedlora.server.core import Core

@@ -16,7 +16,7 @@ from clients.worker import Worker
 from fedlora.config import Config, ConfigError
 from fedlora.exchange import Instruction
 from fedlora.methods import DualLora, LowRank, initial_tensors
-from fedlora.methods.base import Factor
+from fedlora.methods.factors import Factor
 from fedlora.plugins import read_config
 from fedlora.reports.card import model_card
 from fedlora.roles import Role, Roles

@@ -33,7 +33,8 @@ from fedlora.methods import (
     tensors_digest,
     vera,
 )
-from fedlora.methods.base import Factor, Layer
+from fedlora.methods.base import Layer
+from fedlora.methods.factors import Factor
 from fedlora.runs.export import adapter_files
 from fedlora.runs.export_check import ExportError, check_adapter
 from fedlora.runs.ranks import strengths

@@ -21,7 +21,8 @@ from fedlora.config import ConfigError, TrainConfig
 from fedlora.engine import train_pack
 from fedlora.exchange import Instruction
 from fedlora.methods import LowRank, Sora, SoraOptions, count_parameters, initial_tensors
-from fedlora.methods.base import Factor, Layer
+from fedlora.methods.base import Layer
+from fedlora.methods.factors import Factor
 from fedlora.runs.export import adapter_files
 from fedlora.runs.ranks import FILE
 from fedlora.seeded import Seeded

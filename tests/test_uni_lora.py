@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fedlora.config import ConfigError
 from fedlora.exchange import Outcome
 from fedlora.methods import LowRank, UniLora, build_method, count_parameters, initial_tensors, tensors_digest
-from fedlora.methods.base import Factor, Layer
+from fedlora.methods.base import Layer
+from fedlora.methods.factors import Factor
 from fedlora.runs.export import adapter_files
 from fedlora.runs.export_check import ExportError, check_adapter
 from fedlora.seeded import Seeded

@@ -16,7 +16,8 @@ from safetensors.torch import load
 from fedlora.config import Config, ConfigError, MethodConfig
 from fedlora.exchange import Outcome
 from fedlora.methods import LowRank, Vera, build_method, count_parameters, initial_tensors, tensors_digest
-from fedlora.methods.base import Factor, Layer
+from fedlora.methods.base import Layer
+from fedlora.methods.factors import Factor
 from fedlora.models import inspect
 from fedlora.runs.export import adapter_files
 from fedlora.runs.export_check import ExportError, check_adapter

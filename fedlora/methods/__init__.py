@@ -5,35 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedlora.config import Config
-from fedlora.methods.base import (
-    Dense,
-    Experts,
-    Factor,
-    Fault,
-    Layer,
-    LowRank,
-    LowRankMethod,
-    Method,
-    PeftAdapter,
-    Scale,
-    ScaledPair,
-    TensorSpec,
-    WeightDecomposed,
-    as_low_rank,
-    check_init,
-    check_products,
-    check_start,
-    count_parameters,
-    initial_tensors,
-    payload_bytes,
-    proximal_step,
-    soft_threshold,
-    tensors_digest,
-    zero_kinds,
-)
+from fedlora.methods.base import Fault, Layer, LowRankMethod, Method, PeftAdapter, ScaledPair, TensorSpec
 from fedlora.methods.block_lora import BlockLora, BlockLoraOptions
+from fedlora.methods.checks import check_init, check_products
 from fedlora.methods.dora import Dora
 from fedlora.methods.dual_lora import DualLora, DualLoraOptions
+from fedlora.methods.factors import Dense, Experts, Factor, LowRank, Scale, WeightDecomposed, as_low_rank
 from fedlora.methods.flylora import FlyLora, FlyLoraOptions
 from fedlora.methods.head import Head
 from fedlora.methods.lora import Lora
@@ -48,6 +25,16 @@ from fedlora.methods.s2_lora import S2Lora, S2Options
 from fedlora.methods.scaled_bases import ScaledBases
 from fedlora.methods.sora import Sora, SoraOptions
 from fedlora.methods.square import Square
+from fedlora.methods.tensors import (
+    check_start,
+    count_parameters,
+    initial_tensors,
+    payload_bytes,
+    proximal_step,
+    soft_threshold,
+    tensors_digest,
+    zero_kinds,
+)
 from fedlora.methods.top_ranks import TopRanks
 from fedlora.methods.uni_lora import UniLora, UniLoraOptions
 from fedlora.methods.vera import Vera, VeraOptions

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
 from fedlora.config import Config, Options, at_least, require
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, ScaledPair, TensorSpec, refuse_rslora
+from fedlora.methods.base import Layer, LowRankMethod, ScaledPair, TensorSpec
+from fedlora.methods.checks import refuse_rslora
+from fedlora.methods.factors import Factor, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,16 +24,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 from fedlora.config import Config
-from fedlora.methods.base import (
-    Factor,
-    Layer,
-    LowRank,
-    LowRankMethod,
-    ScaledPair,
-    TensorSpec,
-    WeightDecomposed,
-    refuse_rslora,
-)
+from fedlora.methods.base import Layer, LowRankMethod, ScaledPair, TensorSpec
+from fedlora.methods.checks import refuse_rslora
+from fedlora.methods.factors import Factor, LowRank, WeightDecomposed
 from fedlora.methods.lora import Lora
 
 if TYPE_CHECKING:

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
 from fedlora.config import Config, Options, require
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, concatenated, refuse_rslora
+from fedlora.methods.base import Layer, LowRankMethod, TensorSpec
+from fedlora.methods.checks import refuse_rslora
+from fedlora.methods.factors import Factor, LowRank, concatenated
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -35,7 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, Options, at_least, require
-from fedlora.methods.base import Factor, Layer, LowRankMethod, TensorSpec, refuse_rslora
+from fedlora.methods.base import Layer, LowRankMethod, TensorSpec
+from fedlora.methods.checks import refuse_rslora
+from fedlora.methods.factors import Factor
 from fedlora.methods.fixed import Fixed, random_basis
 from fedlora.methods.top_ranks import TopRanks
 from fedlora.seeded import Seeded

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.methods.base import Dense, Factor, Fault, Layer, Method, PeftAdapter, Scale, ScaledPair, TensorSpec
+from fedlora.methods.base import Fault, Layer, Method, PeftAdapter, ScaledPair, TensorSpec
+from fedlora.methods.factors import Dense, Factor, Scale
 
 if TYPE_CHECKING:
     from torch import Tensor

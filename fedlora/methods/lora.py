@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, Method, ScaledPair, TensorSpec, orthonormal
+from fedlora.methods.base import Layer, LowRankMethod, Method, ScaledPair, TensorSpec
+from fedlora.methods.checks import orthonormal
+from fedlora.methods.factors import Factor, LowRank
 from fedlora.methods.lora_started import STARTS, StartedLora, refuse_strategy, residual_of
 from fedlora.methods.residual import folded
 

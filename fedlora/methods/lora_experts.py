@@ -31,7 +31,9 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from fedlora.config import Config, Options, require
 from fedlora.experts import ALL, OWN
-from fedlora.methods.base import Experts, Factor, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
+from fedlora.methods.base import Layer, LowRankMethod, TensorSpec
+from fedlora.methods.checks import refuse_rslora
+from fedlora.methods.factors import Experts, Factor, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor

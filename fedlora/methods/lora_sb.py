@@ -29,7 +29,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, final
 
 from fedlora.config import Config
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, fixed, orthonormal, refuse_rslora
+from fedlora.methods.base import Layer, LowRankMethod, TensorSpec
+from fedlora.methods.checks import fixed, orthonormal, refuse_rslora
+from fedlora.methods.factors import Factor, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -38,7 +38,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 from fedlora.config import Config, require
-from fedlora.methods.base import Factor, Layer, LowRank, Method, TensorSpec, concatenated
+from fedlora.methods.base import Layer, Method, TensorSpec
+from fedlora.methods.factors import Factor, LowRank, concatenated
 
 if TYPE_CHECKING:
     from torch import Tensor

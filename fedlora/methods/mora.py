@@ -24,7 +24,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 from fedlora.config import Config, require
-from fedlora.methods.base import Factor, Layer, LowRankMethod, TensorSpec, refuse_scale
+from fedlora.methods.base import Layer, LowRankMethod, TensorSpec
+from fedlora.methods.checks import refuse_scale
+from fedlora.methods.factors import Factor
 from fedlora.methods.square import Square
 
 if TYPE_CHECKING:

@@ -32,7 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, Options, at_least, require
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, concatenated, refuse_rslora
+from fedlora.methods.base import Layer, LowRankMethod, TensorSpec
+from fedlora.methods.checks import refuse_rslora
+from fedlora.methods.factors import Factor, LowRank, concatenated
 from fedlora.methods.fixed import Fixed
 from fedlora.seeded import Seeded
 

@@ -29,7 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, Options, at_least
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
+from fedlora.methods.base import Layer, LowRankMethod, TensorSpec
+from fedlora.methods.checks import refuse_rslora
+from fedlora.methods.factors import Factor, LowRank
 from fedlora.methods.fixed import Fixed, random_basis
 from fedlora.seeded import Seeded
 

@@ -34,7 +34,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config
-from fedlora.methods.base import Factor, Layer, LowRankMethod, PeftAdapter, TensorSpec, refuse_rslora
+from fedlora.methods.base import Layer, LowRankMethod, PeftAdapter, TensorSpec
+from fedlora.methods.checks import refuse_rslora
+from fedlora.methods.factors import Factor
 from fedlora.methods.fixed import Fixed, random_basis
 from fedlora.methods.scaled_bases import ScaledBases
 from fedlora.seeded import Seeded

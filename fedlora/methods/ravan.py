@@ -25,16 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, Options, at_least
-from fedlora.methods.base import (
-    Factor,
-    Layer,
-    LowRank,
-    LowRankMethod,
-    TensorSpec,
-    fixed,
-    orthonormal,
-    refuse_rslora,
-)
+from fedlora.methods.base import Layer, LowRankMethod, TensorSpec
+from fedlora.methods.checks import fixed, orthonormal, refuse_rslora
+from fedlora.methods.factors import Factor, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor

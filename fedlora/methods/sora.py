@@ -28,7 +28,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, final
 
 from fedlora.config import Config, Options, at_least
-from fedlora.methods.base import Factor, Fault, Layer, LowRank, LowRankMethod, TensorSpec, refuse_rslora
+from fedlora.methods.base import Fault, Layer, LowRankMethod, TensorSpec
+from fedlora.methods.checks import refuse_rslora
+from fedlora.methods.factors import Factor, LowRank
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -27,7 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.config import Config, Options, positive
-from fedlora.methods.base import Factor, Layer, LowRank, LowRankMethod, PeftAdapter, TensorSpec, refuse_scale
+from fedlora.methods.base import Layer, LowRankMethod, PeftAdapter, TensorSpec
+from fedlora.methods.checks import refuse_scale
+from fedlora.methods.factors import Factor, LowRank
 from fedlora.methods.fixed import Fixed, random_basis
 from fedlora.seeded import Seeded
 
