@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -26,11 +27,21 @@ from fedlora.engine.local import NO_TERMS
 from fedlora.engine.work import Arrays
 from fedlora.experts import OWN
 from fedlora.local_terms import LocalTerms
-from fedlora.methods import tensors_digest
+from fedlora.methods import Method, tensors_digest
 from fedlora.privacy.step import PrivateStep
 
 _logger = logging.getLogger(__name__)
 _OWN_NUMBERS = 2**20  # that a row under DP has a copy of, at most: beyond it passes have few rows
+
+
+_digests: WeakKeyDictionary[Method, str] = WeakKeyDictionary()
+
+
+def _constants(method: Method) -> str:
+    """Return a digest of what a method holds fixed; made once, as drawing RandLoRA's bases takes a while."""
+    if method not in _digests:
+        _digests[method] = tensors_digest(method.constants())
+    return _digests[method]
 
 
 @dataclass
@@ -54,7 +65,7 @@ class _Request:
         experts = len(self.works[0].fixed.get(OWN, ()))  # padded ones would be chosen by routers
         return (
             *(self.config, mechanism, self.terms, self.shared, tuple(self.works[0].start), experts),
-            *(tuple(self.works[0].fixed), tuple(self.common), tensors_digest(self.engine.method.constants())),
+            *(tuple(self.works[0].fixed), tuple(self.common), _constants(self.engine.method)),
         )
 
 
