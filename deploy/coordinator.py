@@ -51,6 +51,7 @@ from fedlora.state import ServerState
 from fedlora.tasks import TASKS
 from fedlora.wire import named_arrays
 from simulations.plan import Plan
+from simulations.plan_words import tensors_table
 from simulations.privacy import settle_privacy
 from simulations.rates import settle_rate
 from simulations.researcher import epsilon_spent
@@ -221,7 +222,7 @@ class _Deployment:
         folder.write_json("plan.json", plan.record())
         folder.write_json("environment.json", environment(self._described.fingerprint[0]))
         self._privacy.write()
-        console.print(plan.tensors_table())
+        console.print(tensors_table(plan))
         for line in plan.remarks:
             console.print(line, markup=False)
         console.print(f"sites: {', '.join(plan.data.names)}; rounds: {config.rounds}; reported: {plan.measure}")

@@ -20,7 +20,7 @@ from fedlora.config import Config, ConfigError
 from fedlora.runs.folder import RunFolder, run_path
 from fedlora.runs.lock import held, refuse_held
 from fedlora.storage import StorageError, check_can_write, write_whole, writing
-from simulations import merge, push, try_adapter
+from simulations import merge, plan_words, push, try_adapter
 from simulations.advice import check_can_suggest, suggest
 from simulations.cluster import check_options
 from simulations.exits import exit_with
@@ -246,7 +246,7 @@ def _plan(config: Config, options: argparse.Namespace, console: Console) -> int:
     if options.suggest:
         check_can_suggest(config)
     plan, structure = preflight(config, SUPERNODES)
-    plan.show(console)
+    plan_words.show(plan, console)
     from simulations.compare import show_alternatives, trained_by_strategy  # and with it torch: nothing is refused here
 
     if plan.privacy is not None:

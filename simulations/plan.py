@@ -7,18 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table as RichTable
-
 from clients.shards import Pack, Shard, deal, most_clients, weights
 from clients.site import Speed
 from fedlora.config import Config
 from fedlora.data import FederatedData
-from fedlora.data.targets import spread_note
-from fedlora.methods import METHODS, TensorSpec, count_parameters, payload_bytes
-from fedlora.reports.format import human_bytes
-from fedlora.reports.tables import clients_table
+from fedlora.methods import TensorSpec, count_parameters
 from fedlora.roles import TRAINED, Role
 from fedlora.server import Federation, Payloads
 from fedlora.strategy import Strategy
@@ -27,8 +20,7 @@ from fedlora.workload import examples_seen, local_steps, pack_bytes, predicted_t
 from simulations.advice import learns_from, verdict
 from simulations.privacy import PrivacyPlan
 from simulations.rates import rate_line
-from simulations.shard_plan import shards_lines, shards_record
-from strategies.server_optimizers import learning_rate
+from simulations.shard_plan import shards_record
 
 
 @dataclass(frozen=True)
@@ -170,7 +162,7 @@ class Plan:
         return {
             "measure": self.measure,
             "higher_is_better": measure.higher_is_better,
-            "roles": {kind: _in_turn(roles) for kind, roles in self.strategy.roles_in_turn().items()},
+            "roles": {kind: in_turn(roles) for kind, roles in self.strategy.roles_in_turn().items()},
             "trained_parameters": self.trained_parameters(),
             "base_parameters": self.num_parameters,
             "model": list(self.remarks),
@@ -198,159 +190,6 @@ class Plan:
         trained = self.strategy.trained_kinds
         return count_parameters({name: spec for name, spec in self.specs.items() if spec.kind in trained})
 
-    def show(self, console: Console) -> None:
-        """Print who holds what, what is trained and sent, and what that amounts to."""
-        console.print(clients_table(list(self.data.categories), self.data.label_counts().tolist()))
-        console.print(self.tensors_table())
-        for line in self._lines():
-            console.print(line, markup=False)
-
-    def tensors_table(self) -> RichTable:
-        """Return a table of the kinds of tensors, with role and bytes of each."""
-        config, dtype = self.config, self.config.engine.tensor_dtype
-        table = RichTable(title=f"{config.strategy.name} / {config.method.name} on {config.model.name} ({self.family})")
-        for column in ("kind", "role", "tensors", "parameters", "bytes up", "bytes down"):
-            table.add_column(column, justify="left" if column in ("kind", "role") else "right")
-        sent_up = [self.strategy.expected(number) for number in range(1, self.strategy.period + 1)]
-        for kind, roles in self.strategy.roles_in_turn().items():
-            own = {name: spec for name, spec in self.specs.items() if spec.kind == kind}
-            size = payload_bytes(own, dtype)
-            up = max(payload_bytes({n: spec for n, spec in own.items() if n in sent}, dtype) for sent in sent_up)
-            down = size if {Role.SHARED, Role.BROADCAST} & set(roles) else 0
-            table.add_row(kind, _in_turn(roles), str(len(own)), f"{count_parameters(own):,}", f"{up:,}", f"{down:,}")
-        return table
-
-    def _lines(self) -> list[str]:
-        config, steps = self.config, self.steps()
-        up, down, cached = self.payloads.cycle()
-        ups, downs = self.traffic
-        exact = {
-            True: "exact",
-            False: "not exact (docs/strategies.md says by how much)",
-            None: "none: the server holds no whole update",
-        }
-        lines = [
-            f"base model: {self.num_parameters:,} parameters, {self.num_layers} adapted layers, "
-            f"{self.trained_parameters():,} trained parameters a client",
-            *self.remarks,
-            f"rounds: {config.rounds} of {self.sampled} of {config.federation.num_clients} clients, in "
-            f"{len(self.packs)} pack(s) on {self.trainers} trainer(s); {min(steps)} to {max(steps)} local steps of "
-            f"{config.train.batch_size} examples",
-            rate_line(config),
-            *shards_lines(self.shards, self.packs),
-            *([f"data: {self.data.corpus.shape}"] if self.data.corpus.shape else []),
-            f"reported: {self.measure.replace('_', ' ')}"
-            + (" (each client on the rows it holds out)" if self.strategy.has_personal else ""),
-            f"bytes a client a round: {human_bytes(up)} up, {human_bytes(down)} down"
-            + (f" ({human_bytes(cached)} if it kept what it was sent)" if cached != down else "")
-            + (f", means over {len(self.payloads.rounds)} rounds" if self.strategy.period > 1 else ""),
-            f"bytes of the whole run: {human_bytes(sum(ups))} up, {human_bytes(sum(downs))} down"
-            + (" at most" if self._at_most else ""),
-        ]
-        if self.strategy.has_personal:
-            lines.append("and down once more a round to every client that has trained, to evaluate its own tensors")
-        lines.append(f"server mean of updates: {exact[self.strategy.exact]}")
-        lines += self._terms()
-        lines += ["privacy: none"] if self.privacy is None else [*self.privacy.lines(), *verdict(self.privacy)]
-        lines += self._remarks()
-        return lines
-
-    @property
-    def _at_most(self) -> bool:
-        """Whether the run's bytes depend on numbers, and shapes give the most that they may be."""
-        grows = self.strategy.accumulates and not self.strategy.exact
-        prunes = self.strategy.prunes and bool(self.strategy.setting.ranks)
-        return grows or prunes or self.strategy.most_experts > 0
-
-    def _terms(self) -> list[str]:
-        """Return what is done beside the strategy's own rule: server optimizer, local terms, schedule, ranks."""
-        config, lines = self.config, []
-        if config.server.optimizer != "none":
-            lines.append(
-                f"server optimizer: {config.server.optimizer}, learning rate {learning_rate(config.server):.4g}"
-            )
-        first = self.strategy.local(1)
-        if first.proximal:
-            lines.append(f"local term: FedProx, mu {first.proximal:g}")
-        if first.penalty:
-            lines.append(f"local term: HetLoRA's penalty on the last ranks, lambda {first.penalty:g}")
-        if first.scaffold:
-            lines.append(
-                f"local term: SCAFFOLD, option {first.scaffold}; control variates double the bytes of what is shared"
-            )
-        shares = [self.strategy.local(number).learning_rate for number in range(1, config.rounds + 1)]
-        if len(set(shares)) > 1:
-            lines.append(
-                f"learning rate by round: {', '.join(f'{config.train.learning_rate * one:.4g}' for one in shares[:10])}"
-                + (", ..." if len(shares) > 10 else "")
-            )
-        ranks = self.strategy.setting.ranks
-        if ranks:
-            key, whole = METHODS[config.method.name].whole_rank(config)
-            shown = ", ".join(map(str, ranks[:20])) + (", ..." if len(ranks) > 20 else "")
-            lines.append(
-                f"ranks by client{' in round 1, which fall where they are pruned' if self.strategy.prunes else ''}: "
-                f"{shown}; what is said of a client above is for {key} = {whole}"
-            )
-        drawn = [self.strategy.rank(number) for number in range(1, min(config.rounds, 20) + 1)]
-        if any(drawn):
-            shown = ", ".join(map(str, drawn)) + (", ..." if config.rounds > len(drawn) else "")
-            lines.append(f"ranks by round: {shown}; measured and exported with all {config.method.rank}")
-        lines += self._blocks()
-        if self.strategy.most_experts:
-            lines.append(
-                f"experts: as many as round 1 shows clusters of clients, 2 to {self.strategy.most_experts}; bytes down "
-                "are for the most"
-            )
-        no_adapter = METHODS[config.method.name].no_adapter
-        if no_adapter:
-            lines.append(f"no adapter will be written: {no_adapter}")
-        if self.strategy.accumulates:
-            downs = self.traffic[1]
-            lines.append(
-                f"what is sent grows by round: {human_bytes(downs[0])} in round 1, "
-                f"{human_bytes(downs[-1])} in the last at most"
-            )
-        return lines
-
-    def _blocks(self) -> list[str]:
-        """Return which blocks of the model are trained in turn, of a strategy that trains some in each round."""
-        blocks = {spec.block: None for spec in self.specs.values() if spec.block}
-        turns = [set(self.strategy.blocks(number)) for number in range(1, self.config.rounds + 1)]
-        if not all(turns):
-            return []
-        counts = [sum(block in turn for turn in turns) for block in blocks]
-        line = (
-            f"blocks: {len(turns[0])} of {len(blocks)} are trained in a round, each in {min(counts)} to {max(counts)} "
-            f"of the {len(turns)} rounds"
-        )
-        never = [block for block, count in zip(blocks, counts, strict=True) if not count]
-        if not never:
-            return [line]
-        return [line, f"note: with so few rounds {len(never)} blocks are never trained: {', '.join(never)}"]
-
-    def _remarks(self) -> list[str]:
-        """Return what is allowed but may surprise."""
-        counts, remarks = self.data.label_counts(), []
-        lone = np.flatnonzero((counts > 0).sum(1) == 1).tolist() if counts.shape[1] > 1 else []
-        if lone:
-            shown = ", ".join(map(str, lone[:10])) + (", ..." if len(lone) > 10 else "")
-            remarks.append(
-                f"note: {len(lone)} of {len(counts)} clients hold rows of one class only ({shown}): alone they learn "
-                "to answer it always, and a personal head stays useless for the others"
-            )
-        if self.config.task == "regression" and len(self.data.corpus.train):
-            note = spread_note([value for (value,) in self.data.corpus.train.numbers])
-            remarks += [note] if note else []
-        declared = self.config.privacy.client_size
-        mean = np.mean([len(self.data.training_rows(client)) for client in range(len(counts))])
-        if self.privacy is not None and not declared / 2 <= mean <= 2 * declared:
-            remarks.append(
-                f"note: clients hold {mean:.0f} training rows on average; sample rate, steps, denominators and delta "
-                f"go by privacy.client-size = {declared}"
-            )
-        return remarks
-
 
 def trained_in_a_round(strategy: Strategy) -> int:
     """Return the most numbers that a client trains in one round."""
@@ -358,6 +197,6 @@ def trained_in_a_round(strategy: Strategy) -> int:
     return max(count_parameters(strategy.with_role(number, *TRAINED)) for number in turns)
 
 
-def _in_turn(roles: Sequence[Role]) -> str:
+def in_turn(roles: Sequence[Role]) -> str:
     """Return a kind's role, or its different roles in the order of rounds."""
     return ", ".join(dict.fromkeys(map(str, roles)))

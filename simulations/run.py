@@ -39,6 +39,7 @@ from simulations.dealing import DealtNodes
 from simulations.losses import TrainerLosses
 from simulations.pack_times import PackTimes
 from simulations.plan import Plan
+from simulations.plan_words import show
 from simulations.researcher import PrivacyFile, SiteNotes, epsilon_spent
 from simulations.shard_plan import busiest
 from simulations.trainers import TrainerEvaluator
@@ -142,7 +143,7 @@ class Run:
         else:
             self._restore(checkpoint)
         completed = checkpoint.round if checkpoint is not None else 0
-        self.plan.show(parts.console)
+        show(self.plan, parts.console)
         if checkpoint is not None:
             parts.console.print(f"resumed after round {completed}")
             if checkpoint.state["packing"] != self._packing():

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedlora.data import load_federated
 from simulations.plan import Plan
+from simulations.plan_words import show
 from simulations.setup import federation_of, resolve
 from strategies.build import build_strategy
 from tests.support.trainers import tiny_flat, tiny_worker
@@ -36,6 +37,6 @@ def plan(folder: Path, **changes: Any) -> Plan:
 def shown(one: Plan) -> str:
     """Return what a plan prints."""
     console = Console(file=io.StringIO(), width=200)
-    one.show(console)
+    show(one, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
