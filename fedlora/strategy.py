@@ -67,6 +67,16 @@ class Setting:
         """The kinds of the method's tensors, head included, each once."""
         return list(dict.fromkeys(spec.kind for spec in self.specs.values()))
 
+    @cached_property
+    def computed(self) -> list[str]:
+        """The kinds that the server computes before the first round."""
+        return list(dict.fromkeys(spec.kind for spec in self.specs.values() if spec.computed))
+
+    @property
+    def whole(self) -> int:
+        """The ranks of the server's tensors, of a method whose tensors have rank axes."""
+        return max(spec.shape[spec.rank_axis] for spec in self.specs.values() if spec.rank_axis is not None)
+
     def rank(self, client: int | None) -> int | None:
         """Return the rank that a client holds; None: the method's."""
         return self.ranks[client] if self.ranks and client is not None else None
@@ -246,7 +256,7 @@ class Strategy(ABC):
         seed gives them.
         """
         if not server_round:
-            return self._computed
+            return set(self.setting.computed)
         return {kind for kind, role in self.all_roles(server_round).items() if role is Role.SHARED}
 
     # -- what follows from the roles ----------------------------------------------------------------------
@@ -254,15 +264,10 @@ class Strategy(ABC):
     def all_roles(self, server_round: int) -> dict[str, Role]:
         """Return the role of every kind, head included."""
         kinds = self.setting.kinds
-        computed = self._computed
+        computed = self.setting.computed
         own = [kind for kind in kinds if kind != "head" and kind not in computed]
         roles = {"head": self.setting.head, **self.roles(own, server_round), **dict.fromkeys(computed, Role.BROADCAST)}
         return {kind: Role.FROZEN if kind in self.setting.frozen else roles[kind] for kind in kinds}
-
-    @property
-    def _computed(self) -> set[str]:
-        """The kinds that the server computes before the first round."""
-        return {spec.kind for spec in self.setting.specs.values() if spec.computed}
 
     def with_role(self, server_round: int, *wanted: Role, client: int | None = None) -> dict[str, TensorSpec]:
         """Return the tensors that have one of the ``wanted`` roles in a round."""

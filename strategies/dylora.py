@@ -60,8 +60,7 @@ class DyLoRA(Strategy):
 
     def __init__(self, setting: Setting) -> None:
         self._least = setting.config.options(DyLoraOptions).min_rank
-        whole = max(spec.shape[spec.rank_axis] for spec in setting.specs.values() if spec.rank_axis is not None)
-        self.period = whole - self._least + 1
+        self.period = setting.whole - self._least + 1
         super().__init__(setting)
 
     @classmethod

@@ -29,7 +29,7 @@ class SomeModules(Strategy, ABC):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self._whole = max(spec.shape[spec.rank_axis] for spec in setting.specs.values() if spec.rank_axis is not None)
+        self._whole = setting.whole
         self._some = min(setting.ranks, default=self._whole) < self._whole
         if self._some:  # a client has no part in the mean of a module that it has not trained
             self.exact = False

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from clients.worker import Worker
 from fedlora.config import Config, ConfigError, DataConfig, MethodConfig
 from fedlora.engine import Engine
 from fedlora.engine.gradients import weight_gradients
@@ -22,15 +21,15 @@ from fedlora.roles import Role
 from fedlora.seeded import Seeded
 from fedlora.server.traffic import Payloads
 from fedlora.tasks import Rows
-from simulations.in_process import InProcess
 from simulations.preflight import preflight
 from simulations.setup import resolve
 from strategies.build import build_strategy
 from tests.support.families import LANGUAGE, random_examples, small_model, without_float32
 from tests.support.formulas import LAYERS
+from tests.support.in_process import federation
 from tests.support.matrix import HEAD, MODELS, Arrays, engine_of
 from tests.support.tiny import save_texts
-from tests.support.trainers import tiny_flat, tiny_job
+from tests.support.trainers import tiny_flat
 
 RANK = 3
 
@@ -148,14 +147,6 @@ def flat_of(folder: Path, **changes: Any) -> dict[str, Any]:
     public = save_texts(folder / "public.csv", rows=12, seed=5)
     keys = {"strategy.name": "fed-sb", "method.init": "gradient", "data.public-path": public}
     return tiny_flat(folder, **keys, **changes)
-
-
-def federation(flat: dict[str, Any], folder: Path) -> InProcess:
-    config = resolve(flat)
-    job = tiny_job(config, folder)
-    worker = Worker(lambda: job, 1)
-    worker.load()
-    return InProcess(config, job.data, worker)
 
 
 def test_the_server_sends_what_clients_rows_have_no_part_in(tmp_path: Path) -> None:

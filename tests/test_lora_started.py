@@ -17,7 +17,6 @@ from torch import nn
 
 import clients.worker
 import fedlora.engine.starts as starts
-from clients.worker import Worker
 from fedlora.config import Config, ConfigError, DataConfig, MethodConfig, TrainConfig
 from fedlora.engine import Engine, evaluate, train_pack
 from fedlora.engine.starts import computed_start, leading
@@ -36,9 +35,10 @@ from simulations.setup import resolve
 from tests.support.families import random_examples, small_model, without_float32
 from tests.support.federation import saved
 from tests.support.formulas import LAYERS
+from tests.support.in_process import federation
 from tests.support.matrix import HEAD, MODELS, Arrays, engine_of, works
 from tests.support.tiny import save_texts
-from tests.support.trainers import tiny_flat, tiny_job
+from tests.support.trainers import tiny_flat
 from tests.test_dp_step import private_step
 from tests.test_gradient_start import gradient_by_hand
 
@@ -300,14 +300,6 @@ def test_weights_that_give_no_factors_are_refused() -> None:
 
 
 # -- runs ---------------------------------------------------------------------------------------------
-
-
-def federation(flat: dict[str, Any], folder: Path) -> InProcess:
-    config = resolve(flat)
-    job = tiny_job(config, folder)
-    worker = Worker(lambda: job, 1)
-    worker.load()
-    return InProcess(config, job.data, worker)
 
 
 def updates_of(run: InProcess, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ two data sets, by partition (``split``). ``make tables`` runs this.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,21 +71,25 @@ def paired_table(name: str, measure: str, split: str = "Dirichlet 0.5") -> list[
     """
     cells = pd.read_csv(RESULTS / "comparison" / f"{name}.csv").dropna(subset=[measure])
     cells = cells[cells["split"] == split]
-    differences = paired_differences(cells, ["strategy"], measure)
-    best = beside_the_best(differences, higher_is_better=True)
-    beside = {str(row["one"]): paired_cells(row) for _, row in best.iterrows()}
     target = _TARGETS[name] if measure == "test_accuracy" else None
     columns = ["strategy", "learning rate", measure.replace("_", " "), "less the best", "95 % interval", "verdict"]
     columns += ["sent by clients", *([f"until {target}: seeds, rounds, sent, received"] if target else [])]
     lines = [f"| {' | '.join(columns)} |", "| --- | --- | ---: | ---: | ---: | --- |" + " ---: |" * (len(columns) - 6)]
-    groups = {str(strategy): rows for strategy, rows in cells.groupby("strategy")}
-    for strategy, rows in sorted(groups.items(), key=lambda item: -item[1][measure].mean()):
-        spread = f"{rows[measure].mean():.4f} ± {rows[measure].std():.4f}"
-        first = [_key(strategy), _rate(rows.iloc[0]), spread]
-        line = [*first, *beside.get(strategy, ["", "", "the best on average"]), human_bytes(rows["bytes_up"].mean())]
+    for strategy, rows, beside in ranked(cells, "strategy", measure):
+        line = [_key(strategy), _rate(rows.iloc[0]), *beside, human_bytes(rows["bytes_up"].mean())]
         line += [_reached(rows)] if target else []
         lines.append(f"| {' | '.join(line)} |")
     return lines
+
+
+def ranked(cells: pd.DataFrame, key: str, measure: str) -> Iterator[tuple[str, pd.DataFrame, list[str]]]:
+    """Yield what is compared, the best first: its name, its cells, and mean, distance from the best and verdict."""
+    best = beside_the_best(paired_differences(cells, [key], measure), higher_is_better=True)
+    beside = {str(row["one"]): paired_cells(row) for _, row in best.iterrows()}
+    groups = {str(name): rows for name, rows in cells.groupby(key)}
+    for name, rows in sorted(groups.items(), key=lambda item: -item[1][measure].mean()):
+        spread = f"{rows[measure].mean():.4f} ± {rows[measure].std():.4f}"
+        yield name, rows, [spread, *beside.get(name, ["", "", "the best on average"])]
 
 
 def _rate(row: pd.Series[Any]) -> str:

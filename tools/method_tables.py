@@ -13,17 +13,16 @@ from pathlib import Path
 import pandas as pd
 
 from fedlora.config import Config
-from fedlora.methods import METHODS, Method, build_method, count_parameters
+from fedlora.methods import METHODS, Method, build_method, count_parameters, zero_kinds
 from fedlora.plugins import methods_of, usual_strategy
 from fedlora.reports.format import human_bytes
-from fedlora.reports.paired import beside_the_best, paired_cells, paired_differences
-from fedlora.strategy import Setting, Strategy
+from fedlora.strategy import Strategy
 from strategies import STRATEGIES
-from tools.comparison_tables import RESULTS
+from tools.comparison_tables import RESULTS, ranked
 from tools.markdown import Table, rewrite
 from tools.performance_results import lines_of
 from tools.strategy_tables import METHODS as CONFIGS
-from tools.strategy_tables import bytes_up, layers_of
+from tools.strategy_tables import bytes_up, layers_of, strategy_on
 
 MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "Llama-2-7B q,v")
 _ORDERS = {1: "linear", 2: "a product", 3: "of three"}
@@ -32,23 +31,14 @@ _ORDERS = {1: "linear", 2: "a product", 3: "of three"}
 def methods_table() -> list[str]:
     """Return a line for each method, at the rank that it is meant for, as Markdown lines."""
     steps = _steps()
-    columns = [
-        "method",
-        "strategy",
-        "trained",
-        "fixed",
-        *MODELS,
-        "in what is trained",
-        "exact under",
-        "step",
-        "DP step",
-    ]
+    columns = ["method", "strategy", "trained", "fixed", *MODELS]
+    columns += ["in what is trained", "exact under", "step", "DP step"]
     lines = [f"| {' | '.join(columns)} |", "| --- | --- | --- | --- |" + " ---: |" * 3 + " --- | --- | ---: | ---: |"]
     for name in sorted(METHODS, key=lambda name: (name != "lora", name)):
         own = usual_strategy(name)
         for label, config in CONFIGS[name]:
             method = build_method(config, layers_of(MODELS[0]), [])
-            strategy = _on(own, method)
+            strategy = strategy_on(own, method)
             trained = sorted(strategy.trained_kinds)
             fixed = sorted({spec.kind for spec in method.specs().values()} - set(trained))
             cells = [label, f"`{own}`", ", ".join(trained), ", ".join([*fixed, *_drawn(method)]) or "-"]
@@ -61,33 +51,23 @@ def methods_table() -> list[str]:
 def accuracy_table() -> list[str]:
     """Return what was measured on SST-2, seed by seed beside the best and beside LoRA, as Markdown lines."""
     cells = pd.read_csv(RESULTS / "comparison" / "methods-sst2.csv")
-    differences = paired_differences(cells, ["method"], "test_accuracy")
-    beside = {str(row["one"]): paired_cells(row) for _, row in beside_the_best(differences, True).iterrows()}
     columns = ["method", "learning rate", "test accuracy", "less the best", "95 % interval", "verdict", "less `lora`"]
     lines = [
         f"| {' | '.join([*columns, 'sent by clients'])} |",
         "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
-    groups = {str(name): rows.set_index("seed") for name, rows in cells.groupby("method")}
-    lora = groups["lora"]["test_accuracy"]
-    for name, rows in sorted(groups.items(), key=lambda item: -item[1]["test_accuracy"].mean()):
-        found = rows["test_accuracy"]
-        less = "" if name == "lora" else f"{(found - lora).mean():+.4f}"
-        line = [f"`{name}`", f"`{rows['rate'].iloc[0]:g}`", f"{found.mean():.4f} ± {found.std():.4f}"]
-        line += [*beside.get(name, ["", "", "the best on average"]), less, human_bytes(rows["bytes_up"].mean())]
-        lines.append(f"| {' | '.join(line)} |")
+    lora = cells[cells["method"] == "lora"].set_index("seed")["test_accuracy"]
+    for name, rows, beside in ranked(cells, "method", "test_accuracy"):
+        less = (rows.set_index("seed")["test_accuracy"] - lora).mean()
+        line = [f"`{name}`", f"`{rows['rate'].iloc[0]:g}`", *beside, "" if name == "lora" else f"{less:+.4f}"]
+        lines.append(f"| {' | '.join([*line, human_bytes(rows['bytes_up'].mean())])} |")
     return lines
-
-
-def _on(name: str, method: Method) -> Strategy:
-    strategy: Strategy = STRATEGIES[name](Setting(method.specs()))
-    return strategy
 
 
 def _size(strategy: str, config: Config, model: str) -> str:
     """Return the numbers that a client trains, and the bytes that it sends in a round."""
     method = build_method(config, layers_of(model), [])
-    trained = _on(strategy, method).trained_kinds
+    trained = strategy_on(strategy, method).trained_kinds
     count = count_parameters({name: spec for name, spec in method.specs().items() if spec.kind in trained})
     return f"{count:,} ({human_bytes(bytes_up(strategy, config, model))})"
 
@@ -99,19 +79,15 @@ def _drawn(method: Method) -> list[str]:
 
 def _order(strategy: Strategy) -> str:
     """Return in how many trained factors an update is: noise on them enters it as often."""
-    specs = [spec for spec in strategy.setting.specs.values() if spec.kind in strategy.trained_kinds]
-    if not all(spec.linear for spec in specs):
+    trained = {name: spec for name, spec in strategy.setting.specs.items() if spec.kind in strategy.trained_kinds}
+    if not all(spec.linear for spec in trained.values()):
         return "not linear"
-    letters: dict[str, set[str]] = {}
-    for spec in specs:
-        for product in spec.factors:
-            letters.setdefault(product, set()).add(spec.kind[0])
-    return _ORDERS.get(max(map(len, letters.values())), "not linear")
+    return _ORDERS[max(len({kind[0] for kind in kinds}) for kinds in zero_kinds(trained).values())]
 
 
 def _exact_under(name: str, method: Method) -> list[str]:
     """Return the strategies whose mean is that of the updates."""
-    return [one for one in STRATEGIES if name in methods_of(one) and _on(one, method).exact]
+    return [one for one in STRATEGIES if name in methods_of(one) and strategy_on(one, method).exact]
 
 
 def _steps() -> dict[str, tuple[str, str]]:

@@ -82,14 +82,15 @@ def layers_of(model: str) -> tuple[Layer, ...]:
         return inspect(skeleton, "q_proj,v_proj" if targets == "q,v" else "all-linear", has_head=False).adapted
 
 
-def _strategy(name: str, method: Method) -> Strategy:
+def strategy_on(name: str, method: Method) -> Strategy:
+    """Return a strategy on a method, with all else at its default."""
     strategy: Strategy = STRATEGIES[name](Setting(method.specs()))
     return strategy
 
 
 def bytes_up(name: str, config: Config, model: str) -> float:
     """Return the bytes that a client sends in a round, a mean over a cycle."""
-    return Payloads(_strategy(name, build_method(config, layers_of(model), [])), _DTYPE).cycle()[0]
+    return Payloads(strategy_on(name, build_method(config, layers_of(model), [])), _DTYPE).cycle()[0]
 
 
 def error_of_mean(strategy: Strategy, method: Method) -> float:
@@ -160,7 +161,7 @@ def roles_table() -> list[str]:
     for name in STRATEGIES:
         for kind in methods_of(name):
             method = build_method(METHODS[kind][0][1], layers, [])
-            strategy = _strategy(name, method)
+            strategy = strategy_on(name, method)
             in_turn = strategy.roles_in_turn()
             by_role = {role: [kind for kind, roles in in_turn.items() if role in roles] for role in Role}
             sent = [kind for kind, roles in in_turn.items() if set(UP) & set(roles)]
@@ -222,7 +223,7 @@ def down_table() -> list[str]:
     for name in STRATEGIES:
         for kind in methods_of(name):
             label, config = METHODS[kind][0]
-            strategy = _strategy(name, build_method(config, layers, []))
+            strategy = strategy_on(name, build_method(config, layers, []))
             trained = {n: s for n, s in strategy.setting.specs.items() if s.kind in strategy.trained_kinds}
             up, down, cached = map(_size, Payloads(strategy, _DTYPE).cycle())
             sizes = f"{up} | grows | grows" if strategy.accumulates else f"{up} | {down} | {cached}"

@@ -21,7 +21,7 @@ from fedlora.engine.gradients import weight_gradients
 from fedlora.engine.work import Arrays
 from fedlora.methods.lora import Lora
 from fedlora.methods.lora_started import STARTS
-from fedlora.methods.products import Decomposed
+from fedlora.methods.products import Decomposed, oriented
 from fedlora.tasks import Rows
 
 # Singular values below this share of the largest are rounding of the weights, or of the sum over tokens, which is not
@@ -102,9 +102,7 @@ def leading(matrix: Tensor, count: int) -> Decomposed:
             basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
         u, s, vt = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
         u = basis @ u
-    u, s, vt = (value.cpu().numpy() for value in (u[:, :count], s[:count], vt[:count]))
-    sign = np.sign(np.take_along_axis(vt, np.abs(vt).argmax(1)[:, None], 1))
-    return Decomposed(u * sign.T, s, sign * vt)
+    return oriented(*(value.cpu().numpy() for value in (u[:, :count], s[:count], vt[:count])))
 
 
 def _weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:

@@ -59,10 +59,14 @@ def decompose(a: Array, b: Array) -> Decomposed:
     q_b, r_b = np.linalg.qr(b.astype(np.float64))  # [d_out, min(d_out, R)], [.., R]
     q_a, r_a = np.linalg.qr(a.astype(np.float64).T)  # [d_in, min(d_in, R)], [.., R]
     u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)  # b a = Q_b (R_b R_a^T) Q_a^T
-    rows = vt @ q_a.T
-    largest = np.take_along_axis(rows, np.abs(rows).argmax(1)[:, None], 1)
+    return oriented(q_b @ u, s, vt @ q_a.T)
+
+
+def oriented(u: NDArray[np.float64], s: NDArray[np.float64], vt: NDArray[np.float64]) -> Decomposed:
+    """Return singular triples with the signs that :class:`Decomposed` has."""
+    largest = np.take_along_axis(vt, np.abs(vt).argmax(1)[:, None], 1)
     sign = np.where(largest < 0, -1.0, 1.0)  # [n, 1]
-    return Decomposed(q_b @ u * sign.T, s, sign * rows)
+    return Decomposed(u * sign.T, s, sign * vt)
 
 
 def product_norm(a: Array, b: Array) -> float:

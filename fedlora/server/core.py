@@ -123,14 +123,11 @@ class Core:
         # A mean of sparse tensors is dense where only one of the clients is not zero.
         rate = self.federation.learning_rate * strategy.local(server_round).learning_rate
         # Of clients of smaller ranks less than the whole has arrived; the rest stays as it was.
-        arrived = {
-            name: cut(state.tensors[name], reduced.mean[name].shape) if name in reduced.mean else state.tensors[name]
-            for name, spec in strategy.expected(server_round).items()
-            if spec.l1
-        }
-        shrunk = proximal_step(arrived, {name: strategy.setting.specs[name] for name in arrived}, rate)
-        whole = {name: placed(value, state.tensors[name]) for name, value in shrunk.items()}
-        tensors = {name: value.astype(dtype) for name, value in {**state.tensors, **whole}.items()}
+        held, sparse = state.tensors, {name: s for name, s in strategy.expected(server_round).items() if s.l1}
+        arrived = {name: cut(held[name], reduced.mean.get(name, held[name]).shape) for name in sparse}
+        shrunk = proximal_step(arrived, sparse, rate)
+        whole = {name: placed(value, held[name]) for name, value in shrunk.items()}
+        tensors = {name: value.astype(dtype) for name, value in {**held, **whole}.items()}
         self.state = replace(state, tensors=tensors)
         if strategy.accumulates:
             added = np.array(strategy.added_ranks(used, state), dtype=np.float64)

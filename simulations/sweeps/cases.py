@@ -37,6 +37,8 @@ RATES = ("train.learning-rate", "server.learning-rate", "server.tau")
 """Keys that are chosen, by dev rows, and not compared by test rows."""
 DATA = "data."
 """Before the column of cases that decide which rows clients get: over them nothing is paired."""
+ONCE = "once"
+"""The key of ``[tune]``, beside the hyper-parameters, that names columns over which nothing is chosen anew."""
 
 
 def read_cases(tables: Mapping[str, Any], tune: Mapping[str, Any]) -> dict[str, list[Case]]:
@@ -76,6 +78,26 @@ def differing_rates(cases: Sequence[Case]) -> list[str]:
 def keys_of(cases: Sequence[Case]) -> set[str]:
     """Return the keys that some of these cases set."""
     return {key for case in cases for key in case.values}
+
+
+def once_columns(named: Any, columns: list[str]) -> tuple[str, ...]:
+    """Return the columns that ``once`` names: a list of cases by its name, a key of the grid as it is.
+
+    Raises:
+        ConfigError: There is none of that name, or it is the seed.
+    """
+    if not isinstance(named, list):
+        raise ConfigError(f"[tune] {ONCE} = {named!r}: must be a list of names, such as ['split'].")
+    by_name = {column: column for column in columns if column != "seed"} | {
+        column.removeprefix(DATA): column for column in columns if column.startswith(DATA)
+    }
+    for name in named:
+        if name not in by_name:
+            raise ConfigError(
+                f"[tune] {ONCE} = {named!r}: {name!r} is neither a list of [[cases.NAME]] nor a key of [grid] but the "
+                f"seed; there are {', '.join(sorted(by_name)) or 'none'}."
+            )
+    return tuple(by_name[name] for name in named)
 
 
 def _case(place: str, flat: dict[str, Any], tune: Mapping[str, Any]) -> Case:

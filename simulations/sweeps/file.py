@@ -24,10 +24,8 @@ from fedlora.messages import first_line
 from fedlora.tasks import TASKS
 from simulations.options import DEV_SHARE
 from simulations.setup import resolve
-from simulations.sweeps.cases import DATA, RATES, Case, differing_rates, keys_of, read_cases
+from simulations.sweeps.cases import DATA, ONCE, RATES, Case, differing_rates, keys_of, once_columns, read_cases
 from simulations.sweeps.cells import Cell, Share, Values, check_values, combinations, describe
-
-_ONCE = "once"  # in [tune], beside the hyper-parameters
 
 
 @final
@@ -74,7 +72,7 @@ class Sweep:
             table, _, rest = key.partition(".")
             where = table if table in ("grid", "tune", "cases") else ""
             parts[where][rest if where else key] = value
-        once = parts["tune"].pop(_ONCE, [])
+        once = parts["tune"].pop(ONCE, [])
         for table in ("grid", "tune"):
             for key, values in parts[table].items():
                 check_values(table, key, values)
@@ -94,7 +92,7 @@ class Sweep:
         base["run.name"] = base["run.name"] or path.stem
         if parts["tune"]:
             base["data.dev-share"] = base["data.dev-share"] or DEV_SHARE
-        sweep = cls(base, parts["grid"], parts["tune"], cases, _columns(once, [*cases, *parts["grid"]]))
+        sweep = cls(base, parts["grid"], parts["tune"], cases, once_columns(once, [*cases, *parts["grid"]]))
         if check:
             sweep._check()
         return sweep
@@ -123,7 +121,7 @@ class Sweep:
 
     def to_toml(self) -> str:
         """Return the sweep as a file that :meth:`read` understands."""
-        tables = {"grid": self.grid, "tune": self.tune | ({_ONCE: list(self.once)} if self.once else {})}
+        tables = {"grid": self.grid, "tune": self.tune | ({ONCE: list(self.once)} if self.once else {})}
         plain = to_toml(
             {
                 **self.base,
@@ -148,12 +146,10 @@ class Sweep:
                     raise ConfigError(f"{both[0]} is in {one} and in {other}{rule}")
         for column in self.cases:
             if column in self.base:
-                raise ConfigError(
-                    f"[[cases.{column.removeprefix('data.')}]]: {column} is a key; call the list otherwise."
-                )
+                raise ConfigError(f"[[cases.{column.removeprefix(DATA)}]]: {column} is a key; call the list otherwise.")
         if self.once and not self.tune:
             raise ConfigError(
-                f"[tune] {_ONCE} = {list(self.once)!r}: there is nothing to choose in [tune]; leave it out."
+                f"[tune] {ONCE} = {list(self.once)!r}: there is nothing to choose in [tune]; leave it out."
             )
         for column in self.once:
             for case in self.cases.get(column, ()):
@@ -262,8 +258,7 @@ class Sweep:
             try:
                 chosen = self.choose(group)
             except ValueError:  # nothing has run yet
-                own = self._own_tune(group)
-                chosen = {key: values[0] for key, values in (self.tune | own).items()}
+                chosen = {key: values[0] for key, values in (self.tune | self._own_tune(group)).items()}
             cells += [*self.tuning(group), *self.finals(group, chosen)]
         return cells
 
@@ -325,23 +320,3 @@ class Sweep:
         """Return how far a share is: cells without a result, and attempts at those that are running."""
         file = self.attempt_file(share)
         return len(self.unfinished(share)), file.read_text(encoding="utf-8") if file.is_file() else ""
-
-
-def _columns(named: Any, columns: list[str]) -> tuple[str, ...]:
-    """Return the columns that ``once`` names: a list of cases by its name, a key of the grid as it is.
-
-    Raises:
-        ConfigError: There is none of that name, or it is the seed.
-    """
-    if not isinstance(named, list):
-        raise ConfigError(f"[tune] {_ONCE} = {named!r}: must be a list of names, such as ['split'].")
-    by_name = {column: column for column in columns if column != "seed"} | {
-        column.removeprefix(DATA): column for column in columns if column.startswith(DATA)
-    }
-    for name in named:
-        if name not in by_name:
-            raise ConfigError(
-                f"[tune] {_ONCE} = {named!r}: {name!r} is neither a list of [[cases.NAME]] nor a key of [grid] but the "
-                f"seed; there are {', '.join(sorted(by_name)) or 'none'}."
-            )
-    return tuple(by_name[name] for name in named)
