@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora.engine import Batching, Engine, evaluate, fast, find_batching, train_pack
-from fedlora.engine.apart import random_tensors
+from fedlora.config import Config, MethodConfig
+from fedlora.engine import Batching, Engine, apart, evaluate, fast, find_batching, train_pack
+from fedlora.engine.apart import random_tensors, rounded_blocks
 from fedlora.engine.blocks import checkpoint_blocks
 from fedlora.engine.kernels import attention
 from fedlora.engine.layout import Layout, Unpadded
-from fedlora.methods import initial_tensors
+from fedlora.methods import build_method, initial_tensors
+from fedlora.models import prepare_base
 from fedlora.seeded import Seeded
-from tests.support.families import FAMILIES, random_examples
+from tests.support.families import FAMILIES, random_examples, small_model, small_task
 from tests.support.matrix import random_start
 from tests.test_dp_step import private_step
 from tests.test_packing import ADAMW, make_engine, make_works
@@ -166,7 +168,7 @@ def test_losses_and_gradients_have_a_tolerance_each() -> None:
     engine = in_precision(torch.bfloat16, lambda hidden: torch.sin(12.0 * hidden.float()).to(hidden.dtype))
     start = random_start(engine)
     plain = fast.Plain.of(engine, start)
-    with fast.rounded_blocks(engine):
+    with rounded_blocks(engine):
         moved = fast._apart(fast.numbers(engine, start), plain.numbers)
     assert plain.tolerances[1] == pytest.approx(3 * moved[1])
     assert 0.05 < plain.tolerances[1] < 0.25
@@ -255,3 +257,36 @@ def test_tokens_go_and_come_back() -> None:
     assert whole.kept is None
     assert torch.equal(whole.unpack(whole.pack(x[:2])), x[:2])
     assert isinstance(whole.layout, Layout)
+
+
+def overwhelming(family: str, layers: int, alpha: float) -> Engine:
+    """In 16 bits, with an update far larger than what its layer puts out itself."""
+    model = small_model(family, num_hidden_layers=layers)
+    base = prepare_base(model, None, "all-linear", has_head=True, device=torch.device("cpu"))
+    base.model.to(torch.bfloat16)
+    lora = Config(method=MethodConfig("lora", rank=8, alpha=alpha))
+    method = build_method(lora, base.structure.adapted, base.structure.head)
+    return replace(Engine.build(base, method, small_task(family)), compute=torch.bfloat16, dtype=torch.float32)
+
+
+def test_fast_ways_are_tried_with_weaker_adapters_where_a_rounding_would_hide_an_error() -> None:
+    engine = overwhelming("bert", 2, 4e3)
+    start = random_start(engine)
+    strong = fast.numbers(engine, start)
+    with rounded_blocks(engine):
+        assert 3 * max(fast._apart(fast.numbers(engine, start), strong)) > 0.25
+    plain = fast.Plain.of(engine, start)
+    assert plain.strength < 1.0
+    assert max(plain.tolerances) < 0.25
+    assert fast.tried(engine, fast.without_padding, start, plain).grouped.unpadded
+
+
+def test_rows_are_tried_with_weaker_adapters_where_a_rounding_looks_like_an_error() -> None:
+    """RandLoRA of alpha 20 r was not let rows of unlike length together on a GPU, and trained at a fifteenth."""
+    engine = overwhelming("llama", 12, 200.0)
+    start = random_start(engine)
+    rows, own = engine.task.made_up_rows(long=True), [random_tensors(start, "group", g) for g in range(2)]
+    exact = apart._alone(engine, rows, own)
+    with rounded_blocks(engine):  # as on a GPU, where products round otherwise in another batch
+        assert np.abs(apart._alone(engine, rows, own) - exact).max() > 0.05  # what counts as an error
+        assert find_batching(engine, start) == Batching()

@@ -11,14 +11,17 @@ the adapters do is nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedlora.engine.blocks import blocks_of
 from fedlora.engine.core import Batching, Engine, evaluate
 from fedlora.engine.layers import NoRowsError
 from fedlora.engine.work import Arrays
@@ -34,6 +37,10 @@ _MODES = (
 _GROUPS = 2
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 _COARSE = 5e-2  # of 16 bits and fewer
+ROUNDINGS = 3
+"""Numbers of 16 bits may differ by this many times what one rounding of each block's output changes."""
+WEAKEST = 4.0**-5
+"""What random tensors are multiplied with at the least, see :func:`weakened`."""
 
 
 def random_tensors(tensors: Arrays, *key: str | int) -> dict[str, NDArray[np.floating]]:
@@ -42,6 +49,31 @@ def random_tensors(tensors: Arrays, *key: str | int) -> dict[str, NDArray[np.flo
         name: Seeded(0).uniform("probe", name, *key, shape=value.shape, bound=max(1, value.shape[-1]) ** -0.5)
         for name, value in tensors.items()
     }
+
+
+def weakened(engine: Engine, tensors: Arrays, strength: float) -> dict[str, NDArray[np.floating]]:
+    """Return adapters that do less: all tensors but the head's times ``strength``."""
+    specs = engine.method.specs()
+    return {name: value if specs[name].kind == "head" else value * strength for name, value in tensors.items()}
+
+
+@contextmanager
+def rounded_blocks(engine: Engine, seed: int = 0) -> Iterator[None]:
+    """Have each block's output moved by up to one unit in the last place, and its gradient likewise."""
+    generator = torch.Generator(engine.device).manual_seed(seed)
+
+    def move(_module: Any, _given: Any, out: Any) -> Any:
+        hidden = out[0] if isinstance(out, tuple) else out
+        if not isinstance(hidden, Tensor):
+            return out  # of a kind of its own: its own rounding is not measured
+        by = torch.rand(hidden.shape, generator=generator, device=engine.device) * 2.0 - 1.0
+        moved = (hidden.float() * (1.0 + torch.finfo(hidden.dtype).eps * by)).to(hidden.dtype)
+        return (moved, *out[1:]) if isinstance(out, tuple) else moved
+
+    with ExitStack() as stack:
+        for block in blocks_of(engine):
+            stack.callback(block.register_forward_hook(move).remove)
+        yield
 
 
 def find_batching(engine: Engine, tensors: Arrays) -> Batching:
@@ -55,10 +87,8 @@ def find_batching(engine: Engine, tensors: Arrays) -> Batching:
         ValueError: There is none: rows are coupled also where they are of equal length and of one group.
     """
     rows = engine.task.made_up_rows(long=True)
-    own = [random_tensors(tensors, "group", g) for g in range(_GROUPS)]
-    alone = np.array([[_losses(engine, rows, [row], one)[0] for row in range(len(rows))] for one in own])
-    coarse = next(engine.base.model.parameters()).dtype
-    tolerance = _TOLERANCES.get(coarse, _COARSE)
+    tolerance = _TOLERANCES.get(next(engine.base.model.parameters()).dtype, _COARSE)
+    own, alone = _own(engine, rows, tensors, tolerance)
     found: list[str] = []
     for mode in _MODES:
         trial = replace(engine, batching=mode, max_cost=max(engine.max_cost, 3 * int(rows.cost.max())))
@@ -75,6 +105,32 @@ def find_batching(engine: Engine, tensors: Arrays) -> Batching:
         "not bound what the row changes. Use a model and a task whose loss is one mean a row, without normalisation or "
         "capacity over the batch."
     )
+
+
+def _own(
+    engine: Engine, rows: Rows, tensors: Arrays, tolerance: float
+) -> tuple[list[dict[str, NDArray[np.floating]]], NDArray[np.float64]]:
+    """Return each group's random tensors, and the loss of each row alone with them, [G, rows].
+
+    In 16 bits they are weakened until a rounding moves a loss by less than what counts as a fault: an update far larger
+    than its layer's own output, as of a large ``method.alpha``, makes that much of a rounding.
+    """
+    strength = 1.0
+    while True:
+        own = [weakened(engine, random_tensors(tensors, "group", g), strength) for g in range(_GROUPS)]
+        alone = _alone(engine, rows, own)
+        if tolerance != _COARSE or strength <= WEAKEST:
+            return own, alone
+        with rounded_blocks(engine):
+            moved = np.abs(_alone(engine, rows, own) - alone) / np.maximum(1.0, np.abs(alone))
+        if ROUNDINGS * moved.max() <= tolerance:
+            return own, alone
+        strength /= 4
+
+
+def _alone(engine: Engine, rows: Rows, own: Sequence[Arrays]) -> NDArray[np.float64]:
+    """Return the loss of each row alone, [G, rows]."""
+    return np.array([[_losses(engine, rows, [row], one)[0] for row in range(len(rows))] for one in own])
 
 
 def _fault(engine: Engine, rows: Rows, own: Sequence[Arrays], alone: NDArray[np.float64], tolerance: float) -> str:

@@ -14,18 +14,16 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedlora.config import TrainConfig
-from fedlora.engine.apart import random_tensors
+from fedlora.engine.apart import ROUNDINGS, WEAKEST, random_tensors, rounded_blocks, weakened
 from fedlora.engine.blocks import block_lists, blocks_of
 from fedlora.engine.core import Batching, Engine, most_cost
 from fedlora.engine.kernels import attention, low_rank
@@ -44,8 +42,6 @@ _logger = logging.getLogger(__name__)
 _SHORT = (torch.bfloat16, torch.float16)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 5e-2  # of 16 bits, where the model's own rounding is less
-ROUNDINGS = 3
-"""Numbers of 16 bits may differ by this many times what one rounding of each block's output changes."""
 _KERNEL_ERROR = 0.1  # of a row of the low-rank kernel, in 16 bits; measured on an H200: 0.011
 _COARSEST = 0.25  # beyond this a difference is called an error, whatever the rounding
 _SPECIALISED = 64  # versions of a compiled block: of one row or many, of one client or many, with gradients or without
@@ -188,10 +184,13 @@ class Plain:
     Attributes:
         numbers: See :func:`numbers`.
         tolerances: The largest relative difference in norm, of losses and of gradients.
+        strength: What the random tensors were multiplied with: less than 1 where an update far larger than its layer's
+            own output, as of a large ``method.alpha``, would make more of a rounding than an error does.
     """
 
     numbers: Numbers
     tolerances: tuple[float, float]
+    strength: float = 1.0
 
     @classmethod
     def of(cls, engine: Engine, tensors: Arrays) -> Self:
@@ -201,36 +200,21 @@ class Plain:
             engine: The engine.
             tensors: All of the method's tensors, for their shapes.
         """
-        found, fine = numbers(engine, tensors), _TOLERANCE.get(engine.compute)
+        fine, strength = _TOLERANCE.get(engine.compute), 1.0
         if fine is not None:
-            return cls(found, (fine, fine))
-        with rounded_blocks(engine):
-            losses, grads = _apart(numbers(engine, tensors), found)
-        return cls(found, (_coarse(losses), _coarse(grads)))
+            return cls(numbers(engine, tensors), (fine, fine))
+        while True:
+            found = numbers(engine, tensors, strength)
+            with rounded_blocks(engine):
+                losses, grads = _apart(numbers(engine, tensors, strength), found)
+            if ROUNDINGS * max(losses, grads) <= _COARSEST or strength <= WEAKEST:
+                return cls(found, (_coarse(losses), _coarse(grads)), strength)
+            strength /= 4
 
 
 def _coarse(moved: float) -> float:
     """Return how far off numbers of 16 bits may be, of which one rounding of each block's output moves so many."""
     return min(max(_COARSE, ROUNDINGS * moved), _COARSEST)
-
-
-@contextmanager
-def rounded_blocks(engine: Engine, seed: int = 0) -> Iterator[None]:
-    """Have each block's output moved by up to one unit in the last place, and its gradient likewise."""
-    generator = torch.Generator(engine.device).manual_seed(seed)
-
-    def move(_module: Any, _given: Any, out: Any) -> Any:
-        hidden = out[0] if isinstance(out, tuple) else out
-        if not isinstance(hidden, Tensor):
-            return out  # of a kind of its own: its own rounding is not measured
-        by = torch.rand(hidden.shape, generator=generator, device=engine.device) * 2.0 - 1.0
-        moved = (hidden.float() * (1.0 + torch.finfo(hidden.dtype).eps * by)).to(hidden.dtype)
-        return (moved, *out[1:]) if isinstance(out, tuple) else moved
-
-    with ExitStack() as stack:
-        for block in blocks_of(engine):
-            stack.callback(block.register_forward_hook(move).remove)
-        yield
 
 
 def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain) -> Engine:
@@ -251,7 +235,7 @@ def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain) -> Engine:
         changed, undo = other
         if changed.grouped.blocks:
             _pass(changed, tensors, _MEASURED[1])  # kernels are chosen by the first shapes that are seen
-        off = _apart(numbers(changed, tensors), plain.numbers)
+        off = _apart(numbers(changed, tensors, plain.strength), plain.numbers)
         fits = all(one <= most for one, most in zip(off, plain.tolerances, strict=True))
     except Exception as error:  # whatever a model's own code raises: the plain way is there
         _logger.warning("%s: the plain way computes, this model does not take the fast one (%s)", name, error)
@@ -267,21 +251,30 @@ def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain) -> Engine:
     return engine
 
 
-def numbers(engine: Engine, tensors: Arrays) -> Numbers:
-    """Return the losses of two clients on rows that are nobody's, and their gradients, short and long ones."""
+def numbers(engine: Engine, tensors: Arrays, strength: float = 1.0) -> Numbers:
+    """Return the losses of two clients on rows that are nobody's, and their gradients, short and long ones.
+
+    Args:
+        engine: The engine.
+        tensors: All of the method's tensors, for their shapes.
+        strength: What random ones are multiplied with.
+    """
     losses, grads = [], []
     for long in (False, True):
         rows = engine.task.made_up_rows(long=long)
-        pack = _pack(engine, tensors, rows, [np.arange(len(rows)), np.arange(1, len(rows))])
+        pack = _pack(engine, tensors, rows, [np.arange(len(rows)), np.arange(1, len(rows))], strength)
         grads += [pack.backward(turn).double().cpu().numpy().ravel() for turn in pack.turns]
         losses.append(pack.losses())
     return np.concatenate(losses), np.concatenate(grads)
 
 
-def _pack(engine: Engine, tensors: Arrays, rows: Rows, batches: Sequence[NDArray[np.int64]]) -> Pack:
+def _pack(
+    engine: Engine, tensors: Arrays, rows: Rows, batches: Sequence[NDArray[np.int64]], strength: float = 1.0
+) -> Pack:
     """Return clients of random tensors, each with one step on its batch of these rows."""
     works = [
-        ClientWork(g, rows, len(batch), [batch], random_tensors(tensors, "group", g)) for g, batch in enumerate(batches)
+        ClientWork(g, rows, len(batch), [batch], weakened(engine, random_tensors(tensors, "group", g), strength))
+        for g, batch in enumerate(batches)
     ]
     return Pack(engine, works, {}, TrainConfig(learning_rate=0.01))
 
