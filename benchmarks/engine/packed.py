@@ -24,7 +24,8 @@ from strategies import STRATEGIES
 
 METHODS = (*REGISTERED, "ffa-lora")
 _LEAST_RANK = 2  # of clients of unlike ranks
-_OWN_RANKS = {"vera": 256, "randlora": 32, "lora-sb": 64}  # of methods that are not meant for the rank of LoRA
+# Of methods that are not meant for the rank of LoRA.
+_OWN_RANKS = {"vera": 256, "randlora": 32, "flylora": 32, "lora-sb": 64}
 
 
 def own_method(method: str) -> str:
