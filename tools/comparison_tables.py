@@ -1,4 +1,4 @@
-"""Makes the tables of ``docs/comparison.md`` from the results of the sweeps in ``simulations/sweeps/``.
+"""Makes the tables of ``docs/comparison.md`` and ``comparison_details.md`` from the results of ``simulations/sweeps/``.
 
 ``benchmarks/results/NAME.csv`` is the ``groups.csv`` of the sweep of that name, without timings, and
 ``benchmarks/results/comparison/NAME.csv`` holds the final cells of ``comparison.toml`` and ``comparison-dp.toml`` on
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fedlora.reports.format import human_bytes
@@ -21,6 +22,9 @@ from tools.markdown import Table, rewrite
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 _TARGETS = {"text": 0.65, "sst2": 0.8, "text-dp": 0.4, "sst2-dp": 0.7}  # eval.target of each sweep
+_SPLITS = ("IID", "Dirichlet 0.5", "Dirichlet 0.1")
+_SHORT = {"text": "text", "sst2": "SST-2", "text-dp": "text DP", "sst2-dp": "SST-2 DP"}
+_BESIDE = "fedavg"
 _KEYS = {"strategy.name": "strategy", "train.learning-rate": "learning rate", "data.alpha": "Dirichlet"}
 
 
@@ -61,7 +65,7 @@ def dp_table() -> list[str]:
     return lines
 
 
-def paired_table(name: str, measure: str, split: str = "Dirichlet 0.5") -> list[str]:
+def paired_table(name: str, measure: str, split: str) -> list[str]:
     """Return strategies beside the best one, seed by seed, as Markdown lines, the best first.
 
     Args:
@@ -69,8 +73,7 @@ def paired_table(name: str, measure: str, split: str = "Dirichlet 0.5") -> list[
         measure: Such as ``test_accuracy``; strategies without it are left out.
         split: The partition.
     """
-    cells = pd.read_csv(RESULTS / "comparison" / f"{name}.csv").dropna(subset=[measure])
-    cells = cells[cells["split"] == split]
+    cells = _cells(name, measure, split)
     target = _TARGETS[name] if measure == "test_accuracy" else None
     columns = ["strategy", "learning rate", measure.replace("_", " "), "less the best", "95 % interval", "verdict"]
     columns += ["sent by clients", *([f"until {target}: seeds, rounds, sent, received"] if target else [])]
@@ -80,6 +83,54 @@ def paired_table(name: str, measure: str, split: str = "Dirichlet 0.5") -> list[
         line += [_reached(rows)] if target else []
         lines.append(f"| {' | '.join(line)} |")
     return lines
+
+
+def overview(measure: str) -> list[str]:
+    """Return every strategy less ``fedavg``, seed by seed, in points, a column for each table, as Markdown lines.
+
+    Args:
+        measure: Such as ``test_accuracy``; strategies without it are left out.
+    """
+    tables = {(name, split): _cells(name, measure, split) for name in _TARGETS for split in _SPLITS}
+    found = {where: _beside(cells, measure) for where, cells in tables.items()}
+    everywhere = pd.concat(tables.values())
+    sent = {str(name): rows["bytes_up"].mean() for name, rows in everywhere.groupby("strategy")}
+    means = {str(name): float(np.mean([of[name][0] for of in found.values() if name in of])) for name in sent}
+    columns = ["strategy", *(f"{_SHORT[name]} {split.removeprefix('Dirichlet ')}" for name, split in tables)]
+    lines = [f"| {' | '.join([*columns, 'sent'])} |", "| --- |" + " ---: |" * (len(tables) + 1)]
+    for strategy in sorted(means, key=lambda name: (name != _BESIDE, -means[name])):
+        cells = [_points(*of[strategy]) if strategy in of else "" for of in found.values()]
+        if strategy == _BESIDE:
+            cells = [
+                f"{rows.loc[rows['strategy'] == _BESIDE, measure].mean():.3f}".lstrip("0") for rows in tables.values()
+            ]
+        lines.append(f"| {' | '.join([_key(strategy), *cells, f'{sent[strategy] / sent[_BESIDE]:.2f}'])} |")
+    return lines
+
+
+def _cells(name: str, measure: str, split: str) -> pd.DataFrame:
+    """Return the final cells of a partition that have a measure."""
+    cells = pd.read_csv(RESULTS / "comparison" / f"{name}.csv").dropna(subset=[measure])
+    return cells[cells["split"] == split]
+
+
+def _beside(cells: pd.DataFrame, measure: str) -> dict[str, tuple[float, bool]]:
+    """Return each strategy less ``fedavg``, and whether the two are told apart among all pairs of the table."""
+    pairs = paired_differences(cells, ["strategy"], measure)
+    found = {_BESIDE: (0.0, False)}
+    for one, other, sign in (("one", "other", 1.0), ("other", "one", -1.0)):
+        own = pairs[pairs[other] == _BESIDE]
+        found |= {
+            str(name): (sign * difference, bool(distinct))
+            for name, difference, distinct in zip(own[one], own["difference"], own["distinct"], strict=True)
+        }
+    return found
+
+
+def _points(difference: float, distinct: bool) -> str:
+    """Return a difference in points, in bold where it is told apart."""
+    points = f"{100 * difference:+.1f}"
+    return f"**{points}**" if distinct else points
 
 
 def ranked(cells: pd.DataFrame, key: str, measure: str) -> Iterator[tuple[str, pd.DataFrame, list[str]]]:
@@ -137,8 +188,16 @@ _GUARANTEES = {
     "epsilon 8": ("sst2-dp", "`privacy.epsilon` == 8"),
     "epsilon 3": ("sst2-dp", "`privacy.epsilon` == 3"),
 }
+_MEASURES = ("test_accuracy", "clients_accuracy")
 _SWEEPS = ("sst2-lora", "sst2-mos", "sst2-s2")
-TABLES: dict[str, Table] = {
+OVERVIEW: dict[str, Table] = {f"all {measure}": partial(overview, measure) for measure in _MEASURES}
+DETAILS: dict[str, Table] = {
+    **{
+        f"paired {name} {measure} {split}": partial(paired_table, name, measure, split)
+        for name in _TARGETS
+        for split in _SPLITS
+        for measure in _MEASURES
+    },
     **{
         f"{name} {measure} {alpha}": partial(table, name, measure, f"`data.alpha` == {alpha}")
         for name in _SWEEPS
@@ -148,22 +207,14 @@ TABLES: dict[str, Table] = {
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-mos-devices", "sst2-mos-budget")},
     **{name: partial(table, name, "dev_accuracy") for name in ("sst2-s2-rank", "sst2-s2-scale", "sst2-head")},
     "sst2-dp": dp_table,
-    **{
-        f"paired {name} {measure}": partial(paired_table, name, measure)
-        for name in ("text", "sst2", "text-dp", "sst2-dp")
-        for measure in ("test_accuracy", "clients_accuracy")
-    },
-    **{
-        f"paired text-dp {measure} {split}": partial(paired_table, "text-dp", measure, split)
-        for measure in ("test_accuracy", "clients_accuracy")
-        for split in ("IID", "Dirichlet 0.1")
-    },
 }
 
 
 def main(root: str) -> None:
     """Rewrite the tables of the project in the folder ``root``."""
-    rewrite(Path(root) / "docs" / "comparison.md", TABLES)
+    docs = Path(root) / "docs"
+    rewrite(docs / "comparison.md", OVERVIEW)
+    rewrite(docs / "comparison_details.md", DETAILS)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Writes the table of ``docs/methods.md`` (``make tables``): what each method trains, sends and costs, and how it did.
 
 Sizes and exactness are computed from methods and strategies on models' shapes. A step's cost is from
-``benchmarks/results/engine/minilm-methods.json``; accuracies are the final cells of ``simulations/sweeps/methods.toml``
-on SST-2, in ``benchmarks/results/comparison/methods-sst2.csv``.
+``benchmarks/results/engine/methods/``, in each file of which is LoRA's, too; accuracies are the final cells of
+``simulations/sweeps/methods.toml`` and ``methods-public.toml`` on SST-2, in
+``benchmarks/results/comparison/methods-sst2.csv``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.engine.packed import config_of as benched
 from fedlora.config import Config
 from fedlora.methods import METHODS, Method, build_method, count_parameters, zero_kinds
 from fedlora.plugins import methods_of, usual_strategy
@@ -20,10 +22,12 @@ from fedlora.strategy import Strategy
 from strategies import STRATEGIES
 from tools.comparison_tables import RESULTS, ranked
 from tools.markdown import Table, rewrite
+from tools.performance_results import RESULTS as ENGINE
 from tools.performance_results import lines_of
 from tools.strategy_tables import METHODS as CONFIGS
 from tools.strategy_tables import bytes_up, layers_of, strategy_on
 
+STEPS = ENGINE / "methods"
 MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "Llama-2-7B q,v")
 _ORDERS = {1: "linear", 2: "a product", 3: "of three"}
 
@@ -44,7 +48,8 @@ def methods_table() -> list[str]:
             cells = [label, f"`{own}`", ", ".join(trained), ", ".join([*fixed, *_drawn(method)]) or "-"]
             cells += [_size(own, config, model) for model in MODELS]
             cells += [_order(strategy), ", ".join(f"`{one}`" for one in _exact_under(name, method)) or "-"]
-            lines.append(f"| {' | '.join([*cells, *steps.get(name, ('', ''))])} |")
+            measured = config.method.rank == benched(name, 8).method.rank  # at this rank
+            lines.append(f"| {' | '.join([*cells, *(steps.get(name, ('', '')) if measured else ('', ''))])} |")
     return lines
 
 
@@ -90,16 +95,15 @@ def _exact_under(name: str, method: Method) -> list[str]:
     return [one for one in STRATEGIES if name in methods_of(one) and strategy_on(one, method).exact]
 
 
-def _steps() -> dict[str, tuple[str, str]]:
-    """Return each method's client-step by LoRA's, without privacy and with it."""
-    lines = [line for line in lines_of("train") if line["run"] == "minilm-methods" and line["way"] == "fedlora"]
-    times = {(line["method"], line["dp"]): line["ms"] for line in lines if "ms" in line}
-    return {
-        name: tuple(  # type: ignore[misc]
-            f"{times[name, dp] / times['lora', dp]:.2f}" if (name, dp) in times else "" for dp in (False, True)
-        )
-        for name in {name for name, _ in times}
-    }
+def _steps() -> dict[str, tuple[str, ...]]:
+    """Return each method's client-step by LoRA's in the same run, without privacy and with it."""
+    lines = [line for line in lines_of("train", folder=STEPS) if line["way"] == "fedlora" and "ms" in line]
+    times = {(line["run"], line["method"], line["dp"]): line["ms"] for line in lines}
+    found: dict[str, dict[bool, str]] = {"lora": {False: "1", True: "1"}}
+    for (run, name, dp), ms in times.items():
+        if name != "lora":
+            found.setdefault(name, {})[dp] = f"{ms / times[run, 'lora', dp]:.2f}"
+    return {name: tuple(by_dp.get(dp, "") for dp in (False, True)) for name, by_dp in found.items()}
 
 
 TABLES: dict[str, Table] = {"methods": methods_table, "accuracy": accuracy_table}
