@@ -7,6 +7,7 @@ two data sets, by partition (``split``). ``make tables`` runs this.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -97,15 +98,24 @@ def overview(measure: str) -> list[str]:
     sent = {str(name): rows["bytes_up"].mean() for name, rows in everywhere.groupby("strategy")}
     means = {str(name): float(np.mean([of[name][0] for of in found.values() if name in of])) for name in sent}
     columns = ["strategy", *(f"{_SHORT[name]} {split.removeprefix('Dirichlet ')}" for name, split in tables)]
-    lines = [f"| {' | '.join([*columns, 'sent'])} |", "| --- |" + " ---: |" * (len(tables) + 1)]
+    server = _server_ms()
+    columns += ["sent", "server, ms"]
+    lines = [f"| {' | '.join(columns)} |", "| --- |" + " ---: |" * (len(tables) + 2)]
     for strategy in sorted(means, key=lambda name: (name != _BESIDE, -means[name])):
         cells = [_points(*of[strategy]) if strategy in of else "" for of in found.values()]
         if strategy == _BESIDE:
             cells = [
                 f"{rows.loc[rows['strategy'] == _BESIDE, measure].mean():.3f}".lstrip("0") for rows in tables.values()
             ]
-        lines.append(f"| {' | '.join([_key(strategy), *cells, f'{sent[strategy] / sent[_BESIDE]:.2f}'])} |")
+        cells += [f"{sent[strategy] / sent[_BESIDE]:.2f}", f"{server[strategy]:.0f}"]
+        lines.append(f"| {' | '.join([_key(strategy), *cells])} |")
     return lines
+
+
+def _server_ms() -> dict[str, float]:
+    """Return what the server took for the last round of each strategy, in milliseconds."""
+    lines = json.loads((RESULTS / "server-time.json").read_text(encoding="utf-8"))["lines"]
+    return {line["strategy"]: 1e3 * line["seconds"][-1] for line in lines}
 
 
 def _cells(name: str, measure: str, split: str) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, final
 
 import numpy as np
@@ -22,15 +23,23 @@ from fedlora.privacy.step import PrivateStep
 from fedlora.strategy import Setting
 from strategies import STRATEGIES
 
-METHODS = (*REGISTERED, "ffa-lora")
+_TRAIN: dict[str, dict[str, Any]] = {
+    "lora-pro": {"gradient": "lora-pro"},
+    "allora": {"gradient": "allora"},
+    "lora+": {"b_rate_ratio": 16.0},
+}
+METHODS = (*REGISTERED, "ffa-lora", *_TRAIN)
 _LEAST_RANK = 2  # of clients of unlike ranks
 # Of methods that are not meant for the rank of LoRA.
 _OWN_RANKS = {"vera": 256, "randlora": 32, "flylora": 32, "lora-sb": 64}
 
 
 def own_method(method: str) -> str:
-    """Return the method of the engine that trains one of ``METHODS``: ``ffa-lora`` is LoRA with A fixed."""
-    return "lora" if method == "ffa-lora" else method
+    """Return the method of the engine that trains one of ``METHODS``.
+
+    LoRA does where A is fixed (``ffa-lora``), or the gradient is taken in another way or B has a rate of its own.
+    """
+    return method if method in REGISTERED else "lora"
 
 
 def config_of(method: str, rank: int) -> Config:
@@ -80,7 +89,8 @@ class Packed:
         self.engine = engine
         built = engine.method
         start = start_tensors(built)
-        strategy = STRATEGIES[method if method in STRATEGIES else usual_strategy(method)]  # ``ffa-lora`` is one
+        self._changes = _TRAIN.get(method, {})
+        strategy = STRATEGIES[method if method in STRATEGIES else usual_strategy(own_method(method))]
         trains = strategy(Setting(built.specs())).trained_kinds
         fixed = {name for name, spec in built.specs().items() if spec.kind not in trains}
         self.common: Arrays = {name: start[name] for name in fixed}
@@ -115,7 +125,7 @@ class Packed:
             train: Local training.
             noisy: Whether there is noise under DP.
         """
-        private = None
+        private, train = None, replace(train, **self._changes)
         if self.noise is not None:
             noise, steps = self.noise if noisy else 0.0, max(len(work.batches) for work in works)
             mechanism = Mechanism(noise, 1.0, sample_rate=0.1, expected_batch_size=train.batch_size, steps=steps)
