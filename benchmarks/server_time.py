@@ -3,8 +3,8 @@
     python -m benchmarks.server_time
 
 The strategies of ``simulations/sweeps/comparison.toml``, each as it stands there, in this process: MiniLM, eight
-clients, 15 rounds. Clients train one step of two rows, so that updates are of the ranks that they have in a run; they
-are not in the times. Where what is sent grows by round, so does the server's time: that of the last round is shown.
+clients, 15 rounds, in which what some of them send has grown to its largest. Clients train one step of two rows; they
+are not in the times.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from simulations.sweeps.file import Sweep
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "server-time.json"
+LAST = 4  # rounds, whose median is shown
 _SHORT = {"train.local-steps": 1, "train.batch-size": 2, "train.max-length": 16, "engine.dtype": "float32"}
 
 
@@ -59,7 +60,7 @@ def main() -> None:
             seconds = measured(resident.federation(config, data, folder), options.rounds, options.threads)
         found["lines"].append({"strategy": group["strategy"], "seconds": seconds})
         ms = [1e3 * one for one in seconds]
-        print(f"{group['strategy']:20} {statistics.median(ms):8.1f} ms a round, {ms[-1]:.1f} the last", flush=True)
+        print(f"{group['strategy']:20} {statistics.median(ms[-LAST:]):8.1f} ms a round", flush=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

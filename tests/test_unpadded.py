@@ -160,7 +160,9 @@ def test_how_far_off_a_fast_way_may_be_goes_by_what_the_model_makes_of_a_roundin
     dtype: torch.dtype, change: Callable[[torch.Tensor], torch.Tensor], tolerance: float
 ) -> None:
     engine = in_precision(dtype, change)
-    assert fast.Plain.of(engine, random_start(engine)).tolerances[1] == tolerance
+    plain = fast.Plain.of(engine, random_start(engine))
+    assert plain.tolerances[1] == tolerance
+    assert plain.strength == 1.0  # weaker adapters do not help a model that makes much of a rounding by itself
 
 
 def test_losses_and_gradients_have_a_tolerance_each() -> None:
@@ -283,10 +285,17 @@ def test_fast_ways_are_tried_with_weaker_adapters_where_a_rounding_would_hide_an
 
 def test_rows_are_tried_with_weaker_adapters_where_a_rounding_looks_like_an_error() -> None:
     """RandLoRA of alpha 20 r was not let rows of unlike length together on a GPU, and trained at a fifteenth."""
-    engine = overwhelming("llama", 12, 200.0)
+    engine = overwhelming("roberta", 6, 200.0)
     start = random_start(engine)
     rows, own = engine.task.made_up_rows(long=True), [random_tensors(start, "group", g) for g in range(2)]
     exact = apart._alone(engine, rows, own)
     with rounded_blocks(engine):  # as on a GPU, where products round otherwise in another batch
         assert np.abs(apart._alone(engine, rows, own) - exact).max() > 0.05  # what counts as an error
         assert find_batching(engine, start) == Batching()
+
+
+def test_adapters_stay_strong_where_it_is_the_model_that_makes_much_of_a_rounding() -> None:
+    engine = in_precision(torch.bfloat16, lambda hidden: torch.sin(300.0 * hidden.float()).to(hidden.dtype))
+    start = random_start(engine)
+    own, _ = apart._own(engine, engine.task.made_up_rows(long=True), start, apart._COARSE)
+    assert all(np.array_equal(own[0][name], value) for name, value in random_tensors(start, "group", 0).items())

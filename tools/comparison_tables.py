@@ -8,6 +8,7 @@ two data sets, by partition (``split``). ``make tables`` runs this.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.server_time import LAST
 from fedlora.reports.format import human_bytes
 from fedlora.reports.paired import beside_the_best, paired_cells, paired_differences
 from tools.markdown import Table, rewrite
@@ -94,9 +96,9 @@ def overview(measure: str) -> list[str]:
     """
     tables = {(name, split): _cells(name, measure, split) for name in _TARGETS for split in _SPLITS}
     found = {where: _beside(cells, measure) for where, cells in tables.items()}
-    everywhere = pd.concat(tables.values())
-    sent = {str(name): rows["bytes_up"].mean() for name, rows in everywhere.groupby("strategy")}
-    means = {str(name): float(np.mean([of[name][0] for of in found.values() if name in of])) for name in sent}
+    sent = pd.DataFrame([cells.groupby("strategy")["bytes_up"].mean() for cells in tables.values()])
+    sent = sent.div(sent[_BESIDE], axis=0).mean()  # of the tables that have a strategy
+    means = {str(name): float(np.mean([of[name][0] for of in found.values() if name in of])) for name in sent.index}
     columns = ["strategy", *(f"{_SHORT[name]} {split.removeprefix('Dirichlet ')}" for name, split in tables)]
     server = _server_ms()
     columns += ["sent", "server, ms"]
@@ -107,15 +109,15 @@ def overview(measure: str) -> list[str]:
             cells = [
                 f"{rows.loc[rows['strategy'] == _BESIDE, measure].mean():.3f}".lstrip("0") for rows in tables.values()
             ]
-        cells += [f"{sent[strategy] / sent[_BESIDE]:.2f}", f"{server[strategy]:.0f}"]
+        cells += [f"{sent[strategy]:.2f}", f"{server[strategy]:.0f}"]
         lines.append(f"| {' | '.join([_key(strategy), *cells])} |")
     return lines
 
 
 def _server_ms() -> dict[str, float]:
-    """Return what the server took for the last round of each strategy, in milliseconds."""
+    """Return what the server took for a round of each strategy, in milliseconds."""
     lines = json.loads((RESULTS / "server-time.json").read_text(encoding="utf-8"))["lines"]
-    return {line["strategy"]: 1e3 * line["seconds"][-1] for line in lines}
+    return {line["strategy"]: 1e3 * statistics.median(line["seconds"][-LAST:]) for line in lines}
 
 
 def _cells(name: str, measure: str, split: str) -> pd.DataFrame:

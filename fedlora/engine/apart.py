@@ -39,8 +39,8 @@ _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 _COARSE = 5e-2  # of 16 bits and fewer
 ROUNDINGS = 3
 """Numbers of 16 bits may differ by this many times what one rounding of each block's output changes."""
-WEAKEST = 4.0**-5
-"""What random tensors are multiplied with at the least, see :func:`weakened`."""
+STRENGTHS = (1.0, 1 / 4, 1 / 16)
+"""What random tensors are multiplied with in turn, see :func:`weakened`: weaker ones than these do nothing."""
 
 
 def random_tensors(tensors: Arrays, *key: str | int) -> dict[str, NDArray[np.floating]]:
@@ -113,19 +113,18 @@ def _own(
     """Return each group's random tensors, and the loss of each row alone with them, [G, rows].
 
     In 16 bits they are weakened until a rounding moves a loss by less than what counts as a fault: an update far larger
-    than its layer's own output, as of a large ``method.alpha``, makes that much of a rounding.
+    than its layer's own output, as of a large ``method.alpha``, makes that much of a rounding. Where that does not help
+    it is the base model that does, and they stay as they are.
     """
-    strength = 1.0
-    while True:
-        own = [weakened(engine, random_tensors(tensors, "group", g), strength) for g in range(_GROUPS)]
+    drawn = [random_tensors(tensors, "group", g) for g in range(_GROUPS)]
+    for strength in STRENGTHS if tolerance == _COARSE else ():
+        own = [weakened(engine, one, strength) for one in drawn]
         alone = _alone(engine, rows, own)
-        if tolerance != _COARSE or strength <= WEAKEST:
-            return own, alone
         with rounded_blocks(engine):
             moved = np.abs(_alone(engine, rows, own) - alone) / np.maximum(1.0, np.abs(alone))
         if ROUNDINGS * moved.max() <= tolerance:
             return own, alone
-        strength /= 4
+    return drawn, _alone(engine, rows, drawn)
 
 
 def _alone(engine: Engine, rows: Rows, own: Sequence[Arrays]) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedlora.config import TrainConfig
-from fedlora.engine.apart import ROUNDINGS, WEAKEST, random_tensors, rounded_blocks, weakened
+from fedlora.engine.apart import ROUNDINGS, STRENGTHS, random_tensors, rounded_blocks, weakened
 from fedlora.engine.blocks import block_lists, blocks_of
 from fedlora.engine.core import Batching, Engine, most_cost
 from fedlora.engine.kernels import attention, low_rank
@@ -200,16 +200,18 @@ class Plain:
             engine: The engine.
             tensors: All of the method's tensors, for their shapes.
         """
-        fine, strength = _TOLERANCE.get(engine.compute), 1.0
+        fine = _TOLERANCE.get(engine.compute)
         if fine is not None:
             return cls(numbers(engine, tensors), (fine, fine))
-        while True:
-            found = numbers(engine, tensors, strength)
+        found = []
+        for strength in STRENGTHS:
+            own = numbers(engine, tensors, strength)
             with rounded_blocks(engine):
-                losses, grads = _apart(numbers(engine, tensors, strength), found)
-            if ROUNDINGS * max(losses, grads) <= _COARSEST or strength <= WEAKEST:
-                return cls(found, (_coarse(losses), _coarse(grads)), strength)
-            strength /= 4
+                moved = _apart(numbers(engine, tensors, strength), own)
+            found.append(cls(own, (_coarse(moved[0]), _coarse(moved[1])), strength))
+            if ROUNDINGS * np.max(moved) <= _COARSEST:  # not where one is no number
+                return found[-1]
+        return found[0]
 
 
 def _coarse(moved: float) -> float:
