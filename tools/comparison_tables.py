@@ -96,8 +96,8 @@ def overview(measure: str) -> list[str]:
     """
     tables = {(name, split): _cells(name, measure, split) for name in _TARGETS for split in _SPLITS}
     found = {where: _beside(cells, measure) for where, cells in tables.items()}
-    sent = pd.DataFrame([cells.groupby("strategy")["bytes_up"].mean() for cells in tables.values()])
-    sent = sent.div(sent[_BESIDE], axis=0).mean()  # of the tables that have a strategy
+    up = pd.DataFrame([cells.groupby("strategy")["bytes_up"].mean() for cells in tables.values()])
+    sent = up.div(up[_BESIDE], axis=0).mean()  # of the tables that have a strategy
     means = {str(name): float(np.mean([of[name][0] for of in found.values() if name in of])) for name in sent.index}
     columns = ["strategy", *(f"{_SHORT[name]} {split.removeprefix('Dirichlet ')}" for name, split in tables)]
     server = _server_ms()

@@ -96,8 +96,10 @@ def _exact_under(name: str, method: Method) -> list[str]:
 
 
 def _steps() -> dict[str, tuple[str, ...]]:
-    """Return each method's client-step by LoRA's in the same run, without privacy and with it."""
-    lines = [line for line in lines_of("train", folder=STEPS) if line["way"] == "fedlora" and "ms" in line]
+    """Return each method's client-step on a GPU by LoRA's in the same run, without privacy and with it."""
+    lines = [
+        line for line in lines_of("train", folder=STEPS) if line["way"] == "fedlora" and line["gpu"] and "ms" in line
+    ]
     times = {(line["run"], line["method"], line["dp"]): line["ms"] for line in lines}
     found: dict[str, dict[bool, str]] = {"lora": {False: "1", True: "1"}}
     for (run, name, dp), ms in times.items():

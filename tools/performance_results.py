@@ -16,15 +16,17 @@ NONE_YET = ["Not measured yet."]
 Line = dict[str, Any]
 
 
-def results(table: str, folder: Path = RESULTS) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return what was measured for a table, by the names of its files, those of GPUs first."""
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+def results(table: str, folder: Path | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return what was measured for a table, by the names of its files, those of GPUs first; of ``RESULTS`` or a folder."""
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder or RESULTS).glob("*.json"))
+    }
     for name, whole in sorted(found.items(), key=lambda item: item[1]["machine"]["cuda"] is None):
         if whole["table"] == table:
             yield name, whole
 
 
-def lines_of(*tables: str, folder: Path = RESULTS) -> list[Line]:
+def lines_of(*tables: str, folder: Path | None = None) -> list[Line]:
     """Return all measured lines, each with its shape, machine and share of the ceiling."""
     lines = []
     for table in tables:
