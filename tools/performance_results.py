@@ -17,7 +17,7 @@ Line = dict[str, Any]
 
 
 def results(table: str, folder: Path | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Return what was measured for a table, by the names of its files, those of GPUs first; of ``RESULTS`` or a folder."""
+    """Return what was measured for a table, by the names of its files in a folder, those of GPUs first."""
     found = {
         path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder or RESULTS).glob("*.json"))
     }
