@@ -15,6 +15,7 @@ from fedlora.engine.blocks import blocks_of, checkpoint_blocks
 from fedlora.engine.fast import like, settle
 from fedlora.engine.kernels import low_rank
 from fedlora.engine.pack import Pack
+from fedlora.engine.trial import Plain, tried
 from fedlora.methods import DualLora, build_method
 from fedlora.models import prepare_base
 from tests.support.families import LANGUAGE, random_examples, small_model, small_task, task_of, without_float32
@@ -41,7 +42,7 @@ def test_a_way_that_cannot_be_tried_leaves_the_plain_one() -> None:
     def fails(_: Engine) -> Any:
         raise torch.OutOfMemoryError("no memory for the trial")
 
-    assert fast.tried(engine, fails, tensors, fast.Plain.of(engine, tensors)) is engine
+    assert tried(engine, fails, tensors, Plain.of(engine, tensors)) is engine
 
 
 @pytest.mark.parametrize("family", LANGUAGE)

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from fedlora.config import Config, MethodConfig
-from fedlora.engine import Batching, Engine, apart, evaluate, fast, find_batching, train_pack
-from fedlora.engine.apart import random_tensors, rounded_blocks
+from fedlora.engine import Batching, Engine, apart, evaluate, fast, find_batching, train_pack, trial
+from fedlora.engine.apart import random_tensors
 from fedlora.engine.blocks import checkpoint_blocks
 from fedlora.engine.kernels import attention
 from fedlora.engine.layout import Layout, Unpadded
+from fedlora.engine.rounding import rounded_blocks
 from fedlora.methods import build_method, initial_tensors
 from fedlora.models import prepare_base
 from fedlora.seeded import Seeded
@@ -33,7 +34,7 @@ CPU = torch.device("cpu")
 def tried(engine: Engine) -> Engine:
     """Return the engine with its blocks unpadded, where the trial of every load finds nothing wrong with it."""
     tensors = random_start(engine)
-    return fast.tried(engine, fast.without_padding, tensors, fast.Plain.of(engine, tensors))
+    return trial.tried(engine, fast.without_padding, tensors, trial.Plain.of(engine, tensors))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,8 +129,8 @@ def leak(hidden: torch.Tensor) -> torch.Tensor:
 
 def test_a_weak_leak_from_row_to_row_is_seen_in_float32_and_not_in_bfloat16() -> None:
     """So that it is a rehearsal in float32 which decides."""
-    assert tried(in_precision(torch.bfloat16, leak)).grouped.unpadded, "what 16 bits show is too coarse"
-    assert not tried(in_precision(torch.float32, leak)).grouped.unpadded
+    assert tried(in_precision(planted(leak))).grouped.unpadded, "what 16 bits show is too coarse"
+    assert not tried(in_precision(planted(leak), torch.float32)).grouped.unpadded
 
 
 def blown_up(hidden: torch.Tensor) -> torch.Tensor:
@@ -142,8 +143,7 @@ def mixed(hidden: torch.Tensor) -> torch.Tensor:
     return hidden + 10.0 * hidden.mean(1, keepdim=True)
 
 
-def in_precision(dtype: torch.dtype, change: Callable[[torch.Tensor], torch.Tensor]) -> Engine:
-    engine = planted(change)
+def in_precision(engine: Engine, dtype: torch.dtype = torch.bfloat16) -> Engine:
     engine.base.model.to(dtype)
     return replace(engine, compute=dtype, dtype=torch.float32)
 
@@ -159,19 +159,19 @@ def in_precision(dtype: torch.dtype, change: Callable[[torch.Tensor], torch.Tens
 def test_how_far_off_a_fast_way_may_be_goes_by_what_the_model_makes_of_a_rounding(
     dtype: torch.dtype, change: Callable[[torch.Tensor], torch.Tensor], tolerance: float
 ) -> None:
-    engine = in_precision(dtype, change)
-    plain = fast.Plain.of(engine, random_start(engine))
+    engine = in_precision(planted(change), dtype)
+    plain = trial.Plain.of(engine, random_start(engine))
     assert plain.tolerances[1] == tolerance
     assert plain.strength == 1.0  # weaker adapters do not help a model that makes much of a rounding by itself
 
 
 def test_losses_and_gradients_have_a_tolerance_each() -> None:
     """Three times what a rounding moves them by: gradients of these blocks by some per cent, losses by less."""
-    engine = in_precision(torch.bfloat16, lambda hidden: torch.sin(12.0 * hidden.float()).to(hidden.dtype))
+    engine = in_precision(planted(lambda hidden: torch.sin(12.0 * hidden.float()).to(hidden.dtype)))
     start = random_start(engine)
-    plain = fast.Plain.of(engine, start)
+    plain = trial.Plain.of(engine, start)
     with rounded_blocks(engine):
-        moved = fast._apart(fast.numbers(engine, start), plain.numbers)
+        moved = trial._apart(trial.numbers(engine, start), plain.numbers)
     assert plain.tolerances[1] == pytest.approx(3 * moved[1])
     assert 0.05 < plain.tolerances[1] < 0.25
     assert plain.tolerances[0] < plain.tolerances[1]
@@ -180,16 +180,16 @@ def test_losses_and_gradients_have_a_tolerance_each() -> None:
 def test_gradients_that_are_no_numbers_are_not_taken_for_right(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine("bert")
     start = random_start(engine)
-    plain = fast.Plain.of(engine, start)
-    monkeypatch.setattr(fast, "numbers", lambda *_: (plain.numbers[0], plain.numbers[1] * np.nan))
-    assert not fast.tried(engine, fast.without_padding, start, plain).grouped.unpadded
+    plain = trial.Plain.of(engine, start)
+    monkeypatch.setattr(trial, "numbers", lambda *_: (plain.numbers[0], plain.numbers[1] * np.nan))
+    assert not trial.tried(engine, fast.without_padding, start, plain).grouped.unpadded
 
 
 def test_what_is_wrong_is_found_whatever_is_made_of_a_rounding() -> None:
-    engine = in_precision(torch.bfloat16, mixed)
+    engine = in_precision(planted(mixed))
     start = random_start(engine)
-    plain = replace(fast.Plain.of(engine, start), tolerances=(0.25, 0.25))
-    assert not fast.tried(engine, fast.without_padding, start, plain).grouped.unpadded
+    plain = replace(trial.Plain.of(engine, start), tolerances=(0.25, 0.25))
+    assert not trial.tried(engine, fast.without_padding, start, plain).grouped.unpadded
 
 
 def test_passes_without_padding_are_full() -> None:
@@ -265,22 +265,21 @@ def overwhelming(family: str, layers: int, alpha: float) -> Engine:
     """In 16 bits, with an update far larger than what its layer puts out itself."""
     model = small_model(family, num_hidden_layers=layers)
     base = prepare_base(model, None, "all-linear", has_head=True, device=torch.device("cpu"))
-    base.model.to(torch.bfloat16)
     lora = Config(method=MethodConfig("lora", rank=8, alpha=alpha))
     method = build_method(lora, base.structure.adapted, base.structure.head)
-    return replace(Engine.build(base, method, small_task(family)), compute=torch.bfloat16, dtype=torch.float32)
+    return in_precision(Engine.build(base, method, small_task(family)))
 
 
 def test_fast_ways_are_tried_with_weaker_adapters_where_a_rounding_would_hide_an_error() -> None:
     engine = overwhelming("bert", 2, 4e3)
     start = random_start(engine)
-    strong = fast.numbers(engine, start)
+    strong = trial.numbers(engine, start)
     with rounded_blocks(engine):
-        assert 3 * max(fast._apart(fast.numbers(engine, start), strong)) > 0.25
-    plain = fast.Plain.of(engine, start)
+        assert 3 * max(trial._apart(trial.numbers(engine, start), strong)) > 0.25
+    plain = trial.Plain.of(engine, start)
     assert plain.strength < 1.0
     assert max(plain.tolerances) < 0.25
-    assert fast.tried(engine, fast.without_padding, start, plain).grouped.unpadded
+    assert trial.tried(engine, fast.without_padding, start, plain).grouped.unpadded
 
 
 def test_rows_are_tried_with_weaker_adapters_where_a_rounding_looks_like_an_error() -> None:
@@ -295,7 +294,7 @@ def test_rows_are_tried_with_weaker_adapters_where_a_rounding_looks_like_an_erro
 
 
 def test_adapters_stay_strong_where_it_is_the_model_that_makes_much_of_a_rounding() -> None:
-    engine = in_precision(torch.bfloat16, lambda hidden: torch.sin(300.0 * hidden.float()).to(hidden.dtype))
+    engine = in_precision(planted(lambda hidden: torch.sin(300.0 * hidden.float()).to(hidden.dtype)))
     start = random_start(engine)
     own, _ = apart._own(engine, engine.task.made_up_rows(long=True), start, apart._COARSE)
     assert all(np.array_equal(own[0][name], value) for name, value in random_tensors(start, "group", 0).items())

@@ -11,19 +11,17 @@ the adapters do is nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlora.engine.blocks import blocks_of
 from fedlora.engine.core import Batching, Engine, evaluate
 from fedlora.engine.layers import NoRowsError
+from fedlora.engine.rounding import told, weakened
 from fedlora.engine.work import Arrays
 from fedlora.seeded import Seeded
 from fedlora.tasks import Batch, Rows
@@ -37,10 +35,6 @@ _MODES = (
 _GROUPS = 2
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 _COARSE = 5e-2  # of 16 bits and fewer
-ROUNDINGS = 3
-"""Numbers of 16 bits may differ by this many times what one rounding of each block's output changes."""
-STRENGTHS = (1.0, 1 / 4, 1 / 16)
-"""What random tensors are multiplied with in turn, see :func:`weakened`: weaker ones than these do nothing."""
 
 
 def random_tensors(tensors: Arrays, *key: str | int) -> dict[str, NDArray[np.floating]]:
@@ -49,31 +43,6 @@ def random_tensors(tensors: Arrays, *key: str | int) -> dict[str, NDArray[np.flo
         name: Seeded(0).uniform("probe", name, *key, shape=value.shape, bound=max(1, value.shape[-1]) ** -0.5)
         for name, value in tensors.items()
     }
-
-
-def weakened(engine: Engine, tensors: Arrays, strength: float) -> dict[str, NDArray[np.floating]]:
-    """Return adapters that do less: all tensors but the head's times ``strength``."""
-    specs = engine.method.specs()
-    return {name: value if specs[name].kind == "head" else value * strength for name, value in tensors.items()}
-
-
-@contextmanager
-def rounded_blocks(engine: Engine, seed: int = 0) -> Iterator[None]:
-    """Have each block's output moved by up to one unit in the last place, and its gradient likewise."""
-    generator = torch.Generator(engine.device).manual_seed(seed)
-
-    def move(_module: Any, _given: Any, out: Any) -> Any:
-        hidden = out[0] if isinstance(out, tuple) else out
-        if not isinstance(hidden, Tensor):
-            return out  # of a kind of its own: its own rounding is not measured
-        by = torch.rand(hidden.shape, generator=generator, device=engine.device) * 2.0 - 1.0
-        moved = (hidden.float() * (1.0 + torch.finfo(hidden.dtype).eps * by)).to(hidden.dtype)
-        return (moved, *out[1:]) if isinstance(out, tuple) else moved
-
-    with ExitStack() as stack:
-        for block in blocks_of(engine):
-            stack.callback(block.register_forward_hook(move).remove)
-        yield
 
 
 def find_batching(engine: Engine, tensors: Arrays) -> Batching:
@@ -112,19 +81,22 @@ def _own(
 ) -> tuple[list[dict[str, NDArray[np.floating]]], NDArray[np.float64]]:
     """Return each group's random tensors, and the loss of each row alone with them, [G, rows].
 
-    In 16 bits they are weakened until a rounding moves a loss by less than what counts as a fault: an update far larger
-    than its layer's own output, as of a large ``method.alpha``, makes that much of a rounding. Where that does not help
-    it is the base model that does, and they stay as they are.
+    In 16 bits they are as strong as lets a fault be told from a rounding (:func:`fedlora.engine.rounding.told`).
     """
     drawn = [random_tensors(tensors, "group", g) for g in range(_GROUPS)]
-    for strength in STRENGTHS if tolerance == _COARSE else ():
-        own = [weakened(engine, one, strength) for one in drawn]
-        alone = _alone(engine, rows, own)
-        with rounded_blocks(engine):
-            moved = np.abs(_alone(engine, rows, own) - alone) / np.maximum(1.0, np.abs(alone))
-        if ROUNDINGS * moved.max() <= tolerance:
-            return own, alone
-    return drawn, _alone(engine, rows, drawn)
+
+    def alone(strength: float) -> NDArray[np.float64]:
+        return _alone(engine, rows, [weakened(engine, one, strength) for one in drawn])
+
+    if tolerance != _COARSE:
+        return drawn, alone(1.0)
+    strength, found, _ = told(engine, alone, _relative, tolerance)
+    return [weakened(engine, one, strength) for one in drawn], found
+
+
+def _relative(losses: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return how far losses are apart, by the expected ones where these are larger than 1."""
+    return np.abs(losses - expected) / np.maximum(1.0, np.abs(expected))
 
 
 def _alone(engine: Engine, rows: Rows, own: Sequence[Arrays]) -> NDArray[np.float64]:

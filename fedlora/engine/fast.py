@@ -12,43 +12,28 @@ A family of models that a fast way does not fit is trained the plain way, and th
 from __future__ import annotations
 
 import logging
-import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self, final
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from fedlora.config import TrainConfig
-from fedlora.engine.apart import ROUNDINGS, STRENGTHS, random_tensors, rounded_blocks, weakened
 from fedlora.engine.blocks import block_lists, blocks_of
 from fedlora.engine.core import Batching, Engine, most_cost
 from fedlora.engine.kernels import attention, low_rank
 from fedlora.engine.layers import for_kernel
-from fedlora.engine.pack import Pack
-from fedlora.engine.work import Arrays, ClientWork
-from fedlora.tasks import Rows
-
-Way = Callable[[Engine], tuple[Engine, Callable[[], None]] | None]
-"""From an engine one that computes in another way, and what takes that back; None: there is none for this model."""
-
-Numbers = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Losses, and gradients."""
+from fedlora.engine.trial import COSTS, Plain, Way, one_pass, tried
+from fedlora.engine.work import Arrays
 
 _logger = logging.getLogger(__name__)
 _SHORT = (torch.bfloat16, torch.float16)
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_COARSE = 5e-2  # of 16 bits, where the model's own rounding is less
 _KERNEL_ERROR = 0.1  # of a row of the low-rank kernel, in 16 bits; measured on an H200: 0.011
-_COARSEST = 0.25  # beyond this a difference is called an error, whatever the rounding
 _SPECIALISED = 64  # versions of a compiled block: of one row or many, of one client or many, with gradients or without
 # An analysis that is of no use to open shapes, and in torch 2.11 stops at some of them.
 _OPTIONS: dict[str, Any] = {"triton.coalesce_tiling_analysis": False}
 _SHARE = 0.7  # of the free memory that a pass may take; the rest is the pack's own
-_MEASURED = (2048, 4096)  # costs between which memory is measured
 
 
 def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True, unpadded: bool = True) -> Engine:
@@ -172,124 +157,6 @@ def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
     return engine, grouped.blocks.clear
 
 
-@final
-@dataclass(frozen=True)
-class Plain:
-    """What the plain way gives, and how far from it a fast one may be.
-
-    In 16 bits the same arithmetic in another order gives other numbers, the more so the deeper and the wider a model is
-    (measured: 0.5 % of MiniLM's gradients, 7 % of a Llama-2-7B's). How much a model makes of a rounding is found by
-    rounding: the tolerance does not have to be guessed. It is found for losses and for gradients, which move far more.
-
-    Attributes:
-        numbers: See :func:`numbers`.
-        tolerances: The largest relative difference in norm, of losses and of gradients.
-        strength: What the random tensors were multiplied with: less than 1 where an update far larger than its layer's
-            own output, as of a large ``method.alpha``, would make more of a rounding than an error does.
-    """
-
-    numbers: Numbers
-    tolerances: tuple[float, float]
-    strength: float = 1.0
-
-    @classmethod
-    def of(cls, engine: Engine, tensors: Arrays) -> Self:
-        """Return what an engine gives in which nothing is fast yet.
-
-        Args:
-            engine: The engine.
-            tensors: All of the method's tensors, for their shapes.
-        """
-        fine = _TOLERANCE.get(engine.compute)
-        if fine is not None:
-            return cls(numbers(engine, tensors), (fine, fine))
-        found = []
-        for strength in STRENGTHS:
-            own = numbers(engine, tensors, strength)
-            with rounded_blocks(engine):
-                moved = _apart(numbers(engine, tensors, strength), own)
-            found.append(cls(own, (_coarse(moved[0]), _coarse(moved[1])), strength))
-            if ROUNDINGS * np.max(moved) <= _COARSEST:  # not where one is no number
-                return found[-1]
-        return found[0]
-
-
-def _coarse(moved: float) -> float:
-    """Return how far off numbers of 16 bits may be, of which one rounding of each block's output moves so many."""
-    return min(max(_COARSE, ROUNDINGS * moved), _COARSEST)
-
-
-def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain) -> Engine:
-    """Return the engine in another way where that gives what the plain one does, else as it is.
-
-    Args:
-        engine: The engine.
-        way: The way.
-        tensors: All of the method's tensors, for their shapes.
-        plain: What the plain way gives.
-    """
-    began, name = time.perf_counter(), way.__name__.removeprefix("_with_")
-    undo: Callable[[], None] | None = None
-    try:
-        other = way(engine)
-        if other is None:
-            return engine
-        changed, undo = other
-        if changed.grouped.blocks:
-            _pass(changed, tensors, _MEASURED[1])  # kernels are chosen by the first shapes that are seen
-        off = _apart(numbers(changed, tensors, plain.strength), plain.numbers)
-        fits = all(one <= most for one, most in zip(off, plain.tolerances, strict=True))
-    except Exception as error:  # whatever a model's own code raises: the plain way is there
-        _logger.warning("%s: the plain way computes, this model does not take the fast one (%s)", name, error)
-    else:
-        words = "{:.2g} in losses and {:.2g} in gradients".format(*off)
-        if fits:
-            _logger.info("%s: off by %s, tried in %.1f s", name, words, time.perf_counter() - began)
-            return changed
-        words += " where {:.2g} and {:.2g} are rounding".format(*plain.tolerances)
-        _logger.warning("%s: the plain way computes, the fast one is off by %s for this model", name, words)
-    if undo is not None:
-        undo()
-    return engine
-
-
-def numbers(engine: Engine, tensors: Arrays, strength: float = 1.0) -> Numbers:
-    """Return the losses of two clients on rows that are nobody's, and their gradients, short and long ones.
-
-    Args:
-        engine: The engine.
-        tensors: All of the method's tensors, for their shapes.
-        strength: What random ones are multiplied with.
-    """
-    losses, grads = [], []
-    for long in (False, True):
-        rows = engine.task.made_up_rows(long=long)
-        pack = _pack(engine, tensors, rows, [np.arange(len(rows)), np.arange(1, len(rows))], strength)
-        grads += [pack.backward(turn).double().cpu().numpy().ravel() for turn in pack.turns]
-        losses.append(pack.losses())
-    return np.concatenate(losses), np.concatenate(grads)
-
-
-def _pack(
-    engine: Engine, tensors: Arrays, rows: Rows, batches: Sequence[NDArray[np.int64]], strength: float = 1.0
-) -> Pack:
-    """Return clients of random tensors, each with one step on its batch of these rows."""
-    works = [
-        ClientWork(g, rows, len(batch), [batch], weakened(engine, random_tensors(tensors, "group", g), strength))
-        for g, batch in enumerate(batches)
-    ]
-    return Pack(engine, works, {}, TrainConfig(learning_rate=0.01))
-
-
-def _apart(found: Numbers, expected: Numbers) -> tuple[float, float]:
-    """Return the relative differences in norm of losses and of gradients; NaN where one is."""
-    losses, grads = (
-        float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-30)
-        for a, b in zip(found, expected, strict=True)
-    )
-    return losses, grads
-
-
 def _fitting(engine: Engine, tensors: Arrays) -> int:
     """Return the cost of a pass that fits into the free memory, by what passes of two costs take; the engine's at most.
 
@@ -297,8 +164,8 @@ def _fitting(engine: Engine, tensors: Arrays) -> int:
 
     What a pass holds for the backward pass grows with its cost, and nothing else of it does.
     """
-    _pass(engine, tensors, _MEASURED[0])  # the first time anything may be made that stays
-    (small, low), (large, high) = (_pass(engine, tensors, cost) for cost in _MEASURED)
+    one_pass(engine, tensors, COSTS[0])  # the first time anything may be made that stays
+    (small, low), (large, high) = (one_pass(engine, tensors, cost) for cost in COSTS)
     slopes = np.maximum((high - low) / (large - small) if large > small else high / large, 1.0)
     torch.cuda.empty_cache()
     free = np.array([_free(card) for card in engine.cards])
@@ -311,19 +178,3 @@ def _free(card: torch.device) -> float:
     """Return the bytes of a GPU that this process may still take, of which others may have a part."""
     free, total = torch.cuda.mem_get_info(card)
     return min(free, torch.cuda.get_per_process_memory_fraction(card) * total - torch.cuda.memory_reserved(card))
-
-
-def _pass(engine: Engine, tensors: Arrays, cost: int) -> tuple[int, NDArray[np.float64]]:
-    """Take the gradients of two clients in a pass of about this cost; return its cost, and its bytes on each GPU."""
-    rows = engine.task.made_up_rows(long=True)
-    longest = len(rows) - 1
-    count = max(1, cost // (2 * int(rows.cost[longest])))
-    whole = replace(engine, max_cost=cost + int(rows.cost[longest]))
-    pack = _pack(whole, tensors, rows, [np.full(count, longest)] * 2)
-    before = np.array([float(torch.cuda.memory_allocated(card)) for card in engine.cards])
-    for card in engine.cards:
-        torch.cuda.reset_peak_memory_stats(card)
-    for turn in pack.turns:
-        pack.backward(turn)
-    peak = np.array([float(torch.cuda.max_memory_allocated(card)) for card in engine.cards])
-    return 2 * count * int(rows.cost[longest]), peak - before

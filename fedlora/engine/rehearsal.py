@@ -15,7 +15,8 @@ import torch
 from fedlora.config import Config, MethodConfig
 from fedlora.engine.apart import find_batching
 from fedlora.engine.core import Engine
-from fedlora.engine.fast import Plain, tried, without_padding
+from fedlora.engine.fast import without_padding
+from fedlora.engine.trial import Plain, tried
 from fedlora.methods import build_method, initial_tensors
 from fedlora.models import Structure, inspect, load_config, prepare_base
 from fedlora.models.loading import auto_model

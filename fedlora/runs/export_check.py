@@ -16,7 +16,7 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
 from fedlora.engine import Engine, evaluate
-from fedlora.engine.apart import ROUNDINGS, rounded_blocks
+from fedlora.engine.rounding import ROUNDINGS, rounded_blocks
 from fedlora.lora_files import PREFIX
 from fedlora.methods import WeightDecomposed, as_low_rank
 from fedlora.methods.products import product_norm
