@@ -30,7 +30,7 @@ from simulations.sweeps.file import Sweep
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "server-time.json"
-LAST = 4  # rounds, whose median is shown
+_LAST = 4  # rounds, whose median is shown
 _SHORT = {"train.local-steps": 1, "train.batch-size": 2, "train.max-length": 16, "engine.dtype": "float32"}
 
 
@@ -58,9 +58,9 @@ def main() -> None:
         config, data = settle(sweep.tuning(group)[0].config, 0)
         with tempfile.TemporaryDirectory() as folder:
             seconds = measured(resident.federation(config, data, folder), options.rounds, options.threads)
-        found["lines"].append({"strategy": group["strategy"], "seconds": seconds})
-        ms = [1e3 * one for one in seconds]
-        print(f"{group['strategy']:20} {statistics.median(ms[-LAST:]):8.1f} ms a round", flush=True)
+        ms = 1e3 * statistics.median(seconds[-_LAST:])
+        found["lines"].append({"strategy": group["strategy"], "ms": ms, "seconds": seconds})
+        print(f"{group['strategy']:20} {ms:8.1f} ms a round", flush=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -15,22 +15,23 @@ from clients.start import StartTensors
 from clients.worker import Worker
 from fedlora.config import Config
 from fedlora.exchange import Instruction, Outcome
-from fedlora.methods import Lora
+from fedlora.methods import METHODS, Lora, Method
 from fedlora.methods.factors import Factor
 from fedlora.methods.products import pairs
+from fedlora.plugins import methods_of
 from fedlora.roles import Role
 from fedlora.server.core import Core
 from fedlora.state import ServerState
 from fedlora.strategy import Strategy
 from fedlora.wire import read_instruction
 from simulations.setup import federation_of
-from strategies import FedAvg, FedPLoRA
+from strategies import STRATEGIES, FedAvg, FedPLoRA
 from strategies.build import build_strategy
 from strategies.fedprox import FedProx
 from tests.support.federation import RAGGED, one_round, run, seeded_of, server_of, strategy_of
 from tests.support.formulas import LAYERS
 from tests.support.loop import Arrays, LoopGrid, examples_of, node_of, update_of
-from tests.support.matrix import setting
+from tests.support.matrix import engine_of, setting
 from tests.support.plans import plan, shown
 from tests.support.trainers import dp_worker, noted, tiny_worker
 from tests.test_in_process import settled, under_flower
@@ -238,6 +239,15 @@ def test_a_client_starts_from_the_whole_adapter(tmp_path: Path) -> None:
             assert fixed[f"{layer}.residual_A"].shape[0] == RANK - rank
             whole = own[b] @ own[a] + fixed[f"{layer}.residual_B"] @ fixed[f"{layer}.residual_A"]
             assert np.abs(whole - common[b] @ common[a]).max() < 1e-12
+
+
+def test_only_methods_with_modules_are_trained_in_part() -> None:
+    """What a client lacks of the others would be missing from its model, without a word."""
+    for name in (name for name in STRATEGIES if STRATEGIES[name].folds):
+        for kind in methods_of(name):
+            assert METHODS[kind].folded is not Method.folded, f"{name} on {kind}"
+    with pytest.raises(TypeError, match="S2Lora has no modules"):
+        engine_of("s2-lora", "bert").method.folded({}, [0])
 
 
 def first_losses(worker: Worker) -> tuple[list[float], list[float]]:

@@ -7,18 +7,16 @@ two data sets, by partition (``split``). ``make tables`` runs this.
 
 from __future__ import annotations
 
+import functools
 import json
-import statistics
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from benchmarks.server_time import LAST
 from fedlora.reports.format import human_bytes
 from fedlora.reports.paired import beside_the_best, paired_cells, paired_differences
 from tools.markdown import Table, rewrite
@@ -76,12 +74,12 @@ def paired_table(name: str, measure: str, split: str) -> list[str]:
         measure: Such as ``test_accuracy``; strategies without it are left out.
         split: The partition.
     """
-    cells = _cells(name, measure, split)
+    cells, differences = _compared(name, measure, split)
     target = _TARGETS[name] if measure == "test_accuracy" else None
     columns = ["strategy", "learning rate", measure.replace("_", " "), "less the best", "95 % interval", "verdict"]
     columns += ["sent by clients", *([f"until {target}: seeds, rounds, sent, received"] if target else [])]
     lines = [f"| {' | '.join(columns)} |", "| --- | --- | ---: | ---: | ---: | --- |" + " ---: |" * (len(columns) - 6)]
-    for strategy, rows, beside in ranked(cells, "strategy", measure):
+    for strategy, rows, beside in ranked(cells, differences, "strategy", measure):
         line = [_key(strategy), _rate(rows.iloc[0]), *beside, human_bytes(rows["bytes_up"].mean())]
         line += [_reached(rows)] if target else []
         lines.append(f"| {' | '.join(line)} |")
@@ -94,8 +92,9 @@ def overview(measure: str) -> list[str]:
     Args:
         measure: Such as ``test_accuracy``; strategies without it are left out.
     """
-    tables = {(name, split): _cells(name, measure, split) for name in _TARGETS for split in _SPLITS}
-    found = {where: _beside(cells, measure) for where, cells in tables.items()}
+    compared = {(name, split): _compared(name, measure, split) for name in _TARGETS for split in _SPLITS}
+    tables = {where: cells for where, (cells, _) in compared.items()}
+    found = {where: _beside(differences) for where, (_, differences) in compared.items()}
     up = pd.DataFrame([cells.groupby("strategy")["bytes_up"].mean() for cells in tables.values()])
     sent = up.div(up[_BESIDE], axis=0).mean()  # of the tables that have a strategy
     means = {str(name): float(np.mean([of[name][0] for of in found.values() if name in of])) for name in sent.index}
@@ -117,21 +116,22 @@ def overview(measure: str) -> list[str]:
 def _server_ms() -> dict[str, float]:
     """Return what the server took for a round of each strategy, in milliseconds."""
     lines = json.loads((RESULTS / "server-time.json").read_text(encoding="utf-8"))["lines"]
-    return {line["strategy"]: 1e3 * statistics.median(line["seconds"][-LAST:]) for line in lines}
+    return {line["strategy"]: line["ms"] for line in lines}
 
 
-def _cells(name: str, measure: str, split: str) -> pd.DataFrame:
-    """Return the final cells of a partition that have a measure."""
+@functools.cache  # a table by itself and the overview take the same
+def _compared(name: str, measure: str, split: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the final cells of a partition that have a measure, and the differences of their strategies."""
     cells = pd.read_csv(RESULTS / "comparison" / f"{name}.csv").dropna(subset=[measure])
-    return cells[cells["split"] == split]
+    cells = cells[cells["split"] == split]
+    return cells, paired_differences(cells, ["strategy"], measure)
 
 
-def _beside(cells: pd.DataFrame, measure: str) -> dict[str, tuple[float, bool]]:
+def _beside(differences: pd.DataFrame) -> dict[str, tuple[float, bool]]:
     """Return each strategy less ``fedavg``, and whether the two are told apart among all pairs of the table."""
-    pairs = paired_differences(cells, ["strategy"], measure)
     found = {_BESIDE: (0.0, False)}
     for one, other, sign in (("one", "other", 1.0), ("other", "one", -1.0)):
-        own = pairs[pairs[other] == _BESIDE]
+        own = differences[differences[other] == _BESIDE]
         found |= {
             str(name): (sign * difference, bool(distinct))
             for name, difference, distinct in zip(own[one], own["difference"], own["distinct"], strict=True)
@@ -145,9 +145,11 @@ def _points(difference: float, distinct: bool) -> str:
     return f"**{points}**" if distinct else points
 
 
-def ranked(cells: pd.DataFrame, key: str, measure: str) -> Iterator[tuple[str, pd.DataFrame, list[str]]]:
+def ranked(
+    cells: pd.DataFrame, differences: pd.DataFrame, key: str, measure: str
+) -> Iterator[tuple[str, pd.DataFrame, list[str]]]:
     """Yield what is compared, the best first: its name, its cells, and mean, distance from the best and verdict."""
-    best = beside_the_best(paired_differences(cells, [key], measure), higher_is_better=True)
+    best = beside_the_best(differences, higher_is_better=True)
     beside = {str(row["one"]): paired_cells(row) for _, row in best.iterrows()}
     groups = {str(name): rows for name, rows in cells.groupby(key)}
     for name, rows in sorted(groups.items(), key=lambda item: -item[1][measure].mean()):
@@ -202,22 +204,22 @@ _GUARANTEES = {
 }
 _MEASURES = ("test_accuracy", "clients_accuracy")
 _SWEEPS = ("sst2-lora", "sst2-mos", "sst2-s2")
-OVERVIEW: dict[str, Table] = {f"all {measure}": partial(overview, measure) for measure in _MEASURES}
+OVERVIEW: dict[str, Table] = {f"all {measure}": functools.partial(overview, measure) for measure in _MEASURES}
 DETAILS: dict[str, Table] = {
     **{
-        f"paired {name} {measure} {split}": partial(paired_table, name, measure, split)
+        f"paired {name} {measure} {split}": functools.partial(paired_table, name, measure, split)
         for name in _TARGETS
         for split in _SPLITS
         for measure in _MEASURES
     },
     **{
-        f"{name} {measure} {alpha}": partial(table, name, measure, f"`data.alpha` == {alpha}")
+        f"{name} {measure} {alpha}": functools.partial(table, name, measure, f"`data.alpha` == {alpha}")
         for name in _SWEEPS
         for measure in ("test_accuracy", "personal_accuracy")
         for alpha in (0.5, 0.1)
     },
-    **{name: partial(table, name, "dev_accuracy") for name in ("sst2-mos-devices", "sst2-mos-budget")},
-    **{name: partial(table, name, "dev_accuracy") for name in ("sst2-s2-rank", "sst2-s2-scale", "sst2-head")},
+    **{name: functools.partial(table, name, "dev_accuracy") for name in ("sst2-mos-devices", "sst2-mos-budget")},
+    **{name: functools.partial(table, name, "dev_accuracy") for name in ("sst2-s2-rank", "sst2-s2-scale", "sst2-head")},
     "sst2-dp": dp_table,
 }
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.engine.packed import config_of as benched
+from benchmarks.engine.packed import OWN_RANKS
 from fedlora.config import Config
 from fedlora.methods import METHODS, Method, build_method, count_parameters, zero_kinds
 from fedlora.plugins import methods_of, usual_strategy
 from fedlora.reports.format import human_bytes
+from fedlora.reports.paired import paired_differences
 from fedlora.strategy import Strategy
 from strategies import STRATEGIES
 from tools.comparison_tables import RESULTS, ranked
@@ -48,7 +49,7 @@ def methods_table() -> list[str]:
             cells = [label, f"`{own}`", ", ".join(trained), ", ".join([*fixed, *_drawn(method)]) or "-"]
             cells += [_size(own, config, model) for model in MODELS]
             cells += [_order(strategy), ", ".join(f"`{one}`" for one in _exact_under(name, method)) or "-"]
-            measured = config.method.rank == benched(name, 8).method.rank  # at this rank
+            measured = config.method.rank == OWN_RANKS.get(name, 8)
             lines.append(f"| {' | '.join([*cells, *(steps.get(name, ('', '')) if measured else ('', ''))])} |")
     return lines
 
@@ -62,7 +63,8 @@ def accuracy_table() -> list[str]:
         "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
     lora = cells[cells["method"] == "lora"].set_index("seed")["test_accuracy"]
-    for name, rows, beside in ranked(cells, "method", "test_accuracy"):
+    differences = paired_differences(cells, ["method"], "test_accuracy")
+    for name, rows, beside in ranked(cells, differences, "method", "test_accuracy"):
         less = (rows.set_index("seed")["test_accuracy"] - lora).mean()
         line = [f"`{name}`", f"`{rows['rate'].iloc[0]:g}`", *beside, "" if name == "lora" else f"{less:+.4f}"]
         lines.append(f"| {' | '.join([*line, human_bytes(rows['bytes_up'].mean())])} |")

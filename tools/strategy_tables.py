@@ -17,6 +17,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from benchmarks.engine.packed import OWN_RANKS
 from fedlora.config import Config, MethodConfig, ModelConfig
 from fedlora.exchange import ClientReport, Update
 from fedlora.methods import METHODS as REGISTERED
@@ -51,16 +52,21 @@ MODELS = ("MiniLM q,v", "RoBERTa-large q,v", "RoBERTa-large all", "Llama-2-7B q,
 _LORA = Config(method=MethodConfig("lora", rank=8))
 _MOS_1 = Config(method=MethodConfig("mos", rank=6)).with_options(MosOptions(budget=1, private=0))
 _FLY = Config(method=MethodConfig("flylora", rank=32)).with_options(FlyLoraOptions(active=8))
-# Every method at rank 8, VeRA at one of its own; MoS, whose parameters are those of LoRA of its budget, also at a
-# budget of 1.
+_RANK = 8
+
+
+def _at_rank(name: str, rank: int) -> tuple[str, Config]:
+    return f"`{name}`, r = {rank}", Config(method=MethodConfig(name, rank=rank))
+
+
+# Every method at rank 8 or the one that it is meant for, LoRA-SB at both; MoS, whose parameters are those of LoRA of
+# its budget, also at a budget of 1.
 METHODS: Mapping[str, Sequence[tuple[str, Config]]] = {
-    **{name: [(f"`{name}`, r = 8", Config(method=MethodConfig(name, rank=8)))] for name in REGISTERED},
-    "lora-sb": [(f"`lora-sb`, r = {rank}", Config(method=MethodConfig("lora-sb", rank=rank))) for rank in (8, 64)],
-    "vera": [("`vera`, r = 256", Config(method=MethodConfig("vera", rank=256)))],
+    **{name: [_at_rank(name, OWN_RANKS.get(name, _RANK))] for name in REGISTERED},
+    "lora-sb": [_at_rank("lora-sb", rank) for rank in (_RANK, OWN_RANKS["lora-sb"])],
     "uni-lora": [("`uni-lora`, D = 256", Config(method=MethodConfig("uni-lora", rank=8)))],
     "block-lora": [("`block-lora`, r = 8, n = 8", Config(method=MethodConfig("block-lora", rank=8)))],
     "flylora": [("`flylora`, r = 32, k = 8", _FLY)],
-    "randlora": [("`randlora`, r = 32", Config(method=MethodConfig("randlora", rank=32)))],
     "mos": [("`mos`, e = 4", Config(method=MethodConfig("mos", rank=8))), ("`mos`, e = 1", _MOS_1)],
 }
 

@@ -30,8 +30,8 @@ _TRAIN: dict[str, dict[str, Any]] = {
 }
 METHODS = (*REGISTERED, "ffa-lora", *_TRAIN)
 _LEAST_RANK = 2  # of clients of unlike ranks
-# Of methods that are not meant for the rank of LoRA.
-_OWN_RANKS = {"vera": 256, "randlora": 32, "flylora": 32, "lora-sb": 64}
+OWN_RANKS = {"vera": 256, "randlora": 32, "flylora": 32, "lora-sb": 64}
+"""Ranks of methods that are not meant for that of LoRA."""
 
 
 def own_method(method: str) -> str:
@@ -51,7 +51,7 @@ def config_of(method: str, rank: int) -> Config:
     """
     if method in ("lora", "mos", "s2-lora"):
         return Config(method=MethodConfig(method, rank=rank, alpha=2.0 * rank))
-    return Config(method=MethodConfig(method, rank=_OWN_RANKS.get(method, rank)))
+    return Config(method=MethodConfig(method, rank=OWN_RANKS.get(method, rank)))
 
 
 def engine_of(model: Any, shape: Shape, method: str, rank: int, *, fast: bool) -> Engine:

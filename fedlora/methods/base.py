@@ -156,8 +156,11 @@ class Method(ABC):
         Args:
             tensors: The whole of each tensor.
             modules: The places of the trained modules on the rank axes, ascending.
+
+        Raises:
+            TypeError: It is no method of modules.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no modules that a client could train some of")
+        raise TypeError(f"{type(self).__name__} has no modules that a client could train some of")
 
     def peft_adapter(self, tensors: Mapping[str, Tensor]) -> PeftAdapter | None:
         """Return the method's own type of PEFT adapter; None: its factors are a LoRA there."""
