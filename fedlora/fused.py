@@ -28,14 +28,20 @@ def fused(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @final
-class _Compiled:
-    """A compiled function, and the function itself, for machines that cannot compile (without a C compiler, say)."""
+class WithFallback:
+    """A function for GPUs, and the same in plain torch for machines that cannot compile (without a C compiler, say).
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._plain = function
-        self._fast = torch.compile(function, dynamic=True)
+    Args:
+        fast: The first; it fails before it changes anything.
+        plain: The second.
+    """
+
+    def __init__(self, fast: Callable[..., Any], plain: Callable[..., Any]) -> None:
+        self._fast = fast
+        self._plain = plain
 
     def __call__(self, *args: Any) -> Any:
+        """Return what the function returns; where the first fails, the second takes its place from then on."""
         try:
             return self._fast(*args)
         except torch.OutOfMemoryError:
@@ -43,11 +49,11 @@ class _Compiled:
         except Exception as error:
             if self._fast is self._plain:
                 raise
-            _logger.warning("%s runs in several passes: torch.compile failed (%s)", self._plain.__name__, error)
+            _logger.warning("%s runs in several passes: its kernel failed (%s)", self._plain.__name__, error)
             self._fast = self._plain
             return self._plain(*args)
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> _Compiled:
-    return _Compiled(function)
+def _compiled(function: Callable[..., Any]) -> WithFallback:
+    return WithFallback(torch.compile(function, dynamic=True), function)

@@ -1,4 +1,4 @@
-"""What goes from the host to a device: without waiting for what that is doing."""
+"""What goes between the host and a device: without waiting for what that is doing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,18 @@ def to_places(groups: NDArray[np.int64], device: torch.device) -> Places:
 def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """Return an array as a tensor on ``device``."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cpu":
+        return tensor
+    host = torch.empty_like(tensor, pin_memory=True)
+    # Not by torch, which wakes its threads for 2 MB and may wait 10 ms for them.
+    np.copyto(host.numpy(), array)
+    return host.to(device, non_blocking=True)
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a device has done what this thread asked of it, copies to the host among it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 @final

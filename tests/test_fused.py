@@ -14,12 +14,11 @@ def double(value: torch.Tensor) -> None:
 
 def test_a_machine_that_cannot_compile_computes_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     """Without a C compiler, torch.compile fails at the first call; here it is a backend that does."""
-    compiled = fused._Compiled(double)
 
     def no_compiler(*_: object) -> object:
         raise RuntimeError("Failed to find C compiler")
 
-    compiled._fast = torch.compile(double, backend=no_compiler)
+    compiled = fused.WithFallback(torch.compile(double, backend=no_compiler), double)
     value = torch.ones(3)
     compiled(value)
     compiled(value)

@@ -21,7 +21,7 @@ def works_of(steps: list[int], rows: int = 3) -> list[ClientWork]:
 
 def test_every_step_is_taken_once_and_in_order() -> None:
     works = works_of([5, 0, 1, 3, 8, 1])
-    planned = turns(works, 60)
+    planned = list(turns(works, 60))
     taken = [(int(g), int(step)) for turn in planned for g, step in zip(turn.groups, turn.steps, strict=True)]
     assert sorted(taken) == [(g, step) for g, work in enumerate(works) for step in range(len(work.batches))]
     assert all(taken.index((g, step)) < taken.index((g, step + 1)) for g, step in taken if (g, step + 1) in taken)
@@ -38,7 +38,7 @@ def test_uneven_clients_keep_the_device_full_to_the_end() -> None:
     steps = [1 + 9 * (k % 4 == 0) for k in range(32)]
     works = works_of(steps)
     fill = 8 * 3 * 12  # about eight clients' steps
-    planned = turns(works, fill)
+    planned = list(turns(works, fill))
     costs = [int(turn.cost_n.sum()) for turn in planned]
     assert max(costs) <= fill
     assert np.mean(costs[:-1]) > 0.75 * fill
@@ -49,7 +49,7 @@ def test_uneven_clients_keep_the_device_full_to_the_end() -> None:
 def test_an_empty_batch_is_a_step_all_the_same() -> None:
     """Under DP no row may have been sampled."""
     work = ClientWork(0, random_examples(4, 0), 4, [np.zeros(0, dtype=np.int64)] * 2, {})
-    planned = turns([work], 100)
+    planned = list(turns([work], 100))
     assert [len(turn.rows) for turn in planned] == [0, 0]
     assert [turn.sizes.tolist() for turn in planned] == [[0], [0]]
     assert passes(planned[0].cost_n, planned[0].cost_n, 100, 100) == []

@@ -47,7 +47,7 @@ def work_of(start: Arrays, examples: Examples, steps: int = 1) -> ClientWork:
 def gradients(engine: Engine, work: ClientWork) -> dict[str, float]:
     """Return each tensor's largest gradient on the client's rows, as a share of the largest of all."""
     pack = Pack(engine, [work], {}, ADAMW)
-    grads = pack.backward(pack.turns[0])
+    grads = pack.backward(next(pack.turns))
     peaks = {name: float(grads[:, place].abs().max()) for name, place in pack.stack.places.items()}
     return {name: peak / max(*peaks.values(), 1e-300) for name, peak in peaks.items()}
 

@@ -134,7 +134,8 @@ class GroupedLayer(nn.Module):
             return self.layout.to_rows(routed(self.factor, self.layout.to_groups(x)), x)
         if isinstance(self.factor, Dense):
             x_g = self.layout.to_groups(x)
-            y_g = with_bias(x_g @ self.factor.weight.to(x.dtype).mT, self.factor.bias)
+            # In this order the weight's gradient comes as the weight lies, and is not transposed behind it.
+            y_g = with_bias((self.factor.weight.to(x.dtype) @ x_g.mT).mT, self.factor.bias)
             return self.layout.to_rows(y_g, x)
         assert self.factor is not None, "no factor"
         return self.factor.output(x)

@@ -2,7 +2,7 @@
 
 The loss is the sum over clients of the mean of that client's row losses, and every trained tensor carries a client
 axis, so no gradient crosses from one client to another. Clients may differ in rows, batch sizes, lengths and numbers
-of steps; which of them step together is planned before the first (:mod:`fedlora.engine.schedule`).
+of steps; which of them step together is planned on the host (:mod:`fedlora.engine.schedule`).
 
 DP-SGD is the same computation with one row to a group: the gradients of the grouped tensors are then those of single
 rows. Each is clipped, they are summed by client, and the noise comes on top (:mod:`fedlora.privacy.step`). A dense
@@ -14,7 +14,7 @@ Nothing here waits for the device: a round's work is queued, and its numbers are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 import numpy as np
@@ -56,7 +56,6 @@ class Pack:
 
     Attributes:
         stack: The trained tensors.
-        turns: The work, in order.
         optimizer: The clients' optimizers.
         private_sum: The clipped sums under DP.
         local: The strategy's terms; None: there are none.
@@ -85,8 +84,7 @@ class Pack:
         self._own: Stack | None = None
         if any(fixed):
             self._own = Stack(fixed, common_shapes(specs, fixed, common, *starts), engine.dtype, engine.device)
-        self.turns = turns(works, engine.max_cost)
-        steps_g = torch.tensor([len(work.batches) for work in works], device=engine.device)
+        steps_g = to_device(np.array([len(work.batches) for work in works]), engine.device)
         l1 = {name: specs[name].l1 for name in self.stack.places if specs[name].l1}
         self.optimizer = build_optimizer(
             self.stack.values,
@@ -106,6 +104,11 @@ class Pack:
             ranks = [len(work.start[both[0].a]) for work in works] if both else []
             self.local = LocalGradient(self.stack, terms, shared, server_g, own_g, both, ranks)
         self._losses: list[tuple[NDArray[np.int64], Tensor]] = []
+
+    @property
+    def turns(self) -> Iterator[Turn]:
+        """The work, in order."""
+        return turns(self._works, self._engine.max_cost)
 
     def backward(self, turn: Turn, probe: LayerProbe | None = None) -> Tensor:
         """Return the gradients of a turn [a, P]: of the mean row loss, or under DP sums of clipped rows.

@@ -1,4 +1,4 @@
-"""The order of a pack's work, fixed on the host before a round: which clients step together, which rows share a pass.
+"""The order of a pack's work, planned on the host: which clients step together, which rows share a pass.
 
 Every client's step can be taken at any time after its last one, since no client waits for another. So each turn of a
 pack takes those clients that have most steps left, as many as fill one forward pass: clients with little work wait and
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import final
 
 import numpy as np
@@ -49,44 +50,39 @@ class Turn:
         return np.bincount(self.slot_n, minlength=len(self.groups))
 
 
-def turns(works: Sequence[ClientWork], fill: int) -> list[Turn]:
-    """Return the turns of a pack's round.
+def turns(works: Sequence[ClientWork], fill: int) -> Iterator[Turn]:
+    """Yield the turns of a pack's round, each planned when it is asked for: a GPU does not wait for the plan of all.
 
     Args:
         works: What the clients do.
         fill: Cost of rows that fills a forward pass; a turn takes clients until it has that much.
     """
-    costs = [[work.examples.cost[np.asarray(batch, dtype=np.int64)] for batch in work.batches] for work in works]
     waiting = [(-len(work.batches), g, 0) for g, work in enumerate(works) if work.batches]
     heapq.heapify(waiting)
-    planned: list[Turn] = []
     while waiting:
-        taken: list[tuple[int, int]] = []
+        taken: list[tuple[int, int, NDArray[np.int64], NDArray[np.int64]]] = []
         cost = 0
         while waiting:
             _, g, step = waiting[0]
-            more = int(costs[g][step].sum())
-            if taken and cost + more > fill:
+            batch = np.asarray(works[g].batches[step], dtype=np.int64)
+            cost_n = works[g].examples.cost[batch]
+            cost += int(cost_n.sum())
+            if taken and cost > fill:
                 break
             heapq.heappop(waiting)
-            taken.append((g, step))
-            cost += more
-        taken.sort()
-        batches = [np.asarray(works[g].batches[step], dtype=np.int64) for g, step in taken]
-        planned.append(
-            Turn(
-                groups=np.array([g for g, _ in taken], dtype=np.int64),
-                steps=np.array([step for _, step in taken], dtype=np.int64),
-                rows=np.concatenate(batches),
-                slot_n=np.repeat(np.arange(len(taken)), [len(batch) for batch in batches]),
-                cost_n=np.concatenate([costs[g][step] for g, step in taken]),
-            )
+            taken.append((g, step, batch, cost_n))
+        groups, steps, batches, costs = zip(*sorted(taken, key=itemgetter(0)), strict=True)
+        yield Turn(
+            groups=np.array(groups, dtype=np.int64),
+            steps=np.array(steps, dtype=np.int64),
+            rows=np.concatenate(batches),
+            slot_n=np.repeat(np.arange(len(batches)), [len(batch) for batch in batches]),
+            cost_n=np.concatenate(costs),
         )
-        for g, step in taken:
+        for g, step in zip(groups, steps, strict=True):
             left = len(works[g].batches) - step - 1
             if left:
                 heapq.heappush(waiting, (-left, g, step + 1))
-    return planned
 
 
 def passes(

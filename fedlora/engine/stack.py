@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedlora.engine.work import Arrays
 from fedlora.methods import TensorSpec
-from fedlora.transfer import to_device
+from fedlora.transfer import to_device, wait
 
 Shape = tuple[int, ...]
 
@@ -38,10 +38,27 @@ class _Part(NamedTuple):
     places: list[slice]
     whole: bool
 
-    def views(self, row: NDArray[np.floating]) -> dict[str, NDArray[np.floating]]:
-        """Return the tensors by name, as views of their numbers side by side [p]."""
+    def views(self, rows: NDArray[np.floating]) -> list[dict[str, NDArray[np.floating]]]:
+        """Return the tensors of each row by name, as views of its numbers side by side, [n, p]."""
         pairs = zip(self.shapes.items(), self.places, strict=True)
-        return {name: row[place].reshape(shape) for (name, shape), place in pairs}
+        named: list[dict[str, NDArray[np.floating]]] = [{} for _ in rows]
+        for (name, shape), place in pairs:
+            for tensors, numbers in zip(named, rows[:, place], strict=True):
+                tensors[name] = numbers.reshape(shape)
+        return named
+
+
+@final
+class Started(NamedTuple):
+    """The numbers that groups start with.
+
+    Attributes:
+        rows: Those of groups with other numbers, [D, P].
+        row_g: Each group's row, int64 [G].
+    """
+
+    rows: Tensor
+    row_g: Tensor
 
 
 @final
@@ -74,8 +91,13 @@ class Stack:
         self._dtype, self._device = dtype, device
         self._size = sum(int(np.prod(shape)) for shape in self.shapes.values())
         self._parts: dict[tuple[tuple[str, Shape], ...], _Part] = {}
-        self._part_g = [self._part(start) for start in starts]
-        self.values = self.rows(starts)
+        each, row_g = _distinct(starts)
+        parts = [self._part(one) for one in each]
+        self._part_g = [parts[row] for row in row_g.tolist()]
+        sent = self._sent(each)
+        alone = len(each) == len(starts)
+        self._started = None if alone else Started(sent, to_device(row_g, device))
+        self.values = sent if self._started is None else sent[self._started.row_g]
         self.real: Tensor | None = None
         if not all(part.whole for part in self._part_g):
             self.real = torch.zeros_like(self.values, dtype=torch.bool)
@@ -102,34 +124,44 @@ class Stack:
         Groups that have the very same arrays, as all do that start a round from the server's, are sent to the device
         once.
         """
-        distinct: dict[tuple[tuple[str, int], ...], int] = {}
-        keys = [tuple((name, id(value)) for name, value in one.items()) for one in tensors]
-        row_g = [distinct.setdefault(key, len(distinct)) for key in keys]
-        each = list(dict(zip(row_g, tensors, strict=True)).values())
-        rows: Tensor | None = None
+        each, row_g = _distinct(tensors)
+        rows = self._sent(each)
+        return rows if len(each) == len(tensors) else rows[to_device(row_g, self._device)]
+
+    def _sent(self, each: Sequence[Arrays]) -> Tensor:
+        """Return groups' tensors as rows of numbers on the device."""
+        sent: Tensor | None = None
         for part, places in _alike([self._part(one) for one in each]):
             host = self._host(len(places), part)
-            for row, place in zip(host.numpy(), places.tolist(), strict=True):
-                for name, view in part.views(row).items():
+            for views, place in zip(part.views(host.numpy()), places.tolist(), strict=True):
+                for name, view in views.items():
                     view[...] = each[place][name]
-            sent = host.to(self._device, non_blocking=True)
+            here = host.to(self._device, non_blocking=True)
             if part.whole and len(places) == len(each):
-                rows = sent
+                sent = here
                 break
-            if rows is None:
-                rows = torch.zeros((len(each), self._size), dtype=self._dtype, device=self._device)
-            self._put(rows, places, part, sent)
-        assert rows is not None, "rows of nobody"
-        return rows if len(each) == len(tensors) else rows[to_device(np.array(row_g), self._device)]
+            if sent is None:
+                sent = torch.zeros((len(each), self._size), dtype=self._dtype, device=self._device)
+            self._put(sent, places, part, here)
+        assert sent is not None, "rows of nobody"
+        return sent
+
+    def started(self) -> Started:
+        """Return the numbers that groups start with; before they move."""
+        if self._started is not None:
+            return self._started
+        return Started(self.values.clone(), torch.arange(len(self.values), device=self._device))
 
     def split(self, rows: Tensor) -> list[dict[str, NDArray[np.floating]]]:
         """Return rows of numbers [G, P] as each group's arrays by name, at its own shapes."""
         split: list[dict[str, NDArray[np.floating]]] = [{} for _ in self._part_g]
         for part, groups in _alike(self._part_g):
             host = self._host(len(groups), part)
-            host.copy_(rows if part.whole and len(groups) == len(split) else self._chosen(rows, groups, part))
-            for row, group in zip(host.numpy(), groups.tolist(), strict=True):
-                split[group] = part.views(row)
+            chosen = rows if part.whole and len(groups) == len(split) else self._chosen(rows, groups, part)
+            host.copy_(chosen, non_blocking=True)
+            for views, group in zip(part.views(host.numpy()), groups.tolist(), strict=True):
+                split[group] = views
+        wait(self._device)
         return split
 
     def _part(self, tensors: Arrays) -> _Part:
@@ -184,6 +216,25 @@ def _alike(parts: Sequence[_Part]) -> list[tuple[_Part, NDArray[np.int64]]]:
     return [(parts[places[0]], np.array(places)) for places in found.values()]
 
 
+def _distinct(tensors: Sequence[Arrays]) -> tuple[list[Arrays], NDArray[np.int64]]:
+    """Return the groups' tensors, those of the very same arrays once, and for each group its place among them, [G]."""
+    place_of: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {}
+    each: list[Arrays] = []
+    place_g = np.empty(len(tensors), dtype=np.int64)
+    for group, one in enumerate(tensors):
+        place = place_of.setdefault((tuple(one), tuple(map(id, one.values()))), len(each))
+        if place == len(each):
+            each.append(one)
+        place_g[group] = place
+    return each, place_g
+
+
+def _shapes(tensors: Sequence[Arrays]) -> list[dict[str, Shape]]:
+    """Return the shapes that groups' tensors have, by name: those of groups with the same ones once."""
+    each = _distinct(tensors)[0]
+    return [dict(one) for one in {tuple((name, value.shape) for name, value in one.items()) for one in each}]
+
+
 def common_shapes(specs: Mapping[str, TensorSpec], tensors: Sequence[Arrays], *fixed: Arrays) -> dict[str, Shape]:
     """Return the shapes that clients' tensors have in one pack: at the largest rank among them and ``fixed``.
 
@@ -193,10 +244,11 @@ def common_shapes(specs: Mapping[str, TensorSpec], tensors: Sequence[Arrays], *f
         fixed: The tensors that they are used with.
     """
     axes = {name: spec.rank_axis for name, spec in specs.items() if spec.rank_axis is not None}
-    ranks = [value.shape[axes[name]] for one in (*tensors, *fixed) for name, value in one.items() if name in axes]
+    own, others = _shapes(tensors), _shapes(fixed)
+    ranks = [shape[axes[name]] for one in (*own, *others) for name, shape in one.items() if name in axes]
 
     def shape_of(name: str) -> Shape:
-        sizes = zip(*{one[name].shape for one in tensors}, strict=True)  # of what is no method's, each axis may grow
+        sizes = zip(*{one[name] for one in own}, strict=True)  # of what is no method's, each axis may grow
         return tuple(max(ranks if axis == axes.get(name) else size) for axis, size in enumerate(sizes))
 
     return {name: shape_of(name) for name in tensors[0]}

@@ -19,12 +19,13 @@ from typing import final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.engine.core import Engine, Probed
+from fedlora.engine.kernels.row_peaks import Parts, differ, peaks
 from fedlora.engine.stack import Stack
 from fedlora.engine.work import Arrays
-from fedlora.fused import fused
 from fedlora.methods import Fault, Method, TensorSpec
 from fedlora.transfer import Places
 
@@ -63,8 +64,9 @@ class Watch:
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
-        self._before = stack.values.clone()
-        self._peak = torch.zeros_like(self._before)
+        self._started = stack.started()
+        self._parts = Parts.of(list(stack.places.values()), stack.values.device)
+        self._peak = stack.values.new_zeros((len(stack.values), len(stack.places)))
 
     def observe(self, grads: Tensor, groups: Places) -> None:
         """Record the gradients of a turn: those of data alone, before noise and penalties.
@@ -73,21 +75,15 @@ class Watch:
             grads: Gradients of some groups, [a, P].
             groups: Their places.
         """
-        peak = self._peak[groups]
-        fused(_raise)(peak, grads)
-        if not isinstance(groups, slice):  # of a slice it is a view
-            self._peak[groups] = peak
+        self._peak[groups] = torch.maximum(self._peak[groups], peaks(grads, self._parts).to(self._peak.dtype))
 
     def seen(self, bound: float) -> list[set[str]]:
         """Return for each group the tensors with a gradient above ``bound`` times the group's largest one."""
-        places = self._stack.places
-        peaks = torch.stack([self._peak[:, place].amax(1) for place in places.values()], 1)
-        sound = peaks > bound * peaks.amax(1, keepdim=True)
-        return [{name for name, flag in zip(places, row, strict=True) if flag} for row in sound.tolist()]
+        return self._named(self._seen(bound))
 
     def still(self) -> list[set[str]]:
         """Return for each group the tensors none of whose numbers moved."""
-        return self._all(self._stack.values == self._before)
+        return self._named(self._still())
 
     def faults(
         self,
@@ -106,29 +102,35 @@ class Watch:
             bound: See :func:`negligible`.
             probe: Called where a group's own rows do not acquit a tensor.
         """
-        values, specs = self._stack.values, method.specs()
-        columns = (
-            self._all(torch.isfinite(values)),
-            self.seen(bound),
-            self.still(),
-            self._all(values == 0),
-            self._all(self._before == 0),
-        )
-        return [
-            _fault(list(self._stack.places), method, specs, common, n, _Facts(*facts), probe) if n else ""
-            for n, *facts in zip(steps, *columns, strict=True)
-        ]
+        specs, names = method.specs(), list(self._stack.places)
+        facts = self._facts(bound)
+        finite, seen, still, zero = facts[:4]
+        shrunk = zero & np.array([bool(specs[name].l1) for name in names])
+        doubtful_g = (~finite | ~seen | still | shrunk).any(1)
 
-    def _all(self, flags: Tensor) -> list[set[str]]:
-        """Return for each group the tensors whose numbers all have the flag, bool [G, P]."""
-        places = self._stack.places
-        whole = torch.stack([flags[:, place].all(1) for place in places.values()], 1).tolist()
-        return [{name for name, flag in zip(places, row, strict=True) if flag} for row in whole]
+        def fault(group: int) -> str:
+            found = [{name for name, flag in zip(names, fact[group], strict=True) if flag} for fact in facts]
+            return _fault(names, method, specs, common, steps[group], _Facts(*found), probe)
 
+        return [fault(group) if n and doubtful_g[group] else "" for group, n in enumerate(steps)]
 
-def _raise(peak: Tensor, grads: Tensor) -> None:
-    """Raise peaks, in place, to the sizes of gradients."""
-    peak.copy_(torch.maximum(peak, grads.abs().to(peak.dtype)))
+    def _facts(self, bound: float) -> NDArray[np.bool_]:
+        """Return the facts of each group's tensors in the order of :class:`_Facts`, [5, G, K]: fetched once."""
+        sizes = peaks(self._stack.values, self._parts)
+        at_start = peaks(self._started.rows, self._parts)[self._started.row_g]
+        flags = [sizes.isfinite(), self._seen(bound), self._still(), sizes == 0, at_start == 0]
+        facts: NDArray[np.bool_] = torch.stack(flags).cpu().numpy()
+        return facts
+
+    def _seen(self, bound: float) -> Tensor:
+        return self._peak > bound * self._peak.amax(1, keepdim=True)
+
+    def _still(self) -> Tensor:
+        return ~differ(self._stack.values, *self._started, self._parts)
+
+    def _named(self, flags: Tensor) -> list[set[str]]:
+        """Return for each group the tensors that have the flag, bool [G, K]."""
+        return [{name for name, flag in zip(self._stack.places, row, strict=True) if flag} for row in flags.tolist()]
 
 
 def _fault(

@@ -79,7 +79,7 @@ def _two_products(
 @triton.jit
 def _sums(
     u_ptr, x_ptr, out_ptr, first_ptr, width, splits, split_stride, group_stride,
-    SIZE: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    BY_RANK: tl.constexpr, SIZE: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     block, group, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     first = tl.load(first_ptr + group) * width
@@ -96,8 +96,9 @@ def _sums(
             x_ptr + token[:, None] * SIZE + d[None, :], mask=(token < end)[:, None] & (d < SIZE)[None, :], other=0.0
         )
         total += tl.dot(u, x)
+    place = r[:, None] * SIZE + d[None, :] if BY_RANK else d[None, :] * R + r[:, None]
     tl.store(
-        out_ptr + part * split_stride + group * group_stride + r[:, None] * SIZE + d[None, :],
+        out_ptr + part * split_stride + group * group_stride + place,
         total.to(out_ptr.dtype.element_ty),
         mask=(r < R)[:, None] & (d < SIZE)[None, :],
     )
@@ -160,7 +161,7 @@ def low_rank_backward(
     splits_b: int,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x [N T, d_in], of A [G, r, d_in] and of B, transposed, [G, r, d_out]; as many as wanted.
+    """Return the gradients of x [N T, d_in], of A [G, r, d_in] and of B [G, d_out, r]; as many as wanted.
 
     Args:
         dy: The gradient of the output, [N T, d_out].
@@ -180,7 +181,7 @@ def low_rank_backward(
     dy, x = dy.contiguous(), x.contiguous()
     tokens, rank = x.shape[0], a.shape[1]
     dx = x.new_empty((tokens if wanted & X else 0, x.shape[1]))
-    da, db = a.new_empty((0, rank, a.shape[2])), b.new_empty((0, rank, b.shape[1]))
+    da, db = a.new_empty((0, *a.shape[1:])), b.new_empty((0, *b.shape[1:]))
     if wanted & (X | A):
         du = torch.empty_like(u)
         wrap_triton(_two_products)[(triton.cdiv(tokens, positions),)](
@@ -190,19 +191,25 @@ def low_rank_backward(
             RB=ranks, BT=positions, BD=FEATURES,
         )  # fmt: skip
         if wanted & A:
-            da = _sum(du, x, first_g, width, positions, ranks, splits_a)
+            da = _sum(du, x, first_g, width, positions, ranks, splits_a, by_rank=True)
     if wanted & B:
-        db = _sum(u, dy, first_g, width, positions, ranks, splits_b)
+        db = _sum(u, dy, first_g, width, positions, ranks, splits_b, by_rank=False)
     return dx, da, db
 
 
-def _sum(u: Tensor, x: Tensor, first_g: Tensor, width: int, positions: int, ranks: int, splits: int) -> Tensor:
-    """Return for each group the sum over its positions of ``u x^T``, [G, r, d]."""
+def _sum(
+    u: Tensor, x: Tensor, first_g: Tensor, width: int, positions: int, ranks: int, splits: int, *, by_rank: bool
+) -> Tensor:
+    """Return for each group the sum over its positions of ``u x^T``, [G, r, d], or if not by rank ``x u^T``, [G, d, r].
+
+    The order is that of the factor, so that nothing has to be transposed behind it.
+    """
     groups, rank, size = first_g.shape[0] - 1, u.shape[1], x.shape[1]
-    out = x.new_empty((splits, groups, rank, size), dtype=torch.float32 if splits > 1 else x.dtype)
+    shape = (rank, size) if by_rank else (size, rank)
+    out = x.new_empty((splits, groups, *shape), dtype=torch.float32 if splits > 1 else x.dtype)
     wrap_triton(_sums)[(triton.cdiv(size, FEATURES), groups, splits)](
         u, x, out, first_g, width, splits, out.stride(0), out.stride(1),
-        SIZE=int(size), R=int(rank), RB=ranks, BT=positions, BD=FEATURES,
+        BY_RANK=by_rank, SIZE=int(size), R=int(rank), RB=ranks, BT=positions, BD=FEATURES,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 
@@ -222,7 +229,7 @@ def _gradients(ctx, dy, _):
         (dy if needs[0] else None),
         (dx if needs[1] else None),
         (da if needs[2] else None),
-        (None if db is None or not needs[3] else db.mT),
+        (db if needs[3] else None),
         *[None] * 7,
     )
 
