@@ -17,14 +17,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedlora.engine.blocks import block_lists, blocks_of
 from fedlora.engine.core import Batching, Engine, most_cost
 from fedlora.engine.kernels import attention, low_rank
 from fedlora.engine.layers import for_kernel
-from fedlora.engine.trial import COSTS, Plain, Way, one_pass, tried
+from fedlora.engine.trial import Plain, Way, fitting, tried
 from fedlora.engine.work import Arrays
 
 _logger = logging.getLogger(__name__)
@@ -33,7 +32,6 @@ _KERNEL_ERROR = 0.1  # of a row of the low-rank kernel, in 16 bits; measured on 
 _SPECIALISED = 64  # versions of a compiled block: of one row or many, of one client or many, with gradients or without
 # An analysis that is of no use to open shapes, and in torch 2.11 stops at some of them.
 _OPTIONS: dict[str, Any] = {"triton.coalesce_tiling_analysis": False}
-_SHARE = 0.7  # of the free memory that a pass may take; the rest is the pack's own
 
 
 def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True, unpadded: bool = True) -> Engine:
@@ -57,8 +55,9 @@ def settle(engine: Engine, tensors: Arrays, *, compiled: bool = True, unpadded: 
     if ways:
         plain = Plain.of(engine, tensors)
         for way in ways:
-            engine = tried(engine, way, tensors, plain)
-    return replace(engine, max_cost=_fitting(engine, tensors)) if on_gpu else engine
+            first = fitting(engine, tensors) if way is _with_compiled else 0
+            engine = tried(engine, way, tensors, plain, first=first)
+    return replace(engine, max_cost=fitting(engine, tensors)) if on_gpu else engine
 
 
 def like(engine: Engine, settled: Engine) -> Engine:
@@ -155,26 +154,3 @@ def _with_compiled(engine: Engine) -> tuple[Engine, Callable[[], None]]:
         block: torch.compile(block.forward, dynamic=True, options=_OPTIONS) for block in blocks_of(engine)
     }
     return engine, grouped.blocks.clear
-
-
-def _fitting(engine: Engine, tensors: Arrays) -> int:
-    """Return the cost of a pass that fits into the free memory, by what passes of two costs take; the engine's at most.
-
-    Of several GPUs the one decides that is full first.
-
-    What a pass holds for the backward pass grows with its cost, and nothing else of it does.
-    """
-    one_pass(engine, tensors, COSTS[0])  # the first time anything may be made that stays
-    (small, low), (large, high) = (one_pass(engine, tensors, cost) for cost in COSTS)
-    slopes = np.maximum((high - low) / (large - small) if large > small else high / large, 1.0)
-    torch.cuda.empty_cache()
-    free = np.array([_free(card) for card in engine.cards])
-    at = int((free / slopes).argmin())
-    _logger.info("a pass takes %.0f kB a token, %.1f GB are free", slopes[at] / 1e3, free[at] / 1e9)
-    return max(1, min(engine.max_cost, int(_SHARE * free[at] / slopes[at])))
-
-
-def _free(card: torch.device) -> float:
-    """Return the bytes of a GPU that this process may still take, of which others may have a part."""
-    free, total = torch.cuda.mem_get_info(card)
-    return min(free, torch.cuda.get_per_process_memory_fraction(card) * total - torch.cuda.memory_reserved(card))

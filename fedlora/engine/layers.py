@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fedlora.engine.decomposed import gain, squared_norms
 from fedlora.engine.kernels import low_rank
-from fedlora.engine.kernels.attention import rows_in_place
+from fedlora.engine.kernels.attention import rows_in_place, without_cudnn
 from fedlora.engine.layout import Layout
 from fedlora.engine.unpadded import blocks_without_padding
 from fedlora.methods import Dense, Experts, Factor, LowRank, Scale, ScaledBases, Square, TopRanks, WeightDecomposed
@@ -271,7 +271,7 @@ class GroupedModel:
             for block, forward in blocks.items():
                 before[block] = vars(block).get("forward")  # of a block on its own GPU: accelerate's
                 block.forward = forward
-            with nullcontext() if batch is None else rows_in_place(batch.rows):
+            with without_cudnn(), nullcontext() if batch is None else rows_in_place(batch.rows):
                 yield self.model
         finally:
             for block, hooked in before.items():

@@ -35,8 +35,8 @@ _logger = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 5e-2  # of 16 bits, where the model's own rounding is less
 _COARSEST = 0.25  # beyond this a difference is called an error, whatever the rounding
-COSTS = (2048, 4096)
-"""Costs of passes between which memory is measured."""
+_COSTS = (2048, 4096)  # of passes between which memory is measured
+_SHARE = 0.7  # of the free memory that a pass may take; the rest is the pack's own
 
 
 @final
@@ -78,7 +78,7 @@ def _coarse(moved: float) -> float:
     return min(max(_COARSE, ROUNDINGS * moved), _COARSEST)
 
 
-def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain) -> Engine:
+def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain, *, first: int = 0) -> Engine:
     """Return the engine in another way where that gives what the plain one does, else as it is.
 
     Args:
@@ -86,6 +86,8 @@ def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain) -> Engine:
         way: The way.
         tensors: All of the method's tensors, for their shapes.
         plain: What the plain way gives.
+        first: Cost of a pass that is taken before, if any: kernels are chosen by the first shapes that are seen, and
+            those of small passes are not the best of large ones.
     """
     began, name = time.perf_counter(), way.__name__.removeprefix("_with_")
     undo: Callable[[], None] | None = None
@@ -94,8 +96,8 @@ def tried(engine: Engine, way: Way, tensors: Arrays, plain: Plain) -> Engine:
         if other is None:
             return engine
         changed, undo = other
-        if changed.grouped.blocks:
-            one_pass(changed, tensors, COSTS[1])  # kernels are chosen by the first shapes that are seen
+        if first:
+            _one_pass(changed, tensors, first)
         off = _apart(numbers(changed, tensors, plain.strength), plain.numbers)
         fits = all(one <= most for one, most in zip(off, plain.tolerances, strict=True))
     except Exception as error:  # whatever a model's own code raises: the plain way is there
@@ -149,7 +151,7 @@ def _apart(found: Numbers, expected: Numbers) -> tuple[float, float]:
     return losses, grads
 
 
-def one_pass(engine: Engine, tensors: Arrays, cost: int) -> tuple[int, NDArray[np.float64]]:
+def _one_pass(engine: Engine, tensors: Arrays, cost: int) -> tuple[int, NDArray[np.float64]]:
     """Take the gradients of two clients in a pass of about this cost; return its cost, and its bytes on each GPU.
 
     Args:
@@ -169,3 +171,26 @@ def one_pass(engine: Engine, tensors: Arrays, cost: int) -> tuple[int, NDArray[n
         pack.backward(turn)
     peak = np.array([float(torch.cuda.max_memory_allocated(card)) for card in engine.cards])
     return 2 * count * int(rows.cost[longest]), peak - before
+
+
+def fitting(engine: Engine, tensors: Arrays) -> int:
+    """Return the cost of a pass that fits into the free memory, by what passes of two costs take; the engine's at most.
+
+    Of several GPUs the one decides that is full first.
+
+    What a pass holds for the backward pass grows with its cost, and nothing else of it does.
+    """
+    _one_pass(engine, tensors, _COSTS[0])  # the first time anything may be made that stays
+    (small, low), (large, high) = (_one_pass(engine, tensors, cost) for cost in _COSTS)
+    slopes = np.maximum((high - low) / (large - small) if large > small else high / large, 1.0)
+    torch.cuda.empty_cache()
+    free = np.array([_free(card) for card in engine.cards])
+    at = int((free / slopes).argmin())
+    _logger.info("a pass takes %.0f kB a token, %.1f GB are free", slopes[at] / 1e3, free[at] / 1e9)
+    return max(1, min(engine.max_cost, int(_SHARE * free[at] / slopes[at])))
+
+
+def _free(card: torch.device) -> float:
+    """Return the bytes of a GPU that this process may still take, of which others may have a part."""
+    free, total = torch.cuda.mem_get_info(card)
+    return min(free, torch.cuda.get_per_process_memory_fraction(card) * total - torch.cuda.memory_reserved(card))
