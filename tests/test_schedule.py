@@ -71,3 +71,17 @@ def test_passes_hold_their_bounds_and_waste_little() -> None:
     control = sum(int(cost_n[rows].max()) * len(rows) for rows in unsorted)
     assert cost_n.sum() / control < 0.5, "control: as the rows come, most of them are padding"
     assert [len(rows) for rows in passes(np.array([900, 3]), np.zeros(2, dtype=np.int64), 10, 10)] == [1, 1]
+
+
+def test_rows_that_fit_into_one_pass_are_one_at_once() -> None:
+    """As the way for all rows has it, which a row of another part at the end takes."""
+    generator, whole = np.random.default_rng(0), 0
+    for _ in range(1000):
+        n, most, rows = (int(generator.integers(*bounds)) for bounds in ((0, 12), (1, 400), (1, 14)))
+        cost_n, part_n = generator.integers(1, 50, n), generator.integers(0, 2, n) * (generator.random() < 0.3)
+        found = passes(cost_n, part_n, most, rows, padded=False)
+        *expected, last = passes(np.append(cost_n, 1), np.append(part_n, 2), most, rows, padded=False)
+        assert last.tolist() == [n]
+        assert [chosen.tolist() for chosen in found] == [chosen.tolist() for chosen in expected]
+        whole += len(found) == 1
+    assert whole > 100

@@ -103,6 +103,10 @@ def passes(
     Returns:
         Positions in ``cost_n``, ascending within a pass; every position once.
     """
+    n, one_part = len(cost_n), bool((part_n == part_n[:1]).all())
+    whole = max(int(cost_n.sum()), n * int(cost_n.max(initial=0)) // _OUTSIDE)
+    if not padded and one_part and 0 < n <= rows and whole <= most:
+        return [np.arange(n)]  # at once: it is the usual case, and a GPU waits for the first pass
     order = np.lexsort((np.arange(len(cost_n)), -cost_n if padded else 0 * cost_n, part_n))
     costs, parts = cost_n[order].tolist(), part_n[order].tolist()
     starts: list[int] = []

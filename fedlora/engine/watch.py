@@ -14,8 +14,8 @@ and fixed, no gradient can ever come.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import final
+from functools import cached_property
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from fedlora.engine.stack import Stack
 from fedlora.engine.work import Arrays
 from fedlora.methods import Fault, Method, TensorSpec
 from fedlora.transfer import Places
+
+Flags = NDArray[np.bool_]
 
 
 def negligible(engine: Engine) -> float:
@@ -43,15 +45,22 @@ def negligible(engine: Engine) -> float:
 
 
 @final
-@dataclass(frozen=True)
-class _Facts:
-    """What is known of one client's trained tensors after its round, as sets of names."""
+class _Facts(NamedTuple):
+    """What is known of a pack's tensors after its round, bool [G, K] each, or [K] of one client.
 
-    finite: Set[str]
-    seen: Set[str]
-    still: Set[str]
-    zero: Set[str]
-    zero_at_start: Set[str]
+    Attributes:
+        finite: All of a tensor's numbers are.
+        seen: It had a gradient well above rounding.
+        still: None of its numbers moved.
+        zero: All of them are zero.
+        zero_at_start: All of them were.
+    """
+
+    finite: Flags
+    seen: Flags
+    still: Flags
+    zero: Flags
+    zero_at_start: Flags
 
 
 @final
@@ -102,25 +111,22 @@ class Watch:
             bound: See :func:`negligible`.
             probe: Called where a group's own rows do not acquit a tensor.
         """
-        specs, names = method.specs(), list(self._stack.places)
+        verdict = _Verdict(method, list(self._stack.places), common, probe)
         facts = self._facts(bound)
-        finite, seen, still, zero = facts[:4]
-        shrunk = zero & np.array([bool(specs[name].l1) for name in names])
-        doubtful_g = (~finite | ~seen | still | shrunk).any(1)
+        shrunk = facts.zero & verdict.penalised
+        suspect = ~facts.finite | ~facts.seen | facts.still | shrunk
+        of_groups = enumerate(zip(steps, suspect.any(1).tolist(), strict=True))
+        return [
+            verdict.of(n, suspect[g], _Facts(*(fact[g] for fact in facts))) if n and any_suspect else ""
+            for g, (n, any_suspect) in of_groups
+        ]
 
-        def fault(group: int) -> str:
-            found = [{name for name, flag in zip(names, fact[group], strict=True) if flag} for fact in facts]
-            return _fault(names, method, specs, common, steps[group], _Facts(*found), probe)
-
-        return [fault(group) if n and doubtful_g[group] else "" for group, n in enumerate(steps)]
-
-    def _facts(self, bound: float) -> NDArray[np.bool_]:
-        """Return the facts of each group's tensors in the order of :class:`_Facts`, [5, G, K]: fetched once."""
+    def _facts(self, bound: float) -> _Facts:
+        """Return the facts, fetched from the device at once."""
         sizes = peaks(self._stack.values, self._parts)
         at_start = peaks(self._started.rows, self._parts)[self._started.row_g]
         flags = [sizes.isfinite(), self._seen(bound), self._still(), sizes == 0, at_start == 0]
-        facts: NDArray[np.bool_] = torch.stack(flags).cpu().numpy()
-        return facts
+        return _Facts(*torch.stack(flags).cpu().numpy())
 
     def _seen(self, bound: float) -> Tensor:
         return self._peak > bound * self._peak.amax(1, keepdim=True)
@@ -133,39 +139,62 @@ class Watch:
         return [{name for name, flag in zip(self._stack.places, row, strict=True) if flag} for row in flags.tolist()]
 
 
-def _fault(
-    names: Sequence[str],
-    method: Method,
-    specs: Mapping[str, TensorSpec],
-    common: Arrays,
-    n: int,
-    facts: _Facts,
-    probe: Callable[[], Probed],
-) -> str:
-    for name in names:
-        if name not in facts.finite:
-            return f"{name} is not finite after {n} steps; lower train.learning-rate or set train.clip-norm"
-    for name in names:
-        if name in facts.seen and specs[name].l1 and name in facts.zero:
-            return (
-                f"the proximal step set all of {name} to zero in {n} steps, so nothing is left to train; lower the "
-                f"weight of its L1 penalty, {specs[name].l1}{_brackets(method.advice(Fault.ZEROED))}"
-            )
-    doubtful = [name for name in names if name not in facts.seen or name in facts.still]
-    if not doubtful:
+@final
+class _Verdict:
+    """Tells what is wrong with a client, of all clients of a pack.
+
+    Args:
+        method: The method.
+        names: The trained tensors, in the order of facts.
+        common: The tensors that are not trained.
+        probe: Called where a client's own rows do not acquit a tensor.
+    """
+
+    def __init__(self, method: Method, names: Sequence[str], common: Arrays, probe: Callable[[], Probed]) -> None:
+        self._method, self._names, self._common, self._probe = method, names, common, probe
+        self._specs = method.specs()
+        self._stuck: dict[tuple[str, bytes], bool] = {}  # clients differ little in it, and each answer takes its time
+        self.penalised = np.array([bool(self._specs[name].l1) for name in names])
+
+    def of(self, n: int, suspect: Flags, facts: _Facts) -> str:
+        """Return what is wrong with a client that took so many steps, or ``""``; only suspects are looked at."""
+        places = np.flatnonzero(suspect).tolist()
+        for place in places:
+            name = self._names[place]
+            if not facts.finite[place]:
+                return f"{name} is not finite after {n} steps; lower train.learning-rate or set train.clip-norm"
+        for place in places:
+            if facts.seen[place] and facts.zero[place] and self.penalised[place]:
+                name = self._names[place]
+                return (
+                    f"the proximal step set all of {name} to zero in {n} steps, so nothing is left to train; lower the "
+                    f"weight of its L1 penalty, {self._specs[name].l1}{_brackets(self._method.advice(Fault.ZEROED))}"
+                )
+        for place in places:
+            name = self._names[place]
+            if not facts.seen[place] and self._is_stuck(name, facts.zero_at_start):
+                advice = _brackets(self._method.advice(Fault.HIDDEN))
+                return f"{name} never had a gradient in {n} steps: {Fault.HIDDEN.value}{advice}"
+        doubtful = [self._names[place] for place in places if not facts.seen[place] or facts.still[place]]
+        probed = self._probe() if doubtful else None
+        for name in doubtful:
+            assert probed is not None, "asked before"
+            if name not in probed.connected:
+                return f"{name} never had a gradient in {n} steps: it is not connected to the loss"
+            if name not in probed.moving:
+                return f"{name} has a gradient but did not move in {n} steps: train.learning-rate is too small for it"
         return ""
-    zero = facts.zero_at_start | {name for name, value in common.items() if not np.any(value)}
-    for name in doubtful:
-        if name not in facts.seen and is_stuck(name, specs, zero, names):
-            advice = _brackets(method.advice(Fault.HIDDEN))
-            return f"{name} never had a gradient in {n} steps: {Fault.HIDDEN.value}{advice}"
-    probed = probe()
-    for name in doubtful:
-        if name not in probed.connected:
-            return f"{name} never had a gradient in {n} steps: it is not connected to the loss"
-        if name not in probed.moving:
-            return f"{name} has a gradient but did not move in {n} steps: train.learning-rate is too small for it"
-    return ""
+
+    def _is_stuck(self, name: str, zero_at_start: Flags) -> bool:
+        key = name, zero_at_start.tobytes()
+        if key not in self._stuck:
+            zero = self._zero | {self._names[place] for place in np.flatnonzero(zero_at_start).tolist()}
+            self._stuck[key] = is_stuck(name, self._specs, zero, self._names)
+        return self._stuck[key]
+
+    @cached_property
+    def _zero(self) -> set[str]:
+        return {name for name, value in self._common.items() if not np.any(value)}
 
 
 def _brackets(text: str) -> str:
