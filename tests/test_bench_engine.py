@@ -162,6 +162,7 @@ KERNELS = [
     ("_sums_3", "", [], LOW_RANK),
     ("_backward_0", "", [], ATTENTION),
     ("_add", "", [], OPTIMIZER),
+    ("_peaks", "", [], OPTIMIZER),
     ("triton_red_fused__to_copy_add_native_layer_norm_clip_3", "", [], ELEMENTWISE),
     ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "aten::_flash_attention_forward", [], ATTENTION),
     ("void at::native::elementwise_kernel<GeluBackward>", "aten::gelu_backward", [[8192, 4096]], ELEMENTWISE),

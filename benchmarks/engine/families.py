@@ -21,7 +21,7 @@ _NAMES = (  # the first that is found in a kernel's or operation's name
     (COPIES, r"^memcpy|^memset|^aten::(fill_|zero_)$"),
     (ELEMENTWISE, r"^triton_(poi|red|per)_"),  # of torch.compile; such names list all that they fuse
     # The last of each are fedlora's own kernels, which bear the names of their functions.
-    (OPTIMIZER, r"adam|sgd|multi_tensor|foreach|optimi[sz]er|distribution|normal_|philox|clip|^_add(_\d+)?$"),
+    (OPTIMIZER, r"adam|sgd|multi_tensor|foreach|optimi[sz]er|distribution|normal_|philox|clip|^_(add|peaks)(_\d+)?$"),
     (ATTENTION, r"flash|fmha|attention|attn|sdpa|^_(forward|backward)(_\d+)?$"),
     (LOW_RANK, r"lora|low_?rank|grouped|per_row|^_(two_products|sums)(_\d+)?$"),
 )
