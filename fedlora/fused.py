@@ -42,14 +42,17 @@ class WithFallback:
 
     def __call__(self, *args: Any) -> Any:
         """Return what the function returns; where the first fails, the second takes its place from then on."""
+        chosen = self._fast
         try:
-            return self._fast(*args)
-        except torch.OutOfMemoryError:
+            return chosen(*args)
+        except (torch.OutOfMemoryError, AssertionError):
             raise
         except Exception as error:
-            if self._fast is self._plain:
+            if chosen is self._plain:
                 raise
-            _logger.warning("%s runs in several passes: its kernel failed (%s)", self._plain.__name__, error)
+            _logger.warning(
+                "%s: plain torch computes from now on, the fast way failed (%s)", self._plain.__name__, error
+            )
             self._fast = self._plain
             return self._plain(*args)
 

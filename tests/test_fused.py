@@ -23,7 +23,18 @@ def test_a_machine_that_cannot_compile_computes_all_the_same(caplog: pytest.LogC
     compiled(value)
     compiled(value)
     assert value.tolist() == [4.0] * 3
-    assert caplog.text.count("double runs in several passes") == 1
+    assert caplog.text.count("double: plain torch computes") == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GiB"), AssertionError("a stride")])
+def test_what_is_not_the_compilers_is_raised(error: Exception) -> None:
+    """Memory that is short is the pack's to halve; a broken promise is a fault, not a machine without a compiler."""
+
+    def fails(_: torch.Tensor) -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        fused.WithFallback(fails, double)(torch.ones(2))
 
 
 def test_a_cpu_runs_the_function_itself() -> None:

@@ -85,3 +85,11 @@ def test_rows_that_fit_into_one_pass_are_one_at_once() -> None:
         assert [chosen.tolist() for chosen in found] == [chosen.tolist() for chosen in expected]
         whole += len(found) == 1
     assert whole > 100
+
+
+def test_a_turn_takes_as_much_as_fills_a_pass_and_no_more() -> None:
+    works = works_of([1, 1, 1])
+    costs = [int(work.examples.cost[work.batches[0]].sum()) for work in works]
+    assert [len(turn.groups) for turn in turns(works, sum(costs))] == [3]
+    assert [len(turn.groups) for turn in turns(works, sum(costs) - 1)] == [2, 1]
+    assert [len(turn.groups) for turn in turns(works, 1)] == [1, 1, 1]

@@ -232,6 +232,32 @@ def test_a_window_of_attention_stays_padded(caplog: pytest.LogCaptureFixture) ->
     assert config._attn_implementation == "sdpa"
 
 
+def test_cudnn_is_off_while_any_thread_wants_it_so() -> None:
+    """A CPU's trainers have threads, and the switch is one for all: the first to leave must not switch it on."""
+    engine = make_engine("bert")
+    factors = engine.method.factors({n: torch.tensor(v) for n, v in random_start(engine).items()})
+
+    def switched() -> bool:
+        return bool(torch.backends.cuda.cudnn_sdp_enabled())  # type: ignore[no-untyped-call]
+
+    assert switched()
+    one, other = (
+        attention.without_cudnn(),
+        engine.grouped.placed(factors, Layout.of(np.zeros(1, int), 1, engine.device)),
+    )
+    with one:
+        with other:
+            assert not switched()
+        assert not switched()
+    first, second = attention.without_cudnn(), attention.without_cudnn()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not switched()
+    second.__exit__(None, None, None)
+    assert switched()
+
+
 def test_attention_forgets_the_batch_behind_an_error() -> None:
     rows = attention.Rows.of(np.array([0, 2, 3]), 2, CPU)
     with pytest.raises(KeyError), attention.rows_in_place(rows):

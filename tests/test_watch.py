@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from torch import Tensor
 from fedlora.config import TrainConfig
 from fedlora.engine import ClientWork, Engine, optimizers, train_pack
 from fedlora.engine import pack as pack_module
+from fedlora.engine.pack import Pack
+from fedlora.engine.watch import Watch, negligible
 from fedlora.methods import Factor, Head
 from fedlora.methods.base import Method
+from fedlora.transfer import to_places
 from tests.support.matrix import Changed
 from tests.test_packing import make_engine, make_works
 
@@ -72,6 +76,33 @@ def test_b_frozen_at_zero_by_its_role() -> None:
     frozen = {n: v for n, v in works[0].start.items() if n.endswith("lora_B")}
     works = [replace(w, start={n: v for n, v in w.start.items() if n not in frozen}) for w in works]
     assert all("lora_A never had a gradient" in r.error for r in train_pack(engine, works, frozen, TRAIN))
+
+
+def test_only_the_client_that_starts_at_zero_is_stuck() -> None:
+    """A and B at zero: no gradient can ever come. B alone, as ever: A's comes after the first step.."""
+    engine = make_engine("bert")
+    first, *_ = works_of(engine, 1)
+    sound = {n: np.zeros_like(v) if n.endswith("lora_B") else v for n, v in first.start.items()}
+    stuck = {n: np.zeros_like(v) if n.endswith("lora_A") else v for n, v in sound.items()}
+    works = [replace(first, client=g, start=start) for g, start in enumerate([stuck, sound, stuck, dict(sound)])]
+    errors = [r.error for r in train_pack(engine, works, {}, TRAIN)]
+    assert ["lora_A never had a gradient in 1 steps" in error for error in errors] == [True, False, True, False]
+    assert errors[1] == errors[3] == ""
+
+
+def test_a_gradient_that_was_once_there_was_seen() -> None:
+    """A tensor whose gradient ends, as of a gate that closes, is trained all the same; the peak of all steps counts."""
+    engine = make_engine("bert")
+    works = works_of(engine, 2)
+    pack = Pack(engine, works, {}, TRAIN)
+    watch = Watch(pack.stack)
+    first, second = pack.turns
+    grads = pack.backward(first)
+    watch.observe(grads, to_places(first.groups, engine.device))
+    before = watch.seen(negligible(engine))
+    watch.observe(torch.zeros_like(grads), to_places(second.groups, engine.device))
+    assert watch.seen(negligible(engine)) == before
+    assert all(before)
 
 
 def test_stale_parameters(monkeypatch: pytest.MonkeyPatch) -> None:

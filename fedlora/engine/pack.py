@@ -80,7 +80,7 @@ class Pack:
         shapes = common_shapes(specs, starts, common, *fixed)
         self._row_wise = RowWise(engine, shapes) if private is not None else None
         last = self._row_wise.replaced if self._row_wise is not None else set()
-        self.stack = Stack(starts, shapes, engine.dtype, engine.device, last)
+        self.stack = Stack(starts, shapes, engine.dtype, engine.device, last, remembered=True)
         self._own: Stack | None = None
         if any(fixed):
             self._own = Stack(fixed, common_shapes(specs, fixed, common, *starts), engine.dtype, engine.device)

@@ -71,6 +71,7 @@ class Stack:
         dtype: Of the numbers.
         device: Where they are.
         last: Names of tensors that come last in a row.
+        remembered: Whether :meth:`started` will be asked.
 
     Attributes:
         values: The numbers [G, P].
@@ -85,6 +86,8 @@ class Stack:
         dtype: torch.dtype,
         device: torch.device,
         last: Set[str] = frozenset(),
+        *,
+        remembered: bool = False,
     ) -> None:
         self.shapes = {name: tuple(shapes[name]) for name in sorted(starts[0], key=last.__contains__)}
         self.places = dict(zip(self.shapes, _side_by_side(self.shapes), strict=True))
@@ -95,9 +98,9 @@ class Stack:
         parts = [self._part(one) for one in each]
         self._part_g = [parts[row] for row in row_g.tolist()]
         sent = self._sent(each)
-        alone = len(each) == len(starts)
-        self._started = None if alone else Started(sent, to_device(row_g, device))
-        self.values = sent if self._started is None else sent[self._started.row_g]
+        here = to_device(row_g, device)
+        self.values = sent if len(each) == len(starts) else sent[here]
+        self._started = Started(sent.clone() if self.values is sent else sent, here) if remembered else None
         self.real: Tensor | None = None
         if not all(part.whole for part in self._part_g):
             self.real = torch.zeros_like(self.values, dtype=torch.bool)
@@ -146,11 +149,11 @@ class Stack:
         assert sent is not None, "rows of nobody"
         return sent
 
+    @property
     def started(self) -> Started:
-        """Return the numbers that groups start with; before they move."""
-        if self._started is not None:
-            return self._started
-        return Started(self.values.clone(), torch.arange(len(self.values), device=self._device))
+        """The numbers that groups started with, once for all that started from the very same arrays."""
+        assert self._started is not None, "a stack that does not remember its start"
+        return self._started
 
     def split(self, rows: Tensor) -> list[dict[str, NDArray[np.floating]]]:
         """Return rows of numbers [G, P] as each group's arrays by name, at its own shapes."""
@@ -158,7 +161,7 @@ class Stack:
         for part, groups in _alike(self._part_g):
             host = self._host(len(groups), part)
             chosen = rows if part.whole and len(groups) == len(split) else self._chosen(rows, groups, part)
-            host.copy_(chosen, non_blocking=True)
+            host.copy_(chosen, non_blocking=self._device.type == "cuda")
             for views, group in zip(part.views(host.numpy()), groups.tolist(), strict=True):
                 split[group] = views
         wait(self._device)

@@ -68,12 +68,12 @@ class Watch:
     """Records, for every client and trained tensor of a pack, how large its gradient was and whether it moved.
 
     Args:
-        stack: The pack's tensors, before the first step.
+        stack: The pack's tensors, which remember their start.
     """
 
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
-        self._started = stack.started()
+        self._started = stack.started
         self._parts = Parts.of(list(stack.places.values()), stack.values.device)
         self._peak = stack.values.new_zeros((len(stack.values), len(stack.places)))
 

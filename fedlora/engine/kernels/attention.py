@@ -14,6 +14,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Self, final
 
 import numpy as np
@@ -76,6 +77,34 @@ def rows_in_place(rows: Rows) -> Iterator[None]:
         _batch.rows = before
 
 
+@final
+class _Cudnn:
+    """PyTorch's switch for cuDNN's attention, which all threads have in common: off while at least one wants it so."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._wanted_off = 0
+        self._before = True
+
+    def off(self) -> None:
+        """Switch it off."""
+        with self._lock:
+            if self._wanted_off == 0:
+                self._before = cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+                cuda.enable_cudnn_sdp(False)
+            self._wanted_off += 1
+
+    def back(self) -> None:
+        """Put it back, if no other thread wants it off."""
+        with self._lock:
+            self._wanted_off -= 1
+            if self._wanted_off == 0:
+                cuda.enable_cudnn_sdp(self._before)
+
+
+_cudnn = _Cudnn()
+
+
 @contextmanager
 def without_cudnn() -> Iterator[None]:
     """Keep PyTorch from cuDNN's attention, for the time of a block; backward passes run inside, too.
@@ -83,12 +112,11 @@ def without_cudnn() -> Iterator[None]:
     It makes a plan for each new shape, for which it takes the host 7 ms a layer. 1,024 rows of new lengths through
     RoBERTa-large, padded, took 0.8 s with it and 0.1 s without; of known ones 0.1 s either way (H100, torch 2.11).
     """
-    before = cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    cuda.enable_cudnn_sdp(False)
+    _cudnn.off()
     try:
         yield
     finally:
-        cuda.enable_cudnn_sdp(before)
+        _cudnn.back()
 
 
 def register() -> None:
