@@ -49,9 +49,9 @@ def main() -> None:
                 lines.append(measure(Path(folder) / f"{way}-{count}", way, count, options.rounds))
                 print(json.dumps(lines[-1]), flush=True)
     growth = {
-        way: (own[-1] - own[0]) / (4 * NUMBERS)
+        way: {name: (own[-1][name] - own[0][name]) / (4 * NUMBERS) for name in ("server_bytes", "server_bytes_in_use")}
         for way in ("fedlora", "flower")
-        if (own := [line["server_bytes"] for line in lines if line["way"] == way])
+        if (own := [line for line in lines if line["way"] == way])
     }
     found = {
         "command": "python -m benchmarks.message_path",
@@ -95,6 +95,7 @@ def measure(folder: Path, way: str, clients: int, rounds: int) -> dict[str, Any]
         "cpu_ms_a_client": {name: 1e3 * seconds / clients for name, seconds in seen["cpu_seconds"].items()},
         "rounds": len(each),
         "server_bytes": seen["server_bytes"],
+        "server_bytes_in_use": seen["server_bytes_in_use"],
         "nodes": seen["nodes"],
         "trainers": seen["trainers"],
     }

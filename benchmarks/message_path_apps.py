@@ -6,6 +6,7 @@ compute nothing: a client's update is there when it is asked for.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import threading
@@ -132,14 +133,17 @@ def run_flower(grid: Grid, context: Context) -> None:
 
 
 class Watch:
-    """Seconds of rounds after the first, by the clock and of all CPUs, and the server's largest memory in them."""
+    """Seconds of rounds after the first, by the clock and of all CPUs, and the server's largest memory in them.
+
+    Of memory there are two: what the process holds, with all that its allocator keeps, and what of it is in use.
+    """
 
     def __init__(self, trainers: int, nodes: int) -> None:
         self.trainers, self.nodes = trainers, nodes
         self.marks: list[float] = []
         self.cpu: list[dict[str, float]] = []
         self.clients: list[int] = []
-        self.bytes = 0
+        self.bytes = self.in_use = 0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
@@ -147,6 +151,7 @@ class Watch:
         while True:
             if len(self.marks) > 1:
                 self.bytes = max(self.bytes, process.memory_info().rss)
+                self.in_use = max(self.in_use, _allocated())
             time.sleep(0.005)
 
     def mark(self) -> None:
@@ -180,10 +185,31 @@ class Watch:
             "seconds": seconds,
             "cpu_seconds": cpu,
             "server_bytes": self.bytes,
+            "server_bytes_in_use": self.in_use,
             "trainers": self.trainers,
             "nodes": self.nodes,
         }
         Path(path).write_text(json.dumps(seen | {"clients_ok": self.clients}))
+
+
+class _MallInfo(ctypes.Structure):
+    """What glibc says of its allocator, in bytes or numbers."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks"),
+            *("uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def _allocated() -> int:
+    """Return the bytes that this process has allocated and not freed, small Python objects left out."""
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _MallInfo
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)
 
 
 def _nodes(grid: Grid) -> int:
