@@ -6,7 +6,6 @@ compute nothing: a client's update is there when it is asked for.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import json
 import threading
@@ -135,7 +134,8 @@ def run_flower(grid: Grid, context: Context) -> None:
 class Watch:
     """Seconds of rounds after the first, by the clock and of all CPUs, and the server's largest memory in them.
 
-    Of memory there are two: what the process holds, with all that its allocator keeps, and what of it is in use.
+    Of memory there are two: what the process holds, with all that its allocator keeps, and what of it is in use
+    (without small Python objects, which are not the allocator's).
     """
 
     def __init__(self, trainers: int, nodes: int) -> None:
@@ -151,7 +151,7 @@ class Watch:
         while True:
             if len(self.marks) > 1:
                 self.bytes = max(self.bytes, process.memory_info().rss)
-                self.in_use = max(self.in_use, _allocated())
+                self.in_use = max(self.in_use, sum(psutil.heap_info()))
             time.sleep(0.005)
 
     def mark(self) -> None:
@@ -190,26 +190,6 @@ class Watch:
             "nodes": self.nodes,
         }
         Path(path).write_text(json.dumps(seen | {"clients_ok": self.clients}))
-
-
-class _MallInfo(ctypes.Structure):
-    """What glibc says of its allocator, in bytes or numbers."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks"),
-            *("uordblks", "fordblks", "keepcost"),
-        )
-    ]
-
-
-def _allocated() -> int:
-    """Return the bytes that this process has allocated and not freed, small Python objects left out."""
-    mallinfo = ctypes.CDLL(None).mallinfo2
-    mallinfo.restype = _MallInfo
-    found = mallinfo()
-    return int(found.uordblks + found.hblkhd)
 
 
 def _nodes(grid: Grid) -> int:

@@ -115,10 +115,8 @@ class Watch:
         facts = self._facts(bound)
         shrunk = facts.zero & verdict.penalised
         suspect = ~facts.finite | ~facts.seen | facts.still | shrunk
-        of_groups = enumerate(zip(steps, suspect.any(1).tolist(), strict=True))
         return [
-            verdict.of(n, suspect[g], _Facts(*(fact[g] for fact in facts))) if n and any_suspect else ""
-            for g, (n, any_suspect) in of_groups
+            verdict.of(n, suspect[g], _Facts(*(fact[g] for fact in facts))) if n else "" for g, n in enumerate(steps)
         ]
 
     def _facts(self, bound: float) -> _Facts:
@@ -176,9 +174,10 @@ class _Verdict:
                 advice = _brackets(self._method.advice(Fault.HIDDEN))
                 return f"{name} never had a gradient in {n} steps: {Fault.HIDDEN.value}{advice}"
         doubtful = [self._names[place] for place in places if not facts.seen[place] or facts.still[place]]
-        probed = self._probe() if doubtful else None
+        if not doubtful:
+            return ""
+        probed = self._probe()
         for name in doubtful:
-            assert probed is not None, "asked before"
             if name not in probed.connected:
                 return f"{name} never had a gradient in {n} steps: it is not connected to the loss"
             if name not in probed.moving:

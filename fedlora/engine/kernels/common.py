@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 FEATURES = 128
 """Features that one program of the low-rank kernels works on at a time."""
 
 X, A, B = 1, 2, 4
 """Which gradients of a low-rank update are wanted, added up: of the input, of A, of B."""
+
+
+def takes_kernel(rows: Tensor) -> bool:
+    """Return whether a kernel computes with these numbers: on a GPU, but not in float64, where plain torch is exact."""
+    return rows.is_cuda and rows.dtype != torch.float64
 
 
 def smallest_fitting(number: int, sizes: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora.engine.kernels.common import takes_kernel
 from fedlora.fused import WithFallback
 from fedlora.transfer import to_device
 
@@ -42,16 +43,12 @@ class Parts(NamedTuple):
 
 def peaks(rows: Tensor, parts: Parts) -> Tensor:
     """Return the largest size of each tensor's numbers in each row [N, P], [N, K]; infinite where one is no number."""
-    return (_fast_peaks if _for_kernel(rows) else _peaks)(rows, parts)
+    return (_fast_peaks if takes_kernel(rows) else _peaks)(rows, parts)
 
 
 def differ(rows: Tensor, others: Tensor, row_n: Tensor, parts: Parts) -> Tensor:
     """Return whether each tensor of each row [N, P] has a number other than row ``row_n`` of others [D, P], [N, K]."""
-    return (_fast_differ if _for_kernel(rows) else _differ)(rows, others, row_n, parts)
-
-
-def _for_kernel(rows: Tensor) -> bool:
-    return rows.is_cuda and rows.dtype != torch.float64
+    return (_fast_differ if takes_kernel(rows) else _differ)(rows, others, row_n, parts)
 
 
 def _peaks(rows: Tensor, parts: Parts) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedlora.engine.kernels.common import takes_kernel
 from fedlora.fused import WithFallback
 from fedlora.transfer import Spans
 
 
 def add(sums: Tensor, rows: Tensor, factor_n: Tensor, spans: Spans) -> None:
     """Add to each group's sum [G, p], in place, its rows [N, p] times their factors; a factor of 0 drops NaN, too."""
-    (_fast if rows.is_cuda and rows.dtype != torch.float64 else _row_sums)(sums, rows, factor_n, spans)
+    (_fast if takes_kernel(rows) else _row_sums)(sums, rows, factor_n, spans)
 
 
 def _row_sums(sums: Tensor, rows: Tensor, factor_n: Tensor, spans: Spans) -> None:
